@@ -1,0 +1,78 @@
+"""Every error superinfer raises on purpose. Each says what was wrong, with which value, and what to do.
+
+`code` is the name an error carries on the wire and in HTTP answers; `error_from_code` turns it back into the class.
+"""
+
+from __future__ import annotations
+
+
+class SuperinferError(Exception):
+    """Base of all errors raised on purpose by superinfer."""
+
+    code = "internal_error"
+
+
+class InvalidRequestError(SuperinferError, ValueError):
+    """The caller's input is wrong: an argument, a prompt, an SLO, a template."""
+
+    code = "invalid_request"
+
+
+class UnsupportedError(InvalidRequestError):
+    """The argument is known, but this backend or model cannot honour it."""
+
+    code = "unsupported"
+
+
+class ModelLoadError(SuperinferError):
+    """A checkpoint, its config or its tokenizer cannot be loaded."""
+
+    code = "model_load_failed"
+
+
+class QueueFullError(SuperinferError):
+    """The engine holds as many unfinished requests as it is configured to."""
+
+    code = "queue_full"
+
+
+class DeadlineMissedError(SuperinferError):
+    """An SLO with `on_miss="raise"` was missed."""
+
+    code = "deadline_missed"
+
+
+class RequestCancelledError(SuperinferError):
+    """The request was cancelled before it finished."""
+
+    code = "cancelled"
+
+
+class EngineUnavailableError(SuperinferError, ConnectionError):
+    """No engine answers at the address, or it stopped answering."""
+
+    code = "engine_unavailable"
+
+
+class EngineDeadError(EngineUnavailableError):
+    """The engine died, or its link broke, while requests were waiting for it."""
+
+    code = "engine_dead"
+
+
+class ProtocolError(SuperinferError):
+    """A wire message is unknown, truncated, or of another protocol version."""
+
+    code = "protocol_error"
+
+
+def _subclasses(cls: type[SuperinferError]) -> list[type[SuperinferError]]:
+    return [cls, *(found for sub in cls.__subclasses__() for found in _subclasses(sub))]
+
+
+def error_from_code(code: str, message: str) -> SuperinferError:
+    """The exception a wire `code` stands for; an unknown code gives the base class."""
+    for cls in _subclasses(SuperinferError):
+        if cls.code == code:
+            return cls(message)
+    return SuperinferError(f"{code}: {message}")

@@ -1,0 +1,60 @@
+"""Settings of one engine process, as given on the command line or to `launch_engine`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from superinfer.errors import InvalidRequestError
+
+EMBEDDED = "embedded"
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """How to run one engine.
+
+    model: "embedded", a folder with a Hugging Face checkpoint, or a hub name (needs a network).
+    address: ZMQ endpoint to bind, ipc://... or tcp://host:port; port 0 or "*" picks a free one. "": a private ipc path.
+    dtype: "auto" is float32 on CPU, the checkpoint's own on CUDA.
+    page_size: tokens in a KV block.
+    kv_tokens: size of the KV pool in tokens; None: what suits the device.
+    max_model_len: longest prompt plus output in tokens; None: the model's own, bounded by the KV pool.
+    max_batch_size: sequences computed in one step.
+    max_batch_tokens: tokens computed in one step; longer prompts are computed in chunks.
+    max_queue: unfinished requests held before further ones are refused with QueueFullError.
+    prefix_cache: share the KV of equal prefixes.
+    load_format: "auto" reads safetensors; "dummy" makes random weights from the config alone.
+    seed: of everything random in the engine.
+    threads: torch CPU threads; None: all cores.
+    """
+
+    model: str = EMBEDDED
+    address: str = ""
+    policy: str = "fcfs"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    page_size: int = 16
+    kv_tokens: int | None = None
+    max_model_len: int | None = None
+    max_batch_size: int = 64
+    max_batch_tokens: int = 512
+    max_queue: int = 4096
+    prefix_cache: bool = True
+    load_format: Literal["auto", "dummy"] = "auto"
+    seed: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "max_batch_size", "max_batch_tokens", "max_queue"):
+            if getattr(self, name) < 1:
+                raise InvalidRequestError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("kv_tokens", "max_model_len", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidRequestError(f"{name}={value} must be at least 1")
+        if self.max_batch_tokens < self.max_batch_size:
+            raise InvalidRequestError(
+                f"max_batch_tokens={self.max_batch_tokens} is below max_batch_size={self.max_batch_size}: "
+                "every running sequence needs one token a step; raise max_batch_tokens or lower max_batch_size"
+            )

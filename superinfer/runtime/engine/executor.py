@@ -1,0 +1,35 @@
+"""What turns a StepPlan into a StepResult. Implementations: `model_executor` (torch, one process)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from superinfer.runtime.scheduler.plan import StepPlan, StepResult
+
+
+class ExecutorLimits(NamedTuple):
+    """What the scheduler may use. Block ids are 0 .. num_blocks - 1, slots 0 .. num_slots - 1.
+
+    max_model_len: tokens of prompt and output together, bounded by the model's context and by the KV pool.
+    """
+
+    num_blocks: int
+    page_size: int
+    num_slots: int
+    max_model_len: int
+    vocab_size: int
+
+
+class Executor(Protocol):
+    """Runs steps in the order given. `collect` returns results in that order.
+
+    `submit` may return before the step has run, so that the next plan can be made meanwhile.
+    """
+
+    limits: ExecutorLimits
+
+    def submit(self, plan: StepPlan) -> None: ...
+
+    def collect(self) -> StepResult: ...
+
+    def close(self) -> None: ...

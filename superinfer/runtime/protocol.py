@@ -1,0 +1,345 @@
+"""Every message on the wire: the one schema the engine and its clients import.
+
+A message is one ZMQ frame holding one msgpack map whose `type` key is the class name. Clients own a DEALER socket, the
+engine a ROUTER. A client opens with `Hello`; the engine answers `Welcome` or `Refused`. Versions are equal or the
+engine refuses: there is no negotiation. See docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeVar
+
+import msgspec
+
+from superinfer.errors import InvalidRequestError, ProtocolError
+from superinfer.runtime.slo import SLO
+
+PROTOCOL_VERSION = 1
+
+FinishReason = Literal["stop", "length", "deadline", "cancelled", "scored"]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type", tag=True):
+    """Base of all wire messages."""
+
+
+class SamplingParams(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
+    """How the next token is chosen, and when to stop. Token ids only: stop *strings* live with the client.
+
+    max_tokens: at most this many new tokens, >= 1. None: up to the model's context length.
+    min_tokens: stop ids and eos cannot be chosen before this many tokens.
+    n: independent continuations of the prompt, 1..128.
+    temperature: 0 is greedy. top_p in (0, 1]; top_k 0 is off; min_p in [0, 1].
+    frequency_penalty, presence_penalty: [-2, 2], over generated tokens, as OpenAI defines them.
+    repetition_penalty: > 0, over prompt and generated tokens, as transformers defines it; 1 is off.
+    seed: the same seed gives the same tokens, whatever else is in the batch.
+    stop_token_ids: end with finish_reason "stop" once one is generated; the id is included in the output.
+    ignore_eos: do not end at the model's eos ids.
+    logprobs: None for none; k >= 0 returns the chosen token's logprob and the k most likely (at most 20).
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("max_tokens", self.max_tokens, 1, None, optional=True)
+        _check_int("min_tokens", self.min_tokens, 0, None)
+        _check_int("n", self.n, 1, 128)
+        _check_int("top_k", self.top_k, 0, None)
+        _check_int("seed", self.seed, -(2**63), 2**64 - 1, optional=True)
+        _check_int("logprobs", self.logprobs, 0, 20, optional=True)
+        _check_float("temperature", self.temperature, 0.0, 100.0)
+        _check_float("top_p", self.top_p, 0.0, 1.0, above=True)
+        _check_float("min_p", self.min_p, 0.0, 1.0)
+        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens={self.min_tokens} is greater than max_tokens={self.max_tokens}; lower min_tokens"
+            )
+
+
+def _check_int(name: str, value: object, low: int, high: int | None, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequestError(f"{name}={value!r} is not an integer")
+    if value < low or (high is not None and value > high):
+        bound = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise InvalidRequestError(f"{name}={value} must be {bound}")
+
+
+def _check_float(name: str, value: object, low: float, high: float, above: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidRequestError(f"{name}={value!r} is not a number")
+    if not math.isfinite(value) or value > high or value < low or (above and value == low):
+        raise InvalidRequestError(
+            f"{name}={value!r} must be {'above' if above else 'at least'} {low} and at most {high}"
+        )
+
+
+# ---------------------------------------------------------------------------- client to engine
+
+
+class Hello(Message):
+    """Opens a connection. `client` is a name for the engine's log."""
+
+    version: int
+    client: str = ""
+
+
+class Generate(Message):
+    """Continue a prompt. `request_id` is unique within the connection.
+
+    prompt: token ids, at least one.
+    slo: what is left of the promise, as durations from the moment the engine receives this.
+    cache_salt: prefixes are shared only between equal salts.
+    program: identifier shared by the calls of one program run; a hint for the scheduler.
+    """
+
+    request_id: str
+    prompt: list[int]
+    sampling: SamplingParams = SamplingParams()
+    slo: SLO | None = None
+    cache_salt: str = ""
+    program: str = ""
+
+
+class Score(Message):
+    """Log probability of each given token from position `start` (>= 1) on, given all before it. Nothing is generated."""
+
+    request_id: str
+    prompt: list[int]
+    start: int
+    slo: SLO | None = None
+    cache_salt: str = ""
+    program: str = ""
+
+
+class Cancel(Message):
+    """Stop a request within one step. The engine answers with a last delta, finish_reason "cancelled", if it ran."""
+
+    request_id: str
+
+
+class GetHealth(Message):
+    """Ask for a HealthReport; `token` comes back in it."""
+
+    token: int = 0
+
+
+class GetStats(Message):
+    """Ask for a StatsReport; `token` comes back in it."""
+
+    token: int = 0
+
+
+class Shutdown(Message):
+    """Ask the engine to end: unfinished requests fail with a clear error, then the process exits."""
+
+
+# ---------------------------------------------------------------------------- engine to client
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client must know of the engine's model and limits.
+
+    path: folder of the checkpoint, from which the client loads the tokenizer.
+    max_model_len: prompt and output together, tokens; already bounded by the KV pool.
+    """
+
+    model: str
+    path: str
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    device: str
+    page_size: int
+    num_blocks: int
+    policy: str
+    pid: int
+
+
+class Welcome(Message):
+    """Answer to a Hello of the same version."""
+
+    version: int
+    info: ModelInfo
+
+
+class Refused(Message):
+    """Answer to a Hello the engine will not serve."""
+
+    version: int
+    reason: str
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Natural log probability of a token, and the most likely (token id, logprob) pairs at its position.
+
+    Of the model's distribution, before temperature, penalties and truncation.
+    """
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class RequestReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How one sequence went, seen from the engine. Times in seconds since arrival at the engine.
+
+    queue_s: arrival until first scheduled. prefill_s: from then to the first token. decode_s: first to last token.
+    preempted_s: part of the above spent without KV after a preemption.
+    met is None where nothing was promised; `why` names the stage that cost most when late.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    e2e_s: float
+    ttft_s: float | None = None
+    max_tbt_s: float = 0.0
+    preempted_s: float = 0.0
+    preemptions: int = 0
+    met: bool | None = None
+    ttft_met: bool | None = None
+    tbt_met: bool | None = None
+    deadline_met: bool | None = None
+    lateness_s: float | None = None
+    why: str = ""
+
+
+class SequenceDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """New tokens of continuation `index` of a request. The last delta carries finish_reason and report.
+
+    logprobs: parallel to token_ids where asked for. For a Score: the scored tokens of the prompt.
+    """
+
+    request_id: str
+    index: int = 0
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    report: RequestReport | None = None
+
+
+class Deltas(Message):
+    """All of one step's new tokens for one client."""
+
+    deltas: list[SequenceDelta]
+
+
+class Failed(Message):
+    """The request (or, without an id, the message) was refused or lost. `code` as in superinfer.errors."""
+
+    code: str
+    message: str
+    request_id: str | None = None
+
+
+class HealthReport(Message):
+    """The engine's own view. `idle_s`: since the loop last turned."""
+
+    token: int
+    status: Literal["ok", "stopping"]
+    uptime_s: float
+    running: int
+    waiting: int
+    idle_s: float
+
+
+class StatsReport(Message):
+    """Counters since start, and gauges of now."""
+
+    token: int
+    steps: int
+    running: int
+    waiting: int
+    finished: int
+    cancelled: int
+    failed: int
+    preemptions: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    slo_met: int
+    slo_missed: int
+    blocks_total: int
+    blocks_free: int
+    blocks_cached: int
+    step_s_mean: float
+    schedule_s_mean: float
+
+
+class Stopping(Message):
+    """Last message of an engine that ends on purpose."""
+
+    reason: str
+
+
+ToEngine = Hello | Generate | Score | Cancel | GetHealth | GetStats | Shutdown
+ToClient = Welcome | Refused | Deltas | Failed | HealthReport | StatsReport | Stopping
+
+T = TypeVar("T")
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_to_client = msgspec.msgpack.Decoder(ToClient)
+_loose = msgspec.msgpack.Decoder()
+
+
+def encode(message: Message) -> bytes:
+    """One frame."""
+    return _encoder.encode(message)
+
+
+def decode_to_engine(frame: bytes) -> ToEngine:
+    """Raises ProtocolError (unknown or truncated message) or InvalidRequestError (a field's value is wrong)."""
+    return _decode(_to_engine, frame)
+
+
+def decode_to_client(frame: bytes) -> ToClient:
+    """Raises ProtocolError."""
+    return _decode(_to_client, frame)
+
+
+def request_id_of(frame: bytes) -> str | None:
+    """The request id in a frame that could not be decoded in full, to answer the right request."""
+    try:
+        loose = _loose.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    found = loose.get("request_id") if isinstance(loose, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes) -> T:
+    try:
+        return decoder.decode(frame)
+    except msgspec.ValidationError as error:
+        if request_id_of(frame) is not None:
+            raise InvalidRequestError(str(error)) from error
+        raise ProtocolError(f"message is not of protocol {PROTOCOL_VERSION}: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"message of {len(frame)} bytes cannot be decoded: {error}") from error

@@ -1,0 +1,88 @@
+"""A step is data: what one engine step computes, and what came of it. Pure Python; no torch.
+
+A `StepPlan` is the scheduler's whole say: an executor needs nothing else. It carries only what changed since the last
+plan (new slots, new blocks), and no sampled token: a decoding slot continues from the token the executor sampled last,
+so that a plan can be made before the tokens of the step before it are known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from superinfer.runtime.protocol import SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class SlotInit:
+    """A sequence takes executor slot `slot` before this step. Slots are reused once freed.
+
+    prompt: all prompt token ids (the sampler counts them for repetition_penalty).
+    output: token ids generated before a preemption; the next sample is number len(output).
+    seed: 64-bit; token k of a sequence depends on (seed, k) and the logits alone.
+    stop_ids: ids that end the sequence, barred until min_tokens have been generated.
+    """
+
+    slot: int
+    sampling: SamplingParams
+    seed: int
+    prompt: tuple[int, ...]
+    output: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SlotWork:
+    """What one slot computes in this step: positions `start .. start + length - 1`.
+
+    tokens: the token ids at these positions; empty for a decode (length 1, the token sampled last in this slot).
+    new_blocks: KV block ids appended to the slot's block table before this step.
+    sample: pick the token at position `start + length` from the logits of the last position.
+    score: token ids whose log probability is wanted: score[i] is the token at position
+        `start + length - len(score) + 1 + i`, judged by the logits of the position before it. Empty: none.
+    """
+
+    slot: int
+    start: int
+    length: int
+    tokens: tuple[int, ...] = ()
+    new_blocks: tuple[int, ...] = ()
+    sample: bool = False
+    score: tuple[int, ...] = ()
+
+    @property
+    def is_decode(self) -> bool:
+        return not self.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One immutable step. `work` is in execution order: decodes first, then prefill chunks.
+
+    freed: slots given up before this step (their rows may be overwritten by `init` of the same plan).
+    """
+
+    step: int
+    work: tuple[SlotWork, ...]
+    init: tuple[SlotInit, ...] = ()
+    freed: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(w.length for w in self.work)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What an executor made of a StepPlan.
+
+    tokens: sampled token id by slot, for every SlotWork with `sample`.
+    logprobs: by slot, for those whose SamplingParams ask for them.
+    scores: by slot, logprobs of the scored prompt tokens of this chunk, in order.
+    elapsed: seconds the executor took.
+    """
+
+    step: int
+    tokens: dict[int, int] = field(default_factory=dict)
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+    scores: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+    elapsed: float = 0.0
