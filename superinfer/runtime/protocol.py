@@ -24,9 +24,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
     """Base of all wire messages."""
 
 
-class SamplingParams(
-    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
-):
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """How the next token is chosen, and when to stop. Token ids only: stop *strings* live with the client.
 
     max_tokens: at most this many new tokens, >= 1. None: up to the model's context length.

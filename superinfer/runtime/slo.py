@@ -40,9 +40,7 @@ class SLO(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_
             if value is None and name != "weight":
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(
-                    f"SLO {name}={value!r} is not a number; give seconds as a float, e.g. {name}=0.5"
-                )
+                raise ValueError(f"SLO {name}={value!r} is not a number; give seconds as a float, e.g. {name}=0.5")
             if not math.isfinite(value) or value <= 0:
                 raise ValueError(f"SLO {name}={value!r} must be a finite number greater than 0")
         if self.on_miss not in ("finish", "truncate", "raise"):
@@ -90,7 +88,7 @@ class Verdict(NamedTuple):
 class TokenTimeline:
     """Watches one request's tokens against its SLO, in O(1) memory. Times are seconds since arrival."""
 
-    __slots__ = ("slo", "first", "last", "count", "max_tbt", "_lag", "_ttft_lag")
+    __slots__ = ("_lag", "_ttft_lag", "count", "first", "last", "max_tbt", "slo")
 
     def __init__(self, slo: SLO | None) -> None:
         self.slo = slo
@@ -125,9 +123,7 @@ class TokenTimeline:
         elif self.last is not None:
             self.max_tbt = max(self.max_tbt, now - self.last)
         if self.slo is not None and self.slo.tbt is not None:
-            self._lag = max(
-                self._lag, now - self.due(self.count)
-            )  # of tokens arriving together the first is latest
+            self._lag = max(self._lag, now - self.due(self.count))  # of tokens arriving together the first is latest
         self.last = now
         self.count += n
 

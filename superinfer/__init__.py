@@ -1,0 +1,1 @@
+"""superinfer: LLM programs served to a deadline."""
