@@ -95,14 +95,14 @@ def _check_float(name: str, value: object, low: float, high: float, above: bool 
 # ---------------------------------------------------------------------------- client to engine
 
 
-class Hello(Message):
+class Hello(Message, frozen=True, kw_only=True):
     """Opens a connection. `client` is a name for the engine's log."""
 
     version: int
     client: str = ""
 
 
-class Generate(Message):
+class Generate(Message, frozen=True, kw_only=True):
     """Continue a prompt. `request_id` is unique within the connection.
 
     prompt: token ids, at least one.
@@ -119,8 +119,8 @@ class Generate(Message):
     program: str = ""
 
 
-class Score(Message):
-    """Log probability of each given token from position `start` (>= 1) on, given all before it. Nothing is generated."""
+class Score(Message, frozen=True, kw_only=True):
+    """Log probability of each given token from position `start` (>= 1) on, given all before it. Generates none."""
 
     request_id: str
     prompt: list[int]
@@ -130,25 +130,25 @@ class Score(Message):
     program: str = ""
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True, kw_only=True):
     """Stop a request within one step. The engine answers with a last delta, finish_reason "cancelled", if it ran."""
 
     request_id: str
 
 
-class GetHealth(Message):
+class GetHealth(Message, frozen=True, kw_only=True):
     """Ask for a HealthReport; `token` comes back in it."""
 
     token: int = 0
 
 
-class GetStats(Message):
+class GetStats(Message, frozen=True, kw_only=True):
     """Ask for a StatsReport; `token` comes back in it."""
 
     token: int = 0
 
 
-class Shutdown(Message):
+class Shutdown(Message, frozen=True, kw_only=True):
     """Ask the engine to end: unfinished requests fail with a clear error, then the process exits."""
 
 
@@ -176,14 +176,14 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True, kw_only=True):
     """Answer to a Hello of the same version."""
 
     version: int
     info: ModelInfo
 
 
-class Refused(Message):
+class Refused(Message, frozen=True, kw_only=True):
     """Answer to a Hello the engine will not serve."""
 
     version: int
@@ -242,13 +242,13 @@ class SequenceDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     report: RequestReport | None = None
 
 
-class Deltas(Message):
+class Deltas(Message, frozen=True, kw_only=True):
     """All of one step's new tokens for one client."""
 
     deltas: list[SequenceDelta]
 
 
-class Failed(Message):
+class Failed(Message, frozen=True, kw_only=True):
     """The request (or, without an id, the message) was refused or lost. `code` as in superinfer.errors."""
 
     code: str
@@ -256,7 +256,7 @@ class Failed(Message):
     request_id: str | None = None
 
 
-class HealthReport(Message):
+class HealthReport(Message, frozen=True, kw_only=True):
     """The engine's own view. `idle_s`: since the loop last turned."""
 
     token: int
@@ -267,7 +267,7 @@ class HealthReport(Message):
     idle_s: float
 
 
-class StatsReport(Message):
+class StatsReport(Message, frozen=True, kw_only=True):
     """Counters since start, and gauges of now."""
 
     token: int
@@ -290,7 +290,7 @@ class StatsReport(Message):
     schedule_s_mean: float
 
 
-class Stopping(Message):
+class Stopping(Message, frozen=True, kw_only=True):
     """Last message of an engine that ends on purpose."""
 
     reason: str
