@@ -131,9 +131,13 @@ class Score(Message, frozen=True, kw_only=True):
 
 
 class Cancel(Message, frozen=True, kw_only=True):
-    """Stop a request within one step. The engine answers with a last delta, finish_reason "cancelled", if it ran."""
+    """Stop a request, or only its continuation `index`, within one step.
+
+    Each stopped continuation answers with a last delta, finish_reason "cancelled". Unknown or finished ids are ignored.
+    """
 
     request_id: str
+    index: int | None = None
 
 
 class GetHealth(Message, frozen=True, kw_only=True):
@@ -243,7 +247,7 @@ class SequenceDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 class Deltas(Message, frozen=True, kw_only=True):
-    """All of one step's new tokens for one client."""
+    """All of one step's new tokens for one client. Empty ones are sent to learn whether the client is there."""
 
     deltas: list[SequenceDelta]
 

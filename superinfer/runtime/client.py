@@ -1,0 +1,374 @@
+"""The ZMQ client, async and sync: the only door into an engine.
+
+Tokens in, tokens out; text lives in `runtime.text`. The engine's death is noticed through the socket's monitor: the
+kernel reports a closed link at once, and ZMTP heartbeats, which ZMQ's own thread answers even while Python is busy,
+report a frozen one within 1.5 s. A client whose engine died is of no further use: every waiting and later call raises
+EngineDeadError. See docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from typing import Any
+
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import parse_monitor_message
+
+from superinfer.errors import (
+    DeadlineMissedError,
+    EngineDeadError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    ProtocolError,
+    RequestCancelledError,
+    error_from_code,
+)
+from superinfer.runtime import protocol
+from superinfer.runtime.loop_thread import LoopThread
+from superinfer.runtime.protocol import (
+    PROTOCOL_VERSION,
+    Cancel,
+    Deltas,
+    Failed,
+    Generate,
+    GetHealth,
+    GetStats,
+    HealthReport,
+    Hello,
+    ModelInfo,
+    RequestReport,
+    Score,
+    SequenceDelta,
+    Shutdown,
+    StatsReport,
+    Stopping,
+    TokenLogprob,
+    Welcome,
+)
+
+HEARTBEAT_INTERVAL_MS = 400
+HEARTBEAT_TIMEOUT_MS = 1200  # a frozen engine is noticed within 0.4 + 1.2 s, inside the 2 s that we promise
+
+
+def new_request_id() -> str:
+    """An id no other request of this connection has."""
+    return uuid.uuid4().hex
+
+
+class AsyncEngineClient:
+    """One connection to one engine. Make it with `await AsyncEngineClient.connect(address)`; all methods belong to
+    the event loop it was made on."""
+
+    def __init__(self, address: str) -> None:
+        """Not connected yet: use `connect`."""
+        self.address = address
+        self.info: ModelInfo
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        for option, value in (
+            (zmq.LINGER, 200),
+            (zmq.SNDHWM, 0),
+            (zmq.RECONNECT_IVL, 100),
+            (zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS),
+            (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
+            (zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS),
+        ):
+            self._socket.setsockopt(option, value)
+        self._streams: dict[str, asyncio.Queue[SequenceDelta | Exception]] = {}
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._tokens = itertools.count(1)
+        self._dead: Exception | None = None
+        self._closed = False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def connect(cls, address: str, *, name: str = "", timeout: float = 10.0) -> AsyncEngineClient:
+        """Connect and shake hands within `timeout` seconds.
+
+        Raises InvalidRequestError (no address), EngineUnavailableError (no answer), ProtocolError (other version).
+        """
+        client = cls(address)
+        monitor = client._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        try:
+            try:
+                client._socket.connect(address)
+            except zmq.ZMQError as error:
+                raise InvalidRequestError(
+                    f"engine address {address!r} is not usable ({error}); use ipc://PATH or tcp://HOST:PORT"
+                ) from error
+            await client._send(Hello(version=PROTOCOL_VERSION, client=name or f"pid {os.getpid()}"))
+            try:
+                frame = await asyncio.wait_for(client._socket.recv(), timeout)
+            except TimeoutError:
+                raise EngineUnavailableError(
+                    f"no engine answered at {address} within {timeout:g} s; start one with `superinfer engine` "
+                    "or check the address"
+                ) from None
+            answer = protocol.decode_to_client(frame)
+            if not isinstance(answer, Welcome):
+                raise ProtocolError(f"engine at {address} refused the connection: {getattr(answer, 'reason', answer)}")
+            client.info = answer.info
+        except BaseException:
+            client._socket.disable_monitor()
+            monitor.close(0)
+            client._socket.close(0)
+            client._context.term()
+            raise
+        client._tasks = [asyncio.create_task(client._read()), asyncio.create_task(client._watch(monitor))]
+        return client
+
+    # ------------------------------------------------------------------ calls
+
+    async def generate(self, request: Generate) -> AsyncGenerator[SequenceDelta, None]:
+        """Deltas of all `n` continuations as they come. Closing the iterator early cancels the request.
+
+        Raises InvalidRequestError, QueueFullError, EngineDeadError; DeadlineMissedError where the SLO says
+        `on_miss="raise"`.
+        """
+        open_sequences = request.sampling.n
+        raises = request.slo is not None and request.slo.on_miss == "raise"
+        async with self._stream(request.request_id) as deltas:
+            await self._send(request)
+            try:
+                while open_sequences:
+                    delta = await deltas.get()
+                    if isinstance(delta, Exception):
+                        open_sequences = 0
+                        raise delta
+                    if delta.finish_reason is not None:
+                        open_sequences -= 1
+                        if raises and delta.finish_reason == "deadline":
+                            raise DeadlineMissedError(_deadline_text(request, delta))
+                    yield delta
+            finally:
+                if open_sequences:
+                    self._send_soon(Cancel(request_id=request.request_id))
+
+    async def score(self, request: Score) -> tuple[list[TokenLogprob], RequestReport]:
+        """Log probabilities of the prompt tokens from `request.start` on. Raises like `generate`."""
+        scores: list[TokenLogprob] = []
+        async with self._stream(request.request_id) as deltas:
+            await self._send(request)
+            finished = False
+            try:
+                while True:
+                    delta = await deltas.get()
+                    if isinstance(delta, Exception):
+                        finished = True
+                        raise delta
+                    scores.extend(delta.logprobs or [])
+                    if delta.finish_reason is not None:
+                        finished = True
+                        if delta.finish_reason == "cancelled" or delta.report is None:
+                            raise RequestCancelledError(f"score {request.request_id} was cancelled")
+                        if delta.finish_reason == "deadline":
+                            raise DeadlineMissedError(f"score {request.request_id} missed its deadline")
+                        return scores, delta.report
+            finally:
+                if not finished:
+                    self._send_soon(Cancel(request_id=request.request_id))
+
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        """Stop a request or one of its continuations; its iterator then ends with finish_reason "cancelled"."""
+        self._send_soon(Cancel(request_id=request_id, index=index))
+
+    async def health(self, timeout: float = 2.0) -> HealthReport:
+        """Raises EngineUnavailableError when the engine does not answer in `timeout` seconds."""
+        token = next(self._tokens)
+        return await self._ask(GetHealth(token=token), token, timeout)
+
+    async def stats(self, timeout: float = 5.0) -> StatsReport:
+        """Counters and gauges. Raises EngineUnavailableError when the engine does not answer in time."""
+        token = next(self._tokens)
+        return await self._ask(GetStats(token=token), token, timeout)
+
+    async def shutdown_engine(self) -> None:
+        """Ask the engine process to end. Requests that are not finished fail."""
+        await self._send(Shutdown())
+
+    async def close(self) -> None:
+        """Disconnect. Waiting calls raise RequestCancelledError; the engine cancels their requests."""
+        if self._closed:
+            return
+        self._closed = True
+        for request_id in self._streams:
+            self._send_soon(Cancel(request_id=request_id))
+        self._fail(RequestCancelledError("the client was closed"))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._socket.disable_monitor()
+        self._socket.close()
+        self._context.term()
+
+    async def __aenter__(self) -> AsyncEngineClient:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    @property
+    def alive(self) -> bool:
+        """False once the link is closed or the engine is known to be dead."""
+        return self._dead is None
+
+    # ------------------------------------------------------------------ link
+
+    async def _send(self, message: protocol.Message) -> None:
+        if self._dead is not None:
+            raise self._dead
+        await self._socket.send(protocol.encode(message))
+
+    def _send_soon(self, message: protocol.Message) -> None:
+        """Send without waiting. The send queue has no limit, so this cannot block; a dead link needs no message."""
+        if self._dead is None:
+            with contextlib.suppress(zmq.ZMQError):
+                zmq.Socket.send(zmq.Socket.shadow(self._socket), protocol.encode(message), zmq.NOBLOCK)
+
+    @contextlib.asynccontextmanager
+    async def _stream(self, request_id: str) -> AsyncIterator[asyncio.Queue[SequenceDelta | Exception]]:
+        if self._dead is not None:
+            raise self._dead
+        if request_id in self._streams:
+            raise InvalidRequestError(f"request id {request_id!r} is already in use on this connection; give a new one")
+        stream = self._streams[request_id] = asyncio.Queue()
+        try:
+            yield stream
+        finally:
+            del self._streams[request_id]
+
+    async def _ask(self, message: protocol.Message, token: int, timeout: float) -> Any:
+        answer = self._answers[token] = asyncio.get_running_loop().create_future()
+        try:
+            await self._send(message)
+            return await asyncio.wait_for(answer, timeout)
+        except TimeoutError:
+            raise EngineUnavailableError(f"engine at {self.address} did not answer within {timeout:g} s") from None
+        finally:
+            del self._answers[token]
+
+    async def _read(self) -> None:
+        while True:
+            frame = await self._socket.recv()
+            try:
+                self._dispatch(protocol.decode_to_client(frame))
+            except Exception as error:
+                self._fail(ProtocolError(f"engine at {self.address} sent a message that cannot be read: {error}"))
+                return
+
+    def _dispatch(self, message: protocol.ToClient) -> None:
+        match message:
+            case Deltas(deltas=deltas):
+                for delta in deltas:
+                    stream = self._streams.get(delta.request_id)
+                    if stream is not None:  # else: cancelled, and its last delta was already under way
+                        stream.put_nowait(delta)
+            case Failed(request_id=str(request_id)):
+                stream = self._streams.get(request_id)
+                if stream is not None:
+                    stream.put_nowait(error_from_code(message.code, message.message))
+            case Failed():
+                self._fail(error_from_code(message.code, message.message))
+            case HealthReport() | StatsReport():
+                answer = self._answers.get(message.token)
+                if answer is not None and not answer.done():
+                    answer.set_result(message)
+            case Stopping(reason=reason):
+                self._fail(EngineDeadError(f"engine at {self.address} stopped: {reason}"))
+            case _:
+                raise ProtocolError(f"unexpected {type(message).__name__}")
+
+    async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
+        try:
+            while True:
+                event = parse_monitor_message(await monitor.recv_multipart())
+                if event["event"] == zmq.EVENT_DISCONNECTED:
+                    # What the engine said before it went (a Stopping with its reason) may still be on its way.
+                    await asyncio.sleep(0.02)
+                    self._fail(
+                        EngineDeadError(
+                            f"engine at {self.address} (pid {self.info.pid}) died or its link broke; "
+                            "unfinished requests are lost: restart the engine and connect again"
+                        )
+                    )
+                    return
+        finally:
+            monitor.close(0)
+
+    def _fail(self, error: Exception) -> None:
+        """The link is of no further use: everyone who waits, and everyone who calls later, gets `error`."""
+        if self._dead is None:
+            self._dead = error
+        for stream in self._streams.values():
+            stream.put_nowait(self._dead)
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(self._dead)
+
+
+def _deadline_text(request: Generate, delta: SequenceDelta) -> str:
+    took = f" after {delta.report.e2e_s:.3f} s with {delta.report.output_tokens} tokens" if delta.report else ""
+    deadline = request.slo.deadline if request.slo else None
+    return f"request {request.request_id} missed its deadline of {deadline} s: stopped{took}"
+
+
+class EngineClient:
+    """Synchronous twin of AsyncEngineClient: the same calls, on a thread of its own. Safe to share among threads."""
+
+    def __init__(self, address: str, *, name: str = "", timeout: float = 10.0) -> None:
+        """Connect. Raises like AsyncEngineClient.connect."""
+        self._loop = LoopThread("superinfer-client")
+        try:
+            self._client = self._loop.run(AsyncEngineClient.connect(address, name=name, timeout=timeout))
+        except BaseException:
+            self._loop.close()
+            raise
+        self.address = address
+        self.info = self._client.info
+
+    def generate(self, request: Generate) -> Iterator[SequenceDelta]:
+        """See AsyncEngineClient.generate."""
+        return self._loop.iterate(self._client.generate(request))
+
+    def score(self, request: Score) -> tuple[list[TokenLogprob], RequestReport]:
+        """See AsyncEngineClient.score."""
+        return self._loop.run(self._client.score(request))
+
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        """See AsyncEngineClient.cancel."""
+        self._loop.loop.call_soon_threadsafe(self._client.cancel, request_id, index)
+
+    def health(self, timeout: float = 2.0) -> HealthReport:
+        """See AsyncEngineClient.health."""
+        return self._loop.run(self._client.health(timeout))
+
+    def stats(self, timeout: float = 5.0) -> StatsReport:
+        """See AsyncEngineClient.stats."""
+        return self._loop.run(self._client.stats(timeout))
+
+    def shutdown_engine(self) -> None:
+        """See AsyncEngineClient.shutdown_engine."""
+        self._loop.run(self._client.shutdown_engine())
+
+    def close(self) -> None:
+        """See AsyncEngineClient.close. Safe to call twice."""
+        if self._loop.loop.is_running():
+            self._loop.run(self._client.close())
+            self._loop.close()
+
+    @property
+    def alive(self) -> bool:
+        """See AsyncEngineClient.alive."""
+        return self._client.alive
+
+    def __enter__(self) -> EngineClient:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,98 @@
+"""An asyncio event loop on a thread of its own: how the synchronous API drives the asynchronous one."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import queue
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_END = object()
+
+
+class LoopThread:
+    """Runs coroutines for callers on other threads. `close` cancels what still runs; a closed loop refuses work."""
+
+    def __init__(self, name: str = "superinfer-loop") -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._thread.start()
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Start `coroutine` on the loop; its future can be waited for or cancelled from any thread."""
+        if threading.current_thread() is self._thread:
+            coroutine.close()
+            raise RuntimeError("a synchronous call was made on the event loop's own thread; use the async twin there")
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
+        """Run to the end and return the result. Ctrl-C and a timeout (seconds, TimeoutError) cancel the coroutine."""
+        future = self.submit(coroutine)
+        try:
+            return future.result(timeout)
+        except BaseException:
+            future.cancel()
+            raise
+
+    def iterate(self, source: AsyncIterator[T]) -> Iterator[T]:
+        """The items of an async iterator, for a synchronous caller. Leaving the loop early closes the source."""
+        items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        async def pump() -> None:
+            try:
+                async for item in source:
+                    items.put(item)
+            except BaseException as error:
+                items.put((_END, error))
+                raise
+            else:
+                items.put((_END, None))
+            finally:
+                close = getattr(source, "aclose", None)
+                if close is not None:
+                    await close()
+
+        future = self.submit(pump())
+        try:
+            while True:
+                item = items.get()
+                if isinstance(item, tuple) and len(item) == 2 and item[0] is _END:
+                    if item[1] is not None:
+                        raise item[1]
+                    return
+                yield item
+        finally:
+            future.cancel()
+
+    def close(self) -> None:
+        """Cancel everything, stop the loop and join its thread. Safe to call twice."""
+        if self._loop.is_closed() or not self._thread.is_alive():
+            return
+
+        async def cancel_all() -> None:
+            tasks = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        if threading.current_thread() is not self._thread:
+            asyncio.run_coroutine_threadsafe(cancel_all(), self._loop).result(5)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(5)

@@ -1,0 +1,226 @@
+"""Text in, text out, over the one door: tokenization, incremental detokenization and stop strings around a client.
+
+The language, the HTTP server and the command line all generate through `TextClient`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+from superinfer.errors import InvalidRequestError
+from superinfer.runtime.client import AsyncEngineClient, new_request_id
+from superinfer.runtime.protocol import (
+    FinishReason,
+    Generate,
+    ModelInfo,
+    RequestReport,
+    SamplingParams,
+    Score,
+    SequenceDelta,
+    TokenLogprob,
+)
+from superinfer.runtime.slo import SLO
+from superinfer.runtime.tokenization import Detokenizer, Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRequest:
+    """One prompt, as text (special tokens are parsed, none added: see Tokenizer.encode) or as token ids.
+
+    stop: strings that end the text; the match itself is left out of it.
+    add_special: let the tokenizer add its BOS and the like; False for a rendered chat template.
+    skip_special: leave special tokens out of the returned text.
+    """
+
+    prompt: str | Sequence[int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    slo: SLO | None = None
+    cache_salt: str = ""
+    program: str = ""
+    add_special: bool = True
+    skip_special: bool = True
+
+    def __post_init__(self) -> None:
+        for stop in self.stop:
+            if not isinstance(stop, str) or not stop:
+                raise InvalidRequestError(f"stop={stop!r} must be a string of at least one character")
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """New text of continuation `index`. The last delta has finish_reason and report.
+
+    stop: the stop string that ended it, where one did (finish_reason is then "stop").
+    """
+
+    index: int
+    text: str
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop: str | None = None
+    report: RequestReport | None = None
+
+
+@dataclass(slots=True)
+class TextResult:
+    """One finished continuation."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop: str | None = None
+    report: RequestReport | None = None
+
+    def add(self, delta: TextDelta) -> None:
+        """Append a delta of the same index."""
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        if delta.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + delta.logprobs
+        if delta.finish_reason is not None:
+            self.finish_reason, self.stop, self.report = delta.finish_reason, delta.stop, delta.report
+
+
+class TextClient:
+    """An engine connection with the model's tokenizer. Owns the connection. Use it on one event loop."""
+
+    def __init__(self, client: AsyncEngineClient, tokenizer: Tokenizer) -> None:
+        self.client = client
+        self.tokenizer = tokenizer
+
+    @classmethod
+    async def connect(cls, address: str, *, name: str = "", timeout: float = 10.0) -> TextClient:
+        """Connect, and load the model's tokenizer. Raises like AsyncEngineClient.connect, and ModelLoadError."""
+        client = await AsyncEngineClient.connect(address, name=name, timeout=timeout)
+        try:
+            return cls(client, Tokenizer(client.info.path))
+        except BaseException:
+            await client.close()
+            raise
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.client.info
+
+    def tokenize(self, request: TextRequest) -> list[int]:
+        """The prompt's token ids. Raises InvalidRequestError for an empty prompt."""
+        prompt = request.prompt
+        ids = self.tokenizer.encode(prompt, special=request.add_special) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise InvalidRequestError("the prompt is empty; give at least one token")
+        return ids
+
+    async def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
+        """Text deltas of all continuations as they come. Closing the iterator early cancels. Raises like `generate`."""
+        wire = Generate(
+            request_id=new_request_id(),
+            prompt=self.tokenize(request),
+            sampling=request.sampling,
+            slo=request.slo,
+            cache_salt=request.cache_salt,
+            program=request.program,
+        )
+        readers = [
+            _SequenceReader(self.tokenizer.detokenizer(skip_special=request.skip_special), request.stop)
+            for _ in range(request.sampling.n)
+        ]
+        async with contextlib.aclosing(self.client.generate(wire)) as deltas:
+            async for delta in deltas:
+                reader = readers[delta.index]
+                was_stopped = reader.stopped_by is not None
+                out = reader.read(delta)
+                if reader.stopped_by is not None and not was_stopped and delta.finish_reason is None:
+                    self.client.cancel(wire.request_id, delta.index)  # its last delta will bring the report
+                if out is not None:
+                    yield out
+
+    async def complete(self, request: TextRequest) -> list[TextResult]:
+        """All continuations, finished, by index. Raises like `stream`."""
+        results = [TextResult(index) for index in range(request.sampling.n)]
+        async with contextlib.aclosing(self.stream(request)) as deltas:
+            async for delta in deltas:
+                results[delta.index].add(delta)
+        return results
+
+    async def score(
+        self, prompt: Sequence[int], start: int, *, slo: SLO | None = None, cache_salt: str = "", program: str = ""
+    ) -> tuple[list[TokenLogprob], RequestReport]:
+        """Log probability of each of `prompt[start:]` given all before it; `start` >= 1."""
+        return await self.client.score(
+            Score(
+                request_id=new_request_id(),
+                prompt=list(prompt),
+                start=start,
+                slo=slo,
+                cache_salt=cache_salt,
+                program=program,
+            )
+        )
+
+    async def close(self) -> None:
+        """Close the connection; the engine lives on."""
+        await self.client.close()
+
+    async def __aenter__(self) -> TextClient:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+
+class _SequenceReader:
+    """Turns one sequence's token deltas into text deltas, holding back what may become a stop string."""
+
+    def __init__(self, detokenizer: Detokenizer, stop: tuple[str, ...]) -> None:
+        self._detokenizer = detokenizer
+        self._stop = stop
+        self._held = ""
+        self.stopped_by: str | None = None
+
+    def read(self, delta: SequenceDelta) -> TextDelta | None:
+        """None where there is nothing to pass on."""
+        finished = delta.finish_reason is not None
+        if self.stopped_by is not None:
+            if not finished:
+                return None
+            return TextDelta(delta.index, "", [], None, "stop", self.stopped_by, delta.report)
+        text = self._held + self._detokenizer.push(delta.token_ids)
+        if finished:
+            text += self._detokenizer.flush()
+        text, self._held, self.stopped_by = split_at_stop(text, self._stop)
+        if finished and self.stopped_by is None:
+            text, self._held = text + self._held, ""
+        reason = delta.finish_reason if self.stopped_by is None or not finished else "stop"
+        if not text and not delta.token_ids and not finished:
+            return None
+        return TextDelta(
+            delta.index,
+            text,
+            delta.token_ids,
+            delta.logprobs,
+            reason,
+            self.stopped_by if finished else None,
+            delta.report,
+        )
+
+
+def split_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str, str | None]:
+    """(certain text, held-back tail, stop string found). The earliest match wins; it and all after it are dropped.
+
+    The tail is the longest end of `text` that is a beginning of some stop string.
+    """
+    found = [(at, s) for s in stop if (at := text.find(s)) >= 0]
+    if found:
+        at, matched = min(found, key=lambda pair: pair[0])
+        return text[:at], "", matched
+    longest = max((len(s) for s in stop), default=1) - 1
+    for size in range(min(longest, len(text)), 0, -1):
+        if any(s.startswith(text[-size:]) for s in stop):
+            return text[:-size], text[-size:], None
+    return text, "", None

@@ -1,0 +1,108 @@
+"""Text to tokens and back: tokenizer, chat template, incremental detokenization. Never inside the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+from superinfer.errors import InvalidRequestError, ModelLoadError
+
+ChatMessage = dict[str, Any]
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer and chat template, by way of transformers."""
+
+    def __init__(self, path: str) -> None:
+        """`path`: a folder with a Hugging Face tokenizer. Raises ModelLoadError."""
+        from transformers import AutoTokenizer  # takes seconds to import; only who handles text pays
+
+        try:
+            self._hf = AutoTokenizer.from_pretrained(path)
+        except Exception as error:  # whatever a broken file makes the library raise
+            raise ModelLoadError(f"cannot load a tokenizer from {path!r}: {error}") from error
+        if not getattr(self._hf, "is_fast", False):
+            raise ModelLoadError(f"the tokenizer in {path!r} has no tokenizer.json; convert it with transformers first")
+        self._backend = self._hf.backend_tokenizer
+        self.eos_token_id: int | None = self._hf.eos_token_id
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._hf.chat_template)
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of `text`. `special`: add what the model wants around a prompt (a BOS, say); a rendered chat
+        template already holds it, so pass False there."""
+        try:
+            return list(self._backend.encode(text, add_special_tokens=special).ids)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise InvalidRequestError(f"prompt {text!r:.80} cannot be tokenized: {error}; give valid text") from error
+
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of `token_ids`."""
+        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special))
+
+    def render_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
+        """The prompt text for `messages` by the model's own template.
+
+        continue_final_message: the last (assistant) message is a beginning that the model is to continue.
+        Raises InvalidRequestError when the model has no template or the template refuses the messages.
+        """
+        if not self.has_chat_template:
+            raise InvalidRequestError(
+                "this model has no chat template: give it plain prompts (`/v1/completions`, or text without roles)"
+            )
+        try:
+            return str(
+                self._hf.apply_chat_template(
+                    list(messages),
+                    tools=list(tools) if tools else None,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt and not continue_final_message,
+                    continue_final_message=continue_final_message,
+                )
+            )
+        except Exception as error:  # a template is a program of the model's author: it may raise anything
+            raise InvalidRequestError(f"the chat template refused these messages: {error}") from error
+
+    def detokenizer(self, *, skip_special: bool = True) -> Detokenizer:
+        """A fresh incremental detokenizer for one sequence."""
+        return Detokenizer(self, skip_special)
+
+
+class Detokenizer:
+    """Text of a growing token sequence, given out as soon as it is certain (a character may span tokens)."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._stream = DecodeStream(skip_special_tokens=skip_special)
+        self._ids: list[int] = []
+        self._given = 0
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The new text after `token_ids`; "" while a character is incomplete."""
+        pieces = []
+        for token_id in token_ids:
+            self._ids.append(token_id)
+            piece = self._stream.step(self._tokenizer._backend, token_id)
+            if piece:
+                pieces.append(piece)
+        text = "".join(pieces)
+        self._given += len(text)
+        return text
+
+    def flush(self) -> str:
+        """What is left at the end, such as the bytes of a character that was cut off."""
+        whole = self._tokenizer.decode(self._ids, skip_special=self._skip_special)
+        rest, self._given = whole[self._given :], len(whole)
+        return rest
