@@ -12,7 +12,6 @@ import contextlib
 import os
 import select
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -102,8 +101,8 @@ def launch_engine(
             command,
             pass_fds=(report_write, lifeline_read),
             stdin=subprocess.DEVNULL,
-            # Ctrl-C reaches the whole foreground group; the engine must outlive its clients' farewell.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+            # Ctrl-C reaches the terminal's whole foreground group; the engine ends by its lifeline, after its clients.
+            start_new_session=True,
         )
     finally:
         os.close(report_write)

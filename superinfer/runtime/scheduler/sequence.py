@@ -108,7 +108,7 @@ class Sequence:
 
     @property
     def compute_length(self) -> int:
-        """Positions that can be computed by now: all known tokens and those in flight. Scoring needs no last position."""
+        """Positions that can be computed by now: of tokens known and in flight. Scoring needs no last position."""
         return len(self.tokens) + self.in_flight if self.score_start is None else self.num_prompt - 1
 
     @property
