@@ -27,7 +27,7 @@ from superinfer.runtime.protocol import (
     ToEngine,
 )
 from superinfer.runtime.scheduler.base import Scheduler
-from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
+from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate
 
 log = logging.getLogger("superinfer.engine")
 
@@ -63,7 +63,7 @@ class EngineLoop:
         self._scheduler = scheduler
         self._executor = executor
         self._max_queue = max_queue
-        self._live: dict[bytes, dict[str, list[Sequence]]] = defaultdict(dict)
+        self._live: dict[bytes, dict[str, list[Sequence]]] = defaultdict(dict)  # unfinished: client, request id
         self._num_live = 0
         self._counters = Counters()
         self._started = self._turned = self._pulsed = time.monotonic()
@@ -222,7 +222,9 @@ class EngineLoop:
     def _retire(self, sequence: Sequence) -> None:
         requests = self._live[sequence.owner]
         self._num_live -= 1
-        if all(s.status is Status.FINISHED for s in requests[sequence.request_id]):
+        unfinished = requests[sequence.request_id]
+        unfinished.remove(sequence)
+        if not unfinished:
             del requests[sequence.request_id]
             if not requests:
                 del self._live[sequence.owner]
