@@ -152,11 +152,7 @@ def test_only_the_last_positions_of_a_chunk_are_scored_when_few_are_asked(llama)
     sequence = stepper.add(prompt)
     plan = StepPlan(
         0,
-        (
-            SlotWork(
-                sequence.slot, 0, 11, tuple(prompt[:11]), tuple(sequence.blocks[:3]), score=tuple(prompt[8:12])
-            ),
-        ),
+        (SlotWork(sequence.slot, 0, 11, tuple(prompt[:11]), tuple(sequence.blocks[:3]), score=tuple(prompt[8:12])),),
         tuple(stepper.inits),
     )
     stepper.executor.submit(plan)
