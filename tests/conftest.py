@@ -1,0 +1,53 @@
+"""Shared fixtures: a small random model on disk, and one engine serving it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from superinfer.runtime.client import EngineClient
+from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.launch import EngineProcess, launch_engine
+
+
+@pytest.fixture(scope="session")
+def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a random float32 Llama: 512 tokens, context 1024. No tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.2,  # wide enough that greedy choices have clear margins
+        eos_token_id=2,
+        bos_token_id=1,
+    )
+    path = tmp_path_factory.mktemp("random-llama")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def engine(random_llama: Path) -> Iterator[EngineProcess]:
+    """One engine for every test that does not break it."""
+    config = EngineConfig(
+        model=str(random_llama), kv_tokens=4096, max_batch_tokens=128, max_batch_size=16, max_queue=64
+    )
+    with launch_engine(config) as process:
+        yield process
+
+
+@pytest.fixture
+def client(engine: EngineProcess) -> Iterator[EngineClient]:
+    """A connection of the test's own."""
+    with EngineClient(engine.address) as connection:
+        yield connection
