@@ -77,8 +77,9 @@ def filter_threshold(
 ) -> torch.Tensor:
     """The least logit that passes top_k, then top_p on what is left, then min_p: tokens at or above it are kept.
 
-    scaled: [rows, vocab] float32 from `temper`. weights: exp of it, float64. top_k: [rows] int64, 0 off. top_p: [rows] float64 in (0, 1], 1 off.
-    min_p: [rows] float64 in [0, 1]. Returns [rows] float32. At least the most likely token is kept.
+    scaled: [rows, vocab] float32 from `temper`. weights: exp of it, float64.
+    top_k: [rows] int64, 0 off. top_p: [rows] float64 in (0, 1], 1 off. min_p: [rows] float64 in [0, 1].
+    Returns [rows] float32. At least the most likely token is kept.
     """
     vocab = scaled.shape[1]
     top_k = torch.where((top_k == 0) | (top_k > vocab), vocab, top_k)
