@@ -41,12 +41,13 @@ class SamplingState:
         self._vocab = vocab_size
         self._device = device
         self._floats = torch.ones(slots, 6, dtype=torch.float64, device=device)
-        self._ints = torch.zeros(slots, 2, dtype=torch.int64, device=device)  # top_k, seed
+        self._top_k = torch.zeros(slots, dtype=torch.int64, device=device)
         self._stop_ids = torch.zeros(slots, 1, dtype=torch.int64, device=device)
         self._prompt_seen: torch.Tensor | None = None
         self._output_counts: torch.Tensor | None = None
 
         self._generated = np.zeros(slots, dtype=np.int64)
+        self._seeds = np.zeros(slots, dtype=np.uint64)
         self._min_tokens = np.zeros(slots, dtype=np.int64)
         self._top_logprobs = np.zeros(slots, dtype=np.int64)
         self._needs = np.zeros(slots, dtype=np.int64)
@@ -65,7 +66,8 @@ class SamplingState:
             params.presence_penalty,
         )
         self._floats[slot] = torch.tensor(floats, dtype=torch.float64)
-        self._ints[slot] = torch.tensor((min(params.top_k, self._vocab), _as_int64(init.seed)))
+        self._top_k[slot] = min(params.top_k, self._vocab)
+        self._seeds[slot] = init.seed % (1 << 64)
         self._generated[slot] = len(init.output)
         self._top_logprobs[slot] = params.logprobs or 0
         self._set_stop_ids(slot, init.stop_ids, params.min_tokens)
@@ -162,15 +164,15 @@ class SamplingState:
         return logits
 
     def _draw(self, logits: torch.Tensor, slots: np.ndarray, index: torch.Tensor) -> torch.Tensor:
-        floats, ints = self._floats[index], self._ints[index]
+        floats = self._floats[index]
         scaled = sampling.temper(logits, floats[:, TEMPERATURE].float())
         weights = scaled.exp().double()
         if (self._needs[slots] & FILTERED).any():
-            top_k, top_p, min_p = ints[:, 0], floats[:, TOP_P], floats[:, MIN_P]
+            top_k, top_p, min_p = self._top_k[index], floats[:, TOP_P], floats[:, MIN_P]
             threshold = sampling.filter_threshold(scaled, weights, top_k, top_p, min_p)
             weights.masked_fill_(scaled < threshold[:, None], 0.0)
-        counters = self._to_device(self._generated[slots])
-        return sampling.draw(weights, sampling.uniform(ints[:, 1], counters))
+        uniforms = sampling.uniform(self._seeds[slots], self._generated[slots].astype(np.uint64))
+        return sampling.draw(weights, self._to_device(uniforms))
 
     def top_logprobs(self, slot: int) -> int:
         """How many of the most likely tokens the slot's request wants to see."""
@@ -186,8 +188,3 @@ def _rows(row_needs: np.ndarray, need: int) -> np.ndarray:
 
 def _has_penalties(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
-
-
-def _as_int64(seed: int) -> int:
-    """The int64 with the seed's 64 bits."""
-    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
