@@ -39,6 +39,7 @@ class ModelExecutor:
         weight = model.lm_head.weight
         config = model.config
         self.limits = limits
+        self.depth = 1
         self.model_name = model_name
         self.path = path
         self.architecture = config.architecture
@@ -128,7 +129,7 @@ class ModelExecutor:
         result.logprobs = self._logprobs(sampled, slots, tokens)
 
     def _logprobs(self, sampled: Sampled, slots: np.ndarray, tokens: list[int]) -> dict[int, TokenLogprob]:
-        if sampled.logprobs is None:
+        if sampled.logprobs is None or sampled.logprob_rows is None:
             return {}
         found = {}
         chosen, ids, values = (part.tolist() for part in sampled.logprobs)
