@@ -74,7 +74,9 @@ class ScriptedClient:
             for index in range(request.sampling.n):
                 text = self.answer(prompt)
                 text, _, stop = split_at_stop(text + "\0", request.stop)
-                text = text.rstrip("\0")[: request.sampling.max_tokens * self.chars_per_token if request.sampling.max_tokens else None]
+                text = text.rstrip("\0")[
+                    : request.sampling.max_tokens * self.chars_per_token if request.sampling.max_tokens else None
+                ]
                 asked = request.sampling.logprobs is not None
                 for character in text:
                     top = [(ord(character), -0.5)] * (request.sampling.logprobs or 0)
