@@ -97,8 +97,10 @@ class ScriptedClient:
         self.scored.append((list(prompt), start, slo))
         self.open += 1
         self.most_open = max(self.most_open, self.open)
-        await asyncio.sleep(self.token_s)
-        self.open -= 1
+        try:
+            await asyncio.sleep(self.token_s)
+        finally:
+            self.open -= 1
         decode = self.tokenizer.decode
         scores = [
             TokenLogprob(prompt[i], self.logprob(decode(prompt[:i]), decode([prompt[i]])))
