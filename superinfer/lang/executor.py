@@ -244,6 +244,10 @@ class StreamExecutor:
     async def _drain(self) -> None:
         while self._steps:
             step = self._steps[0]
+            if isinstance(step, Ask):
+                self._steps.popleft()  # first: whoever is answered may rely on our being idle
+                _compute(step.compute, step.answer)
+                continue
             try:
                 await self._execute(step)
             except asyncio.CancelledError:
@@ -256,7 +260,7 @@ class StreamExecutor:
                 self._give_up(step)
             self._steps.popleft()
 
-    def _give_up(self, step: Step | Ask | Fork | Append) -> None:
+    def _give_up(self, step: Step | Fork | Append) -> None:
         assert self.error is not None
         for scope in self._scopes:
             scope.variable.fail(self.error)
@@ -267,10 +271,7 @@ class StreamExecutor:
             for child in step.children:
                 child.fail(self.error)
 
-    async def _execute(self, step: Step | Ask | Fork | Append) -> None:
-        if isinstance(step, Ask):
-            _compute(step.compute, step.answer)
-            return
+    async def _execute(self, step: Step | Fork | Append) -> None:
         if self.error is not None:
             return
         if isinstance(step, Fork):
