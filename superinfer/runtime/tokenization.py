@@ -32,6 +32,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._hf.chat_template)
 
+    @property
+    def template_takes_tools(self) -> bool:
+        """Whether the chat template mentions tools at all; one that does not would drop them in silence."""
+        return "tools" in str(self._hf.chat_template or "")
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`. `special`: add what the model wants around a prompt (a BOS, say); a rendered chat
         template already holds it, so pass False there."""
