@@ -12,7 +12,6 @@ import contextlib
 import os
 import select
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -41,7 +40,7 @@ class StartReport(msgspec.Struct, omit_defaults=True):
 class EngineProcess:
     """A running engine of our own. `close` ends it; leaving the `with` block or the interpreter does too."""
 
-    def __init__(self, process: subprocess.Popen[bytes], lifeline: int, folder: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], lifeline: int, folder: Path | None) -> None:
         self._process = process
         self._lifeline = lifeline
         self._folder = folder
@@ -68,7 +67,8 @@ class EngineProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> EngineProcess:
         return self
@@ -86,20 +86,23 @@ def launch_engine(
     when it is not ready within `timeout` seconds.
     """
     config = config or EngineConfig()
-    folder = Path(tempfile.mkdtemp(prefix="superinfer-"))
+    folder = None
     if not config.address:
+        folder = Path(tempfile.mkdtemp(prefix="superinfer-"))  # mode 0700: only this user can connect
         config = msgspec.structs.replace(config, address=f"ipc://{folder}/engine.sock")
     report_read, report_write = os.pipe()
     lifeline_read, lifeline_write = os.pipe()
     command = [sys.executable, "-m", "superinfer.runtime.engine", "--report-fd", str(report_write)]
     command += ["--lifeline-fd", str(lifeline_read), "--config", msgspec.json.encode(config).decode()]
+    if folder is not None:
+        command += ["--own-folder", str(folder)]
     try:
         process = subprocess.Popen(
             command,
             pass_fds=(report_write, lifeline_read),
             stdin=subprocess.DEVNULL,
-            # Ctrl-C reaches the whole foreground group; the engine must outlive its clients' farewell.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+            # Ctrl-C reaches the terminal's whole foreground group; the engine ends by its lifeline, after its clients.
+            start_new_session=True,
         )
     finally:
         os.close(report_write)

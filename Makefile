@@ -1,0 +1,49 @@
+# `make demo` and `make test` each work alone on a fresh machine with Python 3.11 or 3.12, git and make.
+
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
+# Named exactly, so that a CPU build that pip was configured to prefer is taken; any torch >=2.11,<2.14 works.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+# One math thread a process: the tests run several engines at once.
+QUIET := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: demo test lint types unit gpu bench-cpu clean
+
+demo: .venv/.runtime
+	@$(BIN)/superinfer demo
+
+test: lint types unit
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.dev
+	$(BIN)/mypy
+
+unit: .venv/.dev
+	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal --durations 5 tests
+
+gpu: .venv/.dev
+	$(BIN)/python -m pytest tests/gpu
+
+bench-cpu: .venv/.dev
+	$(BIN)/python benchmarks/cpu_throughput.py
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed; install one or run make PYTHON=/path/to/it"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.runtime: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/.dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@ .venv/.runtime
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

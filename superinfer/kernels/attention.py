@@ -1,0 +1,120 @@
+"""Paged attention in plain torch: the reference for every other backend, and what CPU engines run.
+
+The cache is block-first, `[num_blocks, layers, 2, page, kv_heads, head_dim]` (2: key, value), and contiguous. Seen as
+`[rows, kv_heads · head_dim]`, the key of token offset o of block b in layer l is row
+`((b · layers + l) · 2) · page + o`, its value `page` rows further. Views that start at a layer's first row therefore
+let one index tensor, made once per step for layer 0, address every layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+def layer_views(cache: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Per layer, the (key, value) rows that a layer-0 row index addresses.
+
+    cache: contiguous [num_blocks, layers, 2, page, kv_heads, head_dim].
+    Returns views [rows, kv_heads · head_dim]; row `block · layers · 2 · page + offset` is that layer's token.
+    """
+    _, layers, _, page, kv_heads, head_dim = cache.shape
+    rows = cache.view(-1, kv_heads * head_dim)
+    return [(rows[2 * layer * page :], rows[(2 * layer + 1) * page :]) for layer in range(layers)]
+
+
+def write_kv(k_rows: torch.Tensor, v_rows: torch.Tensor, index: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Store one layer's new keys and values.
+
+    k_rows, v_rows: a layer's pair from `layer_views`. index: [tokens] int64 rows. k, v: [tokens, kv_heads · head_dim].
+    """
+    k_rows.index_copy_(0, index, k)
+    v_rows.index_copy_(0, index, v)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionGroup:
+    """Consecutive query tokens answered by one attention call: `sequences` × `queries` of them.
+
+    Either many sequences with one query each (decode) or one sequence with many (a prefill chunk).
+
+    index: [sequences · context] int64 cache rows of the tokens attended to; where a sequence is shorter than the
+        group's context it repeats a row of its own, so that masked positions never read a foreign or unwritten row.
+    mask: additive, -inf where not attended, broadcast to [sequences, 1, queries, context]; None: attend to all, or
+        causally when `causal`.
+    """
+
+    sequences: int
+    queries: int
+    context: int
+    index: torch.Tensor
+    mask: torch.Tensor | None = None
+    causal: bool = False
+
+
+def group_attention(
+    q: torch.Tensor, k_rows: torch.Tensor, v_rows: torch.Tensor, group: AttentionGroup, kv_heads: int, scale: float
+) -> torch.Tensor:
+    """softmax(q kᵀ · scale + mask) v for one group.
+
+    q: [sequences · queries, heads, head_dim]. k_rows, v_rows: a layer's pair from `layer_views`.
+    Returns [sequences · queries, heads · head_dim].
+
+    Query heads that share a KV head are never matched by copies of it: a decode treats them as queries of one head,
+    a prefill chunk as heads over a stride-0 view.
+    """
+    tokens, heads, head_dim = q.shape
+    shared = heads // kv_heads
+    k = k_rows.index_select(0, group.index).view(group.sequences, group.context, kv_heads, head_dim)
+    v = v_rows.index_select(0, group.index).view(group.sequences, group.context, kv_heads, head_dim)
+    if group.queries == 1:
+        out = F.scaled_dot_product_attention(
+            q.view(tokens, kv_heads, shared, head_dim),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=group.mask,
+            scale=scale,
+        )
+        return out.reshape(tokens, heads * head_dim)
+    over = (kv_heads, shared, group.context, head_dim)
+    out = F.scaled_dot_product_attention(
+        q.view(tokens, kv_heads, shared, head_dim).permute(1, 2, 0, 3),
+        k[0].transpose(0, 1).unsqueeze(1).expand(over),
+        v[0].transpose(0, 1).unsqueeze(1).expand(over),
+        attn_mask=group.mask,
+        is_causal=group.causal,
+        scale=scale,
+    )
+    return out.permute(2, 0, 1, 3).reshape(tokens, heads * head_dim)
+
+
+class PagedAttention:
+    """One step's attention for all layers: where new tokens go in the cache, and who attends to what."""
+
+    def __init__(
+        self,
+        views: list[tuple[torch.Tensor, torch.Tensor]],
+        kv_heads: int,
+        write_index: torch.Tensor,
+        groups: list[AttentionGroup],
+    ) -> None:
+        """views: `layer_views` of the cache. write_index: [tokens] int64 rows. groups: in the order of the tokens."""
+        self._views = views
+        self._kv_heads = kv_heads
+        self._write_index = write_index
+        self._groups = groups
+        self._split = [group.sequences * group.queries for group in groups]
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """Store k and v of this step's tokens, then attend.
+
+        q: [tokens, heads, head_dim]. k, v: [tokens, kv_heads · head_dim]. Returns [tokens, heads · head_dim].
+        """
+        k_rows, v_rows = self._views[layer]
+        write_kv(k_rows, v_rows, self._write_index, k, v)
+        if len(self._groups) == 1:
+            return group_attention(q, k_rows, v_rows, self._groups[0], self._kv_heads, scale)
+        parts = zip(q.split(self._split), self._groups, strict=True)
+        return torch.cat([group_attention(part, k_rows, v_rows, g, self._kv_heads, scale) for part, g in parts])

@@ -1,0 +1,141 @@
+"""Choosing the next token of every row of a batch at once: plain torch, on any device.
+
+Randomness is counter-based: row r's uniform number is a hash of (its seed, the number of its output tokens), so a
+sequence draws the same numbers whatever else is in the batch. Filters are thresholds on the logits, so that ties are
+kept or dropped together, and the draw runs over token ids in ascending order: a row's token depends on that row alone.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# How many of the largest logits are looked at before a whole row is sorted: a sort of 4096 takes 6 times as long.
+TOP_CANDIDATES = 128
+
+
+def _signed(value: int) -> int:
+    """The int64 with the bits of a 64-bit unsigned integer: torch multiplies int64 modulo 2^64 as well."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+GOLDEN = _signed(0x9E3779B97F4A7C15)
+MIX_1 = _signed(0xBF58476D1CE4E5B9)
+MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift: torch's own keeps the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014; constants of Stafford's variant 13). int64 -> int64."""
+    x = (x ^ _shift_right(x, 30)) * MIX_1
+    x = (x ^ _shift_right(x, 27)) * MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def uniform(seeds: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
+    """Number `counter` of the splitmix64 stream that starts at the hashed seed, as a number in [0, 1).
+
+    seeds, counters: [rows] int64. Returns [rows] float64 with 53 random bits. Seeds are hashed first, so that
+    neighbouring seeds do not share a stream.
+    """
+    bits = _mix(_mix(seeds + GOLDEN) + (counters + 1) * GOLDEN)
+    return _shift_right(bits, 11).to(torch.float64) * 2.0**-53
+
+
+def penalize(
+    logits: torch.Tensor,
+    prompt_seen: torch.Tensor,
+    output_counts: torch.Tensor,
+    repetition: torch.Tensor,
+    frequency: torch.Tensor,
+    presence: torch.Tensor,
+) -> torch.Tensor:
+    """Repetition penalty as transformers defines it, then frequency and presence penalties as OpenAI defines them.
+
+    logits: [rows, vocab] float32. prompt_seen: [rows, vocab] bool. output_counts: [rows, vocab] int32.
+    repetition, frequency, presence: [rows] float32. Returns new logits.
+    """
+    generated = output_counts > 0
+    repeated = torch.where(logits > 0, logits / repetition[:, None], logits * repetition[:, None])
+    logits = torch.where(prompt_seen | generated, repeated, logits)
+    return logits - frequency[:, None] * output_counts - presence[:, None] * generated
+
+
+def temper(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """(logits − their maximum) / temperature: subtracting first keeps small temperatures from overflowing.
+
+    logits: [rows, vocab] float32. temperature: [rows] float32, above 0. Returns [rows, vocab] float32, at most 0.
+    """
+    return (logits - logits.amax(dim=-1, keepdim=True)) / temperature[:, None]
+
+
+def filter_threshold(
+    scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
+    """The least logit that passes top_k, then top_p on what is left, then min_p: tokens at or above it are kept.
+
+    scaled: [rows, vocab] float32 from `temper`. top_k: [rows] int64, 0 off. top_p: [rows] float64 in (0, 1], 1 off.
+    min_p: [rows] float64 in [0, 1]. Returns [rows] float32. At least the most likely token is kept.
+    """
+    vocab = scaled.shape[1]
+    top_k = torch.where((top_k == 0) | (top_k > vocab), vocab, top_k)
+    at_least = min_p.log().to(scaled.dtype)
+    candidates = min(TOP_CANDIDATES, vocab)
+    totals = scaled.double().exp().sum(dim=-1)
+    threshold, settled = _nucleus(scaled.topk(candidates, dim=-1).values, totals, top_k, top_p, vocab)
+    if not bool(settled.all()):
+        wide = (~settled).nonzero().squeeze(1)
+        in_order = scaled[wide].sort(dim=-1, descending=True).values
+        threshold[wide], _ = _nucleus(in_order, totals[wide], top_k[wide], top_p[wide], vocab)
+    return torch.maximum(threshold, at_least)
+
+
+def _nucleus(
+    values: torch.Tensor, totals: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, vocab: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(threshold of top_k and top_p, whether `values`, the largest logits in falling order, were enough to tell).
+
+    values: [rows, n]. totals: [rows] float64, sum of exp over the whole row. Both filters off: threshold -inf.
+    """
+    n = values.shape[1]
+    mass = values.double().exp().cumsum(dim=-1)
+    kth = (top_k.clamp(max=n) - 1)[:, None]
+    totals = torch.where(top_k < vocab, mass.gather(1, kth).squeeze(1), totals)
+    before = mass - values.double().exp()
+    kept = (before < (top_p * totals)[:, None]).sum(dim=-1, keepdim=True).clamp(min=1)
+    last = torch.where(top_p[:, None] < 1, torch.minimum(kept - 1, kth), kth)
+    threshold = values.gather(1, last).squeeze(1)
+    off = (top_k >= vocab) & (top_p >= 1)
+    enough = off | (top_k <= n) | ((top_k >= vocab) & (mass[:, -1] >= top_p * totals))
+    return torch.where(off, -torch.inf, threshold), enough
+
+
+def draw(scaled: torch.Tensor, uniforms: torch.Tensor, threshold: torch.Tensor | None = None) -> torch.Tensor:
+    """Inverse-transform sampling: the first id whose cumulative probability exceeds the uniform number.
+
+    scaled: [rows, vocab] float32 from `temper`. uniforms: [rows] float64 in [0, 1). threshold: [rows] or None for
+    all. Returns [rows] int64. Sums are float64: the float32 sum over a large vocabulary loses its rare tokens.
+    """
+    if threshold is not None:
+        scaled = scaled.masked_fill(scaled < threshold[:, None], -torch.inf)
+    cumulative = scaled.double().exp().cumsum(dim=-1)
+    targets = uniforms[:, None] * cumulative[:, -1:]
+    # Logits that are not numbers leave no id above the target; the last id is as good as any and stays in range.
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(1).clamp(max=scaled.shape[1] - 1)
+
+
+def token_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Natural log probabilities of the given tokens, and of the `top` most likely ones.
+
+    logits: [rows, vocab] float32, unmodified. tokens: [rows] int64.
+    Returns ([rows] float32, [rows, top] int64 ids, [rows, top] float32), most likely first.
+    """
+    normalizer = logits.logsumexp(dim=-1, keepdim=True)
+    chosen = (logits.gather(1, tokens[:, None]) - normalizer).squeeze(1)
+    best = logits.topk(min(top, logits.shape[1]), dim=-1)
+    return chosen, best.indices, best.values - normalizer

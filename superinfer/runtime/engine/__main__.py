@@ -1,0 +1,107 @@
+"""The engine process. Started by `runtime.launch`; see there for the report pipe and the lifeline."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import signal
+import sys
+
+import msgspec
+
+from superinfer.errors import InvalidRequestError, SuperinferError
+from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.engine.frontdoor import FrontDoor
+from superinfer.runtime.engine.intake import Intake
+from superinfer.runtime.engine.loop import EngineLoop
+from superinfer.runtime.kv.cache import KVCache
+from superinfer.runtime.launch import StartReport
+from superinfer.runtime.protocol import ModelInfo
+from superinfer.runtime.scheduler.base import SchedulerLimits
+from superinfer.runtime.scheduler.registry import POLICIES, build_scheduler
+
+
+def main() -> int:
+    """Load, serve, end. Exit status 0 after an orderly end, 1 when the start failed."""
+    parser = argparse.ArgumentParser(prog="python -m superinfer.runtime.engine", description=__doc__)
+    parser.add_argument("--config", required=True, help="EngineConfig as JSON")
+    parser.add_argument("--report-fd", type=int, help="pipe to report the start on")
+    parser.add_argument("--lifeline-fd", type=int, help="pipe whose end means that the parent is gone")
+    parser.add_argument("--own-folder", help="folder of the socket, removed at the end")
+    arguments = parser.parse_args()
+    logging.basicConfig(format="engine %(levelname)s %(message)s", level=logging.WARNING)
+    reporter = StartReporter(arguments.report_fd)
+    try:
+        config = msgspec.json.decode(arguments.config, type=EngineConfig)
+        loop, address = build_engine(config, reporter, arguments.lifeline_fd)
+    except SuperinferError as error:
+        reporter.say(StartReport(error=str(error), code=error.code))
+        return 1
+    except Exception as error:
+        reporter.say(StartReport(error=f"the engine could not start: {error!r}", code=SuperinferError.code))
+        raise
+    signal.signal(signal.SIGTERM, lambda *_: loop.stop("it was terminated"))
+    reporter.say(StartReport(address=address))
+    try:
+        loop.run()
+    finally:
+        if arguments.own_folder:
+            shutil.rmtree(arguments.own_folder, ignore_errors=True)
+    return 0
+
+
+class StartReporter:
+    """Writes start reports to the parent's pipe, or to stderr when there is none."""
+
+    def __init__(self, fd: int | None) -> None:
+        self._fd = fd
+
+    def progress(self, stage: str, fraction: float) -> None:
+        """Tell how far a stage of the start has come, 0..1."""
+        self.say(StartReport(stage=stage, progress=fraction))
+
+    def say(self, report: StartReport) -> None:
+        """Write one line; a parent that has gone is no reason to fail here, the lifeline will tell."""
+        if self._fd is None:
+            print(msgspec.json.encode(report).decode(), file=sys.stderr)
+            return
+        try:
+            os.write(self._fd, msgspec.json.encode(report) + b"\n")
+        except BrokenPipeError:
+            self._fd = None
+
+
+def build_engine(config: EngineConfig, reporter: StartReporter, lifeline_fd: int | None) -> tuple[EngineLoop, str]:
+    """An engine ready to run, bound to its address, which is returned too. Raises SuperinferError."""
+    if config.policy not in POLICIES:  # before minutes of loading, not after
+        raise InvalidRequestError(f"policy {config.policy!r} is unknown; choose one of {', '.join(sorted(POLICIES))}")
+    from superinfer.runtime.engine.model_executor import build_executor  # imports torch: after the cheap checks
+
+    executor = build_executor(config, reporter.progress)
+    limits = executor.limits
+    info = ModelInfo(
+        model=executor.model_name,
+        path=executor.path,
+        architecture=executor.architecture,
+        vocab_size=limits.vocab_size,
+        max_model_len=limits.max_model_len,
+        eos_token_ids=tuple(executor.eos_token_ids),
+        dtype=executor.dtype,
+        device=executor.device,
+        page_size=limits.page_size,
+        num_blocks=limits.num_blocks,
+        policy=config.policy,
+        pid=os.getpid(),
+    )
+    kv = KVCache(limits.num_blocks, limits.page_size, prefix_cache=config.prefix_cache)
+    scheduler = build_scheduler(
+        config.policy, kv, SchedulerLimits(limits.num_slots, config.max_batch_tokens, limits.max_model_len)
+    )
+    door = FrontDoor(config.address, info, lifeline_fd)
+    return EngineLoop(door, Intake(info, config.seed), scheduler, executor, config.max_queue), door.address
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""Runs step plans on a model with plain torch kernels, in this process: the executor of CPU engines."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from superinfer.errors import InvalidRequestError, ModelLoadError, UnsupportedError
+from superinfer.kernels.attention import PagedAttention, layer_views
+from superinfer.kernels.sampling import token_logprobs
+from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.engine.executor import ExecutorLimits
+from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
+from superinfer.runtime.engine.step_inputs import BlockTables, StepAssembler, StepInputs
+from superinfer.runtime.models.config import ModelConfig, load_config
+from superinfer.runtime.models.decoder import CausalLM
+from superinfer.runtime.models.loader import Progress, check_architecture, load_model, resolve_model
+from superinfer.runtime.protocol import TokenLogprob
+from superinfer.runtime.scheduler.plan import StepPlan, StepResult
+
+# Default pool: room for every slot at this length, within this share of the memory that is free.
+DEFAULT_SEQUENCE_TOKENS = 2048
+DEFAULT_MEMORY_SHARE = 0.25
+
+
+class ModelExecutor:
+    """Implements `Executor`. `submit` runs the step at once; `collect` returns its result or raises what it raised.
+
+    A step that raised has still freed, initialised and extended the slots its plan names; its tokens are lost, later
+    plans run as usual.
+    """
+
+    def __init__(self, model: CausalLM, limits: ExecutorLimits, *, model_name: str, path: str) -> None:
+        weight = model.lm_head.weight
+        config = model.config
+        self.limits = limits
+        self.model_name = model_name
+        self.path = path
+        self.architecture = config.architecture
+        self.eos_token_ids = config.eos_token_ids
+        self.dtype = str(weight.dtype).removeprefix("torch.")
+        self.device = str(weight.device)
+
+        page = limits.page_size
+        shape = (limits.num_blocks, config.num_layers, 2, page, config.num_kv_heads, config.head_dim)
+        # Zeros are mapped lazily: memory is taken as blocks are first used.
+        self.cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self._model = model
+        self._device = weight.device
+        self._views = layer_views(self.cache)
+        blocks_per_slot = -(-limits.max_model_len // page)
+        self._tables = BlockTables(limits.num_slots, blocks_per_slot, limits.num_blocks, config.num_layers * 2 * page)
+        token_bytes = 2 * config.kv_row * weight.dtype.itemsize
+        self._assembler = StepAssembler(self._tables, page, token_bytes, weight.dtype, self._device)
+        self._sampling = SamplingState(limits.num_slots, config.vocab_size, self._device)
+        self._last_tokens = torch.zeros(limits.num_slots, dtype=torch.int64, device=self._device)
+        self._results: deque[StepResult | Exception] = deque()
+
+    def submit(self, plan: StepPlan) -> None:
+        started = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                result = self._run(plan)
+        except Exception as error:
+            self._results.append(error)
+            return
+        result.elapsed = time.perf_counter() - started
+        self._results.append(result)
+
+    def collect(self) -> StepResult:
+        """Raises what the step raised; RuntimeError when no step is waiting to be collected."""
+        if not self._results:
+            raise RuntimeError("collect() without a submitted step")
+        result = self._results.popleft()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def close(self) -> None:
+        """Results not collected are dropped; the executor cannot be used afterwards."""
+        self._results.clear()
+        self._views.clear()
+        self.cache = torch.empty(0)
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        for slot in plan.freed:
+            self._tables.clear(slot)
+            self._sampling.release(slot)
+        for init in plan.init:
+            self._tables.clear(init.slot)
+            self._sampling.start(init)
+        for work in plan.work:
+            self._tables.append(work.slot, work.new_blocks)
+        result = StepResult(plan.step)
+        if plan.work:
+            inputs = self._assembler.assemble(plan.work)
+            hidden = self._forward(inputs)
+            self._sample(inputs, hidden, result)
+            self._score(inputs, hidden, result)
+        return result
+
+    def _forward(self, inputs: StepInputs) -> torch.Tensor:
+        """[tokens, hidden]"""
+        if inputs.continued is not None:
+            rows, slots = inputs.continued
+            inputs.ids.index_copy_(0, rows, self._last_tokens.index_select(0, slots))
+        kv_heads = self._model.config.num_kv_heads
+        attention = PagedAttention(self._views, kv_heads, inputs.write_index, inputs.groups)
+        hidden: torch.Tensor = self._model(inputs.ids, inputs.positions, attention)
+        return hidden
+
+    def _sample(self, inputs: StepInputs, hidden: torch.Tensor, result: StepResult) -> None:
+        picked = [i for i, work in enumerate(inputs.work) if work.sample]
+        if not picked:
+            return
+        slots = np.array([inputs.work[i].slot for i in picked], dtype=np.int64)
+        if len(picked) < len(hidden):
+            hidden = hidden.index_select(0, torch.from_numpy(inputs.last_rows[picked]).to(self._device))
+        sampled = self._sampling.sample(self._model.logits(hidden), slots)
+        self._last_tokens.index_copy_(0, torch.from_numpy(slots).to(self._device), sampled.tokens)
+        tokens = sampled.tokens.tolist()
+        result.tokens = dict(zip(slots.tolist(), tokens, strict=True))
+        result.logprobs = self._logprobs(sampled, slots, tokens)
+
+    def _logprobs(self, sampled: Sampled, slots: np.ndarray, tokens: list[int]) -> dict[int, TokenLogprob]:
+        if sampled.logprobs is None:
+            return {}
+        found = {}
+        chosen, ids, values = (part.tolist() for part in sampled.logprobs)
+        for i, row in enumerate(sampled.logprob_rows.tolist()):
+            slot = int(slots[row])
+            top = list(zip(ids[i], values[i], strict=True))[: self._sampling.top_logprobs(slot)]
+            found[slot] = TokenLogprob(tokens[row], chosen[i], top)
+        return found
+
+    def _score(self, inputs: StepInputs, hidden: torch.Tensor, result: StepResult) -> None:
+        """Logits of all scored positions of the step at once; most steps score nothing."""
+        scored = [i for i, work in enumerate(inputs.work) if work.score]
+        if not scored:
+            return
+        rows = np.concatenate([np.arange(-len(inputs.work[i].score), 0) + inputs.last_rows[i] + 1 for i in scored])
+        tokens = np.concatenate([np.array(inputs.work[i].score, dtype=np.int64) for i in scored])
+        logits = self._model.logits(hidden.index_select(0, torch.from_numpy(rows).to(self._device)))
+        values, _, _ = token_logprobs(logits, torch.from_numpy(tokens).to(self._device), 0)
+        logprobs = iter(values.tolist())
+        for i in scored:
+            work = inputs.work[i]
+            result.scores[work.slot] = [TokenLogprob(token, next(logprobs)) for token in work.score]
+
+
+def build_executor(config: EngineConfig, on_progress: Progress | None = None) -> ModelExecutor:
+    """Load the model that `config` names and make room for its KV cache.
+
+    on_progress: called with a label and a fraction 0..1 while loading.
+    Raises ModelLoadError (no such model, or damaged), UnsupportedError (known, but not implemented here), or
+    InvalidRequestError (settings that cannot work together).
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = _device(config)
+    path = resolve_model(config.model)
+    check_architecture(path)
+    model_config = load_config(path)
+    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    limits = _limits(config, model_config, dtype)
+    model = load_model(
+        path,
+        model_config,
+        dtype=dtype,
+        device=device,
+        load_format=config.load_format,
+        seed=config.seed,
+        on_progress=on_progress,
+    )
+    return ModelExecutor(model, limits, model_name=config.model, path=str(path))
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "cuda":
+        raise UnsupportedError("device='cuda' is not supported by this executor yet; use device='cpu'")
+    return torch.device("cpu")
+
+
+def _limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> ExecutorLimits:
+    wanted_len = min(model.max_position_embeddings, config.max_model_len or model.max_position_embeddings)
+    if model.sliding_window is not None and wanted_len > model.sliding_window:
+        raise UnsupportedError(
+            f"{model.architecture} limits attention to a window of {model.sliding_window} tokens, which is not "
+            f"implemented; set max_model_len to at most {model.sliding_window}"
+        )
+    num_blocks = _pool_tokens(config, model, dtype, wanted_len) // config.page_size
+    if num_blocks < 1:
+        raise InvalidRequestError(
+            f"the KV pool of {config.kv_tokens} tokens holds no block of page_size={config.page_size}; "
+            "raise kv_tokens or lower page_size"
+        )
+    return ExecutorLimits(
+        num_blocks=num_blocks,
+        page_size=config.page_size,
+        num_slots=config.max_batch_size,
+        max_model_len=min(wanted_len, num_blocks * config.page_size),
+        vocab_size=model.vocab_size,
+    )
+
+
+def _pool_tokens(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, model_len: int) -> int:
+    per_token = model.kv_bytes_per_token(dtype)
+    if config.kv_tokens is not None:
+        return config.kv_tokens
+    page = config.page_size
+    per_sequence = -(-min(model_len, DEFAULT_SEQUENCE_TOKENS) // page) * page
+    tokens = min(config.max_batch_size * per_sequence, int(_free_memory() * DEFAULT_MEMORY_SHARE) // per_token)
+    if tokens < page:
+        raise ModelLoadError(
+            f"{_free_memory() >> 20} MiB of free memory leave no room for one KV block of {page * per_token} bytes"
+        )
+    return tokens
+
+
+def _free_memory() -> int:
+    """Bytes that can be used without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

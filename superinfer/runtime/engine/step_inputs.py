@@ -1,0 +1,171 @@
+"""A StepPlan's work as index tensors: assembled once per step with numpy, the same for every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from superinfer.kernels.attention import AttentionGroup
+from superinfer.runtime.scheduler.plan import SlotWork
+
+# Decodes of similar length share one attention call as long as what it gathers stays in a core's cache: measured on
+# CPU, calls over 1 MiB are slower than the same work in several.
+GROUP_BYTES = 1 << 20
+
+
+class BlockTables:
+    """The KV blocks of every slot, on the host.
+
+    Entries are first rows, not block ids: `block · rows_per_block`, ready to be added to an offset in the block.
+    """
+
+    def __init__(self, slots: int, blocks_per_slot: int, num_blocks: int, rows_per_block: int) -> None:
+        """rows_per_block: distance of two blocks' first rows, layers · 2 · page."""
+        self._rows = np.zeros((slots, blocks_per_slot), dtype=np.int64)
+        self._used = np.zeros(slots, dtype=np.int64)
+        self._num_blocks = num_blocks
+        self._rows_per_block = rows_per_block
+
+    def clear(self, slot: int) -> None:
+        self._used[slot] = 0
+
+    def append(self, slot: int, blocks: Sequence[int]) -> None:
+        """Raises ValueError for block ids the pool does not have, or more blocks than the longest sequence needs."""
+        if not blocks:
+            return
+        used = int(self._used[slot])
+        if used + len(blocks) > self._rows.shape[1]:
+            raise ValueError(f"slot {slot} would hold {used + len(blocks)} blocks; {self._rows.shape[1]} is the most")
+        if min(blocks) < 0 or max(blocks) >= self._num_blocks:
+            raise ValueError(f"block ids {blocks} are not within 0..{self._num_blocks - 1}")
+        self._rows[slot, used : used + len(blocks)] = np.asarray(blocks, dtype=np.int64) * self._rows_per_block
+        self._used[slot] += len(blocks)
+
+    def check(self, slots: np.ndarray, ends: np.ndarray, page: int) -> None:
+        """Raises ValueError where a slot's blocks do not reach `ends` tokens: writing there would hit foreign KV."""
+        short = self._used[slots] * page < ends
+        if short.any():
+            slot, end = slots[short][0], ends[short][0]
+            raise ValueError(f"slot {slot} computes up to position {end} with only {self._used[slot]} blocks of {page}")
+
+    def rows(self, slots: np.ndarray, length: int, page: int) -> np.ndarray:
+        """[slots, length] cache rows of positions 0 .. length - 1."""
+        first = self._rows[slots, : (length - 1) // page + 1]
+        rows = first[:, :, None] + np.arange(page)
+        return rows.reshape(len(slots), -1)[:, :length]
+
+    def rows_at(self, slots: np.ndarray, positions: np.ndarray, page: int) -> np.ndarray:
+        """[tokens] cache row of each (slot, position)."""
+        rows: np.ndarray = self._rows[slots, positions // page] + positions % page
+        return rows
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """One step's inputs. Rows are in the order of `work`, which is not the plan's: single tokens first, by length.
+
+    ids, positions, write_index: [tokens] int64 on the device. ids of decodes are 0 until `continued` are filled in.
+    continued: rows and their slots whose token is the one sampled last in the slot; None when there are none.
+    groups: attention calls, covering the rows in order.
+    last_rows: the row of each work's last token.
+    """
+
+    work: list[SlotWork]
+    ids: torch.Tensor
+    positions: torch.Tensor
+    write_index: torch.Tensor
+    continued: tuple[torch.Tensor, torch.Tensor] | None
+    groups: list[AttentionGroup]
+    last_rows: np.ndarray
+
+
+class StepAssembler:
+    """Turns work into StepInputs for one cache and device."""
+
+    def __init__(
+        self, tables: BlockTables, page: int, token_bytes: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """token_bytes: key and value of one token in one layer. dtype: of attention masks, the model's."""
+        self._tables = tables
+        self._page = page
+        self._dtype = dtype
+        self._device = device
+        self._group_tokens = max(1, GROUP_BYTES // token_bytes)
+
+    def assemble(self, work: Sequence[SlotWork]) -> StepInputs:
+        """Raises ValueError where a slot's blocks do not cover its work."""
+        singles = sorted((w for w in work if w.length == 1), key=lambda w: w.start)
+        chunks = [w for w in work if w.length > 1]
+        ordered = singles + chunks
+        lengths = np.array([w.length for w in ordered], dtype=np.int64)
+        slots = np.array([w.slot for w in ordered], dtype=np.int64)
+        starts = np.array([w.start for w in ordered], dtype=np.int64)
+        ends = starts + lengths
+        self._tables.check(slots, ends, self._page)
+
+        last_rows = np.cumsum(lengths) - 1
+        token_slots = np.repeat(slots, lengths)
+        positions = np.arange(len(token_slots)) - np.repeat(last_rows - (ends - 1), lengths)
+        decodes = len(singles)
+        groups = self._decode_groups(slots[:decodes], ends[:decodes])
+        groups += [self._chunk_group(w.slot, w.start, w.length) for w in chunks]
+        return StepInputs(
+            work=ordered,
+            ids=self._to_device(self._ids(ordered)),
+            positions=self._to_device(positions),
+            write_index=self._to_device(self._tables.rows_at(token_slots, positions, self._page)),
+            continued=self._continued(singles, slots),
+            groups=groups,
+            last_rows=last_rows,
+        )
+
+    @staticmethod
+    def _ids(ordered: list[SlotWork]) -> np.ndarray:
+        ids: list[int] = []
+        for work in ordered:
+            ids.extend(work.tokens or (0,))
+        return np.array(ids, dtype=np.int64)
+
+    def _continued(self, singles: list[SlotWork], slots: np.ndarray) -> tuple[torch.Tensor, torch.Tensor] | None:
+        rows = np.array([row for row, work in enumerate(singles) if work.is_decode], dtype=np.int64)
+        if not len(rows):
+            return None
+        return self._to_device(rows), self._to_device(slots[rows])
+
+    def _decode_groups(self, slots: np.ndarray, contexts: np.ndarray) -> list[AttentionGroup]:
+        """One group per run of the (ascending) contexts whose padded size stays within GROUP_BYTES."""
+        groups, first = [], 0
+        for last in range(len(slots)):
+            ends_here = last + 1 == len(slots)
+            if ends_here or (last + 2 - first) * contexts[last + 1] > self._group_tokens:
+                groups.append(self._decode_group(slots[first : last + 1], contexts[first : last + 1]))
+                first = last + 1
+        return groups
+
+    def _decode_group(self, slots: np.ndarray, contexts: np.ndarray) -> AttentionGroup:
+        longest = int(contexts[-1])
+        rows = self._tables.rows(slots, longest, self._page)
+        mask = None
+        if contexts[0] != longest:
+            attended = np.arange(longest) < contexts[:, None]
+            rows = np.where(attended, rows, rows[:, :1])
+            mask = self._mask(attended[:, None, None, :])
+        return AttentionGroup(len(slots), 1, longest, self._to_device(rows.reshape(-1)), mask)
+
+    def _chunk_group(self, slot: int, start: int, length: int) -> AttentionGroup:
+        context = start + length
+        rows = self._to_device(self._tables.rows(np.array([slot]), context, self._page).reshape(-1))
+        if start == 0:
+            return AttentionGroup(1, length, context, rows, causal=True)
+        attended = np.arange(context) <= np.arange(start, context)[:, None]
+        return AttentionGroup(1, length, context, rows, self._mask(attended))
+
+    def _mask(self, attended: np.ndarray) -> torch.Tensor:
+        mask = np.where(attended, np.float32(0), np.float32(-np.inf))
+        return torch.from_numpy(mask).to(self._device, self._dtype)
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)

@@ -1,0 +1,165 @@
+"""What a model's code needs of its checkpoint's config.json, whichever generation of transformers wrote it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from superinfer.errors import ModelLoadError, UnsupportedError
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """inv_freq: head_dim / 2 inverse frequencies in radians per position; scaling: factor on cos and sin (YaRN)."""
+
+    inv_freq: tuple[float, ...]
+    scaling: float
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches of a Llama-like decoder.
+
+    sliding_window: tokens a layer may look back, where the checkpoint limits it; None: no limit.
+    dtype: the checkpoint's own.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    sliding_window: int | None
+    initializer_range: float
+    eos_token_ids: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def kv_row(self) -> int:
+        """Numbers in one token's key (or value) of one layer."""
+        return self.num_kv_heads * self.head_dim
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes one token's keys and values take over all layers."""
+        return self.num_layers * 2 * self.kv_row * dtype.itemsize
+
+
+def read_architecture(path: Path) -> str:
+    """The architecture a checkpoint folder names, before anything else of it is believed. Raises ModelLoadError."""
+    config = _read_json(path / "config.json")
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise ModelLoadError(f'{path / "config.json"} names no "architectures"; is this a causal language model?')
+    return names[0]
+
+
+def load_config(path: Path) -> ModelConfig:
+    """Read `path`/config.json (and generation_config.json for the eos ids).
+
+    Raises ModelLoadError (missing, malformed or inconsistent) or UnsupportedError (a feature not implemented).
+    """
+    from transformers import AutoConfig  # slow to import: only where a checkpoint is read
+
+    architecture = read_architecture(path)
+    try:
+        hf = AutoConfig.from_pretrained(path, local_files_only=True)
+        return _from_transformers(architecture, hf, _eos_token_ids(path, hf))
+    except (ModelLoadError, UnsupportedError):
+        raise
+    except Exception as error:  # transformers validates with many exception types
+        raise ModelLoadError(f"{path / 'config.json'} is not a valid {architecture} config: {error}") from error
+
+
+def _from_transformers(architecture: str, hf: Any, eos_token_ids: tuple[int, ...]) -> ModelConfig:
+    if hf.hidden_act != "silu":
+        raise UnsupportedError(f"hidden_act={hf.hidden_act!r} is not supported; only 'silu' is")
+    heads, kv_heads = hf.num_attention_heads, hf.num_key_value_heads or hf.num_attention_heads
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // heads
+    if heads % kv_heads:
+        raise ModelLoadError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        intermediate_size=hf.intermediate_size,
+        num_layers=hf.num_hidden_layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=hf.max_position_embeddings,
+        rms_norm_eps=hf.rms_norm_eps,
+        rope=_rope(hf, head_dim),
+        tie_word_embeddings=bool(hf.tie_word_embeddings),
+        attention_bias=bool(getattr(hf, "attention_bias", False)),
+        mlp_bias=bool(getattr(hf, "mlp_bias", False)),
+        sliding_window=_sliding_window(hf),
+        initializer_range=hf.initializer_range,
+        eos_token_ids=eos_token_ids,
+        dtype=hf.dtype if isinstance(hf.dtype, torch.dtype) else torch.float32,
+    )
+
+
+def _rope(hf: Any, head_dim: int) -> RopeConfig:
+    """Inverse frequencies by transformers' own functions: AutoConfig has turned the old form into the new one."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = hf.rope_parameters
+    kind = parameters.get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        raise UnsupportedError(f"rope_type={kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedError(
+            f"partial_rotary_factor={parameters['partial_rotary_factor']} is not supported; only 1 is"
+        )
+    if kind == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        return RopeConfig(tuple((1.0 / parameters["rope_theta"] ** exponents).tolist()), 1.0)
+    inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](hf, torch.device("cpu"))
+    return RopeConfig(tuple(inv_freq.tolist()), float(scaling))
+
+
+def _sliding_window(hf: Any) -> int | None:
+    """Mistral limits every layer whenever sliding_window is set; Qwen lists the limited layers in layer_types."""
+    window = getattr(hf, "sliding_window", None)
+    layer_types = getattr(hf, "layer_types", None)
+    if window is None or (layer_types is not None and "sliding_attention" not in layer_types):
+        return None
+    return int(window)
+
+
+def _eos_token_ids(path: Path, hf: Any) -> tuple[int, ...]:
+    """generation_config.json, where present, knows of end-of-turn ids that config.json does not."""
+    eos = hf.eos_token_id
+    generation = path / "generation_config.json"
+    if generation.is_file():
+        eos = _read_json(generation).get("eos_token_id", eos)
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelLoadError(f"{path} does not exist; the folder is not a Hugging Face checkpoint") from error
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{path} holds {type(value).__name__}, not a JSON object")
+    return value

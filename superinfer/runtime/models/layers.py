@@ -1,0 +1,120 @@
+"""Layers shared by all model definitions. Tokens of a step are flat: activations are [tokens, hidden].
+
+Modules carry the names of the checkpoint's tensors, except that projections of one input are fused into one matrix;
+`FusedLinear.parts` says which rows belong to which checkpoint tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from superinfer.kernels.activation import silu_and_mul
+from superinfer.kernels.norm import add_rms_norm, rms_norm
+from superinfer.kernels.rope import apply_rope, rope_angles
+from superinfer.runtime.models.config import ModelConfig, RopeConfig
+
+
+class AttentionBackend(Protocol):
+    """One step's attention, prepared by an executor: `superinfer.kernels.attention.PagedAttention` and the like."""
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads · head_dim]. Returns [tokens, heads · head_dim]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What every layer of one step shares. cos, sin: [tokens, 1, head_dim]."""
+
+    attention: AttentionBackend
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normed sum, sum); `residual` is overwritten."""
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class Linear(nn.Module):
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class FusedLinear(Linear):
+    """Several projections of one input as one matrix. parts: checkpoint module name -> its rows, in order."""
+
+    def __init__(self, inputs: int, parts: dict[str, int], bias: bool = False) -> None:
+        super().__init__(inputs, sum(parts.values()), bias)
+        self.parts = parts
+
+
+class RotaryEmbedding(nn.Module):
+    def __init__(self, rope: RopeConfig) -> None:
+        super().__init__()
+        self.scaling = rope.scaling
+        # float32 whatever the model's dtype: half precision cannot tell neighbouring positions apart.
+        self.inv_freq = nn.Buffer(torch.tensor(rope.inv_freq, dtype=torch.float32), persistent=False)
+
+    def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        return rope_angles(positions, self.inv_freq, self.scaling, dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the paged cache. qk_norm: RMSNorm on every query and key head before rotation."""
+
+    def __init__(
+        self, config: ModelConfig, layer: int, qkv_bias: bool = False, out_bias: bool = False, qk_norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.scale = config.head_dim**-0.5
+        q_size, kv_size = self.heads * self.head_dim, config.kv_row
+        parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv_proj = FusedLinear(config.hidden_size, parts, qkv_bias)
+        self.o_proj = Linear(q_size, config.hidden_size, out_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if qk_norm else None
+
+    def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+        qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
+        rotated = self.heads + self.kv_heads
+        qk, v = qkv[:, :rotated], qkv[:, rotated:].flatten(1)
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.cat((self.q_norm(qk[:, : self.heads]), self.k_norm(qk[:, self.heads :])), dim=1)
+        qk = apply_rope(qk, step.cos, step.sin)
+        q, k = qk[:, : self.heads], qk[:, self.heads :].flatten(1)
+        return self.o_proj(step.attention.attend(self.layer, q, k, v, self.scale))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward layer."""
+
+    def __init__(self, config: ModelConfig, bias: bool = False) -> None:
+        super().__init__()
+        parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
+        self.gate_up_proj = FusedLinear(config.hidden_size, parts, bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))

@@ -1,0 +1,195 @@
+"""From a model's name to a model with weights: finding the folder, streaming safetensors into fused parameters."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from superinfer.errors import ModelLoadError, UnsupportedError
+from superinfer.runtime.config import EMBEDDED
+from superinfer.runtime.models.config import ModelConfig, load_config, read_architecture
+from superinfer.runtime.models.decoder import CausalLM
+from superinfer.runtime.models.layers import FusedLinear, RMSNorm
+from superinfer.runtime.models.registry import model_class
+
+Progress = Callable[[str, float], None]
+
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def resolve_model(model: str) -> Path:
+    """The folder of a checkpoint: the embedded one, a local folder, or a hub name's downloaded snapshot.
+
+    Raises ModelLoadError when there is no such folder, or the hub cannot be reached and holds no cached copy.
+    """
+    if model == EMBEDDED:
+        from superinfer.embedded import model_path
+
+        return Path(model_path())
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelLoadError(f"model={model!r} is a file; give the folder that holds config.json and *.safetensors")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
+        raise ModelLoadError(f"model={model!r} is not an existing folder, a hub name (owner/name), or {EMBEDDED!r}")
+    return _download(model)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # HTTP, DNS, authentication and cache errors share no base class
+        raise ModelLoadError(
+            f"model={name!r} is no local folder and could not be had from the Hugging Face hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}); "
+            "check the name and the network, or give a folder"
+        ) from error
+
+
+def check_architecture(path: Path) -> type[CausalLM]:
+    """The class for a checkpoint folder, found before transformers judges the rest of its config."""
+    return model_class(read_architecture(path))
+
+
+def load_model(
+    path: Path,
+    config: ModelConfig | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    load_format: str = "auto",
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> CausalLM:
+    """The model of a checkpoint folder, ready for inference.
+
+    config: from `load_config(path)`, where the caller has it already. dtype: weights are converted to it.
+    load_format: "auto" reads the folder's safetensors; "dummy" draws weights from `seed`.
+    on_progress: called with a label and the fraction of tensors loaded, 0..1.
+    Raises ModelLoadError naming the file and tensor at fault, UnsupportedError for features not implemented.
+    """
+    cls = check_architecture(path)
+    config = config or load_config(path)
+    with _default_dtype(dtype), torch.device(device):
+        model = cls(config)
+    model.requires_grad_(False).eval()
+    if load_format == "dummy":
+        _fill_dummy(model, seed)
+    elif load_format == "auto":
+        _load_weights(model, path, on_progress)
+    else:
+        raise UnsupportedError(f"load_format={load_format!r} is not known; use 'auto' or 'dummy'")
+    return model
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def checkpoint_targets(model: CausalLM) -> dict[str, torch.Tensor]:
+    """Checkpoint tensor name -> the (slice of a) parameter that holds it."""
+    targets = {}
+    for path, module in model.named_modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            if not isinstance(module, FusedLinear):
+                targets[f"{path}.{kind}"] = parameter
+                continue
+            parent = path.rpartition(".")[0]
+            slices = parameter.split(list(module.parts.values()))
+            targets |= {f"{parent}.{part}.{kind}": s for part, s in zip(module.parts, slices, strict=True)}
+    if model.config.tie_word_embeddings:
+        targets.pop("lm_head.weight", None)
+    return targets
+
+
+def _load_weights(model: CausalLM, path: Path, on_progress: Progress | None) -> None:
+    targets = checkpoint_targets(model)
+    missing = set(targets)
+    for file in _weight_files(path):
+        for name, tensor in _read_tensors(file):
+            if _is_redundant(name, model.config):
+                continue
+            if name not in targets:
+                raise ModelLoadError(
+                    f"{file} holds tensor {name!r}, which {model.config.architecture} has no place for; "
+                    "config.json and weights are not of the same model"
+                )
+            target = targets[name]
+            if tensor.shape != target.shape:
+                raise ModelLoadError(
+                    f"{file}: tensor {name!r} is {list(tensor.shape)}, but config.json asks for {list(target.shape)}"
+                )
+            target.copy_(tensor)
+            missing.discard(name)
+            if on_progress is not None:
+                on_progress("loading weights", 1.0 - len(missing) / len(targets))
+    if missing:
+        names = sorted(missing)
+        raise ModelLoadError(
+            f"{path} lacks {len(names)} of {len(targets)} tensors, the first is {names[0]!r}; "
+            "download the checkpoint again, all of its files"
+        )
+
+
+def _is_redundant(name: str, config: ModelConfig) -> bool:
+    """Tensors some checkpoints carry although they follow from the config or from another tensor."""
+    return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        single = path / "model.safetensors"
+        if not single.is_file():
+            raise ModelLoadError(
+                f"{path} holds neither model.safetensors nor {index.name}; other formats are not read: "
+                "save the model again with safe_serialization=True"
+            )
+        return [single]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelLoadError(f"{index} is damaged ({type(error).__name__}: {error}); download it again") from error
+    for name in names:
+        if not (path / name).is_file():
+            raise ModelLoadError(f"{path / name}, listed in {index.name}, does not exist; download it again")
+    return [path / name for name in names]
+
+
+def _read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """One tensor at a time, so that the file is never in memory as a whole."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                yield name, tensors.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ModelLoadError(f"{file} is damaged or incomplete ({error}); download it again") from error
+
+
+def _fill_dummy(model: CausalLM, seed: int) -> None:
+    """Weights as a fresh model has them; the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, RMSNorm):
+                parameter.fill_(1.0)
+            elif name == "bias":
+                parameter.zero_()
+            else:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+                parameter.copy_(noise * model.config.initializer_range)

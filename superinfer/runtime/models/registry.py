@@ -1,0 +1,26 @@
+"""Architecture name in config.json -> model class."""
+
+from __future__ import annotations
+
+from superinfer.errors import ModelLoadError
+from superinfer.runtime.models.decoder import CausalLM
+from superinfer.runtime.models.llama import LlamaForCausalLM
+from superinfer.runtime.models.qwen2 import Qwen2ForCausalLM
+from superinfer.runtime.models.qwen3 import Qwen3ForCausalLM
+
+MODELS: dict[str, type[CausalLM]] = {
+    "LlamaForCausalLM": LlamaForCausalLM,
+    "MistralForCausalLM": LlamaForCausalLM,
+    "Qwen2ForCausalLM": Qwen2ForCausalLM,
+    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+}
+
+
+def model_class(architecture: str) -> type[CausalLM]:
+    """Raises ModelLoadError for an architecture that is not implemented."""
+    try:
+        return MODELS[architecture]
+    except KeyError:
+        raise ModelLoadError(
+            f"architecture {architecture!r} is not supported; supported: {', '.join(sorted(MODELS))}"
+        ) from None

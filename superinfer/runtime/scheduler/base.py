@@ -1,0 +1,58 @@
+"""The interface every scheduling policy implements. Pure Python, deterministic: time is always an argument."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from superinfer.runtime.scheduler.plan import StepPlan, StepResult
+from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate
+
+
+class SchedulerLimits(NamedTuple):
+    """What one step may hold. max_batch_tokens: computed in a step; num_slots: sequences that run at a time."""
+
+    num_slots: int
+    max_batch_tokens: int
+    max_model_len: int
+
+
+class Scheduler(Protocol):
+    """Decides who computes and whose KV stays. `now` is the engine's monotonic clock, seconds.
+
+    The engine calls, in a loop: `expire`, `plan`, the executor, `commit`. With overlap, `plan` for step n + 1 comes
+    before `commit` of step n; results are committed in the order of their plans.
+    """
+
+    name: str
+
+    def add(self, sequence: Sequence) -> None:
+        """Take on a new sequence (status WAITING)."""
+
+    def cancel(self, sequence: Sequence, now: float) -> SequenceUpdate | None:
+        """End a sequence at once. None if it had ended before."""
+
+    def expire(self, now: float) -> list[SequenceUpdate]:
+        """End what is not to run past its deadline (`on_miss` other than "finish")."""
+
+    def plan(self, now: float) -> StepPlan | None:
+        """The next step, or None when there is nothing to compute."""
+
+    def commit(self, result: StepResult, now: float) -> list[SequenceUpdate]:
+        """Take in what a planned step produced."""
+
+    def abort(self, step: int, now: float) -> list[Sequence]:
+        """A planned step failed: end its sequences without a finish reason, keeping all others. Returns them."""
+
+    def counts(self) -> SchedulerCounts:
+        """Gauges and counters for reports."""
+
+
+class SchedulerCounts(NamedTuple):
+    """running, waiting: sequences now. preemptions: since start. blocks_*: of the KV pool."""
+
+    running: int
+    waiting: int
+    preemptions: int
+    blocks_total: int
+    blocks_free: int
+    blocks_cached: int

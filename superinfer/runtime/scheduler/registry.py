@@ -1,0 +1,18 @@
+"""Policies by name."""
+
+from __future__ import annotations
+
+from superinfer.errors import InvalidRequestError
+from superinfer.runtime.kv.cache import KVCache
+from superinfer.runtime.scheduler.base import Scheduler, SchedulerLimits
+from superinfer.runtime.scheduler.fcfs import FCFS
+
+POLICIES = {policy.name: policy for policy in (FCFS,)}
+
+
+def build_scheduler(policy: str, kv: KVCache, limits: SchedulerLimits) -> Scheduler:
+    """A scheduler of the named policy over `kv`. Raises InvalidRequestError for a name nobody has."""
+    found = POLICIES.get(policy)
+    if found is None:
+        raise InvalidRequestError(f"policy {policy!r} is unknown; choose one of {', '.join(sorted(POLICIES))}")
+    return found(kv, limits)
