@@ -220,9 +220,10 @@ class EngineLoop:
                 self._door.send(sequence.owner, failed)
 
     def _retire(self, sequence: Sequence) -> None:
-        requests = self._live[sequence.owner]
+        requests = self._live.get(sequence.owner, {})
         self._num_live -= 1
-        if all(s.status is Status.FINISHED for s in requests[sequence.request_id]):
+        siblings = requests.get(sequence.request_id)  # None: they ended in the same step, and the first took all along
+        if siblings and all(s.status is Status.FINISHED for s in siblings):
             del requests[sequence.request_id]
             if not requests:
                 del self._live[sequence.owner]
