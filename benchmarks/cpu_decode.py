@@ -1,6 +1,6 @@
 """Tokens per second of the CPU executor against transformers' generate, on a random model of the embedded size.
 
-    OMP_NUM_THREADS=1 python benchmarks/cpu_decode.py --batch 1 16
+OMP_NUM_THREADS=1 python benchmarks/cpu_decode.py --batch 1 16
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = make_checkpoint(Path(folder), args.hidden, args.layers, args.vocab)
         executor = build_executor(EngineConfig(model=folder, max_batch_size=max(args.batch)))
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, torch threads {torch.get_num_threads()}")
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, torch threads {torch.get_num_threads()}"
+    )
     print(f"prompt {args.prompt} tokens, output {args.tokens} tokens")
     generator = torch.Generator().manual_seed(1)
     for batch in args.batch:
