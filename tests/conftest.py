@@ -1,84 +1,73 @@
-"""A tiny chat checkpoint, and one engine on it for the whole session."""
+"""Shared fixtures: a small random model on disk, and one engine serving it."""
 
 from __future__ import annotations
 
-import json
-import string
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from chat_checkpoint import write_checkpoint
 
+from superinfer.runtime.client import EngineClient
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.launch import EngineProcess, launch_engine
 
-CONTEXT = 1024
-SPECIAL = ("<unk>", "<|im_start|>", "<|im_end|>")
-TEMPLATE = (
-    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}"
-    "{% if m.content == 'no template for this' %}{{ raise_exception('such a message is not for me') }}{% endif %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for call in m.tool_calls or [] %}{{ call.function.arguments.city }}{% endfor %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
+@pytest.fixture(scope="session")
+def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a random float32 Llama: 512 tokens, context 1024. No tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-def write_checkpoint(folder: Path) -> Path:
-    """Config and tokenizer of a two-layer Llama whose tokens are printable ASCII characters; no weights."""
-    plain = [c for c in string.printable if c.isprintable() and c != " "] + ["Ġ", "Ċ"]
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *plain])}
-    backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIAL))
-    folder.mkdir(parents=True, exist_ok=True)
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "eos_token": "<|im_end|>",
-                "unk_token": "<unk>",
-                "chat_template": TEMPLATE,
-            }
-        )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.2,  # wide enough that greedy choices have clear margins
+        eos_token_id=2,
+        bos_token_id=1,
     )
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": len(vocab),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": CONTEXT,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "eos_token_id": vocab["<|im_end|>"],
-        "torch_dtype": "float32",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    path = tmp_path_factory.mktemp("random-llama")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def engine(random_llama: Path) -> Iterator[EngineProcess]:
+    """One engine for every test that does not break it."""
+    config = EngineConfig(
+        model=str(random_llama), kv_tokens=4096, max_batch_tokens=128, max_batch_size=16, max_queue=64
+    )
+    with launch_engine(config) as process:
+        yield process
+
+
+@pytest.fixture
+def client(engine: EngineProcess) -> Iterator[EngineClient]:
+    """A connection of the test's own."""
+    with EngineClient(engine.address) as connection:
+        yield connection
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a checkpoint for `load_format="dummy"`."""
+    """Folder of a chat checkpoint for `load_format="dummy"`: a token is a character."""
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_checkpoint: Path) -> EngineConfig:
-    """Settings of an engine that starts quickly and answers with random ASCII."""
+    """Settings of an engine that answers chats with random ASCII."""
     return EngineConfig(model=str(tiny_checkpoint), load_format="dummy", device="cpu", kv_tokens=16384, threads=1)
 
 
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_config: EngineConfig) -> Iterator[EngineProcess]:
-    """One engine for the session."""
-    with launch_engine(tiny_config) as engine:
-        yield engine
+    """One engine for every chat test that does not break it."""
+    with launch_engine(tiny_config) as process:
+        yield process

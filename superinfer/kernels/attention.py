@@ -3,7 +3,7 @@
 The cache is block-first, `[num_blocks, layers, 2, page, kv_heads, head_dim]` (2: key, value), and contiguous. Seen as
 `[rows, kv_heads · head_dim]`, the key of token offset o of block b in layer l is row
 `((b · layers + l) · 2) · page + o`, its value `page` rows further. Views that start at a layer's first row therefore
-let one index tensor, made once per step for layer 0, address every layer.
+let one index tensor, made once per step for layer 0, address every layer, and keys and values are gathered in one go.
 """
 
 from __future__ import annotations
@@ -14,24 +14,16 @@ import torch
 import torch.nn.functional as F
 
 
-def layer_views(cache: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Per layer, the (key, value) rows that a layer-0 row index addresses.
+def layer_views(cache: torch.Tensor) -> list[torch.Tensor]:
+    """Per layer, the rows that a layer-0 row index addresses.
 
     cache: contiguous [num_blocks, layers, 2, page, kv_heads, head_dim].
-    Returns views [rows, kv_heads · head_dim]; row `block · layers · 2 · page + offset` is that layer's token.
+    Returns views [rows, kv_heads · head_dim]; row `block · layers · 2 · page + offset` is that token's key in that
+    layer, `page` rows further lies its value.
     """
     _, layers, _, page, kv_heads, head_dim = cache.shape
     rows = cache.view(-1, kv_heads * head_dim)
-    return [(rows[2 * layer * page :], rows[(2 * layer + 1) * page :]) for layer in range(layers)]
-
-
-def write_kv(k_rows: torch.Tensor, v_rows: torch.Tensor, index: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Store one layer's new keys and values.
-
-    k_rows, v_rows: a layer's pair from `layer_views`. index: [tokens] int64 rows. k, v: [tokens, kv_heads · head_dim].
-    """
-    k_rows.index_copy_(0, index, k)
-    v_rows.index_copy_(0, index, v)
+    return [rows[2 * layer * page :] for layer in range(layers)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +32,9 @@ class AttentionGroup:
 
     Either many sequences with one query each (decode) or one sequence with many (a prefill chunk).
 
-    index: [sequences · context] int64 cache rows of the tokens attended to; where a sequence is shorter than the
-        group's context it repeats a row of its own, so that masked positions never read a foreign or unwritten row.
+    index: [2 · sequences · context] int64 cache rows of the tokens attended to, all keys, then all values; where a
+        sequence is shorter than the group's context it repeats a row of its own, so that masked positions never read
+        a foreign or unwritten row.
     mask: additive, -inf where not attended, broadcast to [sequences, 1, queries, context]; None: attend to all, or
         causally when `causal`.
     """
@@ -55,11 +48,11 @@ class AttentionGroup:
 
 
 def group_attention(
-    q: torch.Tensor, k_rows: torch.Tensor, v_rows: torch.Tensor, group: AttentionGroup, kv_heads: int, scale: float
+    q: torch.Tensor, rows: torch.Tensor, group: AttentionGroup, kv_heads: int, scale: float
 ) -> torch.Tensor:
     """softmax(q kᵀ · scale + mask) v for one group.
 
-    q: [sequences · queries, heads, head_dim]. k_rows, v_rows: a layer's pair from `layer_views`.
+    q: [sequences · queries, heads, head_dim]. rows: a layer's view from `layer_views`.
     Returns [sequences · queries, heads · head_dim].
 
     Query heads that share a KV head are never matched by copies of it: a decode treats them as queries of one head,
@@ -67,22 +60,17 @@ def group_attention(
     """
     tokens, heads, head_dim = q.shape
     shared = heads // kv_heads
-    k = k_rows.index_select(0, group.index).view(group.sequences, group.context, kv_heads, head_dim)
-    v = v_rows.index_select(0, group.index).view(group.sequences, group.context, kv_heads, head_dim)
+    kv = rows.index_select(0, group.index).view(2, group.sequences, group.context, kv_heads, head_dim)
+    k, v = kv.transpose(2, 3)
+    q = q.view(tokens, kv_heads, shared, head_dim)
     if group.queries == 1:
-        out = F.scaled_dot_product_attention(
-            q.view(tokens, kv_heads, shared, head_dim),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=group.mask,
-            scale=scale,
-        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scale)
         return out.reshape(tokens, heads * head_dim)
     over = (kv_heads, shared, group.context, head_dim)
     out = F.scaled_dot_product_attention(
-        q.view(tokens, kv_heads, shared, head_dim).permute(1, 2, 0, 3),
-        k[0].transpose(0, 1).unsqueeze(1).expand(over),
-        v[0].transpose(0, 1).unsqueeze(1).expand(over),
+        q.permute(1, 2, 0, 3),
+        k[0].unsqueeze(1).expand(over),
+        v[0].unsqueeze(1).expand(over),
         attn_mask=group.mask,
         is_causal=group.causal,
         scale=scale,
@@ -95,15 +83,18 @@ class PagedAttention:
 
     def __init__(
         self,
-        views: list[tuple[torch.Tensor, torch.Tensor]],
+        views: list[torch.Tensor],
         kv_heads: int,
-        write_index: torch.Tensor,
+        key_index: torch.Tensor,
+        value_index: torch.Tensor,
         groups: list[AttentionGroup],
     ) -> None:
-        """views: `layer_views` of the cache. write_index: [tokens] int64 rows. groups: in the order of the tokens."""
+        """views: `layer_views` of the cache. key_index, value_index: [tokens] int64 rows this step's tokens are
+        written to. groups: in the order of the tokens."""
         self._views = views
         self._kv_heads = kv_heads
-        self._write_index = write_index
+        self._key_index = key_index
+        self._value_index = value_index
         self._groups = groups
         self._split = [group.sequences * group.queries for group in groups]
 
@@ -112,9 +103,10 @@ class PagedAttention:
 
         q: [tokens, heads, head_dim]. k, v: [tokens, kv_heads · head_dim]. Returns [tokens, heads · head_dim].
         """
-        k_rows, v_rows = self._views[layer]
-        write_kv(k_rows, v_rows, self._write_index, k, v)
+        rows = self._views[layer]
+        rows.index_copy_(0, self._key_index, k)
+        rows.index_copy_(0, self._value_index, v)
         if len(self._groups) == 1:
-            return group_attention(q, k_rows, v_rows, self._groups[0], self._kv_heads, scale)
+            return group_attention(q, rows, self._groups[0], self._kv_heads, scale)
         parts = zip(q.split(self._split), self._groups, strict=True)
-        return torch.cat([group_attention(part, k_rows, v_rows, g, self._kv_heads, scale) for part, g in parts])
+        return torch.cat([group_attention(part, rows, group, self._kv_heads, scale) for part, group in parts])

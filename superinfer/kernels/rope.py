@@ -6,20 +6,18 @@ import torch
 
 
 def rope_angles(
-    positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float, dtype: torch.dtype
+    positions: torch.Tensor, frequencies: torch.Tensor, amplitudes: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and signed sines of one step, shared by all its layers.
 
-    positions: [tokens] int64. inv_freq: [head_dim / 2] float32. scaling: YaRN's attention factor, 1 without.
-    Returns (cos, sin), each [tokens, 1, head_dim] of `dtype`; the first half of sin is negated, so that
-    `apply_rope` needs no negation. Angles are computed in float32, as transformers does.
+    positions: [tokens] int64. frequencies: [head_dim] float32 in radians per position, both halves alike.
+    amplitudes: [2, head_dim] float32, YaRN's attention factor (else 1) for cos and for sin, there negative in the
+    first half, so that `apply_rope` needs no negation.
+    Returns (cos, sin), each [tokens, 1, head_dim] of `dtype`. Angles are computed in float32, as transformers does.
     """
-    angles = positions.to(torch.float32).unsqueeze(1) * inv_freq
-    cos, sin = angles.cos() * scaling, angles.sin() * scaling
-    return (
-        torch.cat((cos, cos), dim=-1).to(dtype).unsqueeze(1),
-        torch.cat((-sin, sin), dim=-1).to(dtype).unsqueeze(1),
-    )
+    angles = positions[:, None, None] * frequencies
+    cos, sin = amplitudes
+    return angles.cos().mul_(cos).to(dtype), angles.sin().mul_(sin).to(dtype)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -73,18 +73,18 @@ def temper(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
 
 
 def filter_threshold(
-    scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+    scaled: torch.Tensor, weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
 ) -> torch.Tensor:
     """The least logit that passes top_k, then top_p on what is left, then min_p: tokens at or above it are kept.
 
-    scaled: [rows, vocab] float32 from `temper`. top_k: [rows] int64, 0 off. top_p: [rows] float64 in (0, 1], 1 off.
+    scaled: [rows, vocab] float32 from `temper`. weights: exp of it, float64. top_k: [rows] int64, 0 off. top_p: [rows] float64 in (0, 1], 1 off.
     min_p: [rows] float64 in [0, 1]. Returns [rows] float32. At least the most likely token is kept.
     """
     vocab = scaled.shape[1]
     top_k = torch.where((top_k == 0) | (top_k > vocab), vocab, top_k)
     at_least = min_p.log().to(scaled.dtype)
     candidates = min(TOP_CANDIDATES, vocab)
-    totals = scaled.double().exp().sum(dim=-1)
+    totals = weights.sum(dim=-1)
     threshold, settled = _nucleus(scaled.topk(candidates, dim=-1).values, totals, top_k, top_p, vocab)
     if not bool(settled.all()):
         wide = (~settled).nonzero().squeeze(1)
@@ -101,11 +101,11 @@ def _nucleus(
     values: [rows, n]. totals: [rows] float64, sum of exp over the whole row. Both filters off: threshold -inf.
     """
     n = values.shape[1]
-    mass = values.double().exp().cumsum(dim=-1)
+    weights = values.exp().double()
+    mass = weights.cumsum(dim=-1)
     kth = (top_k.clamp(max=n) - 1)[:, None]
     totals = torch.where(top_k < vocab, mass.gather(1, kth).squeeze(1), totals)
-    before = mass - values.double().exp()
-    kept = (before < (top_p * totals)[:, None]).sum(dim=-1, keepdim=True).clamp(min=1)
+    kept = (mass - weights < (top_p * totals)[:, None]).sum(dim=-1, keepdim=True).clamp(min=1)
     last = torch.where(top_p[:, None] < 1, torch.minimum(kept - 1, kth), kth)
     threshold = values.gather(1, last).squeeze(1)
     off = (top_k >= vocab) & (top_p >= 1)
@@ -113,18 +113,16 @@ def _nucleus(
     return torch.where(off, -torch.inf, threshold), enough
 
 
-def draw(scaled: torch.Tensor, uniforms: torch.Tensor, threshold: torch.Tensor | None = None) -> torch.Tensor:
-    """Inverse-transform sampling: the first id whose cumulative probability exceeds the uniform number.
+def draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Inverse-transform sampling: the first id whose cumulative weight exceeds the uniform share of the total.
 
-    scaled: [rows, vocab] float32 from `temper`. uniforms: [rows] float64 in [0, 1). threshold: [rows] or None for
-    all. Returns [rows] int64. Sums are float64: the float32 sum over a large vocabulary loses its rare tokens.
+    weights: [rows, vocab] float64, probabilities up to a factor, 0 for tokens filtered out (in float32, the sum over
+    a large vocabulary loses its rare tokens). uniforms: [rows] float64 in [0, 1). Returns [rows] int64.
     """
-    if threshold is not None:
-        scaled = scaled.masked_fill(scaled < threshold[:, None], -torch.inf)
-    cumulative = scaled.double().exp().cumsum(dim=-1)
+    cumulative = weights.cumsum(dim=-1)
     targets = uniforms[:, None] * cumulative[:, -1:]
     # Logits that are not numbers leave no id above the target; the last id is as good as any and stays in range.
-    return torch.searchsorted(cumulative, targets, right=True).squeeze(1).clamp(max=scaled.shape[1] - 1)
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(1).clamp_(max=weights.shape[1] - 1)
 
 
 def token_logprobs(

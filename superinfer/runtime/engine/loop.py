@@ -27,7 +27,7 @@ from superinfer.runtime.protocol import (
     ToEngine,
 )
 from superinfer.runtime.scheduler.base import Scheduler
-from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
+from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate
 
 log = logging.getLogger("superinfer.engine")
 
@@ -63,7 +63,7 @@ class EngineLoop:
         self._scheduler = scheduler
         self._executor = executor
         self._max_queue = max_queue
-        self._live: dict[bytes, dict[str, list[Sequence]]] = defaultdict(dict)
+        self._live: dict[bytes, dict[str, list[Sequence]]] = defaultdict(dict)  # unfinished: client, request id
         self._num_live = 0
         self._counters = Counters()
         self._started = self._turned = self._pulsed = time.monotonic()
@@ -220,10 +220,11 @@ class EngineLoop:
                 self._door.send(sequence.owner, failed)
 
     def _retire(self, sequence: Sequence) -> None:
-        requests = self._live.get(sequence.owner, {})
+        requests = self._live[sequence.owner]
         self._num_live -= 1
-        siblings = requests.get(sequence.request_id)  # None: they ended in the same step, and the first took all along
-        if siblings and all(s.status is Status.FINISHED for s in siblings):
+        unfinished = requests[sequence.request_id]
+        unfinished.remove(sequence)
+        if not unfinished:
             del requests[sequence.request_id]
             if not requests:
                 del self._live[sequence.owner]

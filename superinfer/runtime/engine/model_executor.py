@@ -110,7 +110,7 @@ class ModelExecutor:
             rows, slots = inputs.continued
             inputs.ids.index_copy_(0, rows, self._last_tokens.index_select(0, slots))
         kv_heads = self._model.config.num_kv_heads
-        attention = PagedAttention(self._views, kv_heads, inputs.write_index, inputs.groups)
+        attention = PagedAttention(self._views, kv_heads, inputs.key_index, inputs.value_index, inputs.groups)
         hidden: torch.Tensor = self._model(inputs.ids, inputs.positions, attention)
         return hidden
 

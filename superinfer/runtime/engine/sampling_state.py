@@ -108,13 +108,14 @@ class SamplingState:
         """
         index = torch.from_numpy(slots).to(self._device)
         adjusted = self._bar_stop_ids(self._penalize(logits, slots, index), slots, index)
-        tokens = adjusted.argmax(dim=-1)
         drawn = np.flatnonzero(~self._greedy[slots])
         if len(drawn) == len(slots):
             tokens = self._draw(adjusted, slots, index)
-        elif len(drawn):
-            rows = torch.from_numpy(drawn).to(self._device)
-            tokens[rows] = self._draw(adjusted[rows], slots[drawn], index[rows])
+        else:
+            tokens = adjusted.argmax(dim=-1)
+            if len(drawn):
+                rows = torch.from_numpy(drawn).to(self._device)
+                tokens[rows] = self._draw(adjusted[rows], slots[drawn], index[rows])
         self._record(slots, index, tokens)
         return self._with_logprobs(logits, slots, tokens)
 
@@ -148,11 +149,13 @@ class SamplingState:
     def _draw(self, logits: torch.Tensor, slots: np.ndarray, index: torch.Tensor) -> torch.Tensor:
         floats, ints = self._floats[index], self._ints[index]
         scaled = sampling.temper(logits, floats[:, TEMPERATURE].float())
-        threshold = None
+        weights = scaled.exp().double()
         if self._filtered[slots].any():
-            threshold = sampling.filter_threshold(scaled, ints[:, 0], floats[:, TOP_P], floats[:, MIN_P])
+            top_k, top_p, min_p = ints[:, 0], floats[:, TOP_P], floats[:, MIN_P]
+            threshold = sampling.filter_threshold(scaled, weights, top_k, top_p, min_p)
+            weights.masked_fill_(scaled < threshold[:, None], 0.0)
         counters = torch.from_numpy(self._generated[slots]).to(self._device)
-        return sampling.draw(scaled, sampling.uniform(ints[:, 1], counters), threshold)
+        return sampling.draw(weights, sampling.uniform(ints[:, 1], counters))
 
     def _record(self, slots: np.ndarray, index: torch.Tensor, tokens: torch.Tensor) -> None:
         self._generated[slots] += 1

@@ -67,7 +67,7 @@ class BlockTables:
 class StepInputs:
     """One step's inputs. Rows are in the order of `work`, which is not the plan's: single tokens first, by length.
 
-    ids, positions, write_index: [tokens] int64 on the device. ids of decodes are 0 until `continued` are filled in.
+    ids, positions, key_index, value_index: [tokens] int64 on the device. ids of decodes are 0 until `continued` are filled in.
     continued: rows and their slots whose token is the one sampled last in the slot; None when there are none.
     groups: attention calls, covering the rows in order.
     last_rows: the row of each work's last token.
@@ -76,7 +76,8 @@ class StepInputs:
     work: list[SlotWork]
     ids: torch.Tensor
     positions: torch.Tensor
-    write_index: torch.Tensor
+    key_index: torch.Tensor
+    value_index: torch.Tensor
     continued: tuple[torch.Tensor, torch.Tensor] | None
     groups: list[AttentionGroup]
     last_rows: np.ndarray
@@ -112,11 +113,13 @@ class StepAssembler:
         decodes = len(singles)
         groups = self._decode_groups(slots[:decodes], ends[:decodes])
         groups += [self._chunk_group(w.slot, w.start, w.length) for w in chunks]
+        key_index = self._tables.rows_at(token_slots, positions, self._page)
         return StepInputs(
             work=ordered,
             ids=self._to_device(self._ids(ordered)),
             positions=self._to_device(positions),
-            write_index=self._to_device(self._tables.rows_at(token_slots, positions, self._page)),
+            key_index=self._to_device(key_index),
+            value_index=self._to_device(key_index + self._page),
             continued=self._continued(singles, slots),
             groups=groups,
             last_rows=last_rows,
@@ -153,19 +156,22 @@ class StepAssembler:
             attended = np.arange(longest) < contexts[:, None]
             rows = np.where(attended, rows, rows[:, :1])
             mask = self._mask(attended[:, None, None, :])
-        return AttentionGroup(len(slots), 1, longest, self._to_device(rows.reshape(-1)), mask)
+        return AttentionGroup(len(slots), 1, longest, self._kv_index(rows), mask)
 
     def _chunk_group(self, slot: int, start: int, length: int) -> AttentionGroup:
         context = start + length
-        rows = self._to_device(self._tables.rows(np.array([slot]), context, self._page).reshape(-1))
+        rows = self._kv_index(self._tables.rows(np.array([slot]), context, self._page))
         if start == 0:
             return AttentionGroup(1, length, context, rows, causal=True)
         attended = np.arange(context) <= np.arange(start, context)[:, None]
         return AttentionGroup(1, length, context, rows, self._mask(attended))
+
+    def _kv_index(self, key_rows: np.ndarray) -> torch.Tensor:
+        return self._to_device(np.stack((key_rows, key_rows + self._page)).reshape(-1))
 
     def _mask(self, attended: np.ndarray) -> torch.Tensor:
         mask = np.where(attended, np.float32(0), np.float32(-np.inf))
         return torch.from_numpy(mask).to(self._device, self._dtype)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+        return torch.from_numpy(array).to(self._device)

@@ -71,12 +71,15 @@ class FusedLinear(Linear):
 class RotaryEmbedding(nn.Module):
     def __init__(self, rope: RopeConfig) -> None:
         super().__init__()
-        self.scaling = rope.scaling
         # float32 whatever the model's dtype: half precision cannot tell neighbouring positions apart.
-        self.inv_freq = nn.Buffer(torch.tensor(rope.inv_freq, dtype=torch.float32), persistent=False)
+        frequencies = torch.tensor(rope.inv_freq, dtype=torch.float32).repeat(2)
+        amplitudes = torch.full((2, len(frequencies)), rope.scaling, dtype=torch.float32)
+        amplitudes[1, : len(rope.inv_freq)] *= -1
+        self.frequencies = nn.Buffer(frequencies, persistent=False)
+        self.amplitudes = nn.Buffer(amplitudes, persistent=False)
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        return rope_angles(positions, self.inv_freq, self.scaling, dtype)
+        return rope_angles(positions, self.frequencies, self.amplitudes, dtype)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,162 @@
+"""Batched sampling by slot: what one request asks for reaches its row, and no other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from superinfer.runtime.engine.sampling_state import SamplingState
+from superinfer.runtime.protocol import SamplingParams
+from superinfer.runtime.scheduler.plan import SlotInit
+
+VOCAB = 40
+
+
+def state_of(*inits: SlotInit, slots: int = 8) -> SamplingState:
+    state = SamplingState(slots, VOCAB, torch.device("cpu"))
+    for init in inits:
+        state.start(init)
+    return state
+
+
+def init(slot: int, seed: int = 0, prompt=(1,), output=(), stop_ids=(), **params) -> SlotInit:
+    return SlotInit(slot, SamplingParams(**params), seed, prompt, output, stop_ids)
+
+
+def tokens(state: SamplingState, logits: torch.Tensor, *slots: int) -> list[int]:
+    return state.sample(logits, np.array(slots)).tokens.tolist()
+
+
+def test_temperature_zero_is_argmax_with_ties_to_the_lowest_id():
+    logits = torch.zeros(3, VOCAB)
+    logits[0, [7, 3, 30]] = 2.0
+    logits[1, 39] = 1.0
+    state = state_of(init(0, temperature=0.0), init(1, temperature=0.0), init(2, temperature=0.0))
+    assert tokens(state, logits, 0, 1, 2) == [3, 39, 0]
+
+
+def test_top_k_of_one_is_greedy():
+    logits = torch.zeros(1, VOCAB)
+    logits[0, [9, 4]] = 2.0
+    assert all(tokens(state_of(init(0, seed, top_k=1)), logits, 0) == [4] for seed in range(20))
+
+
+def test_a_row_depends_on_its_own_request_alone():
+    """Ten requests of every kind, alone and together, on other slots and in another order."""
+    torch.manual_seed(1)
+    logits = torch.randn(10, VOCAB) * 2
+    kinds = [
+        dict(temperature=0.0),
+        dict(),
+        dict(top_k=3),
+        dict(top_p=0.7),
+        dict(min_p=0.2),
+        dict(temperature=1.7, top_k=20, top_p=0.9),
+        dict(repetition_penalty=1.8, prompt=(1, 2, 3)),
+        dict(frequency_penalty=0.5, presence_penalty=-0.3, output=(4, 4)),
+        dict(min_tokens=3, stop_ids=(5, 6)),
+        dict(temperature=0.3, seed=-1),
+    ]
+    requests = [lambda slot, i=i, kind=kind: init(slot, **{"seed": i, **kind}) for i, kind in enumerate(kinds)]
+    alone = []
+    for i, request in enumerate(requests):
+        state = state_of(request(0), slots=1)
+        alone.append([tokens(state, logits[[i]], 0)[0] for _ in range(12)])
+    order = [3, 7, 1, 9, 0, 2, 8, 5, 4, 6]
+    state = state_of(*(request(order[i]) for i, request in enumerate(requests)), slots=10)
+    rows = [6, 2, 9, 0, 5, 1, 8, 3, 7, 4]
+    together = [tokens(state, logits[rows], *(order[i] for i in rows)) for _ in range(12)]
+    assert {i: list(column) for i, column in zip(rows, zip(*together, strict=True), strict=True)} == dict(
+        enumerate(alone)
+    )
+    assert len(set(alone[1])) > 3  # an unfiltered row does draw different tokens step by step
+
+
+def test_draws_over_many_seeds_follow_the_tempered_and_filtered_distribution():
+    torch.manual_seed(2)
+    row = torch.randn(VOCAB) * 2
+    n = 20_000
+    state = state_of(*(init(s, seed=s, temperature=1.4, top_k=12, top_p=0.9) for s in range(n)), slots=n)
+    drawn = np.bincount(tokens(state, row.expand(n, -1), *range(n)), minlength=VOCAB)
+    p = (row.double() / 1.4).softmax(0).numpy()
+    ranked = np.argsort(-p)[:12]
+    within = p[ranked] / p[ranked].sum()
+    kept = ranked[: int((np.cumsum(within) - within < 0.9).sum())]
+    expected = n * p[kept] / p[kept].sum()
+    assert drawn[kept].sum() == n and 3 < len(kept) < 12
+    chi_square = ((drawn[kept] - expected) ** 2 / expected).sum()
+    assert chi_square < len(kept) - 1 + 5 * np.sqrt(2 * (len(kept) - 1))
+
+
+def test_stop_ids_are_barred_until_min_tokens_are_out():
+    logits = torch.zeros(3, VOCAB)
+    logits[:, 5], logits[:, 6], logits[:, 7] = 9.0, 8.0, 7.0
+    greedy = dict(temperature=0.0)
+    state = state_of(
+        init(0, stop_ids=(5, 6), min_tokens=2, **greedy),
+        init(1, stop_ids=(5,), min_tokens=1, **greedy),
+        init(2, stop_ids=(5, 6, 7), **greedy),
+    )
+    assert [tokens(state, logits, 0, 1, 2) for _ in range(3)] == [[7, 6, 5], [7, 5, 5], [5, 5, 5]]
+
+
+def test_tokens_before_a_preemption_count_towards_min_tokens():
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 5] = 9.0
+    state = state_of(init(0, temperature=0.0, stop_ids=(5,), min_tokens=3, output=(1, 1)))
+    assert [tokens(state, logits, 0) for _ in range(2)] == [[0], [5]]
+
+
+def test_a_slot_forgets_its_last_request():
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 5], logits[0, 6] = 9.0, 8.9
+    state = state_of(init(0, temperature=0.0, prompt=(5,), repetition_penalty=2.0, stop_ids=(6,), min_tokens=9))
+    assert tokens(state, logits, 0) == [5]
+    state.release(0)
+    state.start(init(0, temperature=0.0, prompt=(4,), repetition_penalty=2.0))
+    assert tokens(state, logits, 0) == [5]
+    assert tokens(state, logits, 0) == [6]  # 5 was generated: halved
+
+
+def test_penalties_see_the_tokens_as_they_are_generated():
+    logits = torch.zeros(2, VOCAB)
+    logits[:, 10], logits[:, 11], logits[:, 12] = 3.0, 2.5, 2.0
+    state = state_of(init(0, temperature=0.0, frequency_penalty=0.4), init(1, temperature=0.0, presence_penalty=0.9))
+    steps = [tokens(state, logits, 0, 1) for _ in range(5)]
+    assert [a for a, _ in steps] == [10, 10, 11, 10, 11]
+    assert [b for _, b in steps] == [10, 11, 10, 10, 10]
+
+
+def test_counts_take_memory_only_while_a_live_slot_needs_them():
+    state = state_of(init(0), init(1, temperature=0.0))
+    assert state._output_counts is None
+    state.start(init(2, presence_penalty=1.0))
+    assert state._output_counts is not None
+    state.release(0)
+    assert state._output_counts is not None
+    state.release(2)
+    assert state._output_counts is None and state._prompt_seen is None
+
+
+def test_sampling_leaves_the_models_logits_as_they_are():
+    logits = torch.randn(2, VOCAB)
+    before = logits.clone()
+    state = state_of(init(0, repetition_penalty=2.0, logprobs=2), init(1, min_tokens=2, stop_ids=(3,)))
+    state.sample(logits, np.array([0, 1]))
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("seed", [2**64 - 1, -1, 2**63, -(2**63), 0])
+def test_every_64_bit_seed_is_accepted(seed):
+    logits = torch.zeros(1, VOCAB)
+    found = [tokens(state_of(init(0, seed)), logits, 0) for _ in range(2)]
+    assert found[0] == found[1]
+    assert tokens(state_of(init(0, 2**64 - 1)), logits, 0) == tokens(state_of(init(0, -1)), logits, 0)
+
+
+def test_stop_ids_outside_the_vocabulary_are_ignored():
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 5] = 1.0
+    state = state_of(init(0, temperature=0.0, stop_ids=(VOCAB, 10**6), min_tokens=5))
+    assert tokens(state, logits, 0) == [5]

@@ -1,0 +1,217 @@
+"""Checkpoints on disk: what loads, and what is said of those that do not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from checkpoints import make_checkpoint
+from safetensors.torch import load_file, save_file
+
+from superinfer.errors import ModelLoadError, UnsupportedError
+from superinfer.runtime.models.config import load_config
+from superinfer.runtime.models.loader import load_model, resolve_model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_checkpoint(tmp_path)
+    return tmp_path
+
+
+def edit_config(folder, **changes) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for name, value in changes.items():
+        config.pop(name, None)
+        if value is not None:
+            config[name] = value
+    path.write_text(json.dumps(config))
+
+
+def edit_weights(folder, change) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def test_fused_parameters_hold_their_parts_in_order(folder):
+    tensors = load_file(folder / "model.safetensors")
+    attention = load_model(folder).model.layers[1].self_attn
+    parts = [tensors[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv"]
+    assert torch.equal(attention.qkv_proj.weight, torch.cat(parts))
+
+
+def test_a_sharded_checkpoint_loads_like_a_single_file(tmp_path):
+    reference = make_checkpoint(tmp_path / "one")
+    reference.save_pretrained(tmp_path / "many", max_shard_size="60KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    one, many = load_model(tmp_path / "one").state_dict(), load_model(tmp_path / "many").state_dict()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_weights_are_converted_to_the_dtype_asked_for(folder):
+    model = load_model(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.model.rotary_emb.frequencies.dtype == torch.float32
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_tied_embeddings_are_one_tensor_whether_or_not_the_file_repeats_them(tmp_path):
+    make_checkpoint(tmp_path, "llama-tied")
+    model = load_model(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    edit_weights(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert torch.equal(load_model(tmp_path).lm_head.weight, model.lm_head.weight)
+
+
+def test_progress_ends_at_one_and_never_falls(folder):
+    seen = []
+    load_model(folder, on_progress=lambda label, fraction: seen.append(fraction))
+    assert seen == sorted(seen) and seen[-1] == 1.0 and len(seen) > 10
+
+
+def test_dummy_weights_need_no_file_and_follow_the_seed(folder):
+    (folder / "model.safetensors").unlink()
+    one, same, other = (load_model(folder, load_format="dummy", seed=seed) for seed in (1, 1, 2))
+    weight = one.model.layers[0].mlp.down_proj.weight
+    assert torch.equal(weight, same.model.layers[0].mlp.down_proj.weight)
+    assert not torch.equal(weight, other.model.layers[0].mlp.down_proj.weight)
+    assert weight.std().item() == pytest.approx(0.2, rel=0.1)
+    assert (one.model.norm.weight == 1).all()
+
+
+# ------------------------------------------------------------------------------------------------- config
+
+
+def test_old_and_new_rope_forms_mean_the_same(folder):
+    scaling = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    scaling["original_max_position_embeddings"] = 64
+    edit_config(folder, rope_parameters={**scaling, "rope_theta": 5e5})
+    new = load_config(folder).rope
+    edit_config(folder, rope_parameters=None, rope_scaling=scaling, rope_theta=5e5)
+    assert load_config(folder).rope == new
+    edit_config(folder, rope_scaling=None)
+    assert load_config(folder).rope.inv_freq[1] == pytest.approx(5e5 ** (-2 / 16))
+
+
+@pytest.mark.parametrize(
+    "config,generation,expected",
+    [(7, None, (7,)), ([7, 8], None, (7, 8)), (7, [9, 10], (9, 10)), (7, 11, (11,))],
+)
+def test_eos_ids_come_from_the_generation_config_if_there_is_one(folder, config, generation, expected):
+    edit_config(folder, eos_token_id=config)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    assert load_config(folder).eos_token_ids == expected
+
+
+@pytest.mark.parametrize(
+    "changes,match",
+    [
+        (dict(hidden_act="gelu"), "hidden_act='gelu'"),
+        (dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)), "rope_type='dynamic'.*llama3"),
+        (
+            dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)),
+            "partial_rotary_factor=0.5",
+        ),
+    ],
+)
+def test_features_not_implemented_are_refused_by_name(folder, changes, match):
+    edit_config(folder, **changes)
+    with pytest.raises(UnsupportedError, match=match):
+        load_config(folder)
+
+
+# ------------------------------------------------------------------------------------------------- errors
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ModelLoadError, match="nowhere.*not an existing folder"):
+        resolve_model(str(tmp_path / "nowhere"))
+
+
+def test_a_file_is_not_a_model(folder):
+    with pytest.raises(ModelLoadError, match="is a file; give the folder"):
+        resolve_model(str(folder / "model.safetensors"))
+
+
+def test_a_hub_name_without_a_network_says_so(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelLoadError, match="'nobody/no-such-model'.*network"):
+        resolve_model("nobody/no-such-model")
+
+
+def test_an_unknown_architecture_is_named_with_those_supported(folder):
+    edit_config(folder, architectures=["GPT2LMHeadModel"])
+    with pytest.raises(ModelLoadError, match="'GPT2LMHeadModel' is not supported; supported: LlamaForCausalLM, Mis"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("text,match", [("{", "cannot be read as JSON"), ("[]", "list, not"), ("{}", "architectures")])
+def test_a_damaged_config_is_named(folder, text, match):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ModelLoadError, match=match):
+        load_model(folder)
+
+
+def test_a_config_of_nonsense_values_is_refused(folder):
+    edit_config(folder, num_key_value_heads=3)
+    with pytest.raises(ModelLoadError, match=r"config\.json|num_key_value_heads=3"):
+        load_config(folder)
+    edit_config(folder, num_key_value_heads=2, hidden_size="wide")
+    with pytest.raises(ModelLoadError, match=r"config\.json is not a valid LlamaForCausalLM config"):
+        load_config(folder)
+
+
+def test_a_folder_without_config_is_no_checkpoint(tmp_path):
+    with pytest.raises(ModelLoadError, match=r"config\.json does not exist"):
+        load_model(tmp_path)
+
+
+def test_a_truncated_file_is_named(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ModelLoadError, match=r"model\.safetensors is damaged or incomplete"):
+        load_model(folder)
+
+
+def test_a_missing_tensor_is_named(folder):
+    edit_weights(folder, lambda t: t.pop("model.layers.2.self_attn.k_proj.weight"))
+    with pytest.raises(ModelLoadError, match=r"lacks 1 of 30 tensors.*layers\.2\.self_attn\.k_proj\.weight"):
+        load_model(folder)
+
+
+def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(folder):
+    edit_weights(folder, lambda t: t.update({"model.norm.weight": torch.ones(63)}))
+    with pytest.raises(ModelLoadError, match=r"'model\.norm\.weight' is \[63\].*asks for \[64\]"):
+        load_model(folder)
+
+
+def test_a_leftover_tensor_is_named(folder):
+    edit_weights(folder, lambda t: t.update({"model.layers.3.mlp.up_proj.weight": torch.ones(96, 64)}))
+    with pytest.raises(ModelLoadError, match=r"'model\.layers\.3\.mlp\.up_proj\.weight'.*no place"):
+        load_model(folder)
+
+
+def test_a_folder_without_safetensors_is_told_what_is_read(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelLoadError, match=r"neither model\.safetensors nor"):
+        load_model(folder)
+
+
+def test_a_missing_shard_and_a_damaged_index_are_named(tmp_path):
+    make_checkpoint(tmp_path / "one").save_pretrained(tmp_path / "many", max_shard_size="60KB")
+    shard = sorted((tmp_path / "many").glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ModelLoadError, match=f"{shard.name}.*does not exist"):
+        load_model(tmp_path / "many")
+    (tmp_path / "many" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ModelLoadError, match="index.json is damaged"):
+        load_model(tmp_path / "many")

@@ -1,0 +1,455 @@
+"""A real engine process over real sockets, through its only door."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+import torch
+import zmq
+from transformers import LlamaForCausalLM
+
+from superinfer.errors import (
+    DeadlineMissedError,
+    EngineDeadError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    ModelLoadError,
+    ProtocolError,
+    QueueFullError,
+    RequestCancelledError,
+)
+from superinfer.runtime import protocol
+from superinfer.runtime.client import AsyncEngineClient, EngineClient, new_request_id
+from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.launch import launch_engine
+from superinfer.runtime.protocol import Generate, Hello, SamplingParams, Score
+from superinfer.runtime.slo import SLO
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+LONG = SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
+
+
+def request(prompt, sampling=GREEDY, **kw) -> Generate:
+    return Generate(request_id=new_request_id(), prompt=list(prompt), sampling=sampling, **kw)
+
+
+def tokens(client: EngineClient, wanted: Generate) -> list[int]:
+    return [token for delta in client.generate(wanted) for token in delta.token_ids]
+
+
+@pytest.fixture(scope="module")
+def reference(random_llama):
+    model = LlamaForCausalLM.from_pretrained(random_llama).eval()
+
+    def continue_greedily(prompt: list[int], count: int) -> list[int]:
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        return out[0, len(prompt) :].tolist()
+
+    return continue_greedily
+
+
+def wait_until_idle(client: EngineClient, seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while (health := client.health()).running + health.waiting:
+        assert time.monotonic() < deadline, f"still busy: {health}"
+        time.sleep(0.01)
+
+
+# ---------------------------------------------------------------------------- generation
+
+
+def test_greedy_tokens_are_those_of_transformers_alone_and_among_strangers(engine, client, reference):
+    shared = list(range(10, 110))
+    prompts = [[5], [7, 8, 9], shared[:40], [*shared[:70], 3], shared, [300 + i % 50 for i in range(200)]]
+    expected = [reference(prompt, 12) for prompt in prompts]
+    assert [tokens(client, request(prompt)) for prompt in prompts] == expected
+
+    async def all_at_once():
+        async with await AsyncEngineClient.connect(engine.address) as many:
+
+            async def one(prompt):
+                return [token async for delta in many.generate(request(prompt)) for token in delta.token_ids]
+
+            return await asyncio.gather(*[one(prompt) for prompt in prompts * 3])
+
+    assert asyncio.run(all_at_once()) == expected * 3
+
+
+def test_an_equal_prefix_is_not_computed_again(client):
+    prompt = [401 + i % 60 for i in range(100)]
+    first, second = [list(client.generate(request(prompt)))[-1].report for _ in range(2)]
+    assert second.cached_tokens == 96
+    assert first.cached_tokens < 96
+
+
+def test_deltas_arrive_while_the_engine_still_generates(client):
+    stream = client.generate(request([9, 9, 9], LONG))
+    next(stream)
+    health = client.health()
+    assert health.running == 1
+    stream.close()
+
+
+def test_the_last_delta_carries_reason_and_report(client):
+    *_, last = client.generate(request([4, 5, 6], slo=SLO(ttft=30, tbt=30, deadline=60)))
+    assert last.finish_reason == "length"
+    report = last.report
+    assert (report.prompt_tokens, report.output_tokens, report.met) == (3, 12, True)
+    assert report.queue_s + report.prefill_s + report.decode_s == pytest.approx(report.e2e_s)
+    assert report.lateness_s < 0
+
+
+def test_a_missed_promise_is_reported_with_its_cause(client):
+    *_, last = client.generate(request([4, 5, 6], LONG, slo=SLO(deadline=0.02)))
+    assert last.finish_reason == "length"
+    assert (last.report.met, last.report.deadline_met) == (False, False)
+    assert last.report.why in ("queue", "prefill", "decode")
+
+
+def test_n_continuations_are_independent_and_reproducible(client):
+    sampling = SamplingParams(n=4, temperature=1.0, seed=7, max_tokens=8, ignore_eos=True)
+
+    def run():
+        found: dict[int, list[int]] = {}
+        for delta in client.generate(request([11, 12, 13], sampling)):
+            found.setdefault(delta.index, []).extend(delta.token_ids)
+        return [found[index] for index in range(4)]
+
+    first = run()
+    assert first == run()
+    assert len({tuple(t) for t in first}) == 4
+
+
+def test_a_stop_id_ends_the_sequence_and_min_tokens_holds_it_back(client):
+    free = tokens(client, request([21, 22]))
+    stop = free[3]
+    *_, last = client.generate(request([21, 22], msgspec.structs.replace(GREEDY, stop_token_ids=(stop,))))
+    assert last.finish_reason == "stop"
+    held = tokens(client, request([21, 22], msgspec.structs.replace(GREEDY, stop_token_ids=(stop,), min_tokens=8)))
+    assert len(held) >= 8
+    assert stop not in held[:8]
+
+
+def test_logprobs_are_of_the_chosen_and_the_most_likely(client):
+    sampling = msgspec.structs.replace(GREEDY, logprobs=3)
+    for delta in client.generate(request([31, 32], sampling)):
+        for token, logprob in zip(delta.token_ids, delta.logprobs, strict=True):
+            assert logprob.token_id == token == logprob.top[0][0]
+            assert len(logprob.top) == 3
+            assert 0 >= logprob.logprob == logprob.top[0][1] >= logprob.top[1][1]
+
+
+def test_scores_agree_with_generated_logprobs(client):
+    sampling = msgspec.structs.replace(GREEDY, logprobs=0)
+    deltas = list(client.generate(request([41, 42, 43], sampling)))
+    generated = [t for d in deltas for t in d.token_ids]
+    said = [entry.logprob for d in deltas for entry in d.logprobs]
+    scored, report = client.score(Score(request_id=new_request_id(), prompt=[41, 42, 43, *generated], start=3))
+    assert [entry.logprob for entry in scored] == pytest.approx(said, abs=1e-3)
+    assert report.output_tokens == 0
+
+
+# ---------------------------------------------------------------------------- ends
+
+
+def test_leaving_a_stream_early_cancels_it_on_the_engine(client):
+    cancelled = client.stats().cancelled
+    stream = client.generate(request([1, 2, 3], LONG))
+    next(stream)
+    stream.close()
+    wait_until_idle(client, 1.0)
+    assert client.stats().cancelled == cancelled + 1
+
+
+def test_cancel_by_id_ends_the_stream_with_its_reason(client):
+    wanted = request([1, 2, 3], LONG)
+    reasons = []
+    for delta in client.generate(wanted):
+        if delta.token_ids and not reasons:
+            client.cancel(wanted.request_id)
+        reasons.append(delta.finish_reason)
+    assert reasons[-1] == "cancelled"
+    assert len(reasons) < 500
+
+
+def test_one_continuation_can_be_cancelled_alone(client):
+    wanted = request([1, 2, 3], SamplingParams(n=2, temperature=1.0, max_tokens=60, ignore_eos=True))
+    ends = {}
+    asked = False
+    for delta in client.generate(wanted):
+        if not asked:
+            client.cancel(wanted.request_id, 1)
+            asked = True
+        if delta.finish_reason:
+            ends[delta.index] = delta.finish_reason
+    assert ends == {0: "length", 1: "cancelled"}
+
+
+def test_a_deadline_truncates_or_raises_as_asked(client):
+    *_, last = client.generate(request([1], LONG, slo=SLO(deadline=0.05, on_miss="truncate")))
+    assert last.finish_reason == "deadline"
+    assert last.report.output_tokens < 900
+    with pytest.raises(DeadlineMissedError, match=r"deadline of 0\.05 s"):
+        list(client.generate(request([1], LONG, slo=SLO(deadline=0.05, on_miss="raise"))))
+
+
+def test_requests_of_a_client_that_vanished_are_given_up(engine, client):
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.connect(engine.address)
+    socket.send(protocol.encode(Hello(version=protocol.PROTOCOL_VERSION)))
+    socket.recv()
+    for _ in range(20):  # more than run at a time, so that some still wait
+        socket.send(protocol.encode(request([1, 2], LONG)))
+    time.sleep(0.1)
+    assert client.health().running > 0
+    socket.close(0)
+    context.term()
+    wait_until_idle(client, 4.0)
+
+
+def test_closing_a_client_ends_its_waiting_calls(engine):
+    closing = EngineClient(engine.address)
+    stream = closing.generate(request([1, 2], LONG))
+    next(stream)
+    threading.Timer(0.05, closing.close).start()
+    with pytest.raises((RequestCancelledError, asyncio.CancelledError)):
+        for _ in stream:
+            pass
+
+
+# ---------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "says"),
+    [
+        ([], GREEDY, "prompt is empty"),
+        ([1] * 2000, GREEDY, "2000 tokens does not fit.*1024"),
+        ([1] * 1020, SamplingParams(max_tokens=100), "max_tokens=100 exceed.*at most 4"),
+        ([512], GREEDY, "token id 512 is not in the vocabulary"),
+        ([-1], GREEDY, "token id -1"),
+        ([1], SamplingParams(stop_token_ids=(9999,)), "stop token id 9999"),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_refused_by_value(client, prompt, sampling, says):
+    with pytest.raises(InvalidRequestError, match=says):
+        list(client.generate(request(prompt, sampling)))
+    assert len(tokens(client, request([1, 2]))) == 12
+
+
+@pytest.mark.parametrize("start", [0, 3, -1])
+def test_a_score_start_outside_the_prompt_is_refused(client, start):
+    with pytest.raises(InvalidRequestError, match=f"start={start}"):
+        client.score(Score(request_id=new_request_id(), prompt=[1, 2, 3], start=start))
+
+
+def test_a_full_queue_refuses_and_serves_on(client):
+    crowd = request([1], SamplingParams(n=60, max_tokens=200, ignore_eos=True))
+    stream = client.generate(crowd)
+    next(stream)
+    with pytest.raises(QueueFullError, match="64"):
+        list(client.generate(request([1], SamplingParams(n=10, max_tokens=2))))
+    stream.close()
+    wait_until_idle(client)
+    assert len(tokens(client, request([1, 2]))) == 12
+
+
+def test_messages_that_cannot_be_read_disturb_nobody(engine, client):
+    stream = client.generate(request([1, 2, 3], LONG))
+    next(stream)
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.connect(engine.address)
+    bad = [
+        [b""],
+        [b"\xff\x00garbage"],
+        [protocol.encode(request([1]))[:-3]],
+        [msgspec.msgpack.encode({"type": "Teleport"})],
+        [b"two", b"frames"],
+        [protocol.encode(request([1]))],  # before Hello
+        [msgspec.msgpack.encode({"type": "Generate", "request_id": "x", "prompt": "text"})],
+    ]
+    for frames in bad:
+        socket.send_multipart(frames)
+        assert socket.poll(2000), f"no answer to {frames}"
+        answer = protocol.decode_to_client(socket.recv())
+        assert isinstance(answer, protocol.Failed), frames
+    socket.send(protocol.encode(Hello(version=99)))
+    refused = protocol.decode_to_client(socket.recv())
+    assert "protocol 99" in refused.reason
+    socket.close(0)
+    context.term()
+    assert next(stream).token_ids
+    stream.close()
+
+
+def test_a_request_id_cannot_be_used_twice_at_a_time(client):
+    wanted = request([1, 2], LONG)
+    stream = client.generate(wanted)
+    next(stream)
+    with pytest.raises(InvalidRequestError, match="already in use"):
+        list(client.generate(wanted))
+    assert next(stream).token_ids
+    stream.close()
+
+
+# ---------------------------------------------------------------------------- processes
+
+
+@pytest.fixture
+def own_engine(random_llama):
+    with launch_engine(EngineConfig(model=str(random_llama), kv_tokens=4096)) as process:
+        yield process
+
+
+def leftovers(address: str) -> list[str]:
+    path = Path(address.removeprefix("ipc://"))
+    return [str(p) for p in (path, path.parent) if p.exists()]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_every_waiting_client_learns_within_two_seconds_that_the_engine_died(own_engine, how):
+    clients = [EngineClient(own_engine.address) for _ in range(3)]
+    failures: list[tuple[float, Exception]] = []
+
+    def wait(client: EngineClient) -> None:
+        try:
+            for _ in range(100):
+                list(client.generate(request([1, 2], LONG)))
+        except EngineDeadError as error:
+            failures.append((time.monotonic(), error))
+
+    threads = [threading.Thread(target=wait, args=(client,)) for client in clients for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    died = time.monotonic()
+    os.kill(own_engine.pid, how)
+    for thread in threads:
+        thread.join(10)
+    assert len(failures) == 6
+    assert max(at for at, _ in failures) - died < 2.0
+    assert str(own_engine.pid) in str(failures[0][1])
+    with pytest.raises(EngineDeadError):
+        list(clients[0].generate(request([1])))
+    for client in clients:
+        assert not client.alive
+        client.close()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(own_engine.pid, signal.SIGCONT)
+    address = own_engine.address
+    own_engine.close(timeout=2.0)
+    assert not leftovers(address)
+
+
+def test_an_orderly_end_tells_its_clients_why_and_leaves_nothing(own_engine):
+    with EngineClient(own_engine.address) as client:
+        stream = client.generate(request([1, 2], LONG))
+        next(stream)
+        client.shutdown_engine()
+        with pytest.raises(EngineDeadError, match="asked it to shut down"):
+            list(stream)
+    deadline = time.monotonic() + 5
+    while own_engine.alive and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not own_engine.alive
+    assert not leftovers(own_engine.address)
+
+
+def test_sigterm_ends_an_engine_in_order(own_engine):
+    os.kill(own_engine.pid, signal.SIGTERM)
+    deadline = time.monotonic() + 5
+    while own_engine.alive and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert own_engine._process.returncode == 0
+    assert not leftovers(own_engine.address)
+
+
+def test_an_engine_ends_when_its_parent_is_killed(random_llama, tmp_path):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, time\n"
+        "from superinfer.runtime.launch import launch_engine\n"
+        "from superinfer.runtime.config import EngineConfig\n"
+        "engine = launch_engine(EngineConfig(model=sys.argv[1], kv_tokens=1024))\n"
+        "print(engine.pid, engine.address, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(random_llama)], stdout=subprocess.PIPE, text=True)
+    pid, address = parent.stdout.readline().split()
+    child = psutil.Process(int(pid))
+    parent.kill()
+    parent.wait()
+    child.wait(5)
+    assert not leftovers(address)
+
+
+def test_tcp_serves_as_ipc_does(random_llama):
+    config = EngineConfig(model=str(random_llama), kv_tokens=1024, address="tcp://127.0.0.1:0")
+    with launch_engine(config) as engine:
+        assert engine.address.startswith("tcp://127.0.0.1:")
+        with EngineClient(engine.address) as client:
+            assert len(tokens(client, request([1, 2]))) == 12
+        again = msgspec.structs.replace(config, address=engine.address)
+        with pytest.raises(InvalidRequestError, match="choose another port"):
+            launch_engine(again)
+
+
+def test_an_ipc_path_in_use_is_not_taken_over(own_engine, random_llama):
+    with pytest.raises(InvalidRequestError, match="already listens"):
+        launch_engine(EngineConfig(model=str(random_llama), address=own_engine.address))
+    with EngineClient(own_engine.address) as client:
+        assert client.health().status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "says"),
+    [
+        ({"model": "/nowhere/at/all"}, ModelLoadError, "/nowhere/at/all"),
+        ({"policy": "lottery"}, InvalidRequestError, "'lottery' is unknown"),
+        ({"address": "carrier-pigeon://1"}, InvalidRequestError, "carrier-pigeon"),
+        ({"address": "ipc:///nowhere/engine.sock"}, InvalidRequestError, "does not exist"),
+    ],
+)
+def test_an_engine_that_cannot_start_says_why(random_llama, config, error, says):
+    with pytest.raises(error, match=says):
+        launch_engine(EngineConfig(**({"model": str(random_llama)} | config)))
+
+
+def test_an_engine_that_is_not_there_is_reported_with_a_remedy(tmp_path):
+    with pytest.raises(EngineUnavailableError, match="superinfer engine"):
+        EngineClient(f"ipc://{tmp_path}/none.sock", timeout=0.3)
+    with pytest.raises(InvalidRequestError, match="tcp://HOST:PORT"):
+        EngineClient("not an address", timeout=0.3)
+
+
+def test_an_engine_of_another_protocol_version_is_refused(tmp_path):
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    router.bind(f"ipc://{tmp_path}/other.sock")
+
+    def answer() -> None:
+        client, _ = router.recv_multipart()
+        router.send_multipart((client, protocol.encode(protocol.Refused(version=2, reason="protocol 1 is not 2"))))
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    with pytest.raises(ProtocolError, match="protocol 1 is not 2"):
+        EngineClient(f"ipc://{tmp_path}/other.sock")
+    thread.join()
+    router.close(0)
+    context.term()
