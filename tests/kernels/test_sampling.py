@@ -48,7 +48,7 @@ def test_uniforms_are_the_hash_of_seed_and_counter(seed, counter):
 def test_uniforms_are_uniform_and_uncorrelated(along):
     n, varying, fixed = 200_000, torch.arange(200_000), torch.full((200_000,), 7)
     u = (sampling.uniform(varying, fixed) if along == "seeds" else sampling.uniform(fixed, varying)).numpy()
-    assert u.min() >= 0 and u.max() < 1
+    assert 0 <= u.min() and u.max() < 1
     counts = np.histogram(u, bins=100, range=(0, 1))[0]
     chi_square = ((counts - n / 100) ** 2 / (n / 100)).sum()
     assert 54 < chi_square < 162  # 99 degrees of freedom: 1e-4 on either side

@@ -17,6 +17,7 @@ from superinfer.runtime.server.app import create_app
 from superinfer.runtime.text import TextClient
 
 DEFAULT_GRACE_S = 5.0
+CONNECT_TIMEOUT_S = 5.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -85,7 +86,7 @@ async def _serve(
     address: str, listener: socket.socket, model_name: str, grace: float, on_ready: Callable[[str], None] | None
 ) -> None:
     url = url_of(listener)
-    async with await TextClient.connect(address, name="http server") as text:
+    async with await TextClient.connect(address, name="http server", timeout=CONNECT_TIMEOUT_S) as text:
         app = create_app(text, model_name=model_name)
         # The connections have one more second after the streams were ended, to hear of it.
         settings = uvicorn.Config(
