@@ -23,10 +23,12 @@ class ExecutorLimits(NamedTuple):
 class Executor(Protocol):
     """Runs steps in the order given. `collect` returns results in that order.
 
-    `submit` may return before the step has run, so that the next plan can be made meanwhile.
+    `submit` may return before the step has run, so that the next plan can be made meanwhile: up to `depth` steps may
+    be submitted and not yet collected. An error of either is the end of that step alone.
     """
 
     limits: ExecutorLimits
+    depth: int
 
     def submit(self, plan: StepPlan) -> None: ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -65,6 +65,7 @@ class EngineLoop:
         self._max_queue = max_queue
         self._live: dict[bytes, dict[str, list[Sequence]]] = defaultdict(dict)  # unfinished: client, request id
         self._num_live = 0
+        self._in_flight: deque[int] = deque()  # steps submitted and not collected, oldest first
         self._counters = Counters()
         self._started = self._turned = self._pulsed = time.monotonic()
         self._stop_reason = ""
@@ -92,19 +93,36 @@ class EngineLoop:
         if self._door.orphaned:
             self.stop("the process that started it ended")
         self._see_to_clients()
-        started = time.monotonic()
-        self._turned = started
-        self._publish(self._scheduler.expire(started), started)
-        plan = self._scheduler.plan(started)
+        self._turned = now = time.monotonic()
+        self._publish(self._scheduler.expire(now), now)
+        if len(self._in_flight) < self._executor.depth:
+            planned = self._start_step(now)
+            if planned and len(self._in_flight) < self._executor.depth:
+                return  # see to messages, then plan the next step while this one runs
+        if self._in_flight:
+            self._end_step()
+
+    def _start_step(self, now: float) -> bool:
+        """Plan and submit a step; False when there is nothing to compute."""
+        plan = self._scheduler.plan(now)
+        self._counters.schedule_s += time.monotonic() - now
         if plan is None:
-            return
-        self._counters.schedule_s += time.monotonic() - started
+            return False
         try:
             self._executor.submit(plan)
+        except Exception as error:
+            self._lose(plan.step, error)
+        else:
+            self._in_flight.append(plan.step)
+        return True
+
+    def _end_step(self) -> None:
+        """Collect the oldest step under way and pass its tokens on."""
+        step = self._in_flight.popleft()
+        try:
             result = self._executor.collect()
         except Exception as error:
-            log.exception("step %d failed", plan.step)
-            self._lose(self._scheduler.abort(plan.step, time.monotonic()), error)
+            self._lose(step, error)
             return
         now = time.monotonic()
         self._counters.steps += 1
@@ -205,8 +223,10 @@ class EngineLoop:
         counters.slo_met += met is True
         counters.slo_missed += met is False
 
-    def _lose(self, sequences: list[Sequence], error: Exception) -> None:
+    def _lose(self, step: int, error: Exception) -> None:
         """A step failed: its requests get the error, all others go on."""
+        log.error("step %d failed", step, exc_info=error)
+        sequences = self._scheduler.abort(step, time.monotonic())
         text = f"a step of the engine failed and this request was in it ({error}); try it again"
         for sequence in sequences:
             requests = self._live[sequence.owner]

@@ -39,6 +39,7 @@ class ModelExecutor:
         weight = model.lm_head.weight
         config = model.config
         self.limits = limits
+        self.depth = 1
         self.model_name = model_name
         self.path = path
         self.architecture = config.architecture
