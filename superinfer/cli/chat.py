@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ class Partner(ABC):
     """Who answers."""
 
     @abstractmethod
-    def reply(self, messages: Messages) -> Iterator[tuple[str, int]]:
+    def reply(self, messages: Messages) -> Generator[tuple[str, int], None, None]:
         """Pieces of the answer's text with the tokens each stands for. Raises SuperinferError."""
 
 
@@ -47,7 +47,7 @@ class EnginePartner(Partner):
         self._loop = loop
         self._sampling = SamplingParams(temperature=options.temperature, max_tokens=options.max_tokens)
 
-    def reply(self, messages: Messages) -> Iterator[tuple[str, int]]:
+    def reply(self, messages: Messages) -> Generator[tuple[str, int], None, None]:
         prompt = self._text.tokenizer.encode(self._text.tokenizer.render_chat(messages), special=False)
         room = self._text.info.max_model_len - len(prompt)
         if room < 1:
@@ -76,17 +76,16 @@ class UrlPartner(Partner):
         self._client = openai.OpenAI(base_url=url, api_key=api_key or "none", max_retries=0)
         self._model = ""
 
-    def reply(self, messages: Messages) -> Iterator[tuple[str, int]]:
+    def reply(self, messages: Messages) -> Generator[tuple[str, int], None, None]:
         try:
             self._model = self._model or next(iter(self._client.models.list())).id
-            chunks = self._client.chat.completions.create(
-                model=self._model,
-                messages=messages,  # type: ignore[arg-type]
-                stream=True,
-                max_tokens=self._options.max_tokens,
-                temperature=self._options.temperature,
-            )
-            with chunks:
+            request: dict[str, Any] = {
+                "model": self._model,
+                "messages": messages,
+                "max_tokens": self._options.max_tokens,
+                "temperature": self._options.temperature,
+            }
+            with self._client.chat.completions.create(stream=True, **request) as chunks:
                 for chunk in chunks:
                     if chunk.choices and chunk.choices[0].delta.content:
                         yield chunk.choices[0].delta.content, 1  # endpoints send a chunk a token, nearly all
@@ -163,7 +162,7 @@ def _answer(partner: Partner, messages: Messages, notes: Console) -> str:
     began = time.monotonic()
     first = last = 0.0
     tokens, text = 0, ""
-    with contextlib.closing(partner.reply(messages)) as pieces:  # type: ignore[type-var]
+    with contextlib.closing(partner.reply(messages)) as pieces:
         try:
             for piece, count in pieces:
                 last = time.monotonic() - began

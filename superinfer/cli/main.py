@@ -9,7 +9,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -24,7 +23,7 @@ _ENDING = (signal.SIGTERM, signal.SIGHUP)
 class _Group(TyperGroup):
     """Errors raised on purpose are one line for a person, exit status 1; Ctrl-C is 130, as shells expect."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except SuperinferError as error:
@@ -137,7 +136,7 @@ def serve(
 def chat(
     config: EngineConfig,
     engine: EngineAddress = "",
-    url: Annotated[str, typer.Option(help="Chat with an OpenAI-compatible endpoint instead: http://HOST:PORT/v1.")] = "",
+    url: Annotated[str, typer.Option(help="Chat with an OpenAI endpoint instead: http://HOST:PORT/v1.")] = "",
     api_key: Annotated[str, typer.Option(help="Key for --url.", envvar="OPENAI_API_KEY", show_envvar=True)] = "",
     system: Annotated[str, typer.Option(help="A system prompt.")] = "",
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
@@ -155,7 +154,9 @@ def chat(
 @with_engine_options
 def engine(
     config: EngineConfig,
-    address: Annotated[str, typer.Option(help="Where to listen: ipc://PATH or tcp://HOST:PORT.")] = "tcp://127.0.0.1:5555",
+    address: Annotated[
+        str, typer.Option(help="Where to listen: ipc://PATH or tcp://HOST:PORT.")
+    ] = "tcp://127.0.0.1:5555",
 ) -> None:
     """Run an engine in the foreground, for other commands and programs to use with its address."""
     from superinfer.cli.engines import run_engine

@@ -27,7 +27,7 @@ def _engine_options(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     policy: Annotated[str, typer.Option(help="Scheduling policy.")] = EngineConfig().policy,
-    kv_tokens: Annotated[int | None, typer.Option(help="Size of the KV pool, in tokens.", show_default="by device")] = None,
+    kv_tokens: Annotated[int | None, typer.Option(help="KV pool, in tokens.", show_default="by device")] = None,
     page_size: Annotated[int, typer.Option(help="Tokens in a KV block.")] = EngineConfig().page_size,
     max_model_len: Annotated[
         int | None, typer.Option(help="Longest prompt and output together, in tokens.", show_default="by model")
