@@ -32,7 +32,7 @@ from superinfer.lang.ir import (
     VarScopeEnd,
     leaves,
 )
-from superinfer.lang.loop import language_loop
+from superinfer.lang.loop import language_loop, on_language_loop
 from superinfer.lang.promise import Promise, Promises
 from superinfer.lang.prompt import Transcript
 from superinfer.lang.report import CallWatch, Ledger
@@ -45,10 +45,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Step:
-    """An expression to execute, the variable it fills, and the promises in force where it was appended."""
+    """An expression to execute, the variable it fills if it fills one, and the promises in force where it stands."""
 
     expr: Expr
-    variable: Variable
+    variable: Variable | None
     promises: Promises
 
 
@@ -147,9 +147,7 @@ class StreamExecutor:
 
     def submit(self, expr: Expr, promises: Promises) -> None:
         """Queue an expression. The variables it will fill exist from now on."""
-        for leaf in leaves(expr):
-            name = leaf.name if isinstance(leaf, (Gen, Select, VarScopeBegin)) else None
-            self._put(Step(leaf, self._declare(name) if name is not None else Variable(), promises))
+        self._put(*(Step(leaf, self._declare(leaf), promises) for leaf in leaves(expr)))
 
     def fork(self, names: Sequence[str]) -> tuple[StreamExecutor, ...]:
         """Queue a fork. Children may be used at once; they begin when their parent has come here."""
@@ -191,10 +189,14 @@ class StreamExecutor:
                     self._expected[name] = variable
             return variable
 
-    def _declare(self, name: str) -> Variable:
+    def _declare(self, expr: Expr) -> Variable | None:
+        if not isinstance(expr, (Gen, Select, VarScopeBegin)):
+            return None
+        if expr.name is None:
+            return Variable()
         with self._lock:
-            variable = self._expected.pop(name) if name in self._expected else Variable()
-            self.variables[name] = variable
+            variable = self._expected.pop(expr.name) if expr.name in self._expected else Variable()
+            self.variables[expr.name] = variable
             return variable
 
     def fail(self, error: BaseException) -> None:
@@ -205,9 +207,12 @@ class StreamExecutor:
             self.error = error
         self.loop.call_soon_threadsafe(self._stop)
 
-    def _put(self, step: Step | Ask | Fork | Append) -> None:
-        self._steps.append(step)
-        self.loop.call_soon_threadsafe(self._wake)
+    def _put(self, *steps: Step | Ask | Fork | Append) -> None:
+        self._steps.extend(steps)
+        if on_language_loop():
+            self._wake()
+        else:
+            self.loop.call_soon_threadsafe(self._wake)
 
     # ------------------------------------------------------------------ on the language's loop
 
@@ -259,7 +264,8 @@ class StreamExecutor:
         for scope in self._scopes:
             scope.variable.fail(self.error)
         if isinstance(step, Step):
-            step.variable.fail(self.error)
+            if step.variable is not None:
+                step.variable.fail(self.error)
         elif isinstance(step, Fork):
             for child in step.children:
                 child.fail(self.error)
@@ -293,6 +299,7 @@ class StreamExecutor:
             case Tools(schemas=schemas):
                 self.transcript.tools = schemas
             case VarScopeBegin(name=name):
+                assert step.variable is not None
                 self._scopes.append(OpenScope(name, len(self.transcript.text()), step.variable))
             case VarScopeEnd(name=name):
                 if not self._scopes or self._scopes[-1].name != name:
@@ -300,30 +307,31 @@ class StreamExecutor:
                 scope = self._scopes.pop()
                 scope.variable.set(self.transcript.text()[scope.start :])
             case Gen() | Select() as expr:
-                await self._call(expr, step)
+                assert step.variable is not None
+                await self._call(expr, step.variable, step.promises)
             case other:
                 raise InvalidRequestError(f"cannot execute {other!r}")
 
-    async def _call(self, expr: Gen | Select, step: Step) -> None:
+    async def _call(self, expr: Gen | Select, variable: Variable, promises: Promises) -> None:
         prompt = self.transcript.prompt()
         watch = CallWatch(
             expr.name or ("gen" if isinstance(expr, Gen) else "select"),
             (*self.path, *(scope.name for scope in self._scopes)),
             None,
         )
-        promise = step.promises.for_call(expr.slo, self.run.clock())
+        promise = promises.for_call(expr.slo, self.run.clock())
         watch.slo = promise.slo
         context = calls.Context(self.run.backend, prompt, promise.slo, self.run.id, watch)
         rows = self.run.ledger.rows
         try:
-            answer = await self._answer(context, expr, promise, step.variable)
+            answer = await self._answer(context, expr, promise, variable)
         except BaseException as error:
             told = self.error if isinstance(error, asyncio.CancelledError) and self.error is not None else error
             rows.append(watch.report(error=told, why="budget" if promise.spent else ""))
             raise
         rows.append(watch.report(answer.finish_reason, why="budget" if promise.spent else ""))
-        self._say(answer.rest, answer.meta, step.variable)
-        step.variable.set(answer.value, answer.meta)
+        self._say(answer.rest, answer.meta, variable)
+        variable.set(answer.value, answer.meta)
 
     async def _answer(
         self, context: calls.Context, expr: Gen | Select, promise: Promise, variable: Variable

@@ -18,7 +18,8 @@ class CallReport:
     slo: as sent with the call; its deadline is at most what the program had left then.
     queue_s, prefill_s, decode_s, preempted_s: the engine's own account (see RequestReport).
     met: None where nothing was promised. why: what cost most when late: a stage the engine names, "client" where the
-        engine kept the promise and the text came late all the same, "budget" where nothing was left to begin with.
+        engine kept the promise and the text came late all the same, "budget" where nothing was left to begin with,
+        "error" where the call failed.
     error: type and text of what ended the call, "" for none.
     """
 

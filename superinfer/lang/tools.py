@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from superinfer.errors import InvalidRequestError
+from superinfer.errors import InvalidRequestError, OutputError
 
 _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
@@ -55,7 +55,7 @@ def tool_schema(tool: Callable[..., Any] | dict[str, Any]) -> dict[str, Any]:
 def tool_calls(text: str) -> list[ToolCall]:
     """The calls in an answer, each `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`; [] for a plain answer.
 
-    Raises InvalidRequestError for a call that is not of this form.
+    Raises OutputError for a call that is not of this form.
     """
     found = []
     for body in _CALL.findall(text):
@@ -63,8 +63,8 @@ def tool_calls(text: str) -> list[ToolCall]:
             call = json.loads(body)
             name, arguments = call["name"], call.get("arguments", {})
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise InvalidRequestError(f"the model wrote a tool call that cannot be read: {body!r:.200}") from None
+            raise OutputError(f"the model wrote a tool call that cannot be read: {body!r:.200}") from None
         if not isinstance(name, str) or not isinstance(arguments, dict):
-            raise InvalidRequestError(f"the model wrote a tool call that cannot be read: {body!r:.200}")
+            raise OutputError(f"the model wrote a tool call that cannot be read: {body!r:.200}")
         found.append(ToolCall(name, arguments))
     return found

@@ -56,6 +56,7 @@ class ScriptedClient:
         self.answer: Callable[[str], str] = lambda prompt: "ok"
         self.logprob: Callable[[str, str], float] = lambda before, token: -1.0
         self.token_s = 0.0
+        self.chars_per_token = 1
         self.report: RequestReport | None = None
         self.requests: list[TextRequest] = []
         self.scored: list[tuple[list[int], int, SLO | None]] = []
@@ -73,7 +74,7 @@ class ScriptedClient:
             for index in range(request.sampling.n):
                 text = self.answer(prompt)
                 text, _, stop = split_at_stop(text + "\0", request.stop)
-                text = text.rstrip("\0")[: request.sampling.max_tokens]
+                text = text.rstrip("\0")[: request.sampling.max_tokens * self.chars_per_token if request.sampling.max_tokens else None]
                 asked = request.sampling.logprobs is not None
                 for character in text:
                     top = [(ord(character), -0.5)] * (request.sampling.logprobs or 0)
