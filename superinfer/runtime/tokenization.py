@@ -17,10 +17,12 @@ class Tokenizer:
 
     def __init__(self, path: str) -> None:
         """`path`: a folder with a Hugging Face tokenizer. Raises ModelLoadError."""
-        from transformers import AutoTokenizer  # takes seconds to import; only who handles text pays
+        # Takes a second to import, so only who handles text pays; AutoTokenizer would take five and load torch. The
+        # class is the one of every tokenizer.json, which alone says how to tokenize.
+        from transformers import PreTrainedTokenizerFast
 
         try:
-            self._hf = AutoTokenizer.from_pretrained(path)
+            self._hf = PreTrainedTokenizerFast.from_pretrained(path)
         except Exception as error:  # whatever a broken file makes the library raise
             raise ModelLoadError(f"cannot load a tokenizer from {path!r}: {error}") from error
         if not getattr(self._hf, "is_fast", False):
