@@ -126,9 +126,13 @@ def test_a_preempted_sequence_continues_from_its_prompt_and_output(llama, freed)
     sequence = stepper.add(prompt)
     stepper.run([sequence], 9)
     if freed:
-        stepper.remove(sequence)
+        stepper.freed.append(sequence.slot)
+    stepper.free = sequence.blocks + stepper.free  # the stranger gets the blocks given up
+    (other,) = prompts_of([20], seed=8)
+    stranger = stepper.add(other)
     again = stepper.add(prompt, slot=sequence.slot, output=sequence.output)
-    stepper.run([again], TOKENS - 9, chunk=10)
+    stepper.run([again, stranger], TOKENS - 9, chunk=10)
+    assert stranger.output == generate(model, other, TOKENS - 9)
     assert sequence.output + again.output == generate(model, prompt, TOKENS)
 
 
