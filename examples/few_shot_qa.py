@@ -8,11 +8,11 @@ All questions run at once. They share the examples, whose KV cache is computed o
 import superinfer as si
 
 SHOTS = [
-    ("The bakery opens at 7:00. Mira owns the bakery.", "Who owns the bakery?", "Mira"),
-    ("The red train leaves from track 4. It is going to Lyon.", "Where is the red train going?", "Lyon"),
+    ("Blue Bakery is closed on Monday. Blue Bakery is owned by Mira Smith.", "Who owns Blue Bakery?", "Mira Smith"),
+    ("The timer weighs 300 g. The timer is in the office.", "Where is the timer?", "the office"),
 ]
 QUESTIONS = [
-    ("The lamp costs $45. The lamp is in the kitchen.", "How much is the lamp?"),
+    ("The lamp costs $45. The lamp is in the kitchen.", "How much does the lamp cost?"),
     ("Anna works as a pilot. Anna was born in Lisbon.", "What is the job of Anna?"),
     ("The mayor of Ghent is Tom Berg. Ghent is in Belgium.", "Who is the mayor of Ghent?"),
 ]

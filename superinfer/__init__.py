@@ -34,6 +34,8 @@ __all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> object:
+    if name in ("errors", "lang", "runtime"):
+        return import_module(f"superinfer.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'superinfer' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOME_OF[name]), name)

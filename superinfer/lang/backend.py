@@ -136,13 +136,20 @@ class Runtime(RuntimeEndpoint):
 
         with Runtime(model="embedded", kv_tokens=4096) as backend: ...
 
-    Takes the fields of EngineConfig. Raises like `launch_engine`.
+    Takes the fields of EngineConfig; `model_path` is another name for `model`. Raises like `launch_engine`.
     """
 
-    def __init__(self, model: str = EMBEDDED, *, on_progress: Progress | None = None, **config: Any) -> None:
+    def __init__(
+        self,
+        model: str = EMBEDDED,
+        *,
+        model_path: str | None = None,
+        on_progress: Progress | None = None,
+        **config: Any,
+    ) -> None:
         self._engine: EngineProcess | None = None
         try:
-            settings = EngineConfig(model=model, **config)
+            settings = EngineConfig(model=model_path or model, **config)
         except TypeError as error:
             raise InvalidRequestError(f"{error}; Runtime takes {', '.join(EngineConfig.__struct_fields__)}") from None
         self._engine = launch_engine(settings, on_progress=on_progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 
 from superinfer.runtime.loop_thread import LoopThread
@@ -21,4 +22,8 @@ def language_loop() -> LoopThread:
 
 def on_language_loop() -> bool:
     """Whether the caller runs on that loop, where waiting for a call would wait for itself."""
-    return _loop is not None and threading.current_thread() is _loop._thread
+    try:
+        running = asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return _loop is not None and running is _loop.loop

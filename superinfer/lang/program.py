@@ -215,7 +215,7 @@ class Function:
 
     def run_batch(
         self,
-        batch: Sequence[Mapping[str, Any] | Sequence[Any]],
+        batch_kwargs: Sequence[Mapping[str, Any] | Sequence[Any]],
         *,
         num_threads: int | str = "auto",
         progress_bar: bool = False,
@@ -230,7 +230,7 @@ class Function:
         Raises InvalidRequestError for arguments that the program does not take, before anything is run.
         """
         chosen = RunOptions.take(options)
-        items = self._items(batch, options)
+        items = self._items(batch_kwargs, options)
         if num_threads != "auto" and (
             isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1
         ):
@@ -244,7 +244,7 @@ class Function:
 
     async def arun_batch(
         self,
-        batch: Sequence[Mapping[str, Any] | Sequence[Any]],
+        batch_kwargs: Sequence[Mapping[str, Any] | Sequence[Any]],
         *,
         concurrency: int | None = None,
         **options: Any,
@@ -254,7 +254,7 @@ class Function:
         Closing the iterator cancels what has not finished.
         """
         chosen = RunOptions.take(options)
-        items = self._items(batch, options)
+        items = self._items(batch_kwargs, options)
         limit = asyncio.Semaphore(concurrency or max(1, len(items)))
         tasks = [asyncio.create_task(self._aitem(item, chosen, limit)) for item in items]
         try:

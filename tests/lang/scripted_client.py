@@ -74,7 +74,9 @@ class ScriptedClient:
             for index in range(request.sampling.n):
                 text = self.answer(prompt)
                 text, _, stop = split_at_stop(text + "\0", request.stop)
-                text = text.rstrip("\0")[: request.sampling.max_tokens * self.chars_per_token if request.sampling.max_tokens else None]
+                text = text.rstrip("\0")[
+                    : request.sampling.max_tokens * self.chars_per_token if request.sampling.max_tokens else None
+                ]
                 asked = request.sampling.logprobs is not None
                 for character in text:
                     top = [(ord(character), -0.5)] * (request.sampling.logprobs or 0)
@@ -95,8 +97,10 @@ class ScriptedClient:
         self.scored.append((list(prompt), start, slo))
         self.open += 1
         self.most_open = max(self.most_open, self.open)
-        await asyncio.sleep(self.token_s)
-        self.open -= 1
+        try:
+            await asyncio.sleep(self.token_s)
+        finally:
+            self.open -= 1
         decode = self.tokenizer.decode
         scores = [
             TokenLogprob(prompt[i], self.logprob(decode(prompt[:i]), decode([prompt[i]])))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -139,6 +142,48 @@ def test_a_runtime_starts_an_engine_and_ends_it(talking_llama) -> None:
         os.kill(pid, 0)
     with pytest.raises(si.InvalidRequestError, match="kv_tokenz"):
         si.Runtime(kv_tokenz=5)
+
+
+def test_a_script_that_closes_nothing_ends_and_takes_its_engine_along(talking_llama: Path) -> None:
+    script = f"""
+import superinfer as si
+runtime = si.Runtime(model_path={str(talking_llama)!r}, kv_tokens=1024, threads=1)
+si.set_default_backend(runtime)
+@si.function
+def program(s):
+    s += "x" + si.gen("x", max_tokens=2, ignore_eos=True)
+program.run()
+program.run(stream=True)
+print(runtime.pid)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)
+
+
+def test_control_c_ends_a_program_and_cancels_its_request(talking_engine: EngineProcess) -> None:
+    script = f"""
+import superinfer as si
+@si.function
+def program(s):
+    s += "x" + si.gen("x", max_tokens=900, ignore_eos=True)
+    next(s.text_iter("x"))
+    print("begun", flush=True)
+    s["x"]
+with si.RuntimeEndpoint({talking_engine.address!r}) as backend:
+    try:
+        program.run(backend=backend)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+    before = stats(talking_engine).cancelled
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.read() == "interrupted\n"
+    assert process.wait(10) == 0
+    assert stats(talking_engine).cancelled == before + 1
 
 
 def test_default_backend_uses_the_one_that_is_set(endpoint: RuntimeEndpoint) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 
 import pytest
@@ -536,4 +535,16 @@ def test_importing_the_package_imports_no_torch() -> None:
 
     code = "import superinfer, sys; print(any(m in sys.modules for m in ('torch', 'transformers', 'zmq')))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
-    assert threading.current_thread().name == "MainThread"
+
+
+def test_every_public_name_is_there_for_programs_and_for_type_checkers() -> None:
+    import ast
+    from pathlib import Path
+
+    tree = ast.parse(Path(si.__file__).read_text())
+    imported = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module.startswith("superinfer.")]
+    assert sorted(alias.asname for node in imported for alias in node.names) == si.__all__
+    assert all(hasattr(si, name) for name in si.__all__)
+    assert si.lang.__name__ == "superinfer.lang"
+    with pytest.raises(AttributeError, match="no attribute 'Engine'"):
+        _ = si.Engine
