@@ -182,11 +182,9 @@ class StreamExecutor:
         with self._lock:
             variable = self.variables.get(name) or self._expected.get(name)
             if variable is None:
-                variable = Variable()
+                variable = self._expected[name] = Variable()
                 if self._ended:
-                    self.loop.call_soon_threadsafe(variable.feed.close, self.error)
-                else:
-                    self._expected[name] = variable
+                    self.loop.call_soon_threadsafe(variable.never, name, self.error)
             return variable
 
     def _declare(self, expr: Expr) -> Variable | None:
@@ -233,9 +231,8 @@ class StreamExecutor:
         """The program has ended: readers of text that will not come are let go."""
         with self._lock:
             self._ended = True
-            expected, self._expected = self._expected, {}
-        for variable in expected.values():
-            variable.feed.close(self.error)
+        for name, variable in self._expected.items():
+            variable.never(name, self.error)
         if self.run.stream:
             self._publish()
             self.text_feed.close(self.error)
