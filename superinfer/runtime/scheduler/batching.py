@@ -258,7 +258,7 @@ class BatchScheduler(ABC):
             if sequence.status is Status.RUNNING and sequence.table is not None:
                 table = sequence.table
                 sequence.committed = work.start + work.length
-                if sequence.committed >= (len(table.nodes) + 1) * self._kv.page_size or table.pending is not None:
+                if sequence.committed >= (len(table.nodes) + 1) * self._kv.page_size:  # a block is full
                     self._kv.commit(table, sequence.tokens, sequence.committed)
                 if sequence.is_prefilling:
                     self._kv.announce(sequence.table, sequence.tokens)

@@ -18,6 +18,7 @@ host) get Huber's weight w = c/|error| beyond c = 3 times the median error.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -142,8 +143,8 @@ class StepCost:
         return float(self._row(load) @ self.factors)
 
     def observe(self, load: StepLoad, elapsed: float) -> None:
-        """A step of this load took `elapsed` seconds. Times that are not above 0 are ignored."""
-        if not elapsed > 0.0:
+        """A step of this load took `elapsed` seconds. Times that are not finite and above 0 are ignored."""
+        if not 0.0 < elapsed < math.inf:
             return
         row = self._row(load)
         predicted = max(float(row @ self.factors), 1e-9)

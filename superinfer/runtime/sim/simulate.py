@@ -69,9 +69,9 @@ class SimResult(msgspec.Struct, frozen=True, kw_only=True):
 
     requests: finished. refused: longer than the engine takes, not run. ttft, tbt (between tokens, all gaps) and tpot
         (each request's mean gap): quantiles. within_1s, within_5s: of first tokens.
-    ttft_met, met: shares of requests whose first token, and whose whole promise, was in time, of those that promised
-        any; None if none did. met_by_class: `met` for each SLO, as JSON. goodput: requests per second with all met.
-    duration: from the first arrival to the last token. tokens_per_s: output.
+    ttft_met, met: shares of requests whose first token, and whose whole promise, was in time, of those that have such
+        a promise; None if none has. met_by_class: `met` for each SLO, as JSON.
+    goodput: requests per second with all met. duration: from the first arrival to the last token. tokens_per_s: output.
     preemptions, steps: counts. cached: share of prompt tokens not computed. peak_live: unfinished requests at most.
     plan_ms: wall time of `plan`, milliseconds. wall_s: of the run.
     requests_per_wall_s: requests simulated in one second of wall time.
@@ -294,9 +294,10 @@ def _attainment(done: Many[Sequence]) -> tuple[float | None, float | None, dict[
         assert sequence.finished_at is not None
         verdict = sequence.timeline.verdict(sequence.finished_at - sequence.arrival)
         kept.setdefault(sequence.slo, []).append(verdict.met)
-        ttft.append(verdict.ttft_met)
-    if not ttft:
+        if sequence.slo is not None and sequence.slo.ttft is not None:
+            ttft.append(verdict.ttft_met)
+    if not kept:
         return None, None, {}
     by_class = {msgspec.json.encode(slo).decode(): _share(values) for slo, values in kept.items()}
     everything = [met for values in kept.values() for met in values]
-    return _share(everything), _share(ttft), by_class
+    return _share(everything), _share(ttft) if ttft else None, by_class
