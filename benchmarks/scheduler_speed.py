@@ -1,6 +1,6 @@
 """What scheduling costs: wall time of `plan` and `commit` with many requests, and simulated requests a second.
 
-Decoding steps of a full batch behind a long queue; then the simulator, with about 4,000 requests live.
+Decoding steps of a full batch behind a long queue; then the simulator, with about 4,000 and 16,000 requests live.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import random
 import statistics
 import time
+from itertools import product
 from typing import Any
 
 from record import write
@@ -24,16 +25,19 @@ from superinfer.runtime.sim.simulate import SimConfig, simulate
 from superinfer.runtime.sim.workload import make_jobs
 from superinfer.runtime.slo import SLO
 
-PAGE = 16
 
+def step_times(policy: str, resident: int, waiting: int, steps: int, blocked: bool) -> dict[str, float]:
+    """Milliseconds of steps in which all residents decode.
 
-def step_times(policy: str, resident: int, waiting: int, steps: int) -> dict[str, float]:
-    """Milliseconds of steps in which all residents decode and no block is left for anybody else."""
+    blocked: slots are free but no block is, so that every step looks at the queue in vain (blocks are large enough for
+    a whole sequence then); otherwise all slots are taken.
+    """
+    page = 1024 if blocked else 16
     rng = random.Random(0)
     prompts = [[at] * rng.randrange(100, 400) for at in range(resident + waiting)]
-    # The residents' own blocks to the end and no more: the queue is looked at in vain in every step.
-    blocks = sum(-(-(len(prompt) + steps + 2) // PAGE) for prompt in prompts[:resident])
-    scheduler = build_scheduler(policy, KVCache(blocks, PAGE), SchedulerLimits(resident, 2048, blocks * PAGE))
+    blocks = sum(-(-(len(prompt) + steps + 2) // page) for prompt in prompts[:resident])  # the residents' own, no more
+    limits = SchedulerLimits(resident + (64 if blocked else 0), 2048, blocks * page)
+    scheduler = build_scheduler(policy, KVCache(blocks, page), limits)
     slo = SLO(ttft=1.0, tbt=0.1)
     now = 0.0
     plans, commits = [], []
@@ -73,7 +77,7 @@ def step_times(policy: str, resident: int, waiting: int, steps: int) -> dict[str
 
 def simulated_rate(live: int) -> dict[str, float]:
     """Requests simulated in one second, wall and CPU, with up to `live` unfinished at a time."""
-    jobs = make_jobs("lmsys", rate=200, duration=live / 100, seed=0, slos=[(1.0, SLO(ttft=1.0, tbt=0.1))])
+    jobs = make_jobs("lmsys", rate=200, duration=live / 125, seed=0, slos=[(1.0, SLO(ttft=1.0, tbt=0.1))])
     started = time.process_time()
     result = simulate(
         jobs, profile_of("h100-pcie5"), shape_of("llama-3-8b"), SimConfig(kv_tokens=80_000, max_batch_size=256)
@@ -84,8 +88,9 @@ def simulated_rate(live: int) -> dict[str, float]:
         "peak_live": result.peak_live,
         "per_wall_second": result.requests_per_wall_s,
         "per_cpu_second": result.requests / cpu_s,
-        "plan_p50_ms": result.plan_ms.p50,
-        "plan_p99_ms": result.plan_ms.p99,
+        "plan_cpu_p50_ms": result.plan_ms.p50,
+        "plan_cpu_p99_ms": result.plan_ms.p99,
+        "plan_cpu_max_ms": result.plan_ms_max,
     }
 
 
@@ -94,16 +99,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=400)
     arguments = parser.parse_args()
+    resident = 256
     steps: list[dict[str, Any]] = []
     for policy in POLICIES:
-        for resident, waiting in ((256, 1000), (256, 15_744)):
-            times = step_times(policy, resident, waiting, arguments.steps)
-            steps.append({"policy": policy, "resident": resident, "waiting": waiting} | times)
-            print(f"{policy:9} {resident} resident, {waiting:6,} waiting: plan {times['plan_p50_ms']:.3f} ms "
-                  f"(p90 {times['plan_p90_ms']:.3f}), commit {times['commit_p50_ms']:.3f} ms")  # fmt: skip
-    simulated = simulated_rate(4000)
-    print(f"simulated requests/s at {simulated['peak_live']:,.0f} live: {simulated['per_wall_second']:.0f} wall, "
-          f"{simulated['per_cpu_second']:.0f} CPU")  # fmt: skip
+        for waiting, blocked in product((1000, 15_744), (False, True)):
+            times = step_times(policy, resident, waiting, arguments.steps, blocked)
+            steps.append({"policy": policy, "resident": resident, "waiting": waiting, "blocked": blocked} | times)
+            print(
+                f"{policy:9} {resident} resident, {waiting:6,} waiting for {'blocks' if blocked else 'slots'}: "
+                f"plan {times['plan_p50_ms']:.3f} ms (p90 {times['plan_p90_ms']:.3f}), "
+                f"commit {times['commit_p50_ms']:.3f} ms"
+            )
+    simulated = [simulated_rate(live) for live in (4000, 16_000)]
+    for run in simulated:
+        print(
+            f"{run['peak_live']:,.0f} live: {run['per_wall_second']:.0f} simulated requests/s of wall time, "
+            f"{run['per_cpu_second']:.0f} of CPU time; plan p99 {run['plan_cpu_p99_ms']:.2f} ms, "
+            f"max {run['plan_cpu_max_ms']:.2f} ms (CPU)"
+        )
     out = write(
         "scheduler-speed",
         f"python benchmarks/scheduler_speed.py --steps {arguments.steps}",

@@ -68,11 +68,11 @@ def plot(points: Many[Point], folder: Path, name: str) -> list[Path]:
     for kind, label in (("attainment", "share of requests"), ("tbt", "TBT, ms")):
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.add_subplot(xlabel="requests/s", ylabel=label, title=name)
-        for policy in dict.fromkeys(point.result.policy for point in points):
+        for at, policy in enumerate(dict.fromkeys(point.result.policy for point in points)):
             mine = sorted((p for p in points if p.result.policy == policy), key=lambda p: p.rate)
             rates = [point.rate for point in mine]
             for line, style, values in _lines(kind, [point.result for point in mine]):
-                axes.plot(rates, values, style, marker="o", label=f"{policy}, {line}")
+                axes.plot(rates, values, style, marker="o", color=f"C{at}", label=f"{policy}, {line}")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")

@@ -117,8 +117,8 @@ def test_what_cannot_be_made_is_refused_with_the_reason(given, message):
         ("mooncake", MOONCAKE + "{}\n", "line 4"),
         (
             "mooncake",
-            '{"timestamp": 0, "input_length": 1000, "output_length": 5, "hash_ids": [0]}',
-            "1 hash_ids for 1000",
+            '{"timestamp": 0, "input_length": 900, "output_length": 5, "hash_ids": [0]}',
+            "1 hash_ids for 900",
         ),
         ("mooncake", "", "empty"),
     ],
