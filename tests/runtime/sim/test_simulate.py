@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import msgspec
@@ -180,6 +181,16 @@ def test_wrong_input_is_said_in_one_line(arguments, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_help_needs_neither_torch_nor_numpy():
+    code = "import sys, superinfer.runtime.sim.command; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_simulating_needs_no_torch():
+    code = "import sys, superinfer.runtime.sim.simulate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_slo_classes_are_read_with_their_shares():
