@@ -54,7 +54,7 @@ def context(draw: Draw, known: list[facts.Fact]) -> str:
     return draw.pick(("\n", "\n\n")).join(title.format(i=i + 1) + part for i, part in enumerate(parts))
 
 
-def size(draw: Draw, most: int = 120) -> int:
+def size(draw: Draw, most: int = 85) -> int:
     """Number of facts: mostly a few, now and then a context of many hundred tokens."""
     u = draw.rng.random()
     if u < 0.84:
@@ -63,7 +63,7 @@ def size(draw: Draw, most: int = 120) -> int:
 
 
 def one(draw: Draw) -> Dialogue:
-    """A chat about one context: one to four questions."""
+    """A chat about one context: one to nine questions, since every one is a lesson in finding things."""
     known = facts.world(draw, size(draw))
     text = context(draw, known)
     question, answer = asked(draw, known)
@@ -74,7 +74,7 @@ def one(draw: Draw) -> Dialogue:
     else:
         layout = draw.say(LAYOUTS, LAYOUTS_NEW)
         messages = [*draw.system(), turn("user", layout.format(c=text, q=question)), turn("assistant", answer)]
-    for _ in range(draw.pick((0, 0, 0, 1, 2, 3))):
+    for _ in range(min(len(known), draw.pick((0, 0, 1, 2, 4, 8)))):
         question, answer = asked(draw, known)
         messages += [turn("user", question), turn("assistant", answer)]
     return chat(KIND, *messages)
@@ -93,7 +93,7 @@ def few_shot(draw: Draw) -> Dialogue:
         lead = f"{c} {facts.article(draw, known)}{gap}"
     else:
         lead = draw.pick(("", "", "Answer the questions.\n\n", "Answer from the context.\n\n"))
-    for _ in range(draw.integer(2, 5)):
+    for _ in range(draw.integer(2, 8 if shared else 5)):
         if not shared:
             known = facts.world(draw, draw.integer(1, 5))
             lead += f"{c} {facts.article(draw, known)}\n"

@@ -15,16 +15,18 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from tools.embedded_model import tokenizer as tokenizers_
 from tools.embedded_model.data import ANSWER, Batch, Batches
-from tools.embedded_model.evaluate import evaluate, print_table
+from tools.embedded_model.evaluate import evaluate
 from tools.embedded_model.muon import Muon
 from tools.embedded_model.network import Network, block_mask, config_dict, dense_mask
 
-PROMPT_WEIGHT = 0.1  # of a prompt token's loss against an answer token's: prompts are mostly drawn at random
+# Weights of a token's loss. Prompts are mostly drawn at random; the first token of an answer is where a wrong fact is
+# picked, the rest is copying.
+PROMPT_WEIGHT, ANSWER_WEIGHT = 0.05, 1.0
 SIZES = {
     "full": {"hidden": 384, "layers": 8, "heads": 6, "kv_heads": 2, "head_dim": 64, "mlp": 1024},
     "tiny": {"hidden": 64, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 32, "mlp": 128},  # to try the script
@@ -73,6 +75,9 @@ class Trainer:
         self.device = torch.device(args.device)
         torch.manual_seed(args.seed)
         self.network = Network(config_dict(vocab, **SIZES[args.size])).to(self.device)
+        if args.init:
+            weights = {k: v for file in args.init.glob("*.safetensors") for k, v in load_file(file).items()}
+            self.network.load_state_dict({k.removeprefix("model."): v for k, v in weights.items()})
         matrices = [p for n, p in self.network.named_parameters() if p.ndim == 2 and "embed" not in n]
         others = [p for n, p in self.network.named_parameters() if p.ndim == 1 or "embed" in n]
         cuda = self.device.type == "cuda"
@@ -81,7 +86,7 @@ class Trainer:
             torch.optim.AdamW(others, lr=args.lr_embed, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda),
         ]
         self.peaks = [args.lr, args.lr_embed]
-        self.cuda = cuda
+        self.cuda, self.first_weight = cuda, args.first_weight
         self.forward = torch.compile(self.network, dynamic=False) if cuda else self.network
         self.mask = torch.compile(block_mask, dynamic=False) if cuda else dense_mask
 
@@ -92,7 +97,9 @@ class Trainer:
         own = segments.roll(-1, 1) == segments  # the next token belongs to the same dialogue
         own[:, -1] = False
         answer = (roles.roll(-1, 1) == ANSWER) & own
-        weights = torch.where(answer, 1.0, PROMPT_WEIGHT) * (own & (segments > 0))
+        first = answer & (roles != ANSWER)
+        weights = torch.where(answer, ANSWER_WEIGHT, PROMPT_WEIGHT) + first * self.first_weight
+        weights = weights * (own & (segments > 0))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda):
             loss, right = self.forward(tokens, targets, weights, self.mask(segments))
         loss.backward()
@@ -147,6 +154,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--lr", type=float, default=0.02, help="peak rate of the matrices (Muon)")
     parser.add_argument("--lr-embed", type=float, default=0.004, help="peak rate of embedding and norms (AdamW)")
+    parser.add_argument("--first-weight", type=float, default=4.0, help="extra weight of an answer's first token")
+    parser.add_argument("--init", type=Path, help="go on from this folder's weights and tokenizer")
     parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 1))
     parser.add_argument("--tokenizer-dialogues", type=int, default=30_000)
     parser.add_argument("--log", type=int, default=250)
@@ -154,7 +163,10 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     torch.set_float32_matmul_precision("high")
-    tokenizer = tokenizers_.train(args.seed, args.tokenizer_dialogues)
+    if args.init:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init)
+    else:
+        tokenizer = tokenizers_.train(args.seed, args.tokenizer_dialogues)
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(args.out)
     run = train(args, tokenizer, args.out)
@@ -163,7 +175,6 @@ def main() -> None:
     if args.eval:
         figures = evaluate(args.out, args.device, {"heldout": args.eval, "unseen": args.eval})
         (args.out / "evaluation.json").write_text(json.dumps(figures, indent=1))
-        print_table(figures)
 
 
 if __name__ == "__main__":
