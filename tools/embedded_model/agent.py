@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tools.embedded_model import smalltalk, words
+from tools.embedded_model.concepts import CONCEPTS, Concept
 from tools.embedded_model.dialogue import Dialogue, Message, tool_call, turn
 from tools.embedded_model.draw import Draw
 
@@ -22,10 +23,20 @@ def function(name: str, description: str, /, **parameters: str) -> Tool:
     return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
 
 
-CALCULATORS = ("Evaluate an arithmetic expression.", "Calculate an expression.", "Does sums.", "Computes the value of an expression.",
-               "A calculator for + - * /.")  # fmt: skip
-LOOKUPS = ("Look up a fact by its key.", "Find a value in the database.", "Returns what is stored for a key.", "Search the catalogue.",
-           "Look something up.")  # fmt: skip
+CALCULATORS = (
+    "Evaluate an arithmetic expression.",
+    "Calculate an expression.",
+    "Does sums.",
+    "Computes the value of an expression.",
+    "A calculator for + - * /.",
+)
+LOOKUPS = (
+    "Look up a fact by its key.",
+    "Find a value in the database.",
+    "Returns what is stored for a key.",
+    "Search the catalogue.",
+    "Look something up.",
+)
 
 
 @dataclass
@@ -50,14 +61,27 @@ class Desk:
         if not self.plain:
             self.messages.append(turn("tool", text))
         else:
-            lead = self.draw.pick(("Result: ", "Tool result: ", "{} returned: ".format(name), "Observation: "))
+            lead = self.draw.pick(("Result: ", "Tool result: ", f"{name} returned: ", "Observation: "))
             self.messages.append(turn("user", lead + text))
 
 
 # ---------------------------------------------------------------------------------------------------- calculator
-BINARY = {"+": ("{a} + {b}", "{a} plus {b}", "the sum of {a} and {b}"), "-": ("{a} - {b}", "{a} minus {b}"),
-          "*": ("{a} * {b}", "{a} times {b}", "{a} x {b}", "{a} multiplied by {b}"), "/": ("{a} / {b}", "{a} divided by {b}")}  # fmt: skip
-SUM_ASKS = ("What is {e}?", "Calculate {e}.", "How much is {e}?", "Compute {e}.", "{e}", "{e} = ?", "Work out {e}.", "I need {e}.")
+BINARY = {
+    "+": ("{a} + {b}", "{a} plus {b}", "the sum of {a} and {b}"),
+    "-": ("{a} - {b}", "{a} minus {b}"),
+    "*": ("{a} * {b}", "{a} times {b}", "{a} x {b}", "{a} multiplied by {b}"),
+    "/": ("{a} / {b}", "{a} divided by {b}"),
+}
+SUM_ASKS = (
+    "What is {e}?",
+    "Calculate {e}.",
+    "How much is {e}?",
+    "Compute {e}.",
+    "{e}",
+    "{e} = ?",
+    "Work out {e}.",
+    "I need {e}.",
+)
 SUM_ASKS_NEW = ("Tell me the value of {e}.", "Could you do {e} for me?")
 
 
@@ -94,45 +118,115 @@ class Topic:
 
 
 TOPICS = (
-    Topic("weight", Draw.thing, lambda d: f"{d.number(3)} kg", ("How heavy is the {s}?", "How much does the {s} weigh?")),
-    Topic("stock", Draw.thing, lambda d: str(d.number(3)), ("How many of the {s} are in stock?", "How many of the {s} do we have?")),
+    Topic(
+        "weight",
+        Draw.thing,
+        lambda d: f"{d.number(3)} kg",
+        ("How heavy is the {s}?", "How much does the {s} weigh?"),
+    ),
+    Topic(
+        "stock",
+        Draw.thing,
+        lambda d: str(d.number(3)),
+        ("How many of the {s} are in stock?", "How many of the {s} do we have?"),
+    ),
     Topic("colour", Draw.thing, lambda d: d.pick(words.COLOURS), ("What colour is the {s}?",)),
     Topic("maker", Draw.thing, Draw.company, ("Who makes the {s}?",)),
     Topic("size", Draw.thing, lambda d: f"{d.number(3)} cm"),
     Topic("warranty", Draw.thing, lambda d: f"{d.integer(2, 60)} months"),
-    Topic("status", lambda d: f"order {d.code()}", lambda d: d.pick(words.STATUSES), ("Where is {s}?", "What is happening with {s}?")),
+    Topic(
+        "status",
+        lambda d: f"order {d.code()}",
+        lambda d: d.pick(words.STATUSES),
+        ("Where is {s}?", "What is happening with {s}?"),
+    ),
     Topic("total", lambda d: f"order {d.code()}", Draw.price, ("How much is {s}?",)),
     Topic("opening hours", Draw.company, Draw.hours, ("When is {s} open?", "At what times is {s} open?")),
-    Topic("address", Draw.company, lambda d: f"{d.integer(1, 199)} {d.name_word()} Street", ("Where is {s}?", "Where can I find {s}?")),
+    Topic(
+        "address",
+        Draw.company,
+        lambda d: f"{d.integer(1, 199)} {d.name_word()} Street",
+        ("Where is {s}?", "Where can I find {s}?"),
+    ),
     Topic("owner", Draw.company, Draw.full_name, ("Who owns {s}?", "Who runs {s}?")),
     Topic("phone number", Draw.person, Draw.phone, ("How can I call {s}?",)),
     Topic("email", Draw.person, Draw.email, ("How can I write to {s}?",)),
-    Topic("job", Draw.person, lambda d: d.pick(words.JOBS), ("What does {s} do for a living?", "What does {s} work as?")),
+    Topic(
+        "job",
+        Draw.person,
+        lambda d: d.pick(words.JOBS),
+        ("What does {s} do for a living?", "What does {s} work as?"),
+    ),
     Topic("birthday", Draw.person, Draw.date, ("When was {s} born?",)),
     Topic("population", Draw.place, lambda d: str(d.integer(100, 999999)), ("How many people live in {s}?",)),
     Topic("mayor", Draw.place, Draw.full_name, ("Who runs the town of {s}?",)),
     Topic("capital", Draw.country, Draw.place, ("Which city is the capital of {s}?",)),
     Topic("distance", Draw.place, lambda d: f"{d.number(4)} km", ("How far away is {s}?", "How far is {s}?")),
-)  # fmt: skip
-OF_ASKS = ("What is the {t} of {the}{s}?", "Tell me the {t} of {the}{s}.", "I need the {t} of {the}{s}.", "What's the {t} of {the}{s}?",
-           "Find the {t} of {the}{s}.", "Do you know the {t} of {the}{s}?", "Look up the {t} of {the}{s}.", "{t} of {the}{s}?")  # fmt: skip
+)
+OF_ASKS = (
+    "What is the {t} of {the}{s}?",
+    "Tell me the {t} of {the}{s}.",
+    "I need the {t} of {the}{s}.",
+    "What's the {t} of {the}{s}?",
+    "Find the {t} of {the}{s}.",
+    "Do you know the {t} of {the}{s}?",
+    "Look up the {t} of {the}{s}.",
+    "{t} of {the}{s}?",
+)
 OF_ASKS_NEW = ("Give me the {t} of {the}{s}.", "I would love to know the {t} of {the}{s}.")
-PRICE_ASKS = ("How much is a {s}?", "What does the {s} cost?", "What is the price of the {s}?", "How much does a {s} cost?", "Price of {s}?")
+PRICE_ASKS = (
+    "How much is a {s}?",
+    "What does the {s} cost?",
+    "What is the price of the {s}?",
+    "How much does a {s} cost?",
+    "Price of {s}?",
+)
 PRICE_ASKS_NEW = ("What do you charge for the {s}?", "What must I pay for one {s}?")
-MANY_ASKS = ("How much are {n} {p}?", "What do {n} {p} cost?", "I want {n} {p}. What is the total?", "What is the total for {n} {p}?",
-             "How much do I pay for {n} {p}?", "Total price of {n} {p}?", "How much would {n} {p} be?")  # fmt: skip
+MANY_ASKS = (
+    "How much are {n} {p}?",
+    "What do {n} {p} cost?",
+    "I want {n} {p}. What is the total?",
+    "What is the total for {n} {p}?",
+    "How much do I pay for {n} {p}?",
+    "Total price of {n} {p}?",
+    "How much would {n} {p} be?",
+)
 MANY_ASKS_NEW = ("I take {n} {p}, what does that make?", "Give me the price for {n} {p}.")
-MORE_ASKS = ("And {n} of them?", "What about {n}?", "And for {n}?", "How much for {n} of them?", "And {n} {p}?", "I want {n}. How much?")
+MORE_ASKS = (
+    "And {n} of them?",
+    "What about {n}?",
+    "And for {n}?",
+    "How much for {n} of them?",
+    "And {n} {p}?",
+    "I want {n}. How much?",
+)
 MORE_ASKS_NEW = ("Make it {n}, what then?",)
 NEXT_ASKS = ("And the {s}?", "What about the {s}?", "And a {s}?", "How about the {s}?")
 NEXT_ASKS_NEW = ("Same question for the {s}.",)
-DIFFERENCE_ASKS = ("How much more does the {a} cost than the {b}?", "What is the price difference between the {a} and the {b}?",
-                   "How much more expensive is the {a} than the {b}?")  # fmt: skip
+DIFFERENCE_ASKS = (
+    "How much more does the {a} cost than the {b}?",
+    "What is the price difference between the {a} and the {b}?",
+    "How much more expensive is the {a} than the {b}?",
+)
 DIFFERENCE_ASKS_NEW = ("By how much is the {a} dearer than the {b}?",)
-BOTH_ASKS = ("What do the {a} and the {b} cost together?", "I buy a {a} and a {b}. What is the total?", "Total for one {a} and one {b}?",
-             "How much are the {a} and the {b} together?")  # fmt: skip
+BOTH_ASKS = (
+    "What do the {a} and the {b} cost together?",
+    "I buy a {a} and a {b}. What is the total?",
+    "Total for one {a} and one {b}?",
+    "How much are the {a} and the {b} together?",
+)
 BOTH_ASKS_NEW = ("What do I pay for the {a} plus the {b}?",)
-MISSING = ("not found", "unknown", "error: not found", "null", "no entry", '{"error": "not found"}', "none", "Error: unknown key", "no result")
+MISSING = (
+    "not found",
+    "unknown",
+    "error: not found",
+    "null",
+    "no entry",
+    '{"error": "not found"}',
+    "none",
+    "Error: unknown key",
+    "no result",
+)
 
 
 def item(draw: Draw, taken: dict[str, int]) -> str:
@@ -229,63 +323,13 @@ def two_prices(desk: Desk) -> None:
     desk.say(f"The {a} and the {b} cost {result}." if both else f"The difference is {result}.")
 
 
-# -------------------------------------------------------------------------------------------------- other tools
-@dataclass(frozen=True)
-class Concept:
-    """A tool of any name: `parameters` is one tuple of possible names per argument."""
-
-    names: tuple[str, ...]
-    descriptions: tuple[str, ...]
-    parameters: tuple[tuple[str, ...], ...]
-    kinds: tuple[str, ...]
-    values: Callable[[Draw], tuple[Any, ...]]
-    asks: tuple[str, ...]
-    new_asks: tuple[str, ...]
-    result: Callable[[Draw], str]
-    answer: str
-
-
-CONCEPTS = (
-    Concept(("get_weather", "weather", "forecast"), ("Get the weather for a city.", "Current weather in a place."), (("city", "place", "location"),),
-            ("string",), lambda d: (d.place(),), ("What is the weather in {0}?", "How is the weather in {0}?", "Is it raining in {0}?", "Weather in {0}?"),
-            ("Do I need an umbrella in {0}?",), lambda d: f"{d.integer(0, 35)} degrees and {d.pick(words.CONDITIONS)}", "The weather in {0}: {r}."),
-    Concept(("get_time", "clock", "local_time"), ("Get the local time of a city.", "What time it is somewhere."), (("city", "place", "zone"),),
-            ("string",), lambda d: (d.place(),), ("What time is it in {0}?", "Tell me the time in {0}.", "Local time in {0}?"),
-            ("How late is it in {0}?",), Draw.clock, "It is {r} in {0}."),
-    Concept(("send_message", "message", "notify"), ("Send a message to a person.", "Deliver a text to somebody."), (("to", "person", "recipient"), ("text", "message", "body")),
-            ("string", "string"), lambda d: (d.person(), d.pick(("I am late", "call me back", "see you at {}".format(d.clock()), "the {} is ready".format(d.thing()), "thank you"))),
-            ("Send a message to {0}: {1}", "Write to {0}: {1}", "Message {0}: {1}"), ("Please let {0} know: {1}",), lambda d: d.pick(("sent", "ok", "delivered")), "Your message to {0} was sent."),
-    Concept(("book_table", "reserve", "reservation"), ("Book a table at a restaurant.", "Reserve a table."), (("restaurant", "name", "place"), ("guests", "people", "seats")),
-            ("string", "integer"), lambda d: (d.company(), d.integer(1, 20)), ("Book a table for {1} at {0}.", "Reserve a table at {0} for {1} people.", "I need a table for {1} at {0}."),
-            ("{1} of us want to eat at {0}, book it.",), lambda d: d.pick(("booked", "ok", "confirmed")), "The table for {1} at {0} is booked."),
-    Concept(("set_timer", "timer", "countdown"), ("Start a timer.", "Set a timer in minutes."), (("minutes", "time", "duration"),), ("integer",), lambda d: (d.integer(1, 180),),
-            ("Set a timer for {0} minutes.", "Start a timer of {0} minutes.", "Timer, {0} minutes."), ("Wake me in {0} minutes.",), lambda d: d.pick(("started", "ok", "running")), "The timer for {0} minutes is set."),
-    Concept(("order_status", "track", "track_order"), ("Get the status of an order.", "Track an order."), (("order_id", "order", "id"),), ("string",), lambda d: (d.code(),),
-            ("Where is my order {0}?", "What is the status of order {0}?", "Track order {0}."), ("How is my order {0} doing?",), lambda d: d.pick(words.STATUSES), "Order {0} is {r}."),
-    Concept(("translate", "translator", "to_language"), ("Translate a word into a language.", "Translation of a word."), (("word", "text"), ("language", "to")), ("string", "string"),
-            lambda d: (d.pick(words.THINGS), d.pick(("French", "German", "Spanish", "Italian", "Polish", "Latin", "Dutch"))),
-            ("Translate {0} into {1}.", "What is {0} in {1}?", "How do you say {0} in {1}?"), ("Give me the {1} word for {0}.",), Draw.word, "In {1}, {0} is {r}."),
-    Concept(("stock_price", "quote", "ticker"), ("Get the share price of a company.", "Current share price."), (("company", "symbol", "name"),), ("string",), lambda d: (d.company(),),
-            ("What is the share price of {0}?", "How much is a share of {0}?", "Share price of {0}?"), ("What are {0} shares worth?",), lambda d: str(d.amount()), "A share of {0} costs {r}."),
-    Concept(("play_song", "play", "music"), ("Play a song.", "Play music by an artist."), (("artist", "name", "singer"),), ("string",), lambda d: (d.full_name(),),
-            ("Play something by {0}.", "Play music by {0}.", "I want to hear {0}."), ("Put on some {0}.",), lambda d: d.pick(("playing", "ok")), "Now playing {0}."),
-    Concept(("convert", "exchange", "to_currency"), ("Convert an amount of euros into a currency.", "Exchange euros."), (("amount", "euros", "value"), ("currency", "to")), ("number", "string"),
-            lambda d: (d.number(4), d.pick(("dollars", "pounds", "yen", "francs", "pesos", "rupees"))), ("Convert {0} euros into {1}.", "How much are {0} euros in {1}?", "{0} euros in {1}?"),
-            ("I have {0} euros, how many {1} is that?",), lambda d: str(d.number(5)), "{0} euros are {r} {1}."),
-    Concept(("create_ticket", "open_ticket", "report"), ("Open a support ticket.", "Report a problem."), (("title", "problem", "subject"),), ("string",),
-            lambda d: (d.pick(("broken {}", "missing {}", "wrong {}", "lost {}")).format(d.thing()),), ("Open a ticket: {0}", "Please report this: {0}", "Create a ticket about {0}."),
-            ("I have a problem, {0}, open a ticket.",), lambda d: d.code(), "Ticket {r} is open."),
-    Concept(("switch_light", "light", "lamp_control"), ("Turn the light of a room on or off.", "Switch the light in a room."), (("room", "where"), ("state", "to")), ("string", "string"),
-            lambda d: (d.pick(("kitchen", "bedroom", "hall", "garden", "office", "cellar", "garage", "bathroom")), d.pick(("on", "off"))),
-            ("Turn {1} the light in the {0}.", "Switch {1} the {0} light.", "Light {1} in the {0}, please."), ("I want the {0} light {1}.",), lambda d: d.pick(("ok", "done")), "The light in the {0} is {1}."),
-)  # fmt: skip
-
-
 def concept_tool(draw: Draw, concept: Concept) -> tuple[Tool, list[str]]:
     """The concept as a tool with a usual or an invented name, and its argument names."""
     name = draw.pick(concept.names) if draw.chance(0.6) else draw.word() + draw.pick(("", "_tool", "_" + draw.word()))
     arguments = [draw.pick(names) for names in concept.parameters]
-    return function(name, draw.pick(concept.descriptions), **dict(zip(arguments, concept.kinds, strict=True))), arguments
+    return function(
+        name, draw.pick(concept.descriptions), **dict(zip(arguments, concept.kinds, strict=True))
+    ), arguments
 
 
 def use_concept(desk: Desk, concept: Concept, tool: Tool, arguments: list[str]) -> None:
@@ -295,7 +339,18 @@ def use_concept(desk: Desk, concept: Concept, tool: Tool, arguments: list[str]) 
     call = dict(zip(arguments, values, strict=True))
     name = tool["function"]["name"]
     if draw.chance(0.07):
-        desk.call(name, call, draw.pick(("error: service unavailable", "error: timeout", "error: try again later", '{"error": "failed"}')))
+        desk.call(
+            name,
+            call,
+            draw.pick(
+                (
+                    "error: service unavailable",
+                    "error: timeout",
+                    "error: try again later",
+                    '{"error": "failed"}',
+                )
+            ),
+        )
         desk.say("That did not work.")
         return
     result = concept.result(draw)
@@ -307,14 +362,19 @@ def use_concept(desk: Desk, concept: Concept, tool: Tool, arguments: list[str]) 
 def described(draw: Draw, tools: list[Tool]) -> str:
     """The tools in plain words, for programs that write their own system turn."""
     lines = [
-        f"{t['function']['name']}({', '.join(t['function']['parameters']['properties'])}): {t['function']['description']}" for t in tools
+        f"{t['function']['name']}({', '.join(t['function']['parameters']['properties'])}): {t['function']['description']}"
+        for t in tools
     ]
     mark = draw.pick(("- ", "", "* "))
     head = draw.pick(("Tools:", "You have these tools:", "You can use these tools:", "Available tools:"))
-    tail = draw.pick((
-        "", "", 'Call a tool with <tool_call>{"name": ..., "arguments": {...}}</tool_call>.',
-        'To call a tool write <tool_call>{"name": ..., "arguments": {...}}</tool_call>',
-    ))  # fmt: skip
+    tail = draw.pick(
+        (
+            "",
+            "",
+            'Call a tool with <tool_call>{"name": ..., "arguments": {...}}</tool_call>.',
+            'To call a tool write <tool_call>{"name": ..., "arguments": {...}}</tool_call>',
+        )
+    )
     return "\n".join([head, *(mark + line for line in lines), *([tail] if tail else [])])
 
 

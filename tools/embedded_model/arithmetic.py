@@ -26,35 +26,65 @@ ORDERS = {
     "/": ("Divide {a} by {b}.",),
 }
 ASKS = (
-    "What is {e}?", "How much is {e}?", "Calculate {e}.", "Compute {e}.", "{e} = ?", "{e} =", "{e}", "{e}?", "What does {e} make?",
-    "Work out {e}.", "Give me {e}.", "Solve {e}.", "Tell me the result of {e}.", "What's {e}?", "Can you tell me {e}?",
-)  # fmt: skip
+    "What is {e}?",
+    "How much is {e}?",
+    "Calculate {e}.",
+    "Compute {e}.",
+    "{e} = ?",
+    "{e} =",
+    "{e}",
+    "{e}?",
+    "What does {e} make?",
+    "Work out {e}.",
+    "Give me {e}.",
+    "Solve {e}.",
+    "Tell me the result of {e}.",
+    "What's {e}?",
+    "Can you tell me {e}?",
+)
 ASKS_NEW = ("Find {e}.", "I need to know {e}.", "What do you get for {e}?", "The result of {e} is what?")
 STORIES = {
-    "+": ("{n} has {a} {i} and gets {b} more. How many {i} does {n} have now?",
-          "There are {a} {i} in the box. {n} adds {b}. How many {i} are in the box?",
-          "{n} bought {a} {i} and {b} {j}. How many things did {n} buy in all?",
-          "A {s} costs ${a} and a {t} costs ${b}. What do they cost together?",
-          "{n} read {a} pages on Monday and {b} on Tuesday. How many pages in total?"),
-    "-": ("{n} has {a} {i} and gives away {b}. How many {i} are left?",
-          "There were {a} {i}. {n} took {b}. How many {i} remain?",
-          "{n} had ${a} and spent ${b}. How much money is left?",
-          "A shop has {a} {i} and sells {b}. How many {i} are left?"),
-    "*": ("{n} buys {b} {i} for ${a} each. What is the total?", "One {s} costs ${a}. What do {b} {i} cost?",
-          "There are {b} boxes with {a} {i} each. How many {i} are there?",
-          "{n} runs {a} km a day. How many km in {b} days?"),
-    "/": ("{n} shares {a} {i} among {b} people. How many {i} does each get?",
-          "{a} {i} go into {b} equal boxes. How many {i} are in each box?"),
-}  # fmt: skip
+    "+": (
+        "{n} has {a} {i} and gets {b} more. How many {i} does {n} have now?",
+        "There are {a} {i} in the box. {n} adds {b}. How many {i} are in the box?",
+        "{n} bought {a} {i} and {b} {j}. How many things did {n} buy in all?",
+        "A {s} costs ${a} and a {t} costs ${b}. What do they cost together?",
+        "{n} read {a} pages on Monday and {b} on Tuesday. How many pages in total?",
+    ),
+    "-": (
+        "{n} has {a} {i} and gives away {b}. How many {i} are left?",
+        "There were {a} {i}. {n} took {b}. How many {i} remain?",
+        "{n} had ${a} and spent ${b}. How much money is left?",
+        "A shop has {a} {i} and sells {b}. How many {i} are left?",
+    ),
+    "*": (
+        "{n} buys {b} {i} for ${a} each. What is the total?",
+        "One {s} costs ${a}. What do {b} {i} cost?",
+        "There are {b} boxes with {a} {i} each. How many {i} are there?",
+        "{n} runs {a} km a day. How many km in {b} days?",
+    ),
+    "/": (
+        "{n} shares {a} {i} among {b} people. How many {i} does each get?",
+        "{a} {i} go into {b} equal boxes. How many {i} are in each box?",
+    ),
+}
 STORIES_NEW = {
     "+": ("{n} owns {a} {i}. A friend brings {b}. How many {i} are there now?",),
     "-": ("Of {a} {i}, {n} loses {b}. How many {i} does {n} still have?",),
     "*": ("Each of {b} bags holds {a} {i}. How many {i} is that?",),
     "/": ("{b} friends split {a} {i} evenly. How many {i} per friend?",),
 }
-FOLLOW = {"+": ("Now add {b}.", "Plus {b}?", "Add {b} to that.", "And if you add {b}?"),
-          "-": ("Now subtract {b}.", "Minus {b}?", "Take {b} away from that.", "And if you subtract {b}?")}  # fmt: skip
-SYSTEMS = ("Answer with a number only.", "You are a calculator.", "Reply with the number.", "You do sums.", "Only write the result.")
+FOLLOW = {
+    "+": ("Now add {b}.", "Plus {b}?", "Add {b} to that.", "And if you add {b}?"),
+    "-": ("Now subtract {b}.", "Minus {b}?", "Take {b} away from that.", "And if you subtract {b}?"),
+}
+SYSTEMS = (
+    "Answer with a number only.",
+    "You are a calculator.",
+    "Reply with the number.",
+    "You do sums.",
+    "Only write the result.",
+)
 
 
 def pair(draw: Draw, op: str) -> tuple[int, int, int]:

@@ -31,7 +31,13 @@ class Batches(torch.utils.data.Dataset[Batch]):
     """Batch `i` depends on (seed, i) alone, so the data do not depend on how many workers make them."""
 
     def __init__(self, tokenizer_file: str, seed: int, count: int, rows: int, length: int) -> None:
-        self.tokenizer_file, self.seed, self.count, self.rows, self.length = tokenizer_file, seed, count, rows, length
+        self.tokenizer_file, self.seed, self.count, self.rows, self.length = (
+            tokenizer_file,
+            seed,
+            count,
+            rows,
+            length,
+        )
         self.tokenizer: Tokenizer | None = None
 
     def __len__(self) -> int:

@@ -123,7 +123,12 @@ class Draw:
     def date(self) -> str:
         day, month, year = self.integer(1, 28), self.pick(words.MONTHS), self.integer(1950, 2030)
         return self.pick(
-            (f"{day} {month}", f"{month} {day}", f"{day} {month} {year}", f"{year}-{self.integer(1, 12):02d}-{day:02d}")
+            (
+                f"{day} {month}",
+                f"{month} {day}",
+                f"{day} {month} {year}",
+                f"{year}-{self.integer(1, 12):02d}-{day:02d}",
+            )
         )
 
     def code(self) -> str:

@@ -85,9 +85,12 @@ def answer(model: Any, tokenizer: Any, batch: list[tuple[Question, list[int], in
     raw = torch.tensor([q.raw for q, _, _ in batch], device=device)
     stop = _AllEnded(raw, newline, model.generation_config.eos_token_id)
     out = model.generate(
-        tokens.to(device), attention_mask=mask.to(device), do_sample=False, stopping_criteria=[stop],
+        tokens.to(device),
+        attention_mask=mask.to(device),
+        do_sample=False,
+        stopping_criteria=[stop],
         max_new_tokens=max(n for _, _, n in batch) + SPARE_TOKENS,
-    )[:, longest:].tolist()  # fmt: skip
+    )[:, longest:].tolist()
     ends = set(model.generation_config.eos_token_id)
     answers: list[str | None] = []
     for (question, _, _), ids in zip(batch, out, strict=True):
@@ -112,7 +115,9 @@ def generated(folder: Path, device: str, asked: list[Question]) -> list[str | No
 def load(folder: Path, device: str) -> tuple[Any, Any]:
     """Tokenizer and model; float32 on a CPU, bfloat16 as stored on a GPU."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32 if device == "cpu" else torch.bfloat16
+    )
     return tokenizer, model.to(device).eval()
 
 
@@ -163,16 +168,22 @@ def evaluate(folder: Path, device: str, counts: dict[str, int], kinds: list[str]
                     results += exact(model, rest[:fit])
             turns, right = sum(map(len, results)), sum(map(sum, results))
             figures[split][kind] = {
-                "dialogues": count, "turns": turns, "exact_turns": right, "accuracy": round(right / turns, 4),
+                "dialogues": count,
+                "turns": turns,
+                "exact_turns": right,
+                "accuracy": round(right / turns, 4),
                 "dialogues_all_exact": round(sum(map(all, results)) / count, 4),
-            }  # fmt: skip
+            }
             print_row(split, kind, figures[split][kind])
     return figures
 
 
 def print_row(split: str, kind: str, f: dict[str, Any]) -> None:
     ratio = f"({f['exact_turns']}/{f['turns']})"
-    print(f"{split:8} {kind:18} turns {f['accuracy']:.4f} {ratio:12} dialogues {f['dialogues_all_exact']:.4f}", flush=True)
+    print(
+        f"{split:8} {kind:18} turns {f['accuracy']:.4f} {ratio:12} dialogues {f['dialogues_all_exact']:.4f}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -181,7 +192,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--count", type=int, default=500, help="dialogues per kind and split")
     parser.add_argument("--kinds", nargs="*", choices=list(KINDS))
-    parser.add_argument("--generate", type=int, default=0, metavar="N", help="also generate for N held-out dialogues per kind; print misses")
+    parser.add_argument(
+        "--generate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also generate for N held-out dialogues per kind; print misses",
+    )
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
     figures = evaluate(args.folder, args.device, {"heldout": args.count, "unseen": args.count}, args.kinds)

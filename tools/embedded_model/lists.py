@@ -12,14 +12,34 @@ KIND = "list_continuation"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DEFAULT = 3  # items when the request names no number
 ASKS_N = (
-    "Continue the list with {n} more items: {l}", "Give the next {n} items: {l}", "{l}\nNext {n}?", "What are the next {n} items?\n{l}",
-    "Continue with {n} more: {l}", "{l}\n\nGive the next {n} items.", "Write the next {n} of this list: {l}", "List: {l}\nNext {n} items:",
-)  # fmt: skip
+    "Continue the list with {n} more items: {l}",
+    "Give the next {n} items: {l}",
+    "{l}\nNext {n}?",
+    "What are the next {n} items?\n{l}",
+    "Continue with {n} more: {l}",
+    "{l}\n\nGive the next {n} items.",
+    "Write the next {n} of this list: {l}",
+    "List: {l}\nNext {n} items:",
+)
 ASKS_N_NEW = ("Here is a list: {l}\nI want {n} more items.", "Extend this by {n} items: {l}")
-ASKS_1 = ("What comes next? {l}", "{l}\nWhat comes next?", "What is the next item? {l}", "Next item: {l}", "Which item follows? {l}",
-          "{l}\nNext?", "What comes after {l}?")  # fmt: skip
+ASKS_1 = (
+    "What comes next? {l}",
+    "{l}\nWhat comes next?",
+    "What is the next item? {l}",
+    "Next item: {l}",
+    "Which item follows? {l}",
+    "{l}\nNext?",
+    "What comes after {l}?",
+)
 ASKS_1_NEW = ("Tell me the item that follows {l}",)
-ASKS_ANY = ("Continue the list: {l}", "Continue: {l}", "Go on: {l}", "{l}\nContinue.", "Please continue this list: {l}", "Keep going: {l}")
+ASKS_ANY = (
+    "Continue the list: {l}",
+    "Continue: {l}",
+    "Go on: {l}",
+    "{l}\nContinue.",
+    "Please continue this list: {l}",
+    "Keep going: {l}",
+)
 ASKS_ANY_NEW = ("Carry on with {l}",)
 
 
@@ -52,7 +72,15 @@ def sequence(draw: Draw, more: int) -> tuple[list[str], list[str]]:
         if draw.chance(0.15):
             items = [f"{items[0]}{i + 1}" for i in range(total)]
     else:
-        make = draw.pick((draw.thing, draw.word, draw.first_name, lambda: str(draw.number(2)), lambda: draw.pick(words.COLOURS)))
+        make = draw.pick(
+            (
+                draw.thing,
+                draw.word,
+                draw.first_name,
+                lambda: str(draw.number(2)),
+                lambda: draw.pick(words.COLOURS),
+            )
+        )
         period = draw.integer(2, 4)
         base: list[str] = []
         while len(base) < period:
@@ -123,11 +151,19 @@ def count(draw: Draw) -> Dialogue:
     down = draw.chance(0.15)
     numbers = list(range(low, high + 1, step))
     high = numbers[-1]
-    ways = ("Count from {a} to {b}.", "Count from {a} to {b}", "Please count from {a} up to {b}.", "List the numbers from {a} to {b}.")
+    ways = (
+        "Count from {a} to {b}.",
+        "Count from {a} to {b}",
+        "Please count from {a} up to {b}.",
+        "List the numbers from {a} to {b}.",
+    )
     ask = draw.say(ways, ("Say all numbers from {a} to {b}.",))
     if down:
         numbers.reverse()
-        ask = draw.say(("Count down from {a} to {b}.", "Count backwards from {a} to {b}."), ("Count from {a} down to {b}.",))
+        ask = draw.say(
+            ("Count down from {a} to {b}.", "Count backwards from {a} to {b}."),
+            ("Count from {a} down to {b}.",),
+        )
     prompt = draw.loose(ask).format(a=numbers[0], b=numbers[-1])
     if step > 1:
         prompt = prompt.rstrip(".") + f" in steps of {step}."

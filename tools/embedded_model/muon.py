@@ -21,7 +21,9 @@ def orthogonal(g: torch.Tensor) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Matrices of one shape are stepped as one batch. Nesterov momentum; decoupled weight decay."""
 
-    def __init__(self, params: Iterable[torch.Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+    def __init__(
+        self, params: Iterable[torch.Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
+    ) -> None:
         super().__init__(list(params), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -14,14 +14,25 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
-def config_dict(vocab: int, hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, mlp: int) -> dict[str, Any]:
+def config_dict(
+    vocab: int, hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, mlp: int
+) -> dict[str, Any]:
     """The arguments of transformers' LlamaConfig."""
     return {
-        "vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "head_dim": head_dim, "intermediate_size": mlp, "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "hidden_act": "silu", "attention_bias": False,
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": mlp,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "attention_bias": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    }  # fmt: skip
+    }
 
 
 class Block(nn.Module):
@@ -29,23 +40,33 @@ class Block(nn.Module):
 
     def __init__(self, c: dict[str, Any]) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.dim = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
+        self.heads, self.kv_heads, self.dim = (
+            c["num_attention_heads"],
+            c["num_key_value_heads"],
+            c["head_dim"],
+        )
         hidden, mlp = c["hidden_size"], c["intermediate_size"]
-        self.self_attn = nn.ModuleDict({
-            "q_proj": nn.Linear(hidden, self.heads * self.dim, bias=False),
-            "k_proj": nn.Linear(hidden, self.kv_heads * self.dim, bias=False),
-            "v_proj": nn.Linear(hidden, self.kv_heads * self.dim, bias=False),
-            "o_proj": nn.Linear(self.heads * self.dim, hidden, bias=False),
-        })  # fmt: skip
-        self.mlp = nn.ModuleDict({
-            "gate_proj": nn.Linear(hidden, mlp, bias=False),
-            "up_proj": nn.Linear(hidden, mlp, bias=False),
-            "down_proj": nn.Linear(mlp, hidden, bias=False),
-        })  # fmt: skip
+        self.self_attn = nn.ModuleDict(
+            {
+                "q_proj": nn.Linear(hidden, self.heads * self.dim, bias=False),
+                "k_proj": nn.Linear(hidden, self.kv_heads * self.dim, bias=False),
+                "v_proj": nn.Linear(hidden, self.kv_heads * self.dim, bias=False),
+                "o_proj": nn.Linear(self.heads * self.dim, hidden, bias=False),
+            }
+        )
+        self.mlp = nn.ModuleDict(
+            {
+                "gate_proj": nn.Linear(hidden, mlp, bias=False),
+                "up_proj": nn.Linear(hidden, mlp, bias=False),
+                "down_proj": nn.Linear(mlp, hidden, bias=False),
+            }
+        )
         self.input_layernorm = nn.RMSNorm(hidden, eps=c["rms_norm_eps"])
         self.post_attention_layernorm = nn.RMSNorm(hidden, eps=c["rms_norm_eps"])
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: BlockMask | torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: BlockMask | torch.Tensor
+    ) -> torch.Tensor:
         batch, length, _ = x.shape
         h = self.input_layernorm(x)
         q = self.self_attn["q_proj"](h).view(batch, length, self.heads, self.dim).transpose(1, 2)
@@ -82,12 +103,18 @@ class Network(nn.Module):
                     nn.init.zeros_(p)
 
     def forward(
-        self, tokens: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, mask: BlockMask | torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        mask: BlockMask | torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean weighted cross entropy (nats) and, of every position, whether the likeliest token is the target."""
         c = self.config
         position = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float32)
-        frequency = 10000.0 ** (-torch.arange(0, c["head_dim"], 2, device=tokens.device, dtype=torch.float32) / c["head_dim"])
+        frequency = 10000.0 ** (
+            -torch.arange(0, c["head_dim"], 2, device=tokens.device, dtype=torch.float32) / c["head_dim"]
+        )
         angle = torch.outer(position, frequency).repeat(1, 2)
         cos, sin = angle.cos(), angle.sin()
         x = self.embed_tokens(tokens)

@@ -8,21 +8,38 @@ from tools.embedded_model.draw import Draw
 
 KIND = "notes"
 NOTE_ASKS = (
-    "{c}\n\nWrite one note about {s}.", "Document:\n{c}\n\nNote the key fact about {s}.", "What does the document say about {s}? Quote it.\n\n{c}",
-    "{c}\n\nWhich sentence is about {s}?", "Text: {c}\nQuote the sentence about {s}.", "Note one fact about {s} from this text: {c}",
-    "Note about {s}.\n\nDocument: {c}", "{c}\nKey fact about {s}?", "Extract the key fact about {s}.\n\n{c}",
-)  # fmt: skip
-NOTE_ASKS_NEW = ("Here is a document.\n{c}\nWrite down what it says about {s}.", "Take a note on {s} from: {c}")
+    "{c}\n\nWrite one note about {s}.",
+    "Document:\n{c}\n\nNote the key fact about {s}.",
+    "What does the document say about {s}? Quote it.\n\n{c}",
+    "{c}\n\nWhich sentence is about {s}?",
+    "Text: {c}\nQuote the sentence about {s}.",
+    "Note one fact about {s} from this text: {c}",
+    "Note about {s}.\n\nDocument: {c}",
+    "{c}\nKey fact about {s}?",
+    "Extract the key fact about {s}.\n\n{c}",
+)
+NOTE_ASKS_NEW = (
+    "Here is a document.\n{c}\nWrite down what it says about {s}.",
+    "Take a note on {s} from: {c}",
+)
 MERGE_ASKS = (
-    "Merge the notes into one answer:\n{n}", "Combine these notes into one paragraph:\n{n}", "{n}\n\nMerge these notes.",
-    "Notes:\n{n}\n\nWrite one answer from the notes.", "Join the notes:\n{n}", "Here are the notes.\n{n}\nMerge them into one answer.",
-    "Merge:\n{n}", "{n}\n\nCombine the notes into one answer.",
-)  # fmt: skip
+    "Merge the notes into one answer:\n{n}",
+    "Combine these notes into one paragraph:\n{n}",
+    "{n}\n\nMerge these notes.",
+    "Notes:\n{n}\n\nWrite one answer from the notes.",
+    "Join the notes:\n{n}",
+    "Here are the notes.\n{n}\nMerge them into one answer.",
+    "Merge:\n{n}",
+    "{n}\n\nCombine the notes into one answer.",
+)
 MERGE_ASKS_NEW = ("Put these notes together:\n{n}", "{n}\n\nMake one answer out of the notes.")
 LINE_ASKS = (
-    "Summarise the notes in one line:\n{n}", "{n}\n\nSummarise the notes in one line.", "Summarize these notes in one line:\n{n}",
-    "Notes:\n{n}\nOne line summary:", "Write a one line summary of the notes.\n{n}",
-)  # fmt: skip
+    "Summarise the notes in one line:\n{n}",
+    "{n}\n\nSummarise the notes in one line.",
+    "Summarize these notes in one line:\n{n}",
+    "Notes:\n{n}\nOne line summary:",
+    "Write a one line summary of the notes.\n{n}",
+)
 LINE_ASKS_NEW = ("Shorten the notes to one line:\n{n}",)
 BULLETS = ("- ", "- ", "* ", "", "", "#")
 
@@ -63,13 +80,32 @@ def merge(draw: Draw) -> Dialogue:
 
 def result_note(draw: Draw) -> Dialogue:
     """Lookup results, one a turn, each noted in a sentence, and merged at the end."""
-    systems = ("You are a support agent. Answer from the tool results only.", "Turn each result into a note.", "Write one note per result.")
+    systems = (
+        "You are a support agent. Answer from the tool results only.",
+        "Turn each result into a note.",
+        "Write one note per result.",
+    )
     messages: list[Message] = [turn("system", draw.say(systems, ("Make a sentence of each result.",)))]
     notes: list[str] = []
     for _ in range(draw.integer(1, 4)):
         subject = draw.pick((draw.thing, draw.company, draw.code))()
-        label = draw.pick(("price", "weight", "stock", "status", "address", "size", "warranty", "delivery time", "maker", "owner"))
-        value = draw.pick((draw.price, draw.place, draw.date, lambda: str(draw.number(3)), draw.full_name, draw.hours))()
+        label = draw.pick(
+            (
+                "price",
+                "weight",
+                "stock",
+                "status",
+                "address",
+                "size",
+                "warranty",
+                "delivery time",
+                "maker",
+                "owner",
+            )
+        )
+        value = draw.pick(
+            (draw.price, draw.place, draw.date, lambda: str(draw.number(3)), draw.full_name, draw.hours)
+        )()
         lead = draw.pick(("", "", "Result: ", "Tool result: ", "Lookup: "))
         messages.append(turn("user", f"{lead}{label} of {subject}{draw.pick((': ', ' = '))}{value}"))
         notes.append(f"The {label} of {subject} is {value}.")

@@ -9,21 +9,41 @@ from tools.embedded_model.draw import Draw
 KIND = "context_qa"
 UNKNOWN = "I don't know."
 LAYOUTS = (
-    "Context: {c}\nQuestion: {q}", "{c}\n\n{q}", "{c}\n{q}", "{q}\n\n{c}", "Text: {c}\n\nQuestion: {q}",
-    "Context:\n{c}\n\nQuestion:\n{q}", "Read this: {c}\n{q}", "Use the text to answer.\n\n{c}\n\n{q}",
-    "Answer from the text.\nText: {c}\nQ: {q}", "Document:\n{c}\n\n{q}", "Here is some information: {c} {q}",
-    "{q} Use this: {c}", "Question: {q}\nContext: {c}", "Answer the question from the context.\n\n{c}\n\nQuestion: {q}",
-    "I have these notes:\n{c}\n\n{q}", "Context: {c}\nQ: {q}\nA:", "Context: {c}\n\nQuestion: {q}\n\nAnswer:", "{c} {q}",
-)  # fmt: skip
+    "Context: {c}\nQuestion: {q}",
+    "{c}\n\n{q}",
+    "{c}\n{q}",
+    "{q}\n\n{c}",
+    "Text: {c}\n\nQuestion: {q}",
+    "Context:\n{c}\n\nQuestion:\n{q}",
+    "Read this: {c}\n{q}",
+    "Use the text to answer.\n\n{c}\n\n{q}",
+    "Answer from the text.\nText: {c}\nQ: {q}",
+    "Document:\n{c}\n\n{q}",
+    "Here is some information: {c} {q}",
+    "{q} Use this: {c}",
+    "Question: {q}\nContext: {c}",
+    "Answer the question from the context.\n\n{c}\n\nQuestion: {q}",
+    "I have these notes:\n{c}\n\n{q}",
+    "Context: {c}\nQ: {q}\nA:",
+    "Context: {c}\n\nQuestion: {q}\n\nAnswer:",
+    "{c} {q}",
+)
 LAYOUTS_NEW = (
-    "Passage: {c}\nWhat I want to know: {q}", "Look at the following.\n{c}\nNow answer: {q}",
-    "This is what we know: {c}\n\nMy question is: {q}", "{q}\nSource: {c}",
-)  # fmt: skip
+    "Passage: {c}\nWhat I want to know: {q}",
+    "Look at the following.\n{c}\nNow answer: {q}",
+    "This is what we know: {c}\n\nMy question is: {q}",
+    "{q}\nSource: {c}",
+)
 SYSTEM_LAYOUTS = (
-    "Answer from this text only.\n{c}", "{c}", "You are a support agent. Answer from these documents only.\n\n{c}",
-    "Context:\n{c}", "You answer questions about the following text.\n\n{c}", "Use only these facts:\n{c}",
-    "You are a helpful assistant. What you know:\n{c}", "Documents:\n{c}\n\nAnswer in a few words.",
-)  # fmt: skip
+    "Answer from this text only.\n{c}",
+    "{c}",
+    "You are a support agent. Answer from these documents only.\n\n{c}",
+    "Context:\n{c}",
+    "You answer questions about the following text.\n\n{c}",
+    "Use only these facts:\n{c}",
+    "You are a helpful assistant. What you know:\n{c}",
+    "Documents:\n{c}\n\nAnswer in a few words.",
+)
 SYSTEM_LAYOUTS_NEW = ("Everything you may use is here.\n{c}", "Stick to this information: {c}")
 TITLES = ("Document {i}: ", "[{i}] ", "Doc {i}\n", "Text {i}: ", "### Document {i}\n")
 
@@ -73,7 +93,11 @@ def one(draw: Draw) -> Dialogue:
         messages = [turn("system", system), turn("user", question), turn("assistant", answer)]
     else:
         layout = draw.say(LAYOUTS, LAYOUTS_NEW)
-        messages = [*draw.system(), turn("user", layout.format(c=text, q=question)), turn("assistant", answer)]
+        messages = [
+            *draw.system(),
+            turn("user", layout.format(c=text, q=question)),
+            turn("assistant", answer),
+        ]
     for _ in range(min(len(known), draw.pick((0, 0, 1, 2, 4, 8)))):
         question, answer = asked(draw, known)
         messages += [turn("user", question), turn("assistant", answer)]

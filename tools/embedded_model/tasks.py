@@ -18,8 +18,16 @@ from tools.embedded_model.draw import SPLITS, Draw
 
 def draw_mixed(draw: Draw) -> Dialogue:
     """A chat of two to five single-turn errands of different kinds; also the shape of long prompts."""
-    parts = (qa.one, choice.draw_choice, extraction.extract, arithmetic.draw_arithmetic, lists.simple, notes.note, notes.merge,
-             smalltalk.draw_smalltalk)  # fmt: skip
+    parts = (
+        qa.one,
+        choice.draw_choice,
+        extraction.extract,
+        arithmetic.draw_arithmetic,
+        lists.simple,
+        notes.note,
+        notes.merge,
+        smalltalk.draw_smalltalk,
+    )
     messages: list[Message] = draw.system()
     for _ in range(draw.integer(2, 5)):
         part = draw.pick(parts)(draw)

@@ -23,7 +23,12 @@ from tools.embedded_model.tasks import stream
 VOCAB_SIZE = 4096
 MAX_LENGTH = 2048
 SPECIAL = (END_OF_TEXT, IM_START, IM_END)
-TAGS = ("<tool_call>", "</tool_call>", "<tools>", "</tools>")  # one token each, but ordinary text when decoded
+TAGS = (
+    "<tool_call>",
+    "</tool_call>",
+    "<tools>",
+    "</tools>",
+)  # one token each, but ordinary text when decoded
 SPLIT = (
     r"\p{N}"
     r"|[\r\n]"
@@ -41,7 +46,15 @@ def corpus(seed: int, count: int) -> Iterator[str]:
     """Text of `count` training dialogues, and the whole word stock in lower and upper case."""
     for dialogue in islice(stream(f"tokenizer/{seed}"), count):
         yield dialogue.text()
-    stock = (words.FIRST_NAMES, words.LAST_NAMES, words.CITIES, words.COUNTRIES, words.THINGS, words.ADJECTIVES, words.JOBS)
+    stock = (
+        words.FIRST_NAMES,
+        words.LAST_NAMES,
+        words.CITIES,
+        words.COUNTRIES,
+        words.THINGS,
+        words.ADJECTIVES,
+        words.JOBS,
+    )
     for group in stock:
         yield "\n".join(group)
         yield " " + " ".join(word.lower() for word in group)
@@ -49,10 +62,12 @@ def corpus(seed: int, count: int) -> Iterator[str]:
 
 def train(seed: int, count: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE - len(TAGS),

@@ -29,7 +29,14 @@ from tools.embedded_model.network import Network, block_mask, config_dict, dense
 PROMPT_WEIGHT, ANSWER_WEIGHT = 0.05, 1.0
 SIZES = {
     "full": {"hidden": 384, "layers": 8, "heads": 6, "kv_heads": 2, "head_dim": 64, "mlp": 1024},
-    "tiny": {"hidden": 64, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 32, "mlp": 128},  # to try the script
+    "tiny": {
+        "hidden": 64,
+        "layers": 2,
+        "heads": 2,
+        "kv_heads": 1,
+        "head_dim": 32,
+        "mlp": 128,
+    },  # to try the script
 }
 
 
@@ -37,9 +44,13 @@ def save(network: Network, tokenizer: PreTrainedTokenizerFast, folder: Path, sha
     """The Hugging Face folder; weights in shards of at most `shard` bytes, or one file if they fit."""
     folder.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(
-        **network.config, architectures=["LlamaForCausalLM"], dtype="bfloat16", bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"), pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        **network.config,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+        bos_token_id=None,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        pad_token_id=tokenizer.pad_token_id,
+    )
     config.save_pretrained(folder)
     ends = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
     GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, do_sample=False).save_pretrained(folder)
@@ -59,7 +70,10 @@ def save(network: Network, tokenizer: PreTrainedTokenizerFast, folder: Path, sha
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, part in zip(names, shards, strict=True):
         save_file(part, folder / name, {"format": "pt"})
-    index = {"metadata": {"total_size": total}, "weight_map": {k: n for n, p in zip(names, shards, strict=True) for k in p}}
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {k: n for n, p in zip(names, shards, strict=True) for k in p},
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
@@ -92,7 +106,9 @@ class Trainer:
 
     def step(self, batch: Batch, share: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One update; the loss and the share of answer tokens predicted right, both still on the device."""
-        tokens, segments, roles = (t.to(self.device, non_blocking=True).int() for t in (batch.tokens, batch.segments, batch.roles))
+        tokens, segments, roles = (
+            t.to(self.device, non_blocking=True).int() for t in (batch.tokens, batch.segments, batch.roles)
+        )
         targets = tokens.roll(-1, 1).long()
         own = segments.roll(-1, 1) == segments  # the next token belongs to the same dialogue
         own[:, -1] = False
@@ -115,9 +131,13 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, folder: 
     trainer = Trainer(args, len(tokenizer))
     batches = Batches(str(folder / "tokenizer.json"), args.seed, args.steps or 10**7, args.rows, args.length)
     loader = torch.utils.data.DataLoader(
-        batches, batch_size=None, shuffle=False, num_workers=args.workers, pin_memory=trainer.cuda,
+        batches,
+        batch_size=None,
+        shuffle=False,
+        num_workers=args.workers,
+        pin_memory=trainer.cuda,
         prefetch_factor=4 if args.workers else None,
-    )  # fmt: skip
+    )
     start = saved = time.monotonic()
     budget, step, answers = args.minutes * 60, 0, 0
     for batch in islice(loader, args.steps):
@@ -132,14 +152,21 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, folder: 
         answers += int((batch.roles == ANSWER).sum())
         if step % args.log == 0 or step <= 3:
             speed = step * args.rows * args.length / max(time.monotonic() - start, 1e-9) / 1e6
-            print(f"step {step} {elapsed:.0f} s loss {loss.item():.4f} right {right.item():.4f} {speed:.2f} Mtok/s", flush=True)
+            print(
+                f"step {step} {elapsed:.0f} s loss {loss.item():.4f} right {right.item():.4f} {speed:.2f} Mtok/s",
+                flush=True,
+            )
         if time.monotonic() - saved > 120:
             saved = time.monotonic()
             save(trainer.network, tokenizer, folder)
     save(trainer.network, tokenizer, folder)
-    return {"steps": step, "tokens": step * args.rows * args.length, "answer_tokens": answers,
-            "minutes": round((time.monotonic() - start) / 60, 2),
-            "parameters": sum(p.numel() for p in trainer.network.parameters())}  # fmt: skip
+    return {
+        "steps": step,
+        "tokens": step * args.rows * args.length,
+        "answer_tokens": answers,
+        "minutes": round((time.monotonic() - start) / 60, 2),
+        "parameters": sum(p.numel() for p in trainer.network.parameters()),
+    }
 
 
 def main() -> None:
@@ -171,7 +198,9 @@ def main() -> None:
     tokenizer.save_pretrained(args.out)
     run = train(args, tokenizer, args.out)
     print(json.dumps(run), flush=True)
-    (args.out / "training.json").write_text(json.dumps({**run, "seed": args.seed, "rows": args.rows, "torch": torch.__version__}))
+    (args.out / "training.json").write_text(
+        json.dumps({**run, "seed": args.seed, "rows": args.rows, "torch": torch.__version__})
+    )
     if args.eval:
         figures = evaluate(args.out, args.device, {"heldout": args.eval, "unseen": args.eval})
         (args.out / "evaluation.json").write_text(json.dumps(figures, indent=1))
