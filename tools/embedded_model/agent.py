@@ -362,7 +362,8 @@ def use_concept(desk: Desk, concept: Concept, tool: Tool, arguments: list[str]) 
 def described(draw: Draw, tools: list[Tool]) -> str:
     """The tools in plain words, for programs that write their own system turn."""
     lines = [
-        f"{t['function']['name']}({', '.join(t['function']['parameters']['properties'])}): {t['function']['description']}"
+        f"{t['function']['name']}({', '.join(t['function']['parameters']['properties'])}): "
+        f"{t['function']['description']}"
         for t in tools
     ]
     mark = draw.pick(("- ", "", "* "))

@@ -1,4 +1,4 @@
-"""Tools beyond calculator and lookup that agents may be given: what they do, how they are asked for, what they answer."""
+"""Tools beyond calculator and lookup that agents may be given: what they do, how one asks for them, their answers."""
 
 from __future__ import annotations
 

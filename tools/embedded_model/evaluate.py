@@ -152,7 +152,7 @@ def exact(model: Any, rows: list[Row]) -> list[list[bool]]:
 
 
 def evaluate(folder: Path, device: str, counts: dict[str, int], kinds: list[str] | None = None) -> dict[str, Any]:
-    """Figures by split and kind: dialogues, graded turns, exact turns, the share of turns and of whole dialogues exact."""
+    """Figures by split and kind: dialogues, graded turns, exact turns, shares of turns and whole dialogues exact."""
     tokenizer, model = load(folder, device)
     budget = 1 << (13 if device == "cpu" else 17)  # tokens of one forward pass
     figures: dict[str, Any] = {}

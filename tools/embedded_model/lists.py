@@ -1,4 +1,4 @@
-"""list_continuation: the next items of a list with one plain rule (steps, weekdays, months, letters, cycles, counting)."""
+"""list_continuation: the next items of a list with one plain rule (steps, weekdays, months, letters, cycles)."""
 
 from __future__ import annotations
 

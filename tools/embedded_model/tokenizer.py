@@ -1,4 +1,4 @@
-"""The tokenizer: byte-level BPE trained on the generator's own text; digits, newlines and capitalised words stand alone.
+"""The tokenizer: byte-level BPE trained on the generator's text; digits, newlines, capitalised words stand alone.
 
 A capitalised word never merges with the space before it, so that a name has the same tokens after a space, a quote or
 a newline: that is what lets a small model copy names it has never seen.
