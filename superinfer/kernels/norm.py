@@ -21,5 +21,9 @@ def add_rms_norm(
 
     x, residual: [tokens, n]; `residual` is overwritten with the sum. weight: [n]. Returns ([tokens, n], [tokens, n]).
     """
+    if x.is_cuda:
+        from superinfer.kernels import fused  # needs triton, which comes with CUDA builds of torch
+
+        return fused.add_rms_norm(x, residual, weight, eps)
     residual.add_(x)
     return F.rms_norm(residual, weight.shape, weight, eps), residual

@@ -62,8 +62,8 @@ class SamplingState:
             params.frequency_penalty,
             params.presence_penalty,
         )
-        self._floats[slot] = torch.tensor(floats, dtype=torch.float64)
-        self._ints[slot] = torch.tensor((min(params.top_k, self._vocab), _as_int64(init.seed)))
+        self._floats[slot] = self._upload(np.array(floats, dtype=np.float64))
+        self._ints[slot] = self._upload(np.array((min(params.top_k, self._vocab), _as_int64(init.seed))))
         self._generated[slot] = len(init.output)
         self._greedy[slot] = greedy
         self._filtered[slot] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
@@ -88,7 +88,7 @@ class SamplingState:
         if missing > 0:  # repeating a row's last id bars nothing further
             self._stop_ids = torch.cat((self._stop_ids, self._stop_ids[:, -1:].expand(-1, missing)), dim=1)
         ids += [ids[-1]] * -min(missing, 0)
-        self._stop_ids[slot] = torch.tensor(ids)
+        self._stop_ids[slot] = self._upload(np.array(ids, dtype=np.int64))
 
     def _count_tokens(self, init: SlotInit) -> None:
         shape = (len(self._generated), self._vocab)
@@ -98,15 +98,35 @@ class SamplingState:
         prompt, output = (np.bincount(tokens, minlength=self._vocab) for tokens in (init.prompt, init.output or [0]))
         if not init.output:
             output[0] = 0
-        self._prompt_seen[init.slot] = torch.from_numpy(prompt > 0)
-        self._output_counts[init.slot] = torch.from_numpy(output)
+        self._prompt_seen[init.slot] = self._upload(prompt > 0)
+        self._output_counts[init.slot] = self._upload(output)
+
+    def _upload(self, array: np.ndarray) -> torch.Tensor:
+        """On a GPU through pinned memory: a copy from elsewhere would wait for all steps under way."""
+        tensor = torch.from_numpy(array)
+        if self._device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def is_plain(self, slots: np.ndarray) -> bool:
+        """Whether the next token of every slot is just the largest logit, with nothing to report of it."""
+        return bool(
+            self._greedy[slots].all()
+            and not self._penalized[slots].any()
+            and (self._generated[slots] >= self._min_tokens[slots]).all()
+            and (self._top_logprobs[slots] < 0).all()
+        )
+
+    def advance(self, slots: np.ndarray) -> None:
+        """Count one token for each slot that was sampled elsewhere: only right where `is_plain`."""
+        self._generated[slots] += 1
 
     def sample(self, logits: torch.Tensor, slots: np.ndarray) -> Sampled:
         """One token for each row.
 
         logits: [rows, vocab] float32, left as they are. slots: [rows] int64 on the host, each at most once.
         """
-        index = torch.from_numpy(slots).to(self._device)
+        index = self._upload(slots)
         adjusted = self._bar_stop_ids(self._penalize(logits, slots, index), slots, index)
         drawn = np.flatnonzero(~self._greedy[slots])
         if len(drawn) == len(slots):
@@ -114,7 +134,7 @@ class SamplingState:
         else:
             tokens = adjusted.argmax(dim=-1)
             if len(drawn):
-                rows = torch.from_numpy(drawn).to(self._device)
+                rows = self._upload(drawn)
                 tokens[rows] = self._draw(adjusted[rows], slots[drawn], index[rows])
         self._record(slots, index, tokens)
         return self._with_logprobs(logits, slots, tokens)
@@ -123,7 +143,7 @@ class SamplingState:
         penalized = np.flatnonzero(self._penalized[slots])
         if not len(penalized) or self._prompt_seen is None or self._output_counts is None:
             return logits
-        rows = torch.from_numpy(penalized).to(self._device)
+        rows = self._upload(penalized)
         who = index[rows]
         floats = self._floats[who].float()
         logits = logits.clone()
@@ -141,7 +161,7 @@ class SamplingState:
         early = np.flatnonzero(self._generated[slots] < self._min_tokens[slots])
         if not len(early):
             return logits
-        rows = torch.from_numpy(early).to(self._device)
+        rows = self._upload(early)
         logits = logits.clone()
         logits[rows[:, None], self._stop_ids[index[rows]]] = -torch.inf
         return logits
@@ -154,21 +174,21 @@ class SamplingState:
             top_k, top_p, min_p = ints[:, 0], floats[:, TOP_P], floats[:, MIN_P]
             threshold = sampling.filter_threshold(scaled, weights, top_k, top_p, min_p)
             weights.masked_fill_(scaled < threshold[:, None], 0.0)
-        counters = torch.from_numpy(self._generated[slots]).to(self._device)
+        counters = self._upload(self._generated[slots])
         return sampling.draw(weights, sampling.uniform(ints[:, 1], counters))
 
     def _record(self, slots: np.ndarray, index: torch.Tensor, tokens: torch.Tensor) -> None:
         self._generated[slots] += 1
         penalized = np.flatnonzero(self._penalized[slots])
         if len(penalized) and self._output_counts is not None:
-            rows = torch.from_numpy(penalized).to(self._device)
+            rows = self._upload(penalized)
             self._output_counts[index[rows], tokens[rows]] += 1
 
     def _with_logprobs(self, logits: torch.Tensor, slots: np.ndarray, tokens: torch.Tensor) -> Sampled:
         wanted = np.flatnonzero(self._top_logprobs[slots] >= 0)
         if not len(wanted):
             return Sampled(tokens, wanted, None)
-        rows = torch.from_numpy(wanted).to(self._device)
+        rows = self._upload(wanted)
         most = int(self._top_logprobs[slots].max())
         return Sampled(tokens, wanted, sampling.token_logprobs(logits[rows], tokens[rows], most))
 
