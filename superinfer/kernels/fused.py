@@ -12,30 +12,56 @@ import triton.language as tl
 
 
 @triton.jit
-def _add_rms_norm(x, residual, weight, out, size, eps, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * size
+def _rms_norm(
+    x, residual, weight, floor, out, heads, size, token_step, head_step, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One row. ADD: `residual` is added first, and holds the sum afterwards."""
+    row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
-    total = tl.load(x + row + columns, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(residual + row + columns, mask=inside, other=0.0).to(tl.float32)
-    kept = total.to(residual.dtype.element_ty)
-    tl.store(residual + row + columns, kept, mask=inside)
-    total = kept.to(tl.float32)  # the norm is of the sum as the next layer will see it
-    scale = 1.0 / tl.sqrt(tl.sum(total * total, axis=0) / size + eps)
-    normed = total * scale * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row + columns, normed.to(out.dtype.element_ty), mask=inside)
+    at = (row // heads).to(tl.int64) * token_step + (row % heads) * head_step + columns
+    dense = row.to(tl.int64) * size + columns
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        total = (value + tl.load(residual + dense, mask=inside, other=0.0).to(tl.float32)).to(residual.dtype.element_ty)
+        tl.store(residual + dense, total, mask=inside)
+        value = total.to(tl.float32)  # the norm is of the sum as the next layer will see it
+    root = tl.load(floor)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / size + root * root)
+    normed = value * scale * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + dense, normed.to(out.dtype.element_ty), mask=inside)
+
+
+def _warps(block: int) -> int:
+    return max(1, min(16, block // 512))
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+    """See `norm.rms_norm`. x: [tokens, n], or [tokens, heads, n] with any strides of tokens and heads."""
+    out = x.new_empty(x.shape)
+    size = x.shape[-1]
+    heads = x.shape[1] if x.dim() == 3 else 1
+    head_step = x.stride(1) if x.dim() == 3 else 0
+    block = triton.next_power_of_2(size)
+    if x.numel():
+        _rms_norm[(x.shape[0] * heads,)](
+            x, x, weight, floor, out, heads, size, x.stride(0), head_step, ADD=False, BLOCK=block,
+            num_warps=_warps(block),
+        )  # fmt: skip
+    return out
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `norm.add_rms_norm`. x, residual: contiguous [tokens, n]."""
     out = torch.empty_like(x)
     tokens, size = x.shape
     block = triton.next_power_of_2(size)
     if tokens:
-        warps = max(1, min(16, block // 512))
-        _add_rms_norm[(tokens,)](x, residual, weight, out, size, eps, BLOCK=block, num_warps=warps)
+        _rms_norm[(tokens,)](
+            x, residual, weight, floor, out, 1, size, size, 0, ADD=True, BLOCK=block, num_warps=_warps(block)
+        )
     return out, residual
 
 

@@ -129,7 +129,7 @@ class ModelExecutor:
         result.logprobs = self._logprobs(sampled, slots, tokens)
 
     def _logprobs(self, sampled: Sampled, slots: np.ndarray, tokens: list[int]) -> dict[int, TokenLogprob]:
-        if sampled.logprobs is None:
+        if sampled.logprobs is None or sampled.logprob_rows is None:
             return {}
         found = {}
         chosen, ids, values = (part.tolist() for part in sampled.logprobs)

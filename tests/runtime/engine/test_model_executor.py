@@ -233,7 +233,7 @@ def test_work_beyond_a_slots_blocks_is_refused_before_it_hits_foreign_kv(llama):
     with pytest.raises(ValueError, match="slot 0 computes up to position 5 with only 1 blocks of 4"):
         executor.collect()
     executor.submit(StepPlan(1, (SlotWork(0, 0, 1, (1,), (512,)),), (init,)))
-    with pytest.raises(ValueError, match="not within 0..511"):
+    with pytest.raises(ValueError, match=r"not within 0..511"):
         executor.collect()
     assert not executor.cache.any()
 
@@ -283,7 +283,7 @@ def test_what_a_client_is_told_of_the_model(llama):
 
 def test_a_sliding_window_in_use_is_refused_and_one_out_of_reach_is_not(tmp_path):
     model = make_checkpoint(tmp_path, "mistral", sliding_window=64)
-    with pytest.raises(UnsupportedError, match="window of 64 tokens.*max_model_len to at most 64"):
+    with pytest.raises(UnsupportedError, match=r"window of 64 tokens.*max_model_len to at most 64"):
         executor_of(tmp_path)
     stepper = Stepper(executor_of(tmp_path, max_model_len=64))
     (prompt,) = prompts_of([30])
