@@ -109,7 +109,7 @@ def _nucleus(
     kth = (top_k.clamp(max=n) - 1)[:, None]
     totals = torch.where(top_k < vocab, mass.gather(1, kth).squeeze(1), totals)
     kept = (mass - weights < (top_p * totals)[:, None]).sum(dim=-1, keepdim=True).clamp(min=1)
-    last = torch.where(top_p[:, None] < 1, torch.minimum(kept - 1, kth), kth)
+    last = torch.where(top_p[:, None] < 1, kept - 1, kth)
     threshold = values.gather(1, last).squeeze(1)
     off = (top_k >= vocab) & (top_p >= 1)
     enough = off | (top_k <= n) | ((top_k >= vocab) & (mass[:, -1] >= top_p * totals))

@@ -117,15 +117,22 @@ def test_a_prefix_computed_by_another_sequence_is_used(llama):
     assert second.output == generate(model, prefix + tail_b, TOKENS)
 
 
-def test_a_preempted_sequence_continues_from_its_prompt_and_output(llama):
+@pytest.mark.parametrize("freed", [True, False])
+def test_a_preempted_sequence_continues_from_its_prompt_and_output(llama, freed):
+    """Whether the plan names the slot as freed first, or only initialises it anew."""
     folder, model = llama
     stepper = Stepper(executor_of(folder))
     (prompt,) = prompts_of([18])
     sequence = stepper.add(prompt)
     stepper.run([sequence], 9)
-    stepper.remove(sequence)
+    if freed:
+        stepper.freed.append(sequence.slot)
+    stepper.free = sequence.blocks + stepper.free  # the stranger gets the blocks given up
+    (other,) = prompts_of([20], seed=8)
+    stranger = stepper.add(other)
     again = stepper.add(prompt, slot=sequence.slot, output=sequence.output)
-    stepper.run([again], TOKENS - 9, chunk=10)
+    stepper.run([again, stranger], TOKENS - 9, chunk=10)
+    assert stranger.output == generate(model, other, TOKENS - 9)
     assert sequence.output + again.output == generate(model, prompt, TOKENS)
 
 
