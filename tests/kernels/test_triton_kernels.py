@@ -84,7 +84,9 @@ def test_rope_and_store_rotates_and_writes_one_layer_of_a_block_first_cache(dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads,kv_heads,head_dim,page", [(4, 2, 16, 4), (7, 1, 24, 3), (8, 8, 64, 16), (8, 2, 128, 16)])
+@pytest.mark.parametrize(
+    "heads,kv_heads,head_dim,page", [(4, 2, 16, 4), (7, 1, 24, 3), (8, 8, 64, 16), (8, 2, 128, 16)]
+)
 @pytest.mark.parametrize("queries", [(1, 1, 1), (1, 9, 20)])
 def test_paged_attention_equals_dense_attention(dtype, heads, kv_heads, head_dim, page, queries):
     case = make_batch(queries, (6, 9, 41), heads, kv_heads, head_dim, page, dtype, DEVICE)

@@ -54,8 +54,11 @@ def _aligned(count: int) -> int:
 
 
 class DecodeBatch:
-    """The decodes of one step. tables: with entries of `page` rows a block. Buffers: positions, places, slots, last page lengths, indptr, then block indices last,
-    so that one copy takes what is used of them."""
+    """The decodes of one step.
+
+    tables: with `page` rows a block. In the buffer lie positions, places, slots, last page lengths and indptr, then the
+    block indices, so that one copy takes what is used of it all.
+    """
 
     def __init__(self, limits: ExecutorLimits, tables: BlockTables, device: torch.device) -> None:
         self._page = limits.page_size

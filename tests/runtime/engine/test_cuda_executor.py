@@ -16,16 +16,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before the imports below
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
-from checkpoints import generate, logprobs, make_checkpoint  # noqa: E402
-from stepper import Stepper  # noqa: E402
+from checkpoints import generate, logprobs, make_checkpoint
+from stepper import Stepper
 
-from superinfer.kernels.paged import TorchAttention, choose_attention  # noqa: E402
-from superinfer.runtime.engine.cuda_batch import decode_buckets  # noqa: E402
-from superinfer.runtime.engine.cuda_executor import CudaExecutor  # noqa: E402
-from superinfer.runtime.engine.executor import ExecutorLimits  # noqa: E402
-from superinfer.runtime.models.loader import load_model  # noqa: E402
-from superinfer.runtime.protocol import SamplingParams  # noqa: E402
-from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan  # noqa: E402
+from superinfer.kernels.paged import TorchAttention, choose_attention
+from superinfer.runtime.engine.cuda_batch import decode_buckets
+from superinfer.runtime.engine.cuda_executor import CudaExecutor
+from superinfer.runtime.engine.executor import ExecutorLimits
+from superinfer.runtime.models.loader import load_model
+from superinfer.runtime.protocol import SamplingParams
+from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan
 
 TOKENS = 10
 
@@ -122,9 +122,9 @@ def test_shared_prefix_blocks_are_read_not_recomputed(llama):
     (prompt,) = prompts_of([22])
     first = stepper.add(prompt)
     stepper.run([first], 3)
-    second = stepper.add(prompt[:16] + [7, 8, 9], shared=tuple(first.blocks[:4]))
+    second = stepper.add([*prompt[:16], 7, 8, 9], shared=tuple(first.blocks[:4]))
     stepper.run([second], TOKENS)
-    assert second.output == generate(model, prompt[:16] + [7, 8, 9], TOKENS)
+    assert second.output == generate(model, [*prompt[:16], 7, 8, 9], TOKENS)
 
 
 def test_a_step_that_fails_is_told_by_its_collect_and_leaves_the_executor_usable(llama):
