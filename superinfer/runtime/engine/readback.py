@@ -48,7 +48,7 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(slots=True)
 class Pending:
-    """A step under way. begun, ended: its place in the stream. top_wanted: how many logprobs each such row asked for."""
+    """A step under way. begun, ended: its place in the stream. top_wanted: logprobs that each such row asked for."""
 
     step: int
     begun: Marker
