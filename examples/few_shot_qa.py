@@ -2,7 +2,7 @@
 
     python examples/few_shot_qa.py
 
-All questions run at once. They share the examples, whose KV cache is computed only once.
+All questions run at once. Whoever comes second finds the KV of the shared examples in the cache.
 """
 
 import superinfer as si

@@ -44,9 +44,8 @@ def ask(url: str, question: str) -> None:
         if chunk.choices and chunk.choices[0].delta.content:
             print(chunk.choices[0].delta.content, end="", flush=True)
     slo = chunk.slo  # the last chunk says what became of the promise
-    print(
-        f"\n{'met' if slo['met'] else 'missed'}: first token after {slo['ttft_ms']:.0f} ms, all {slo['e2e_ms']:.0f} ms"
-    )
+    kept = "met" if slo["met"] else f"missed ({slo['why']})"
+    print(f"\n{kept}: first token after {slo['ttft_ms']:.0f} ms, all after {slo['e2e_ms']:.0f} ms")
 
 
 def main() -> None:

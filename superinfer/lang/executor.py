@@ -182,11 +182,9 @@ class StreamExecutor:
         with self._lock:
             variable = self.variables.get(name) or self._expected.get(name)
             if variable is None:
-                variable = Variable()
+                variable = self._expected[name] = Variable()
                 if self._ended:
-                    self.loop.call_soon_threadsafe(variable.feed.close, self.error)
-                else:
-                    self._expected[name] = variable
+                    self.loop.call_soon_threadsafe(variable.never, name, self.error)
             return variable
 
     def _declare(self, expr: Expr) -> Variable | None:
@@ -233,9 +231,8 @@ class StreamExecutor:
         """The program has ended: readers of text that will not come are let go."""
         with self._lock:
             self._ended = True
-            expected, self._expected = self._expected, {}
-        for variable in expected.values():
-            variable.feed.close(self.error)
+        for name, variable in self._expected.items():
+            variable.never(name, self.error)
         if self.run.stream:
             self._publish()
             self.text_feed.close(self.error)
@@ -247,6 +244,10 @@ class StreamExecutor:
     async def _drain(self) -> None:
         while self._steps:
             step = self._steps[0]
+            if isinstance(step, Ask):
+                self._steps.popleft()  # first: whoever is answered may rely on our being idle
+                _compute(step.compute, step.answer)
+                continue
             try:
                 await self._execute(step)
             except asyncio.CancelledError:
@@ -259,7 +260,7 @@ class StreamExecutor:
                 self._give_up(step)
             self._steps.popleft()
 
-    def _give_up(self, step: Step | Ask | Fork | Append) -> None:
+    def _give_up(self, step: Step | Fork | Append) -> None:
         assert self.error is not None
         for scope in self._scopes:
             scope.variable.fail(self.error)
@@ -270,10 +271,7 @@ class StreamExecutor:
             for child in step.children:
                 child.fail(self.error)
 
-    async def _execute(self, step: Step | Ask | Fork | Append) -> None:
-        if isinstance(step, Ask):
-            _compute(step.compute, step.answer)
-            return
+    async def _execute(self, step: Step | Fork | Append) -> None:
         if self.error is not None:
             return
         if isinstance(step, Fork):

@@ -44,7 +44,7 @@ class Function:
         """Raises InvalidRequestError for a function without a state argument, or with one named like a run option."""
         self.func = func
         self.name = getattr(func, "__name__", repr(func))
-        self.__doc__ = func.__doc__
+        self.__name__, self.__doc__ = self.name, func.__doc__
         self.deadline = check_deadline(deadline)
         self.slo = check_slo(slo)
         self.bound = dict(bound or {})

@@ -205,6 +205,8 @@ class ProgramState:
         if name in self._open_scopes:
             raise InvalidRequestError(f"variable scope {name!r} is still open; read it after the `with` block")
         variable = executor.variables.get(name)
+        if variable is None and executor.run.stream and inside_run.get() is not executor.run:
+            return executor.expect(name)  # the program runs beside us and may not have come to it yet
         if variable is None:
             if executor.error is not None:
                 raise executor.error

@@ -160,6 +160,11 @@ class Variable:
         if not self.future.done():
             self.future.set_exception(error)
 
+    def never(self, name: str, error: BaseException | None) -> None:
+        """The program has ended without it: there is no text, and who asks for the value gets `error` or KeyError."""
+        self.feed.close(error)
+        self.fail(error or KeyError(f"the program ended without variable {name!r}"))
+
 
 def new_future() -> concurrent.futures.Future[Any]:
     """A future that its waiters cannot cancel: there may be others."""

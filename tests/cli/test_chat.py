@@ -32,14 +32,14 @@ def test_quit_ends_before_further_lines(run: Run, partner: tuple[str, str]) -> N
 
 
 def test_a_conversation_grows_until_reset(run: Run, tiny_engine: Any) -> None:
-    long = "x" * 400 + "\n"  # a token of this model is a character, and its context holds 1024
+    long = "x" * 800 + "\n"  # a token of this model is a character, and its context holds 2048
     arguments = ("chat", "--engine", tiny_engine.address, "--max-tokens", "5")
     assert run(*arguments, stdin=long + long)[0] == 0
     status, _, err = run(*arguments, stdin=long * 3)
-    assert status == 1 and "/reset" in err and "1024" in err
+    assert status == 1 and "/reset" in err and "2048" in err
     assert run(*arguments, stdin=long + long + "/reset\n" + long)[0] == 0
 
 
 def test_the_system_prompt_is_part_of_the_conversation(run: Run, tiny_engine: Any) -> None:
-    status, _, err = run("chat", "--engine", tiny_engine.address, "--system", "x" * 2000, stdin="hello\n")
+    status, _, err = run("chat", "--engine", tiny_engine.address, "--system", "x" * 3000, stdin="hello\n")
     assert status == 1 and "tokens" in err

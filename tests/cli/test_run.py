@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -48,6 +51,19 @@ def test_a_known_error_names_the_programs_line(run: Run, tiny_engine: Any, tmp_p
     status, _, err = run("run", "--engine", tiny_engine.address, str(file))
     assert status == 1 and "Traceback" not in err
     assert "program.py, line 4: no such thing" in err
+
+
+def test_a_stopped_program_leaves_no_engine(start: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "program.py"
+    file.write_text("import time\nprint('running', flush=True)\ntime.sleep(60)\n")
+    command = start("run", "--model", str(tiny_checkpoint), "--load-format", "dummy", "--device", "cpu", str(file))
+    command.line("running")
+    children = command.children()
+    assert children and command.left_behind()
+    command.process.send_signal(signal.SIGTERM)
+    assert command.end()[0] == 128 + signal.SIGTERM
+    assert psutil.wait_procs(children, timeout=2)[1] == []
+    assert command.left_behind() == []
 
 
 def test_the_programs_exit_status_is_kept(run: Run, tiny_engine: Any, tmp_path: Path) -> None:

@@ -48,8 +48,9 @@ def test_a_signal_lets_streams_finish_and_leaves_nothing(
     assert command.left_behind() == [] and shared_memory() <= before
 
 
-def test_streams_that_outlast_the_grace_end_with_an_error(start: Callable[..., Any], tiny_checkpoint: Path) -> None:
-    command, client = serve(start, tiny_checkpoint, "--grace", "0.2", "--max-batch-tokens", "64")
+def test_streams_that_outlast_the_grace_end_with_an_error(start: Callable[..., Any], tiny_engine: Any) -> None:
+    command = start("serve", "--port", "0", "--engine", tiny_engine.address, "--model-name", "tiny", "--grace", "0.2")
+    client = openai.OpenAI(base_url=command.line("serving at").split()[2], api_key="none", max_retries=0)
     many = client.completions.create(
         model="tiny", prompt=["hi"] * 60, max_tokens=1000, stream=True, extra_body={"ignore_eos": True}
     )

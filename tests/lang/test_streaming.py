@@ -42,6 +42,15 @@ def test_one_variable_streams_even_before_the_program_has_come_to_it(model: Scri
     assert list(state.text_iter("absent")) == []
 
 
+def test_a_variable_of_a_running_program_is_waited_for(model: ScriptedClient) -> None:
+    model.token_s = 0.02
+    state = chat.run(stream=True)
+    assert state["more"] == "ok"
+    assert state.get_meta_info("more")["finish_reason"] == "stop"
+    with pytest.raises(KeyError, match="ended without variable 'absent'"):
+        state["absent"]
+
+
 def test_a_finished_program_gives_its_text_at_once(model: ScriptedClient) -> None:
     state = chat.run()
     assert list(state.text_iter()) == [state.text()]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-CONTEXT = 1024
+CONTEXT = 2048
 SPECIAL = ("<unk>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
     "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
@@ -20,7 +20,7 @@ TEMPLATE = (
 )
 
 
-def write_checkpoint(folder: Path, *, context: int = CONTEXT) -> Path:
+def write_checkpoint(folder: Path) -> Path:
     """Config and tokenizer of a two-layer Llama whose tokens are printable ASCII characters; no weights."""
     plain = [c for c in string.printable if c.isprintable() and c != " "] + ["Ġ", "Ċ"]
     vocab = {token: i for i, token in enumerate([*SPECIAL, *plain])}
@@ -49,7 +49,7 @@ def write_checkpoint(folder: Path, *, context: int = CONTEXT) -> Path:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
-        "max_position_embeddings": context,
+        "max_position_embeddings": CONTEXT,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
