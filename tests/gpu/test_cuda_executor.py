@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -61,20 +62,24 @@ def test_float32_greedy_tokens_equal_transformers(tmp_path, variant):
     assert run(executor, prompts, chunk=7) == expected  # chunks beside decodes in one forward
 
 
-def test_bfloat16_follows_the_float32_distribution(wide):
-    """Relative error of the log probabilities, which bfloat16 alone puts near 1e-2."""
+def test_bfloat16_is_as_near_to_float32_as_transformers_bfloat16(wide):
+    """Relative error of the log probabilities of the 20 likeliest tokens; on this random model near 6 %."""
     folder, model = wide
     executor = executor_of(folder, dtype="bfloat16")
     prompts = prompts_of([40, 100, 17])
     stepper = Stepper(executor)
     batch = [stepper.add(prompt, SamplingParams(temperature=0, logprobs=20)) for prompt in prompts]
     stepper.run(batch, TOKENS, chunk=50)
+    half = copy.deepcopy(model).to(torch.bfloat16)
     for prompt, sequence in zip(prompts, batch, strict=True):
-        expected = logprobs(model, prompt + sequence.output)[len(prompt) - 1 :]
         found = torch.tensor([[value for _, value in entry.top] for entry in sequence.logprobs])
         ids = torch.tensor([[i for i, _ in entry.top] for entry in sequence.logprobs])
-        wanted = expected[: len(ids)].gather(1, ids)
-        assert (found - wanted).norm() / wanted.norm() < 3e-2
+        wanted, theirs = (
+            logprobs(m, prompt + sequence.output)[len(prompt) - 1 :].float()[: len(ids)].gather(1, ids)
+            for m in (model, half)
+        )
+        ours, baseline = ((x - wanted).norm() / wanted.norm() for x in (found, theirs))
+        assert ours < 1.3 * baseline + 5e-3, f"relative error {ours:.4f}, transformers in bfloat16 has {baseline:.4f}"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -110,7 +115,10 @@ def test_steps_submitted_ahead_give_the_tokens_of_steps_one_by_one(wide, samplin
     assert list(outputs.values()) == expected
 
 
-@pytest.mark.parametrize("sampling", [SamplingParams(temperature=0), SamplingParams(temperature=0.8)])
+@pytest.mark.parametrize(
+    "sampling",
+    [SamplingParams(temperature=0), SamplingParams(temperature=0.8), SamplingParams(top_p=0.9, top_k=40, min_p=0.01)],
+)
 def test_submitting_a_decode_never_waits_for_the_device(wide, sampling):
     folder, _ = wide
     executor = executor_of(folder, dtype="bfloat16")

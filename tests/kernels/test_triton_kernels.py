@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 from paged_batches import dense_answer, make_batch  # noqa: E402
 
-from superinfer.kernels import activation, fused, norm, rope  # noqa: E402
+from superinfer.kernels import activation, filters, fused, norm, rope, sampling  # noqa: E402
 from superinfer.kernels.paged import TorchAttention  # noqa: E402
 from superinfer.kernels.paged_triton import TritonAttention  # noqa: E402
 
@@ -95,3 +95,17 @@ def test_paged_attention_equals_dense_attention(dtype, heads, kv_heads, head_dim
         call.plan(case.batch)
         found = call.run(case.q, case.cache[:, case.layer])
         torch.testing.assert_close(found.cpu().float(), expected, **tolerance(dtype))
+
+
+def test_filters_find_the_threshold_that_a_sort_finds():
+    torch.manual_seed(3)
+    scaled = sampling.temper(torch.randn(9, 300) * 3, torch.ones(9))
+    scaled[3] = 0.0  # ties
+    scaled[4, 5:] = -torch.inf
+    top_k = torch.tensor([0, 1, 20, 7, 0, 300, 299, 50, 0])
+    top_p = torch.tensor([0.9, 1.0, 1.0, 0.5, 0.99, 0.3, 0.7, 0.8, 1.0], dtype=torch.float64)
+    min_p = torch.tensor([0, 0, 0.1, 0, 0, 0, 0.02, 0, 0], dtype=torch.float64)
+    expected = sampling.filter_threshold(scaled, scaled.exp().double(), top_k, top_p, min_p)
+    found = filters.filter_threshold(*(x.to(DEVICE) for x in (scaled, top_k, top_p, min_p))).cpu()
+    kept, wanted = scaled >= found[:, None], scaled >= expected[:, None]
+    assert torch.equal(kept, wanted), (kept.sum(1), wanted.sum(1))

@@ -155,10 +155,11 @@ class CudaExecutor:
         for init in plan.init:
             self._tables.clear(init.slot)
             self._sampling.start(init)
+        decodes, chunks = [], []
         for work in plan.work:
-            self._tables.append(work.slot, work.new_blocks)
-        decodes = [work for work in plan.work if work.is_decode]
-        chunks = [work for work in plan.work if not work.is_decode]
+            if work.new_blocks:
+                self._tables.append(work.slot, work.new_blocks)
+            (chunks if work.tokens else decodes).append(work)
         # The last step's copies out of pinned buffers come before its kernels: this wait is short, mostly none.
         self._sent.wait()
         if chunks:
@@ -169,8 +170,7 @@ class CudaExecutor:
         return pending
 
     def _fill_decodes(self, decodes: list[SlotWork]) -> tuple[Bucket, np.ndarray]:
-        slots = np.fromiter((work.slot for work in decodes), np.int64, len(decodes))
-        positions = np.fromiter((work.start for work in decodes), np.int64, len(decodes))
+        slots, positions = np.array([(work.slot, work.start) for work in decodes], dtype=np.int64).T
         bucket = next(bucket for bucket in self._buckets if bucket.size >= len(slots))
         bucket.attention.plan(self._decodes.fill(slots, positions, bucket.size))
         return bucket, slots
