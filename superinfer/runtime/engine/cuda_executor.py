@@ -155,7 +155,8 @@ class CudaExecutor:
         for init in plan.init:
             self._tables.clear(init.slot)
             self._sampling.start(init)
-        decodes, chunks = [], []
+        decodes: list[SlotWork] = []
+        chunks: list[SlotWork] = []
         for work in plan.work:
             if work.new_blocks:
                 self._tables.append(work.slot, work.new_blocks)
