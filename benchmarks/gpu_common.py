@@ -74,6 +74,11 @@ def measure_ceilings() -> dict[str, float]:
     return {"copy_tb_s": 2 * (4 << 30) / copy_ms / 1e9, "matmul_tflop_s": 2 * 8192**3 / matmul_ms / 1e9}
 
 
-def tpot_floor_ms(batch: int, context: float, copy_tb_s: float) -> float:
-    """Time to read the weights once and the batch's KV once at the copy's speed. context: tokens of a sequence."""
-    return (WEIGHT_BYTES + batch * context * KV_BYTES_PER_TOKEN) / copy_tb_s / 1e9
+def tpot_floor_ms(batch: int, context: float, roof: dict[str, float]) -> float:
+    """Time for the weights, read once or multiplied by the batch, whichever takes longer, and to read the batch's KV.
+
+    context: tokens of a sequence. roof: from `ceilings`.
+    """
+    read = WEIGHT_BYTES / roof["copy_tb_s"]
+    multiply = batch * WEIGHT_BYTES / roof["matmul_tflop_s"]  # two operations per weight of two bytes
+    return (max(read, multiply) + batch * context * KV_BYTES_PER_TOKEN / roof["copy_tb_s"]) / 1e9
