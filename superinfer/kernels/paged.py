@@ -8,7 +8,10 @@ head_dim]; reading it costs the same as a contiguous one (bit-equal, measured wi
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -93,10 +96,25 @@ class Choice(NamedTuple):
     why: str
 
 
+def _flashinfer_obstacle() -> str:
+    """What is missing for FlashInfer to run at all; "" if nothing is."""
+    if importlib.util.find_spec("flashinfer") is None:
+        return "flashinfer is not installed; pip install 'superinfer[cuda]' makes attention faster"
+    if importlib.util.find_spec("flashinfer_jit_cache") is not None:
+        return ""
+    # Where FlashInfer itself looks for the compiler, in this order.
+    nvcc = shutil.which("nvcc")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or (str(Path(nvcc).parents[1]) if nvcc else "")
+    if not Path(home or "/usr/local/cuda", "bin", "nvcc").exists():
+        return "FlashInfer compiles its kernels at first use and finds no nvcc; install CUDA's, or flashinfer-jit-cache"
+    return ""
+
+
 def choose_attention(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> Choice:
     """The table. capability: of the GPU, (9, 0) for Hopper."""
-    if importlib.util.find_spec("flashinfer") is None:
-        return Choice("triton", "triton", "flashinfer is not installed; pip install 'superinfer[cuda]' makes it faster")
+    obstacle = _flashinfer_obstacle()
+    if obstacle:
+        return Choice("triton", "triton", obstacle)
     if dtype not in (torch.float16, torch.bfloat16):
         return Choice("triton", "triton", f"FlashInfer computes in half precision; this model is {dtype}")
     if head_dim not in FLASHINFER_HEAD_DIMS:

@@ -5,6 +5,7 @@ What a GPU adds, FlashInfer, graphs and real overlap, is tested in tests/gpu.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 
@@ -170,8 +171,23 @@ def test_buckets_end_with_the_largest_batch():
         assert sizes[-1] == most and (np.diff(sizes) > 0).all()
 
 
-def test_the_table_says_why():
-    for dtype, head_dim, word in ((torch.float32, 128, "half precision"), (torch.bfloat16, 80, "head_dim=80")):
-        choice = choose_attention((9, 0), dtype, head_dim)
-        assert choice.decode == choice.prefill == "triton"
-        assert word in choice.why or "not installed" in choice.why
+def test_the_table_says_why(monkeypatch, tmp_path):
+    bfloat16 = torch.bfloat16
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert choose_attention((9, 0), bfloat16, 128)[:2] == ("triton", "triton")
+    assert "not installed" in choose_attention((9, 0), bfloat16, 128).why
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "flashinfer" else None)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert "finds no nvcc" in choose_attention((9, 0), bfloat16, 128).why
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    assert choose_attention((9, 0), bfloat16, 128)[:2] == ("flashinfer-fa2", "flashinfer-fa3")
+    assert choose_attention((8, 0), bfloat16, 128)[:2] == ("flashinfer-fa2", "flashinfer-fa2")
+    for capability, dtype, head_dim, word in (
+        ((9, 0), torch.float32, 128, "half precision"),
+        ((9, 0), bfloat16, 80, "head_dim=80"),
+        ((7, 5), torch.float16, 128, "compute capability 8.0"),
+    ):
+        choice = choose_attention(capability, dtype, head_dim)
+        assert choice.decode == choice.prefill == "triton" and word in choice.why
