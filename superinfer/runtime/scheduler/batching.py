@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
+from itertools import islice
 
 from superinfer.runtime.kv.cache import KVCache, Node
 from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler.base import SchedulerCounts, SchedulerLimits
 from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan, StepResult
+from superinfer.runtime.scheduler.queue import WaitingQueue
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
+
+# Waiting sequences looked at in one step: a long queue behind one prefix that is being computed costs no more.
+MAX_LOOKED_AT = 256
 
 
 class BatchScheduler(ABC):
@@ -24,7 +29,7 @@ class BatchScheduler(ABC):
     def __init__(self, kv: KVCache, limits: SchedulerLimits) -> None:
         self._kv = kv
         self._limits = limits
-        self._waiting: list[Sequence] = []
+        self._waiting = WaitingQueue()
         self._running: list[Sequence] = []
         self._free_slots = list(range(limits.num_slots - 1, -1, -1))
         self._freed: list[int] = []
@@ -35,13 +40,16 @@ class BatchScheduler(ABC):
 
     @abstractmethod
     def rank(self, sequence: Sequence, now: float) -> tuple[float, ...]:
-        """Sort key: smaller is served first, let in first, and preempted last."""
+        """Sort key: smaller is served first, let in first, and preempted last.
+
+        A waiting sequence keeps the key it had when it began to wait: time must move all keys alike.
+        """
 
     # ------------------------------------------------------------------ requests come and go
 
     def add(self, sequence: Sequence) -> None:
         """See Scheduler.add."""
-        self._waiting.append(sequence)
+        self._waiting.add(sequence, self.rank(sequence, sequence.arrival))
         slo = sequence.slo
         if slo is not None and slo.deadline is not None and slo.on_miss != "finish":
             heapq.heappush(self._deadlines, (sequence.arrival + slo.deadline, sequence.id, sequence))
@@ -81,14 +89,16 @@ class BatchScheduler(ABC):
 
     def plan(self, now: float) -> StepPlan | None:
         """See Scheduler.plan."""
-        budget = self._limits.max_batch_tokens
         work: list[tuple[Sequence, SlotWork]] = []
         init: list[SlotInit] = []
         preempted_before = self._preemptions
+        prefills = [s for s in self._running if s.scheduled < s.resume_at]
         # Every decode takes one token of the budget before any prefill chunk takes the rest.
-        self._running.sort(key=lambda s: (s.is_prefilling, self.rank(s, now)))
-        for sequence in list(self._running):
-            if sequence.status is Status.RUNNING and sequence.wants_more and budget > 0:
+        budget = self._decode(self._limits.max_batch_tokens, work, now)
+        if len(prefills) > 1:
+            prefills.sort(key=lambda s: self.rank(s, now))
+        for sequence in prefills:
+            if sequence.status is Status.RUNNING and budget > 0:
                 item = self._continue(sequence, budget, now)
                 if item is not None:
                     work.append((sequence, item))
@@ -102,8 +112,36 @@ class BatchScheduler(ABC):
         self._step += 1
         self._planned[self._step] = work
         freed, self._freed = tuple(self._freed), []
-        ordered = sorted((w for _, w in work), key=lambda w: not w.is_decode)
-        return StepPlan(self._step, tuple(ordered), tuple(init), freed)
+        return StepPlan(self._step, tuple([item for _, item in work]), tuple(init), freed)
+
+    def _decode(self, budget: int, work: list[tuple[Sequence, SlotWork]], now: float) -> int:
+        """One token for every running sequence that is past its prefill. Returns what is left of the budget.
+
+        The order matters only if the budget cannot serve all. Should blocks run out, the last in rank gives its own up
+        whoever asked first. The loop is spelled out, without calls: it is most of the scheduler's time in a full batch.
+        """
+        decodes = [s for s in self._running if s.scheduled >= s.resume_at]
+        if len(decodes) > budget:
+            decodes.sort(key=lambda s: self.rank(s, now))
+        page_size = self._kv.page_size
+        for sequence in decodes:
+            table, start = sequence.table, sequence.scheduled
+            known = len(sequence.tokens) + sequence.in_flight
+            if table is None or sequence.score_start is not None or known - sequence.num_prompt >= sequence.max_tokens:
+                continue  # lost its place to one before it in this loop, or has all its tokens planned
+            if budget <= 0:
+                break
+            new_blocks: tuple[int, ...] = ()
+            if start >= len(table.blocks) * page_size:
+                grown = self._grow(sequence, start + 1, now)
+                if grown is None:
+                    continue
+                new_blocks = grown
+            sequence.scheduled = start + 1
+            sequence.in_flight += 1
+            work.append((sequence, SlotWork(sequence.slot, start, 1, (), new_blocks, True)))
+            budget -= 1
+        return budget
 
     @staticmethod
     def _without_preempted(work: list[tuple[Sequence, SlotWork]]) -> list[tuple[Sequence, SlotWork]]:
@@ -114,45 +152,47 @@ class BatchScheduler(ABC):
         return [(sequence, item) for sequence, item in work if sequence.status is Status.RUNNING]
 
     def _continue(self, sequence: Sequence, budget: int, now: float) -> SlotWork | None:
-        """Work for a running sequence, making room for it if need be; None if it lost its own place."""
+        """The next chunk of a running sequence's prefill; None if it lost its own place for want of room."""
+        length = min(budget, sequence.resume_at - sequence.scheduled)
+        new_blocks = self._grow(sequence, sequence.scheduled + length, now)
+        return self._work(sequence, length, new_blocks) if new_blocks is not None else None
+
+    def _grow(self, sequence: Sequence, num_tokens: int, now: float) -> tuple[int, ...] | None:
+        """Blocks until its table holds `num_tokens`, from those who rank last; None if that was the sequence itself."""
         table = sequence.table
         assert table is not None
-        length = 1 if not sequence.is_prefilling else min(budget, sequence.resume_at - sequence.scheduled)
-        missing = self._kv.blocks_for(sequence.scheduled + length) - len(table.blocks)
-        new_blocks: list[int] | None = []
-        if missing > 0:
-            while (new_blocks := self._kv.allocate(table, missing)) is None:
-                victim = max(self._running, key=lambda s: self.rank(s, now))
-                self._preempt(victim, now)
-                if victim is sequence:
-                    return None
-        return self._work(sequence, length, tuple(new_blocks or ()))
+        missing = self._kv.blocks_for(num_tokens) - len(table.blocks)
+        if missing <= 0:
+            return ()
+        while (new_blocks := self._kv.allocate(table, missing)) is None:
+            victim = max(self._running, key=lambda s: self.rank(s, now))
+            self._preempt(victim, now)
+            if victim is sequence:
+                return None
+        return tuple(new_blocks)
 
     def _admit(self, budget: int, work: list[tuple[Sequence, SlotWork]], init: list[SlotInit], now: float) -> None:
         """Let waiting sequences in, in order, while slots, blocks and the token budget last."""
-        self._waiting.sort(key=lambda s: self.rank(s, now))
-        still_waiting: list[Sequence] = []
-        for at, sequence in enumerate(self._waiting):
+        admitted: list[Sequence] = []
+        for sequence in islice(self._waiting, MAX_LOOKED_AT):
             if budget <= 0 or not self._free_slots:
-                still_waiting += self._waiting[at:]
                 break
             if sequence.in_flight:  # preempted while a step of its own was under way: its token is not known yet
-                still_waiting.append(sequence)
                 continue
             limit = len(sequence.tokens) - 1 if sequence.score_start is None else sequence.score_start - 1
             path = self._kv.match(sequence.tokens, sequence.salt, limit)
             if self._kv.is_being_computed(sequence.tokens, sequence.salt, path):
-                still_waiting.append(sequence)  # its next block is on its way: share it rather than compute it twice
-                continue
+                continue  # its next block is on its way: share it rather than compute it twice
             new_blocks = self._reserve(sequence, path)
             if new_blocks is None:
-                still_waiting += self._waiting[at:]
                 break
+            admitted.append(sequence)
             init.append(self._start(sequence, now))
             item = self._work(sequence, min(budget, sequence.resume_at - sequence.scheduled), new_blocks)
             work.append((sequence, item))
             budget -= item.length
-        self._waiting = still_waiting
+        for sequence in admitted:
+            self._waiting.remove(sequence)
 
     def _reserve(self, sequence: Sequence, path: list[Node]) -> tuple[int, ...] | None:
         """Hold the matched prefix and blocks for all known tokens, so that a prefill, once begun, can end."""
@@ -216,8 +256,10 @@ class BatchScheduler(ABC):
                 sequence.tokens.append(result.tokens[work.slot])
                 sequence.timeline.tokens(1, now - sequence.arrival)
             if sequence.status is Status.RUNNING and sequence.table is not None:
+                table = sequence.table
                 sequence.committed = work.start + work.length
-                self._kv.commit(sequence.table, sequence.tokens, sequence.committed)
+                if sequence.committed >= (len(table.nodes) + 1) * self._kv.page_size:  # a block is full
+                    self._kv.commit(table, sequence.tokens, sequence.committed)
                 if sequence.is_prefilling:
                     self._kv.announce(sequence.table, sequence.tokens)
             update = self._update(sequence, work, result, now)
@@ -273,7 +315,7 @@ class BatchScheduler(ABC):
         sequence.status = Status.WAITING
         sequence.preemptions += 1
         sequence.preempted_at = now
-        self._waiting.append(sequence)
+        self._waiting.add(sequence, self.rank(sequence, now))
 
     def _vacate(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
