@@ -72,6 +72,10 @@ def filter_threshold(
     top_k: [rows] int64, 0 off. top_p: [rows] float64 in (0, 1], 1 off. min_p: [rows] float64 in [0, 1].
     Returns [rows] float32. At least the most likely token is kept.
     """
+    if scaled.is_cuda:
+        from superinfer.kernels import filters  # needs triton, which comes with CUDA builds of torch
+
+        return filters.filter_threshold(scaled, top_k, top_p, min_p)
     vocab = scaled.shape[1]
     top_k = torch.where((top_k == 0) | (top_k > vocab), vocab, top_k)
     at_least = min_p.log().to(scaled.dtype)

@@ -6,6 +6,7 @@ import os
 import time
 from collections import deque
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import Progress, check_architecture, load_model, resolve_model
 from superinfer.runtime.protocol import TokenLogprob
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
+
+if TYPE_CHECKING:
+    from superinfer.runtime.engine.cuda_executor import CudaExecutor
 
 # Default pool: room for every slot at this length, within this share of the memory that is free.
 DEFAULT_SEQUENCE_TOKENS = 2048
@@ -154,7 +158,7 @@ class ModelExecutor:
             result.scores[work.slot] = [TokenLogprob(token, next(logprobs)) for token in work.score]
 
 
-def build_executor(config: EngineConfig, on_progress: Progress | None = None) -> ModelExecutor:
+def build_executor(config: EngineConfig, on_progress: Progress | None = None) -> ModelExecutor | CudaExecutor:
     """Load the model that `config` names and make room for its KV cache.
 
     on_progress: called with a label and a fraction 0..1 while loading.
@@ -163,12 +167,16 @@ def build_executor(config: EngineConfig, on_progress: Progress | None = None) ->
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = _device(config)
+    device = resolve_device(config)
     path = resolve_model(config.model)
     check_architecture(path)
     model_config = load_config(path)
-    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-    limits = _limits(config, model_config, dtype)
+    length = model_length(config, model_config)
+    own_dtype = model_config.dtype if device.type == "cuda" else torch.float32
+    dtype = own_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    limits = None
+    if device.type == "cpu":  # before minutes of loading, not after
+        limits = executor_limits(config, model_config, length, _pool_tokens(config, model_config, dtype, length))
     model = load_model(
         path,
         model_config,
@@ -178,23 +186,35 @@ def build_executor(config: EngineConfig, on_progress: Progress | None = None) ->
         seed=config.seed,
         on_progress=on_progress,
     )
+    if limits is None:
+        from superinfer.runtime.engine.cuda_build import build_cuda_executor  # needs triton
+
+        return build_cuda_executor(config, model, length, str(path), on_progress)
     return ModelExecutor(model, limits, model_name=config.model, path=str(path))
 
 
-def _device(config: EngineConfig) -> torch.device:
-    if config.device == "cuda":
-        raise UnsupportedError("device='cuda' is not supported by this executor yet; use device='cpu'")
-    return torch.device("cpu")
+def resolve_device(config: EngineConfig) -> torch.device:
+    """Raises UnsupportedError for a GPU that torch does not see."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError("device='cuda' is not available: torch sees no GPU; use device='cpu'")
+    on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def _limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> ExecutorLimits:
+def model_length(config: EngineConfig, model: ModelConfig) -> int:
+    """The longest sequence wanted, in tokens. Raises UnsupportedError where a sliding window would be in use."""
     wanted_len = min(model.max_position_embeddings, config.max_model_len or model.max_position_embeddings)
     if model.sliding_window is not None and wanted_len > model.sliding_window:
         raise UnsupportedError(
             f"{model.architecture} limits attention to a window of {model.sliding_window} tokens, which is not "
             f"implemented; set max_model_len to at most {model.sliding_window}"
         )
-    num_blocks = _pool_tokens(config, model, dtype, wanted_len) // config.page_size
+    return wanted_len
+
+
+def executor_limits(config: EngineConfig, model: ModelConfig, length: int, pool_tokens: int) -> ExecutorLimits:
+    """length: from `model_length`. Raises InvalidRequestError for a pool without room for a block."""
+    num_blocks = pool_tokens // config.page_size
     if num_blocks < 1:
         raise InvalidRequestError(
             f"the KV pool of {config.kv_tokens} tokens holds no block of page_size={config.page_size}; "
@@ -204,7 +224,7 @@ def _limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> Exe
         num_blocks=num_blocks,
         page_size=config.page_size,
         num_slots=config.max_batch_size,
-        max_model_len=min(wanted_len, num_blocks * config.page_size),
+        max_model_len=min(length, num_blocks * config.page_size),
         vocab_size=model.vocab_size,
     )
 

@@ -65,8 +65,8 @@ class SamplingState:
             params.frequency_penalty,
             params.presence_penalty,
         )
-        self._floats[slot] = torch.tensor(floats, dtype=torch.float64)
-        self._top_k[slot] = min(params.top_k, self._vocab)
+        self._floats[slot] = self._to_device(np.array(floats))
+        self._top_k[slot] = min(params.top_k, self._vocab)  # a Python number: filled in by a kernel, not copied
         self._seeds[slot] = init.seed % (1 << 64)
         self._generated[slot] = len(init.output)
         self._top_logprobs[slot] = params.logprobs or 0
@@ -96,7 +96,7 @@ class SamplingState:
         if missing > 0:  # repeating a row's last id bars nothing further
             self._stop_ids = torch.cat((self._stop_ids, self._stop_ids[:, -1:].expand(-1, missing)), dim=1)
         ids += [ids[-1]] * -min(missing, 0)
-        self._stop_ids[slot] = torch.tensor(ids)
+        self._stop_ids[slot] = self._to_device(np.array(ids))
 
     def _count_tokens(self, init: SlotInit) -> None:
         shape = (len(self._generated), self._vocab)
@@ -106,8 +106,17 @@ class SamplingState:
         prompt, output = (np.bincount(tokens, minlength=self._vocab) for tokens in (init.prompt, init.output or [0]))
         if not init.output:
             output[0] = 0
-        self._prompt_seen[init.slot] = torch.from_numpy(prompt > 0)
-        self._output_counts[init.slot] = torch.from_numpy(output)
+        self._prompt_seen[init.slot] = self._to_device(prompt > 0)
+        self._output_counts[init.slot] = self._to_device(output)
+
+    def is_plain(self, slots: np.ndarray) -> bool:
+        """Whether the next token of every slot is the largest logit, with nothing to heed and nothing to report."""
+        needs = int(np.bitwise_or.reduce(self._needs[slots], initial=0))
+        return needs in (0, FILTERED)  # filters never remove the largest
+
+    def advance(self, slots: np.ndarray) -> None:
+        """Count a token for each slot whose token was picked elsewhere: right only where `is_plain`."""
+        self._generated[slots] += 1
 
     def sample(self, logits: torch.Tensor, slots: np.ndarray) -> Sampled:
         """One token for each row.
@@ -179,7 +188,11 @@ class SamplingState:
         return int(self._top_logprobs[slot])
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
+        """To a GPU through pinned memory: a copy from elsewhere would wait for all steps under way."""
+        tensor = torch.from_numpy(array)
+        if self._device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
 
 
 def _rows(row_needs: np.ndarray, need: int) -> np.ndarray:

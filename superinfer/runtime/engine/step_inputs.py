@@ -57,6 +57,12 @@ class BlockTables:
         rows = first[:, :, None] + np.arange(page)
         return rows.reshape(len(slots), -1)[:, :length]
 
+    def ragged(self, slots: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """[sum of counts] the first counts[i] entries of each slot, one slot after another."""
+        entries = self._rows[slots, : int(counts.max(initial=0))]
+        rows: np.ndarray = entries[np.arange(entries.shape[1]) < counts[:, None]]
+        return rows
+
     def rows_at(self, slots: np.ndarray, positions: np.ndarray, page: int) -> np.ndarray:
         """[tokens] cache row of each (slot, position)."""
         rows: np.ndarray = self._rows[slots, positions // page] + positions % page
