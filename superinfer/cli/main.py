@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from superinfer.cli.options import EngineAddress, with_engine_options
 from superinfer.errors import InvalidRequestError, SuperinferError
 from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.sim.command import simulate
 
 # Signals that end a process without unwinding it; as an exception they let the engine and its socket be cleaned up.
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
@@ -42,6 +43,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.command()(simulate)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
