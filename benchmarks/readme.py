@@ -20,8 +20,8 @@ def cpu_throughput() -> str:
     """CPU engine against transformers, both on the embedded model."""
     found = _read("cpu-throughput")
     median, ratio = found["median"], found["ratio_to_transformers"]
-    return f"""Output tokens/s on {found["device"]["cpu"]} with {found["device"]["cores"]} cores, embedded model in float32, \
-medians of {found["settings"]["rounds"]} rounds that
+    machine = f"{found['device']['cpu']} with {found['device']['cores']} cores"
+    return f"""Output tokens/s on {machine}, embedded model in float32, medians of {found["settings"]["rounds"]} rounds that
 alternate in one run (`{found["command"]}`, `results/cpu-throughput.json`):
 
 | | tokens/s | against transformers |
