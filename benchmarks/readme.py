@@ -21,8 +21,8 @@ def cpu_throughput() -> str:
     found = _read("cpu-throughput")
     median, ratio = found["median"], found["ratio_to_transformers"]
     machine = f"{found['device']['cpu']} with {found['device']['cores']} cores"
-    return f"""Output tokens/s on {machine}, embedded model in float32, medians of {found["settings"]["rounds"]} rounds that
-alternate in one run (`{found["command"]}`, `results/cpu-throughput.json`):
+    return f"""Output tokens/s on {machine}, embedded model in float32, medians of {found["settings"]["rounds"]}
+rounds that alternate in one run (`{found["command"]}`, `results/cpu-throughput.json`):
 
 | | tokens/s | against transformers |
 | --- | --- | --- |
