@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from chat_checkpoint import write_checkpoint
 
 from superinfer.runtime.client import EngineClient
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.launch import EngineProcess, launch_engine
 
+if not torch.cuda.is_available():
+    # Triton reads it once, when it is first imported, by whichever test comes first: kernels run in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(scope="session")
 def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a random float32 Llama: 512 tokens, context 1024. No tokenizer."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before the imports below
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 from paged_batches import dense_answer, make_batch  # noqa: E402

@@ -103,9 +103,11 @@ class BatchScheduler(ABC):
                 if item is not None:
                     work.append((sequence, item))
                     budget -= item.length
-        if self._preemptions != preempted_before:
+        preempted = self._preemptions != preempted_before
+        if preempted:
             work = self._without_preempted(work)
-        elif budget > 0 and self._free_slots:
+        # What was preempted for others would come straight back; but where nobody else computes, someone must.
+        if budget > 0 and self._free_slots and not (preempted and work):
             self._admit(budget, work, init, now)
         if not work:
             return None

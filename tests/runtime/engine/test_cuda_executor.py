@@ -6,15 +6,12 @@ What a GPU adds, FlashInfer, graphs and real overlap, is tested in tests/gpu.
 from __future__ import annotations
 
 import importlib.util
-import os
 import random
 
 import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before the imports below
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 from checkpoints import generate, logprobs, make_checkpoint

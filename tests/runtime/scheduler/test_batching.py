@@ -249,3 +249,14 @@ def test_an_unknown_policy_is_refused_by_name():
 def test_scheduling_imports_no_torch():
     code = "import sys, superinfer.runtime.scheduler.registry; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_sequence_alone_comes_back_at_once_after_giving_way_to_itself():
+    # The second computes again what the first left in the cache beyond its prompt, and so holds those blocks twice.
+    bench = Bench(blocks=10, slots=1, batch_tokens=5)
+    prompt = [7] * 7 + [0, 1, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0]
+    bench.add(prompt, 10)
+    second = bench.add(prompt, 11)
+    bench.run()
+    assert second.preemptions > 0
+    assert bench.outputs[second.id] == expected_output(prompt, 11)
