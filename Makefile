@@ -19,6 +19,7 @@ test: lint types unit
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python benchmarks/readme.py --check
 
 types: .venv/.dev
 	$(BIN)/mypy

@@ -50,6 +50,8 @@ def main() -> int:
     tail = rest.split(END, 1)[1]
     wanted = f"{head}{BEGIN}{section()}{END}{tail}"
     if "--check" in sys.argv:
+        if wanted != text:
+            print("README.md is not what benchmarks/results say; run `python benchmarks/readme.py`", file=sys.stderr)
         return int(wanted != text)
     readme.write_text(wanted)
     return 0
