@@ -12,14 +12,17 @@ Each operation costs O(blocks touched).
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
 
 TOKEN_BYTES = 4  # a block's key is its token ids as int32 bytes: sliced and hashed faster than a tuple
 
 
 class Node:
-    """One cached block. `holders` counts the block tables whose prefix runs through it."""
+    """One cached block. `holders` counts the block tables whose prefix runs through it.
+
+    block: its place, -1 when it has none here (with two tiers: it is in the other one).
+    """
 
     __slots__ = ("block", "children", "holders", "key", "parent")
 
@@ -35,9 +38,10 @@ class BlockTable:
     """The blocks of one sequence, in order. The first `len(nodes)` are in the tree, or duplicates of what is there.
 
     pending: the (parent, key) of the block being computed now, so that others can wait for it; None when there is none.
+    sent: how many of the blocks the executor has been told of.
     """
 
-    __slots__ = ("blocks", "nodes", "pending", "root", "spare")
+    __slots__ = ("blocks", "nodes", "pending", "root", "sent", "spare")
 
     def __init__(self, root: Node) -> None:
         self.root = root
@@ -45,6 +49,7 @@ class BlockTable:
         self.blocks: list[int] = []
         self.spare: list[int] = []  # blocks of ours whose content another sequence had put in the tree before
         self.pending: tuple[Node, bytes] | None = None
+        self.sent = 0
 
 
 class KVCache:
@@ -56,7 +61,7 @@ class KVCache:
         self.num_blocks = num_blocks
         self.page_size = page_size
         self.prefix_cache = prefix_cache
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._free = deque(range(num_blocks - 1, -1, -1))
         self._idle: OrderedDict[Node, None] = OrderedDict()
         self._roots: dict[str, Node] = {}
         self._being_computed: dict[tuple[Node, bytes], BlockTable] = {}
@@ -88,7 +93,7 @@ class KVCache:
         if root is None:
             root = self._roots[salt] = Node(salt.encode(), -1, None)
         root.holders += 1
-        return BlockTable(root)
+        return self._new_table(root)
 
     def match(self, tokens: array[int], salt: str, limit: int) -> list[Node]:
         """The longest cached path of whole blocks within `tokens[:limit]`. Holds nothing yet."""
@@ -159,11 +164,14 @@ class KVCache:
             key = self._key(tokens, at)
             node = parent.children.get(key)
             if node is None:
-                node = parent.children[key] = Node(key, table.blocks[at], parent)
+                node = parent.children[key] = self._new_node(key, table.blocks[at], parent)
                 node.holders = 1
             else:
                 self._hold(node)
-                table.spare.append(table.blocks[at])
+                if node.block < 0:  # cached in the other tier only: now here too
+                    node.block = table.blocks[at]
+                else:
+                    table.spare.append(table.blocks[at])
             table.nodes.append(node)
         if table.pending is not None and len(table.nodes) * self.page_size >= len(tokens):
             self._withdraw(table)
@@ -171,12 +179,10 @@ class KVCache:
     def release(self, table: BlockTable) -> None:
         """Give up everything the table holds; it must not be used again. Cached blocks stay until room is wanted."""
         self._withdraw(table)
-        self._free += table.blocks[len(table.nodes) :]
-        self._free += table.spare
+        self._give(table.blocks[len(table.nodes) :])
+        self._give(table.spare)
         for node in reversed(table.nodes):
-            node.holders -= 1
-            if node.holders == 0:
-                self._idle[node] = None
+            self._unhold(node)
         table.nodes, table.blocks, table.spare = [], [], []
         table.root.holders -= 1
         self._drop_root(table.root)
@@ -186,15 +192,31 @@ class KVCache:
         while self._idle:
             self._evict()
 
-    # ------------------------------------------------------------------ inside
+    # ------------------------------------------------------------------ inside: what a second tier does in another way
 
-    def _key(self, tokens: array[int], at: int) -> bytes:
-        return tokens[at * self.page_size : (at + 1) * self.page_size].tobytes()
+    def _new_table(self, root: Node) -> BlockTable:
+        return BlockTable(root)
+
+    def _new_node(self, key: bytes, block: int, parent: Node) -> Node:
+        return Node(key, block, parent)
+
+    def _give(self, blocks: Iterable[int]) -> None:
+        self._free += blocks
 
     def _hold(self, node: Node) -> None:
         if node.holders == 0:
             del self._idle[node]
         node.holders += 1
+
+    def _unhold(self, node: Node) -> None:
+        node.holders -= 1
+        if node.holders == 0:
+            self._idle[node] = None
+
+    # ------------------------------------------------------------------ inside
+
+    def _key(self, tokens: array[int], at: int) -> bytes:
+        return tokens[at * self.page_size : (at + 1) * self.page_size].tobytes()
 
     def _evict(self) -> None:
         node, _ = self._idle.popitem(last=False)

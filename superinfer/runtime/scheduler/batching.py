@@ -1,19 +1,35 @@
 """Continuous batching with chunked prefill over the paged cache: the mechanics that simple policies share.
 
 A policy is an order, `rank`: running sequences are served in it, waiting ones let in by it, and when blocks run out
-the last of the running gives its own up (its computed prefix stays cached while nobody needs the room).
+the last of the running gives its own up (its computed prefix stays cached while nobody needs the room). With a second
+tier it gives them up to that: see docs/duplexkv.md.
 """
 
 from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 
 from superinfer.runtime.kv.cache import KVCache, Node
+from superinfer.runtime.kv.copies import BlockCopy
+from superinfer.runtime.kv.duplex import DuplexCache
 from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler.base import SchedulerCounts, SchedulerLimits
 from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan, StepResult
+from superinfer.runtime.scheduler.rotation import Rotation
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
+
+
+@dataclass(slots=True)
+class Draft:
+    """A plan being made. budget: tokens left. waits: copies its work depends on."""
+
+    budget: int
+    work: dict[Sequence, SlotWork] = field(default_factory=dict)
+    init: list[SlotInit] = field(default_factory=list)
+    waits: set[int] = field(default_factory=set)
+    preempted: bool = False
 
 
 class BatchScheduler(ABC):
@@ -23,6 +39,8 @@ class BatchScheduler(ABC):
 
     def __init__(self, kv: KVCache, limits: SchedulerLimits) -> None:
         self._kv = kv
+        self._rotation = Rotation(kv) if isinstance(kv, DuplexCache) else None
+        self._draft = Draft(0)
         self._limits = limits
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
@@ -74,102 +92,134 @@ class BatchScheduler(ABC):
         """See Scheduler.counts."""
         kv = self._kv
         return SchedulerCounts(
-            len(self._running), len(self._waiting), self._preemptions, kv.num_blocks, kv.num_free, kv.num_cached
+            len(self._running),
+            len(self._waiting),
+            self._preemptions,
+            kv.num_blocks,
+            kv.num_free,
+            kv.num_cached,
+            self._rotation.gauges() if self._rotation is not None else None,
         )
 
     # ------------------------------------------------------------------ plan
 
     def plan(self, now: float) -> StepPlan | None:
         """See Scheduler.plan."""
-        budget = self._limits.max_batch_tokens
-        work: list[tuple[Sequence, SlotWork]] = []
-        init: list[SlotInit] = []
-        preempted_before = self._preemptions
+        draft = self._draft = Draft(self._limits.max_batch_tokens)
+        self._make_room(now)
         # Every decode takes one token of the budget before any prefill chunk takes the rest.
         self._running.sort(key=lambda s: (s.is_prefilling, self.rank(s, now)))
         for sequence in list(self._running):
-            if sequence.status is Status.RUNNING and sequence.wants_more and budget > 0:
-                item = self._continue(sequence, budget, now)
-                if item is not None:
-                    work.append((sequence, item))
-                    budget -= item.length
-        if self._preemptions != preempted_before:
-            work = self._without_preempted(work)
-        elif budget > 0 and self._free_slots:
-            self._admit(budget, work, init, now)
-        if not work:
-            return None
+            self._continue(sequence, now)
+        if not draft.preempted and draft.budget > 0 and self._free_slots:
+            self._admit(now)
+        if not draft.work and self._rotation is not None:  # all wait for copies: let a step wait with the first
+            for sequence in list(self._running):
+                if not draft.work:
+                    self._continue(sequence, now, patient=True)
+        self._draft = Draft(0)
+        return self._finish_plan(draft)
+
+    def _make_room(self, now: float) -> None:  # noqa: B027 - most policies do nothing here
+        """For policies that rotate by choice: called before each plan."""
+
+    def _finish_plan(self, draft: Draft) -> StepPlan | None:
+        copies: tuple[BlockCopy, ...] = ()
+        if self._rotation is not None:
+            copies = self._rotation.copies_of_plan()
+        if not draft.work and not copies:
+            if self._rotation is None or self._planned or not self._rotation.kv.num_pending:
+                return None
+            if self._running or self._waiting:  # nothing to do but wait for copies
+                draft.waits = {self._rotation.kv.oldest_pending}
         self._step += 1
-        self._planned[self._step] = work
+        self._planned[self._step] = list(draft.work.items())
         freed, self._freed = tuple(self._freed), []
-        ordered = sorted((w for _, w in work), key=lambda w: not w.is_decode)
-        return StepPlan(self._step, tuple(ordered), tuple(init), freed)
+        ordered = tuple(sorted(draft.work.values(), key=lambda w: not w.is_decode))
+        plan = StepPlan(self._step, ordered, tuple(draft.init), freed, copies, tuple(sorted(draft.waits)))
+        if self._rotation is not None:
+            self._rotation.planned(plan)
+        return plan
 
-    @staticmethod
-    def _without_preempted(work: list[tuple[Sequence, SlotWork]]) -> list[tuple[Sequence, SlotWork]]:
-        """What is left of a plan after some of its sequences lost their place to others."""
-        for sequence, item in work:
-            if sequence.status is not Status.RUNNING and item.sample:
-                sequence.in_flight -= 1
-        return [(sequence, item) for sequence, item in work if sequence.status is Status.RUNNING]
-
-    def _continue(self, sequence: Sequence, budget: int, now: float) -> SlotWork | None:
-        """Work for a running sequence, making room for it if need be; None if it lost its own place."""
-        table = sequence.table
+    def _continue(self, sequence: Sequence, now: float, patient: bool = False) -> None:
+        """Plan work for a running sequence, making room for it if need be. `patient`: however many copies it awaits."""
+        draft, table = self._draft, sequence.table
+        if sequence.status is not Status.RUNNING or not sequence.wants_more or draft.budget <= 0:
+            return
         assert table is not None
-        length = 1 if not sequence.is_prefilling else min(budget, sequence.resume_at - sequence.scheduled)
+        length = 1 if not sequence.is_prefilling else min(draft.budget, sequence.resume_at - sequence.scheduled)
         missing = self._kv.blocks_for(sequence.scheduled + length) - len(table.blocks)
-        new_blocks: list[int] | None = []
-        if missing > 0:
-            while (new_blocks := self._kv.allocate(table, missing)) is None:
+        if missing > 0 and (patient or self._can_wait(sequence)):
+            while self._kv.allocate(table, missing) is None:
                 victim = max(self._running, key=lambda s: self.rank(s, now))
                 self._preempt(victim, now)
                 if victim is sequence:
-                    return None
-        return self._work(sequence, length, tuple(new_blocks or ()))
+                    return
+        if patient or self._can_wait(sequence):
+            self._work(sequence, length)
 
-    def _admit(self, budget: int, work: list[tuple[Sequence, SlotWork]], init: list[SlotInit], now: float) -> None:
+    def _can_wait(self, sequence: Sequence) -> bool:
+        """Whether this step may wait for the copies the sequence needs: few enough, with those it waits for anyway."""
+        if self._rotation is None or sequence.table is None:
+            return True
+        awaits = self._rotation.kv.awaits(sequence.table)
+        return not awaits or len(self._draft.waits.union(awaits)) <= self._rotation.max_waits
+
+    def _admit(self, now: float) -> None:
         """Let waiting sequences in, in order, while slots, blocks and the token budget last."""
+        draft = self._draft
         self._waiting.sort(key=lambda s: self.rank(s, now))
         still_waiting: list[Sequence] = []
         for at, sequence in enumerate(self._waiting):
-            if budget <= 0 or not self._free_slots:
+            if draft.budget <= 0 or not self._free_slots:
                 still_waiting += self._waiting[at:]
                 break
             if sequence.in_flight:  # preempted while a step of its own was under way: its token is not known yet
                 still_waiting.append(sequence)
                 continue
-            limit = len(sequence.tokens) - 1 if sequence.score_start is None else sequence.score_start - 1
-            path = self._kv.match(sequence.tokens, sequence.salt, limit)
-            if self._kv.is_being_computed(sequence.tokens, sequence.salt, path):
+            path = self._cached_path(sequence)
+            if sequence.table is None and self._kv.is_being_computed(sequence.tokens, sequence.salt, path):
                 still_waiting.append(sequence)  # its next block is on its way: share it rather than compute it twice
                 continue
-            new_blocks = self._reserve(sequence, path)
-            if new_blocks is None:
+            if not self._reserve(sequence, path):
                 still_waiting += self._waiting[at:]
                 break
-            init.append(self._start(sequence, now))
-            item = self._work(sequence, min(budget, sequence.resume_at - sequence.scheduled), new_blocks)
-            work.append((sequence, item))
-            budget -= item.length
+            draft.init.append(self._start(sequence, now))
+            if self._can_wait(sequence):
+                self._work(sequence, min(draft.budget, sequence.resume_at - sequence.scheduled))
         self._waiting = still_waiting
 
-    def _reserve(self, sequence: Sequence, path: list[Node]) -> tuple[int, ...] | None:
+    def _cached_path(self, sequence: Sequence) -> list[Node]:
+        """What of a sequence's prefix is cached and worth using. Empty for a rotated-out one: it has its own."""
+        if sequence.table is not None:
+            assert self._rotation is not None
+            if not self._rotation.is_lost(sequence.table):
+                return []
+            self._drop_table(sequence)
+        limit = len(sequence.tokens) - 1 if sequence.score_start is None else sequence.score_start - 1
+        path = self._kv.match(sequence.tokens, sequence.salt, limit)
+        return path if self._rotation is None else self._rotation.worth_loading(path)
+
+    def _reserve(self, sequence: Sequence, path: list[Node]) -> bool:
         """Hold the matched prefix and blocks for all known tokens, so that a prefill, once begun, can end."""
+        wanted = self._kv.blocks_for(sequence.compute_length)
+        if sequence.table is not None:
+            assert self._rotation is not None
+            return self._rotation.kv.resume(sequence.table, wanted - self._kv.blocks_for(sequence.scheduled))
         table = self._kv.open(sequence.salt)
         self._kv.adopt(table, path)
-        needed = self._kv.blocks_for(sequence.compute_length) - len(table.blocks)
-        if self._kv.allocate(table, max(0, needed)) is None:
+        if self._kv.allocate(table, max(0, wanted - len(table.blocks))) is None:
             self._kv.release(table)
-            return None
+            return False
         sequence.table = table
         sequence.scheduled = sequence.committed = len(path) * self._kv.page_size
-        return tuple(table.blocks)
+        return True
 
     def _start(self, sequence: Sequence, now: float) -> SlotInit:
         sequence.status = Status.RUNNING
         sequence.slot = self._free_slots.pop()
         sequence.resume_at = sequence.compute_length
+        sequence.let_in, sequence.worked = now, False
         self._running.append(sequence)
         if sequence.first_scheduled is None:
             sequence.first_scheduled = now
@@ -187,25 +237,33 @@ class BatchScheduler(ABC):
             stop_ids=sequence.stop_ids,
         )
 
-    def _work(self, sequence: Sequence, length: int, new_blocks: tuple[int, ...]) -> SlotWork:
+    def _work(self, sequence: Sequence, length: int) -> None:
+        draft, table = self._draft, sequence.table
+        assert table is not None
         start, end = sequence.scheduled, sequence.scheduled + length
         tokens = tuple(sequence.tokens[start:end]) if sequence.is_prefilling else ()
         sample = sequence.score_start is None and end == sequence.compute_length
         score: tuple[int, ...] = ()
         if sequence.score_start is not None:
             score = tuple(sequence.tokens[max(sequence.score_start, start + 1) : end + 1])
-        sequence.scheduled = end
+        sequence.scheduled, sequence.worked = end, True
         if sample:
             sequence.in_flight += 1
-        assert sequence.table is not None
         if tokens:
-            self._kv.announce(sequence.table, sequence.tokens)
-        return SlotWork(sequence.slot, start, length, tokens, new_blocks, sample, score)
+            self._kv.announce(table, sequence.tokens)
+        if self._rotation is not None:
+            draft.waits.update(self._rotation.kv.awaits(table))
+        new_blocks = tuple(table.blocks[table.sent :])
+        table.sent = len(table.blocks)
+        draft.work[sequence] = SlotWork(sequence.slot, start, length, tokens, new_blocks, sample, score)
+        draft.budget -= length
 
     # ------------------------------------------------------------------ results
 
     def commit(self, result: StepResult, now: float) -> list[SequenceUpdate]:
         """See Scheduler.commit."""
+        if self._rotation is not None and self._rotation.settle(result):
+            self._drop_broken(now)
         updates = []
         for sequence, work in self._planned.pop(result.step):
             if work.sample:
@@ -248,6 +306,8 @@ class BatchScheduler(ABC):
     def abort(self, step: int, now: float) -> list[Sequence]:
         """See Scheduler.abort."""
         lost = []
+        if self._rotation is not None:
+            self._rotation.dropped(step)
         for sequence, work in self._planned.pop(step, []):
             if work.sample:
                 sequence.in_flight -= 1
@@ -260,27 +320,79 @@ class BatchScheduler(ABC):
 
     def _finish(self, sequence: Sequence, reason: FinishReason | None, now: float) -> None:
         if sequence.status is Status.RUNNING:
-            self._vacate(sequence)
+            self._leave_slot(sequence)
         else:
             self._waiting.remove(sequence)
+        if sequence.table is not None:
+            self._drop_table(sequence)
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
         sequence.finished_at = now
 
     def _preempt(self, sequence: Sequence, now: float) -> None:
-        self._vacate(sequence)
+        """Room is needed: the sequence gives up its slot and blocks, to the second tier if there is room."""
+        self._draft.preempted = True
+        self._undraft(sequence)
+        if self._rotate_out(sequence, now):
+            return
         self._preemptions += 1
-        sequence.status = Status.WAITING
         sequence.preemptions += 1
+        self._leave_slot(sequence)
+        self._drop_table(sequence)
+        self._wait_again(sequence, now)
+
+    def _rotate_out(self, sequence: Sequence, now: float) -> bool:
+        """The sequence's KV goes to the second tier; False when there is none, or it is full."""
+        if self._rotation is None or sequence.table is None:
+            return False
+        if not self._rotation.kv.park(sequence.table, sequence.scheduled):
+            return False
+        sequence.rotations += 1
+        self._leave_slot(sequence)
+        self._wait_again(sequence, now)
+        return True
+
+    def _undraft(self, sequence: Sequence) -> None:
+        """Take back what the plan being made has for this sequence."""
+        item = self._draft.work.pop(sequence, None)
+        if item is not None:
+            sequence.scheduled = item.start
+            sequence.in_flight -= item.sample
+
+    def _drop_broken(self, now: float) -> None:
+        """A copy failed: who holds what is lost starts again, and what it has under way is not believed."""
+        for sequence in [*self._running, *self._waiting]:
+            if sequence.table is None or not self._rotation or not self._rotation.is_lost(sequence.table):
+                continue
+            for items in self._planned.values():
+                sequence.in_flight -= sum(work.sample for s, work in items if s is sequence)
+                items[:] = [(s, work) for s, work in items if s is not sequence]
+            self._preemptions += 1
+            sequence.preemptions += 1
+            self._drop_table(sequence)
+            if sequence.status is Status.RUNNING:
+                self._leave_slot(sequence)
+                self._wait_again(sequence, now)
+
+    def _wait_again(self, sequence: Sequence, now: float) -> None:
+        sequence.status = Status.WAITING
         sequence.preempted_at = now
         self._waiting.append(sequence)
 
-    def _vacate(self, sequence: Sequence) -> None:
+    def _leave_slot(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
+        self._free_slots.append(sequence.slot)
+        if any(init.slot == sequence.slot for init in self._draft.init):  # never given to the executor
+            self._draft.init = [init for init in self._draft.init if init.slot != sequence.slot]
+        else:
+            self._freed.append(sequence.slot)
+        sequence.slot = -1
+
+    def _drop_table(self, sequence: Sequence) -> None:
+        """Its KV is given up. What chunks under way compute is no part of the table it will have next."""
         assert sequence.table is not None
+        for items in self._planned.values():
+            items[:] = [(s, work) for s, work in items if s is not sequence or work.sample]
         self._kv.release(sequence.table)
         sequence.table = None
-        self._free_slots.append(sequence.slot)
-        self._freed.append(sequence.slot)
-        sequence.slot = -1
         sequence.scheduled = sequence.committed = 0

@@ -6,8 +6,9 @@ from superinfer.errors import InvalidRequestError
 from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.scheduler.base import Scheduler, SchedulerLimits
 from superinfer.runtime.scheduler.fcfs import FCFS
+from superinfer.runtime.scheduler.lru import LRU
 
-POLICIES = {policy.name: policy for policy in (FCFS,)}
+POLICIES = {policy.name: policy for policy in (FCFS, LRU)}
 
 
 def build_scheduler(policy: str, kv: KVCache, limits: SchedulerLimits) -> Scheduler:

@@ -26,6 +26,8 @@ class Sequence:
     scheduled: positions whose KV some planned step computes; committed: of those, steps that are done.
     in_flight: tokens that planned steps will sample and that are not known yet.
     resume_at: tokens to prefill when it last took a slot; from there on it decodes.
+    let_in: when it last took a slot. worked: whether it has been given work since.
+    rotations: times its KV went to the second tier; its table is then kept, parked, while it waits.
     score_start: score the prompt from this position on instead of generating; None: generate.
     """
 
@@ -39,6 +41,7 @@ class Sequence:
         "id",
         "in_flight",
         "index",
+        "let_in",
         "max_tokens",
         "num_prompt",
         "owner",
@@ -48,6 +51,7 @@ class Sequence:
         "program",
         "request_id",
         "resume_at",
+        "rotations",
         "salt",
         "sampling",
         "scheduled",
@@ -60,6 +64,7 @@ class Sequence:
         "table",
         "timeline",
         "tokens",
+        "worked",
     )
 
     def __init__(
@@ -99,7 +104,9 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.preempted_at: float | None = None
         self.preempted_s = 0.0
-        self.preemptions = 0
+        self.preemptions = self.rotations = 0
+        self.let_in = arrival
+        self.worked = False
 
     @property
     def num_output(self) -> int:
@@ -144,6 +151,7 @@ class Sequence:
             max_tbt_s=self.timeline.max_tbt,
             preempted_s=self.preempted_s,
             preemptions=self.preemptions,
+            rotations=self.rotations,
         )
         if self.slo is None or not self.slo.promises_anything:
             return report
