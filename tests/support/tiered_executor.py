@@ -69,7 +69,11 @@ class TieredMemoryExecutor(MemoryExecutor):
         ids = list(self.under_way)
         self.random.shuffle(ids)
         for id in ids:
-            if id in self.under_way and self._may_touch(self.under_way[id]) and self.random.random() < max(self.eager, 0.5 * idle):
+            if (
+                id in self.under_way
+                and self._may_touch(self.under_way[id])
+                and self.random.random() < max(self.eager, 0.5 * idle)
+            ):
                 self._land(id)
 
     def _land_with_those_before(self, id: int) -> None:

@@ -17,6 +17,7 @@ from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine.executor import ExecutorLimits
 from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
 from superinfer.runtime.engine.step_inputs import BlockTables, StepAssembler, StepInputs
+from superinfer.runtime.kv.duplex_cpu import CpuDuplex
 from superinfer.runtime.models.config import ModelConfig, load_config
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import Progress, check_architecture, load_model, resolve_model
@@ -32,10 +33,18 @@ class ModelExecutor:
     """Implements `Executor`. `submit` runs the step at once; `collect` returns its result or raises what it raised.
 
     A step that raised has still freed, initialised and extended the slots its plan names; its tokens are lost, later
-    plans run as usual.
+    plans run as usual. Its copies have been started all the same.
     """
 
-    def __init__(self, model: CausalLM, limits: ExecutorLimits, *, model_name: str, path: str) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        limits: ExecutorLimits,
+        *,
+        model_name: str,
+        path: str,
+        link_bytes_per_s: float | None = None,
+    ) -> None:
         weight = model.lm_head.weight
         config = model.config
         self.limits = limits
@@ -51,6 +60,9 @@ class ModelExecutor:
         shape = (limits.num_blocks, config.num_layers, 2, page, config.num_kv_heads, config.head_dim)
         # Zeros are mapped lazily: memory is taken as blocks are first used.
         self.cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.duplex: CpuDuplex | None = None
+        if limits.num_dram_blocks:
+            self.duplex = CpuDuplex(self.cache, limits.num_dram_blocks, bytes_per_s=link_bytes_per_s)
         self._model = model
         self._device = weight.device
         self._views = layer_views(self.cache)
@@ -70,6 +82,8 @@ class ModelExecutor:
         except Exception as error:
             self._results.append(error)
             return
+        if self.duplex is not None:
+            result.copied, result.failed_copies, result.link = self.duplex.report()
         result.elapsed = time.perf_counter() - started
         self._results.append(result)
 
@@ -87,8 +101,11 @@ class ModelExecutor:
         self._results.clear()
         self._views.clear()
         self.cache = torch.empty(0)
+        self.duplex = None
 
     def _run(self, plan: StepPlan) -> StepResult:
+        if self.duplex is not None:
+            self.duplex.start(plan.copies)
         for slot in plan.freed:
             self._tables.clear(slot)
             self._sampling.release(slot)
@@ -98,6 +115,8 @@ class ModelExecutor:
         for work in plan.work:
             self._tables.append(work.slot, work.new_blocks)
         result = StepResult(plan.step)
+        if self.duplex is not None:
+            self.duplex.wait(plan.waits)
         if plan.work:
             inputs = self._assembler.assemble(plan.work)
             hidden = self._forward(inputs)
@@ -178,7 +197,8 @@ def build_executor(config: EngineConfig, on_progress: Progress | None = None) ->
         seed=config.seed,
         on_progress=on_progress,
     )
-    return ModelExecutor(model, limits, model_name=config.model, path=str(path))
+    link = config.link_gbps * 1e9 if config.link_gbps is not None else None
+    return ModelExecutor(model, limits, model_name=config.model, path=str(path), link_bytes_per_s=link)
 
 
 def _device(config: EngineConfig) -> torch.device:
@@ -206,6 +226,8 @@ def _limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> Exe
         num_slots=config.max_batch_size,
         max_model_len=min(wanted_len, num_blocks * config.page_size),
         vocab_size=model.vocab_size,
+        num_dram_blocks=config.dram_tokens // config.page_size,
+        block_bytes=config.page_size * model.kv_bytes_per_token(dtype),
     )
 
 

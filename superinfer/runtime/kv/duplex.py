@@ -412,3 +412,10 @@ class DuplexCache(KVCache):
             stack += cast(Iterable[TierNode], gone.children.values())
             gone.children = {}
         self._drop_root(parent)
+
+
+def build_cache(num_blocks: int, num_dram: int, page_size: int, *, prefix_cache: bool = True) -> KVCache:
+    """A cache of one tier, or of two where there are DRAM blocks."""
+    if num_dram:
+        return DuplexCache(num_blocks, num_dram, page_size, prefix_cache=prefix_cache)
+    return KVCache(num_blocks, page_size, prefix_cache=prefix_cache)

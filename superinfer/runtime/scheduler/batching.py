@@ -219,7 +219,7 @@ class BatchScheduler(ABC):
         sequence.status = Status.RUNNING
         sequence.slot = self._free_slots.pop()
         sequence.resume_at = sequence.compute_length
-        sequence.let_in, sequence.worked = now, False
+        sequence.let_in, sequence.let_in_with, sequence.worked = now, sequence.num_output, False
         self._running.append(sequence)
         if sequence.first_scheduled is None:
             sequence.first_scheduled = now

@@ -18,10 +18,10 @@ PAGE = 4
 class Bench:
     """A scheduler over two tiers and a TieredMemoryExecutor in step, with a clock of our own."""
 
-    def __init__(self, blocks=12, dram=40, slots=4, batch_tokens=12, depth=1, policy="lru", residency=0.0, **executor):
+    def __init__(self, blocks=12, dram=40, slots=4, batch_tokens=12, depth=1, policy="lru", quantum=0, **executor):
         self.kv = DuplexCache(blocks, dram, PAGE, prefix_cache=executor.pop("prefix_cache", True))
         self.scheduler = build_scheduler(policy, self.kv, SchedulerLimits(slots, batch_tokens, blocks * PAGE))
-        self.scheduler.min_residency_s = residency
+        self.scheduler.quantum = quantum
         self.executor = TieredMemoryExecutor(blocks, dram, PAGE, **executor)
         self.depth = depth
         self.now = 0.0
@@ -92,7 +92,7 @@ shapes = st.fixed_dictionaries(
         batch_tokens=st.integers(5, 20),
         depth=st.integers(1, 3),
         policy=st.sampled_from(["lru", "lru", "fcfs"]),
-        residency=st.sampled_from([0.0, 0.0, 0.03]),
+        quantum=st.sampled_from([0, 0, 1, 3]),
         prefix_cache=st.sampled_from([True, True, True, False]),
         seed=st.integers(0, 2**16),
         eager=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
