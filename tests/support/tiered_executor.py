@@ -66,14 +66,10 @@ class TieredMemoryExecutor(MemoryExecutor):
 
     def _some_land(self, idle: bool = False) -> None:
         """Time passes; more of it in a step without work."""
-        ids = list(self.under_way)
+        ids, chance = list(self.under_way), max(self.eager, 0.5 * idle)
         self.random.shuffle(ids)
         for id in ids:
-            if (
-                id in self.under_way
-                and self._may_touch(self.under_way[id])
-                and self.random.random() < max(self.eager, 0.5 * idle)
-            ):
+            if id in self.under_way and self._may_touch(self.under_way[id]) and self.random.random() < chance:
                 self._land(id)
 
     def _land_with_those_before(self, id: int) -> None:

@@ -111,7 +111,7 @@ class BatchScheduler(ABC):
         self._running.sort(key=lambda s: (s.is_prefilling, self.rank(s, now)))
         for sequence in list(self._running):
             self._continue(sequence, now)
-        if not draft.preempted and draft.budget > 0 and self._free_slots:
+        if not (draft.preempted and draft.work) and draft.budget > 0 and self._free_slots:
             self._admit(now)
         if not draft.work and self._rotation is not None:  # all wait for copies: let a step wait with the first
             for sequence in list(self._running):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_executor import expected_output
@@ -143,3 +146,167 @@ def test_failed_copies_failed_steps_and_cancels_disturb_no_other(work, shape, ca
     bench.run(20_000)
     bench.check(sequences)
     bench.check_all_given_back()
+
+
+# ---------------------------------------------------------------------------- planted faults
+
+
+def _work_does_not_wait(bench, patch):
+    bench.executor.obey_waits = False
+
+
+def _copies_do_not_wait_for_each_other(bench, patch):
+    bench.executor.obey_after = False
+
+
+def _a_block_changes_hands_without_its_pending_copy(bench, patch):
+    patch.setattr(bench.kv, "_busy", type("Forgetful", (dict,), {"__setitem__": lambda *_: None})())
+
+
+def _a_dram_block_changes_hands_without_its_pending_copy(bench, patch):
+    patch.setattr(bench.kv, "_busy_dram", type("Forgetful", (dict,), {"__setitem__": lambda *_: None})())
+
+
+def _a_load_is_not_waited_for_by_who_shares_it(bench, patch):
+    adopt, resume = bench.kv.adopt, bench.kv.resume
+
+    def deaf_adopt(table, path):
+        adopt(table, path)
+        table.awaits = []
+
+    def deaf_resume(table, extra):
+        shared = {node.loading for node in table.nodes}
+        resumed = resume(table, extra)
+        table.awaits = [id for id in table.awaits if id not in shared]
+        return resumed
+
+    patch.setattr(bench.kv, "adopt", deaf_adopt)
+    patch.setattr(bench.kv, "resume", deaf_resume)
+
+
+def _the_tail_stays_behind(bench, patch):
+    park = bench.kv.park
+
+    def forgetful(table, computed):
+        parked = park(table, computed)
+        for copy in [copy for copy in bench.kv._outbox if copy.out and copy.dram in table.tail]:
+            bench.kv._outbox.remove(copy)
+            bench.kv._pop_pending(copy.id)
+        return parked
+
+    patch.setattr(bench.kv, "park", forgetful)
+
+
+def _the_tail_is_freed_in_dram_while_parked(bench, patch):
+    park = bench.kv.park
+
+    def early(table, computed):
+        parked = park(table, computed)
+        if parked:
+            bench.kv._free_dram.extend(table.tail)
+        return parked
+
+    patch.setattr(bench.kv, "park", early)
+
+
+def _parked_blocks_are_not_pinned(bench, patch):
+    pin = bench.kv._pin
+
+    def loose(node):
+        pin(node)
+        if not node.holders:
+            bench.kv._lru[node] = None
+
+    unhold = bench.kv._unhold
+
+    def loose_unhold(node):
+        unhold(node)
+        if node.holders == 0 and node.alive:
+            bench.kv._lru[node] = None
+
+    patch.setattr(bench.kv, "_pin", loose)
+    patch.setattr(bench.kv, "_unhold", loose_unhold)
+    patch.setattr(bench.scheduler._rotation, "is_lost", lambda table: False)
+
+
+def _dirty_blocks_count_as_mirrored(bench, patch):
+    mirror = bench.kv._mirror
+
+    def pretend(node, dram):
+        mirror(node, dram)
+        copy = bench.kv._outbox.pop()
+        bench.kv._pop_pending(copy.id)
+
+    patch.setattr(bench.kv, "_mirror", pretend)
+
+
+def _tokens_of_a_failed_load_are_believed(bench, patch):
+    bench.executor.fails = 0.2
+    patch.setattr(bench.scheduler, "_drop_broken", lambda now: None)
+
+
+def _a_failed_copy_out_counts_as_done(bench, patch):
+    bench.executor.fails = 0.2
+    settle = bench.kv.settle
+    patch.setattr(bench.kv, "settle", lambda copied, failed: settle([*copied, *failed], []))
+
+
+FAULTS = [
+    _work_does_not_wait,
+    _copies_do_not_wait_for_each_other,
+    _a_block_changes_hands_without_its_pending_copy,
+    _a_dram_block_changes_hands_without_its_pending_copy,
+    _a_load_is_not_waited_for_by_who_shares_it,
+    _the_tail_stays_behind,
+    _the_tail_is_freed_in_dram_while_parked,
+    _parked_blocks_are_not_pinned,
+    _dirty_blocks_count_as_mirrored,
+    _tokens_of_a_failed_load_are_believed,
+    _a_failed_copy_out_counts_as_done,
+]
+
+
+def _storm(seed: int, plant=None, patch=None) -> int:
+    """One random schedule that rotates whenever it can, with a `plant`ed fault; AssertionError when anything comes out
+    wrong. Returns how often it rotated."""
+    rng = random.Random(seed)
+    bench = Bench(
+        blocks=rng.randrange(10, 16),
+        dram=rng.choice([6, 14, 40]),
+        slots=rng.randrange(2, 5),
+        batch_tokens=rng.randrange(5, 20),
+        depth=rng.choice([1, 2]),
+        quantum=0,
+        seed=seed,
+        eager=rng.choice([0.0, 0.1, 0.4]),
+    )
+    if plant is not None:
+        plant(bench, patch)
+    work = [
+        (
+            [7] * rng.choice([0, 9, 13]) + [rng.randrange(4) for _ in range(rng.randrange(1, 12))],
+            rng.randrange(1, 14),
+            rng.randrange(3),
+        )
+        for _ in range(8)
+    ]
+    sequences = play(bench, work, max_waits=rng.choice([0, 2, 100]), mirror_blocks=rng.choice([0, 2, 32]))
+    bench.run(600)
+    bench.check(sequences)
+    bench.check_all_given_back()
+    return bench.kv.totals.rotations_out
+
+
+@pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__.strip("_"))
+def test_a_planted_fault_is_caught(plant, monkeypatch):
+    for seed in range(60):
+        try:
+            _storm(seed, plant, monkeypatch)
+        except AssertionError:
+            return
+    raise AssertionError("60 storms did not notice")
+
+
+def test_a_thousand_storms_without_a_fault_change_no_token():
+    rotations = [_storm(seed) for seed in range(1000)]
+    assert sum(rotations) > 10_000, "storms are to rotate"
