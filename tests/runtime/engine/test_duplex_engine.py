@@ -78,7 +78,7 @@ def test_a_finished_turn_waits_in_dram_and_is_loaded_for_the_next(random_llama, 
     first = [rng.randrange(3, 500) for _ in range(120)]
     with launch_engine(config) as engine, EngineClient(engine.address) as client:
         answer, _ = generate(client, first)
-        for seed in range(3):
+        for _ in range(3):
             generate(client, [rng.randrange(3, 500) for _ in range(150)])  # takes all of HBM
         second = first + answer + [5, 6, 7]
         tokens, report = generate(client, second, max_tokens=20)
