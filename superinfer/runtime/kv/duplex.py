@@ -32,6 +32,8 @@ class DuplexCache(KVCache):
         self._dirty: deque[TierNode] = deque()  # to be mirrored, oldest first; entries may be out of date
         self._pending: dict[int, tuple[BlockCopy, TierNode | TierTable]] = {}
         self._pending_out = 0
+        self._awaited: dict[int, list[TierTable]] = {}  # pending copy in: whose work reads what it brings
+        self._spoiled: set[int] = set()  # pending copies that read what a failed one should have written
         self._busy: dict[int, int] = {}  # HBM block: the last pending copy that touches it
         self._busy_dram: dict[int, int] = {}
         self._outbox: list[BlockCopy] = []
@@ -76,7 +78,7 @@ class DuplexCache(KVCache):
             if node.block < 0:
                 mine.missing.append(len(mine.blocks))
             elif node.loading:
-                mine.awaits.append(node.loading)
+                self._await(mine, node.loading)
             mine.nodes.append(node)
             mine.blocks.append(node.block)
 
@@ -149,7 +151,7 @@ class DuplexCache(KVCache):
         self._give(mine.spare)
         for node in reversed(nodes):
             self._unhold(node)
-        mine.blocks, mine.spare, mine.awaits, mine.sent, mine.parked = [], [], [], 0, True
+        mine.blocks, mine.spare, mine.sent, mine.parked = [], [], 0, True
         self.totals.rotations_out += 1
         self.totals.rotated += len(nodes) + len(content)
         self.totals.rotated_clean += len(nodes) - len(dirty)
@@ -170,12 +172,12 @@ class DuplexCache(KVCache):
             if node.block < 0:
                 mine.missing.append(at)
             elif node.loading:
-                mine.awaits.append(node.loading)
+                self._await(mine, node.loading)
             mine.blocks.append(node.block)
         self._load_missing(mine)
         for dram in mine.tail:
             block = self._take()
-            mine.awaits.append(self._plan_copy(False, block, dram, mine))
+            self._await(mine, self._plan_copy(False, block, dram, mine))
             mine.blocks.append(block)
         self._pinned -= len(mine.tail)
         self._give_dram(mine.tail)
@@ -212,13 +214,17 @@ class DuplexCache(KVCache):
 
     def settle(self, copied: Iterable[int], failed: Iterable[int]) -> bool:
         """Take in what a result reports. True when tables may have lost something: ask `is_intact` of each."""
-        hurt = False
-        for id in sorted(failed):
-            self.totals.failed += 1
-            hurt |= self._fail(*self._pop_pending(id))
-        for id in copied:
+        bad, hurt = set(failed), False
+        for id in sorted([*copied, *bad]):  # in order: what follows a failed copy is spoiled before its turn
+            spoiled = id in self._spoiled
             copy, owner = self._pop_pending(id)
-            if copy.out:
+            readers = self._awaited.pop(id, ())
+            if id in bad or spoiled:
+                self.totals.failed += 1
+                hurt |= self._fail(copy, owner)
+                for table in readers:
+                    table.lost = hurt = True
+            elif copy.out:
                 self.totals.blocks_out += 1
             else:
                 self.totals.blocks_in += 1
@@ -228,11 +234,12 @@ class DuplexCache(KVCache):
         return hurt
 
     def _fail(self, copy: BlockCopy, owner: TierNode | TierTable) -> bool:
+        """What the copy should have written is not there. True when somebody may need it."""
+        self._spoil_readers(copy)
         if isinstance(owner, TierTable):
             owner.lost = True
             return True
         if copy.id == owner.mirroring:
-            owner.mirroring = 0
             if owner.block >= 0 and not owner.loading:
                 self._drop_dram(owner)
                 self._dirty.append(owner)
@@ -242,8 +249,19 @@ class DuplexCache(KVCache):
         self._forget(owner)
         return True
 
+    def _spoil_readers(self, failed: BlockCopy) -> None:
+        """Pending copies of what a failed one should have written move garbage, whoever has the block by now. Failures
+        are rare: O(pending)."""
+        for id, (copy, _) in self._pending.items():
+            same = copy.dram == failed.dram if failed.out else copy.hbm == failed.hbm
+            if id > failed.id and same:
+                if copy.out == failed.out:
+                    break  # it writes the block anew
+                self._spoiled.add(id)
+
     def _pop_pending(self, id: int) -> tuple[BlockCopy, TierNode | TierTable]:
         copy, owner = self._pending.pop(id)
+        self._spoiled.discard(id)
         self._pending_out -= copy.out
         if self._busy.get(copy.hbm) == id:
             del self._busy[copy.hbm]
@@ -276,8 +294,12 @@ class DuplexCache(KVCache):
             node = cast(TierNode, table.nodes[at])
             node.block = table.blocks[at] = self._take()
             node.loading = self._plan_copy(False, node.block, node.dram, node)
-            table.awaits.append(node.loading)
+            self._await(table, node.loading)
         table.missing = []
+
+    def _await(self, table: TierTable, load: int) -> None:
+        table.awaits.append(load)
+        self._awaited.setdefault(load, []).append(table)
 
     # ------------------------------------------------------------------ inside: holding
 

@@ -174,7 +174,7 @@ class BatchScheduler(ABC):
             if draft.budget <= 0 or not self._free_slots:
                 still_waiting += self._waiting[at:]
                 break
-            if sequence.in_flight:  # preempted while a step of its own was under way: its token is not known yet
+            if sequence.is_under_way:  # preempted while a step of its own was: its token is not known yet
                 still_waiting.append(sequence)
                 continue
             path = self._cached_path(sequence)
@@ -273,8 +273,9 @@ class BatchScheduler(ABC):
             if work.sample:
                 sequence.tokens.append(result.tokens[work.slot])
                 sequence.timeline.tokens(1, now - sequence.arrival)
-            if sequence.status is Status.RUNNING and sequence.table is not None:
+            if sequence.table is not None:
                 sequence.committed = work.start + work.length
+            if sequence.status is Status.RUNNING and sequence.table is not None:
                 self._kv.commit(sequence.table, sequence.tokens, sequence.committed)
                 if sequence.is_prefilling:
                     self._kv.announce(sequence.table, sequence.tokens)

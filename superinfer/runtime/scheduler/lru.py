@@ -30,7 +30,7 @@ class LRU(BatchScheduler):
 
     def _make_room(self, now: float) -> None:
         """Rotate out who ran longest, if that lets the first of the waiting in."""
-        ready = [sequence for sequence in self._waiting if not sequence.in_flight]
+        ready = [sequence for sequence in self._waiting if not sequence.is_under_way]
         if self._rotation is None or not ready:
             return
         first = min(ready, key=lambda s: self.rank(s, now))

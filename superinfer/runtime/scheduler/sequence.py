@@ -125,6 +125,11 @@ class Sequence:
         return self.scheduled < self.resume_at
 
     @property
+    def is_under_way(self) -> bool:
+        """Whether planned work of it has no result yet that a new residency would have to know."""
+        return self.in_flight > 0 or (self.table is not None and self.committed < self.scheduled)
+
+    @property
     def wants_more(self) -> bool:
         """False once planned steps sample its last possible token."""
         if self.score_start is not None:

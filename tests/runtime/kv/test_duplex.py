@@ -217,6 +217,32 @@ def test_a_failed_load_takes_the_node_and_what_is_under_it_out_of_the_tree():
     assert len(kv.match(tokens_of(1, 2, 3, tail=1), "", 12)) == 1
 
 
+def test_a_failed_load_is_told_to_who_was_parked_meanwhile_and_to_no_other():
+    kv = DuplexCache(4, 10, PAGE)
+    mirrored(kv, 1, 2)
+    kv.release(fill(kv))
+    table = compute(kv, tokens_of(1, 2, tail=1))  # a step under way reads what is being loaded
+    first = kv.take_copies()[0].id
+    assert kv.park(table, 9)
+    filler = fill(kv)  # the node being loaded leaves HBM again
+    assert land(kv, failed=(first,))
+    assert not kv.is_intact(table)
+    assert kv.is_intact(filler)
+
+
+def test_a_copy_that_reads_what_a_failed_one_should_have_written_counts_as_failed():
+    kv = DuplexCache(2, 10, PAGE)
+    table = compute(kv, tokens_of(1, tail=1))
+    assert kv.park(table, 5)
+    kv.release(fill(kv))
+    assert kv.resume(table, 0)
+    out, *_ = (copy for copy in kv.take_copies() if copy.out)
+    kv._drop_dram(table.nodes[0])  # as when a rotation wants the room
+    assert land(kv, failed=(out.id,))
+    assert not kv.is_intact(table)
+    assert kv.totals.failed == 2
+
+
 @pytest.mark.parametrize(("dram", "kind"), [(0, KVCache), (5, DuplexCache)])
 def test_there_is_a_second_tier_only_where_there_are_blocks_for_it(dram, kind):
     assert type(build_cache(4, dram, PAGE)) is kind
@@ -306,6 +332,7 @@ class DuplexLives:
         self.kv.clear()
         assert (self.kv.num_free, self.kv.num_dram_free) == (self.kv.num_blocks, self.kv.num_dram)
         assert not (self.kv._roots or self.kv._idle or self.kv._lru or self.kv._mirrors or self.kv._pending)
+        assert not (self.kv._awaited or self.kv._spoiled)
         assert not (self.kv._busy or self.kv._busy_dram or self.kv.num_dram_pinned)
 
 
