@@ -1,7 +1,7 @@
 """Host time of the two-tier KV bookkeeping at full size: 100,000 HBM and 400,000 DRAM blocks of 16 tokens.
 
-Both tiers are full of cached prefixes, as after hours of serving: every block taken evicts another one. Single thread,
-pure Python; median and 99th percentile over the repeats.
+Both tiers are full of cached prefixes, as after hours of serving. Single thread, pure Python; median and 99th
+percentile over the repeats. Times are of the thread that works, so that neighbours on a shared machine do not count.
 
     python benchmarks/kv_bookkeeping.py
 """
@@ -58,9 +58,9 @@ def repeat(times: int, one: Callable[[], tuple[float, int]]) -> dict[str, float]
 
 
 def timed(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
+    started = time.thread_time()
     call()
-    return time.perf_counter() - started
+    return time.thread_time() - started
 
 
 def measure(kv: DuplexCache, prompts: list[array[int]], rng: random.Random, times: int) -> dict[str, dict[str, float]]:
@@ -102,10 +102,21 @@ def measure(kv: DuplexCache, prompts: list[array[int]], rng: random.Random, time
         kv.release(table)
         return committed + took, CHAIN
 
+    def allocate_evicting() -> tuple[float, int]:
+        tokens = prompt(rng)
+        table = kv.open("")
+        took = timed(lambda: kv.allocate(table, CHAIN + 1))
+        kv.commit(table, tokens, len(tokens))
+        kv.mirror(10 * CHAIN)
+        took += timed(lambda: kv.release(table))
+        settle_all(kv)
+        return took, CHAIN
+
     return {
         "lookup_8k_tokens_in_hbm": repeat(times, lambda: lookup(prompts[-1 - rng.randrange(50)])),
         "lookup_8k_tokens_in_dram": repeat(times, lambda: lookup(prompts[50 + rng.randrange(200)])),
         "allocate_and_free_per_block": repeat(times, lambda: allocate_release(CHAIN)),
+        "allocate_evicting_and_free_per_block": repeat(times // 4, allocate_evicting),
         "load_from_dram_per_block": repeat(times // 4, load),
         "rotate_out_or_in_per_block": repeat(times // 4, rotate),
         "commit_and_mirror_per_block": repeat(times // 4, mirror),
@@ -124,10 +135,10 @@ def main() -> None:
     prompts = fill(kv, rng)
     measured = measure(kv, prompts, rng, arguments.times)
     for name, numbers in measured.items():
-        print(f"{name:32} median {numbers['median_us']:8.2f} us   p99 {numbers['p99_us']:8.2f} us")
+        print(f"{name:38} median {numbers['median_us']:8.2f} us   p99 {numbers['p99_us']:8.2f} us")
     met = {
         "lookup_under_100_us": measured["lookup_8k_tokens_in_dram"]["median_us"] < 100,
-        "allocate_and_free_under_2_us": measured["allocate_and_free_per_block"]["median_us"] < 2,
+        "allocate_and_free_under_2_us": measured["allocate_evicting_and_free_per_block"]["median_us"] < 2,
     }
     print(met)
     out = write(

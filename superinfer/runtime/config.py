@@ -20,7 +20,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     dtype: "auto" is float32 on CPU, the checkpoint's own on CUDA.
     page_size: tokens in a KV block.
     kv_tokens: size of the KV pool in tokens; None: what suits the device.
-    dram_tokens: size of a second KV tier in host memory, in tokens; 0: none. Sequences rotate and finished ones stay in it.
+    dram_tokens: size of a second KV tier in host memory, in tokens, for rotated and finished sequences; 0: none.
     link_gbps: speed of the link between the tiers, 10^9 bytes/s each way, for the CPU; None: that of memory.
     max_model_len: longest prompt plus output in tokens; None: the model's own, bounded by the KV pool.
     max_batch_size: sequences computed in one step.
@@ -60,7 +60,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
                 raise InvalidRequestError(f"{name}={value} must be at least 1")
         if self.dram_tokens != 0 and self.dram_tokens < self.page_size:
             raise InvalidRequestError(
-                f"dram_tokens={self.dram_tokens} holds no block of page_size={self.page_size}; raise it, or 0 for no DRAM"
+                f"dram_tokens={self.dram_tokens} holds no block of page_size={self.page_size}; raise it, or give 0"
             )
         if self.link_gbps is not None and not 0 < self.link_gbps < math.inf:
             raise InvalidRequestError(f"link_gbps={self.link_gbps} must be above 0 and finite")

@@ -15,6 +15,8 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 
+# Blocks compared at once on the way down: an 8k-token prompt is 31 hops rather than 500 lookups in cold memory.
+LANE = 16
 TOKEN_BYTES = 4  # a block's key is its token ids as int32 bytes: sliced and hashed faster than a tuple
 
 
@@ -22,9 +24,11 @@ class Node:
     """One cached block. `holders` counts the block tables whose prefix runs through it.
 
     block: its place, -1 when it has none here (with two tiers: it is in the other one).
+    parent: None for a root, and once the node is forgotten.
+    lane: the LANE nodes that follow along one path, and their keys in one; used while the last of them has a parent.
     """
 
-    __slots__ = ("block", "children", "holders", "key", "parent")
+    __slots__ = ("block", "children", "holders", "key", "lane", "parent")
 
     def __init__(self, key: bytes, block: int, parent: Node | None) -> None:
         self.key = key
@@ -32,6 +36,7 @@ class Node:
         self.parent = parent
         self.children: dict[bytes, Node] = {}
         self.holders = 0
+        self.lane: tuple[bytes, list[Node]] | None = None
 
 
 class BlockTable:
@@ -103,13 +108,21 @@ class KVCache:
         if node is None:
             return []
         path: list[Node] = []
-        data = memoryview(tokens).cast("B")
+        data = tokens[: limit // self.page_size * self.page_size].tobytes()
         size = self.page_size * TOKEN_BYTES
-        for at in range(0, limit // self.page_size * size, size):
-            node = node.children.get(bytes(data[at : at + size]))
+        at, hop = 0, size * LANE
+        while at < len(data):
+            lane = node.lane
+            if lane is not None and data[at : at + hop] == lane[0] and lane[1][-1].parent is not None:
+                path += lane[1]
+                node = lane[1][-1]
+                at += hop
+                continue
+            node = node.children.get(data[at : at + size])
             if node is None:
                 break
             path.append(node)
+            at += size
         return path
 
     def is_being_computed(self, tokens: array[int], salt: str, path: Sequence[Node]) -> bool:
@@ -173,6 +186,8 @@ class KVCache:
                 else:
                     table.spare.append(table.blocks[at])
             table.nodes.append(node)
+            if len(table.nodes) % LANE == 0:
+                self._lay_lane(table, tokens)
         if table.pending is not None and len(table.nodes) * self.page_size >= len(tokens):
             self._withdraw(table)
 
@@ -218,12 +233,21 @@ class KVCache:
     def _key(self, tokens: array[int], at: int) -> bytes:
         return tokens[at * self.page_size : (at + 1) * self.page_size].tobytes()
 
+    def _lay_lane(self, table: BlockTable, tokens: array[int]) -> None:
+        """Join the table's last LANE nodes, unless the node above them leads another way already."""
+        end = len(table.nodes)
+        above = table.nodes[end - LANE - 1] if end > LANE else table.root
+        if above.lane is None or above.lane[1][-1].parent is None:
+            keys = tokens[(end - LANE) * self.page_size : end * self.page_size].tobytes()
+            above.lane = keys, table.nodes[end - LANE :]
+
     def _evict(self) -> None:
         node, _ = self._idle.popitem(last=False)
         assert not node.children, "an idle node was older than its child"
         parent = node.parent
         assert parent is not None
         del parent.children[node.key]
+        node.parent = None
         self._free.append(node.block)
         self._drop_root(parent)
 

@@ -370,14 +370,18 @@ class DuplexCache(KVCache):
 
     def _evict(self) -> None:
         """The oldest idle node leaves HBM: for free when it is clean, for good when it is dirty."""
-        node = cast(TierNode, next(iter(self._idle)))
+        node = cast(TierNode, self._idle.popitem(last=False)[0])
         if node.dram < 0:
             self.totals.forgotten += 1
             self._forget(node)
             return
-        del self._idle[node]
-        self._give((node.block,))
-        node.block, node.loading = -1, 0
+        block = node.block
+        if block in self._busy:
+            self._free.appendleft(block)
+        else:
+            self._free.append(block)
+        node.block = -1
+        node.loading = 0
         self.totals.left_clean += 1
 
     def _take_dram(self, mirrors: bool) -> int:
@@ -430,7 +434,7 @@ class DuplexCache(KVCache):
                 self._give((gone.block,))
             self._idle.pop(gone, None)
             self._lru.pop(gone, None)
-            gone.block, gone.loading, gone.alive = -1, 0, False
+            gone.block, gone.loading, gone.alive, gone.parent = -1, 0, False, None
             stack += cast(Iterable[TierNode], gone.children.values())
             gone.children = {}
         self._drop_root(parent)

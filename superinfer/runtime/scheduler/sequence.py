@@ -26,7 +26,7 @@ class Sequence:
     scheduled: positions whose KV some planned step computes; committed: of those, steps that are done.
     in_flight: tokens that planned steps will sample and that are not known yet.
     resume_at: tokens to prefill when it last took a slot; from there on it decodes.
-    let_in: when it last took a slot, and let_in_with how many tokens generated. worked: whether it has been given work since.
+    let_in: when it last took a slot, and let_in_with how many tokens generated. worked: given work since then.
     rotations: times its KV went to the second tier; its table is then kept, parked, while it waits.
     score_start: score the prompt from this position on instead of generating; None: generate.
     """
