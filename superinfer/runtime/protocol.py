@@ -278,8 +278,9 @@ class TierStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     dram_blocks, dram_free, dram_pinned: blocks; pinned ones belong to rotated-out sequences. copies_pending: under way.
     bytes_in, bytes_out: moved to and from HBM. gbps_*: 10^9 bytes/s while the link was busy.
-    both_s: busy both ways at once. stall_s: steps waited for copies. overlap: share of the link's busy time that no step waited for, 0..1.
-    mirrored: blocks copied out in the background. mirror_hit_rate: share of rotated blocks that were mirrored before.
+    both_s: busy both ways at once. stall_s: steps waited for copies. overlap: share of the busy time that no step
+        waited for, 0..1.
+    mirrored: blocks copied out in the background. mirror_hit_rate: share of rotated blocks mirrored before.
     blocks_left_clean: left HBM without a copy of their own. blocks_forgotten: left it for good.
     dram_hits: blocks of cached prefixes loaded rather than computed. copies_failed: blocks.
     """

@@ -14,8 +14,8 @@ QUANTUM = 32
 class LRU(BatchScheduler):
     """Round robin over memory: whole sequences, in the order in which they began to wait.
 
-    A sequence may be rotated out once it has generated `quantum` tokens since it was let in. Without a second tier it is
-    first come, first served.
+    A sequence may be rotated out once it has generated `quantum` tokens since it was let in. Without a second tier it
+    is first come, first served.
     """
 
     name = "lru"
