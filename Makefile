@@ -5,8 +5,9 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 # Named exactly, so that a CPU build that pip was configured to prefer is taken; any torch >=2.11,<2.14 works.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-# One math thread a process: the tests run several engines at once.
-QUIET := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# One math thread a process: the tests run several engines at once. On the CPU, also where there is a GPU: `make gpu`
+# tests that one.
+QUIET := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: demo test lint types unit gpu bench-cpu clean
 
@@ -26,7 +27,8 @@ unit: .venv/.dev
 	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal --durations 5 tests
 
 gpu: .venv/.dev
-	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pip install --quiet --editable ".[cuda]"
+	$(BIN)/python -m pytest -rs tests/gpu tests/kernels
 
 bench-cpu: .venv/.dev
 	$(BIN)/python benchmarks/cpu_throughput.py

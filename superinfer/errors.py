@@ -30,6 +30,12 @@ class ModelLoadError(SuperinferError):
     code = "model_load_failed"
 
 
+class OutputError(SuperinferError, ValueError):
+    """The model's answer is not of the kind that the program asked for."""
+
+    code = "bad_output"
+
+
 class QueueFullError(SuperinferError):
     """The engine holds as many unfinished requests as it is configured to."""
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from chat_checkpoint import write_checkpoint
 
 from superinfer.runtime.client import EngineClient
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.launch import EngineProcess, launch_engine
 
+if not torch.cuda.is_available():
+    # Triton reads it once, when it is first imported, by whichever test comes first: kernels run in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(scope="session")
 def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a random float32 Llama: 512 tokens, context 1024. No tokenizer."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -51,3 +57,22 @@ def client(engine: EngineProcess) -> Iterator[EngineClient]:
     """A connection of the test's own."""
     with EngineClient(engine.address) as connection:
         yield connection
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a chat checkpoint for `load_format="dummy"`: a token is a character."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_checkpoint: Path) -> EngineConfig:
+    """Settings of an engine that answers chats with random ASCII."""
+    return EngineConfig(model=str(tiny_checkpoint), load_format="dummy", device="cpu", kv_tokens=16384, threads=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_config: EngineConfig) -> Iterator[EngineProcess]:
+    """One engine for every chat test that does not break it."""
+    with launch_engine(tiny_config) as process:
+        yield process

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from superinfer.kernels.rope import apply_rope
+
 
 def layer_views(cache: torch.Tensor) -> list[torch.Tensor]:
     """Per layer, the rows that a layer-0 row index addresses.
@@ -97,6 +99,18 @@ class PagedAttention:
         self._value_index = value_index
         self._groups = groups
         self._split = [group.sequences * group.queries for group in groups]
+
+    def rotate_and_attend(
+        self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Rotate queries and keys, then `attend`.
+
+        qkv: [tokens, heads + 2 · kv_heads, head_dim]. cos, sin: from `rope_angles`. Returns like `attend`.
+        """
+        rotated = qkv.shape[1] - self._kv_heads
+        heads = rotated - self._kv_heads
+        qk = apply_rope(qkv[:, :rotated], cos, sin)
+        return self.attend(layer, qk[:, :heads], qk[:, heads:].flatten(1), qkv[:, rotated:].flatten(1), scale)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """Store k and v of this step's tokens, then attend.

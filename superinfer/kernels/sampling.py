@@ -7,42 +7,33 @@ kept or dropped together, and the draw runs over token ids in ascending order: a
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-# How many of the largest logits are looked at before a whole row is sorted: a sort of 4096 takes 6 times as long.
+# How many of the largest logits are looked at before whole rows are sorted.
 TOP_CANDIDATES = 128
 
 
-def _signed(value: int) -> int:
-    """The int64 with the bits of a 64-bit unsigned integer: torch multiplies int64 modulo 2^64 as well."""
-    return value - (1 << 64) if value >= 1 << 63 else value
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-GOLDEN = _signed(0x9E3779B97F4A7C15)
-MIX_1 = _signed(0xBF58476D1CE4E5B9)
-MIX_2 = _signed(0x94D049BB133111EB)
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014; Stafford's constants, variant 13). uint64 -> uint64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
-def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift: torch's own keeps the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """The finaliser of splitmix64 (Steele, Lea and Flood 2014; constants of Stafford's variant 13). int64 -> int64."""
-    x = (x ^ _shift_right(x, 30)) * MIX_1
-    x = (x ^ _shift_right(x, 27)) * MIX_2
-    return x ^ _shift_right(x, 31)
-
-
-def uniform(seeds: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
+def uniform(seeds: np.ndarray, counters: np.ndarray) -> np.ndarray:
     """Number `counter` of the splitmix64 stream that starts at the hashed seed, as a number in [0, 1).
 
-    seeds, counters: [rows] int64. Returns [rows] float64 with 53 random bits. Seeds are hashed first, so that
-    neighbouring seeds do not share a stream.
+    seeds, counters: [rows] uint64. Returns [rows] float64 with 53 random bits. Seeds are hashed first, so that
+    neighbouring seeds do not share a stream. On the host, where both are known before the step runs: a handful of
+    integers, the same for every device.
     """
-    bits = _mix(_mix(seeds + GOLDEN) + (counters + 1) * GOLDEN)
-    return _shift_right(bits, 11).to(torch.float64) * 2.0**-53
+    bits = _mix(_mix(seeds + GOLDEN) + (counters + np.uint64(1)) * GOLDEN)
+    numbers: np.ndarray = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers
 
 
 def penalize(
@@ -77,20 +68,36 @@ def filter_threshold(
 ) -> torch.Tensor:
     """The least logit that passes top_k, then top_p on what is left, then min_p: tokens at or above it are kept.
 
-    scaled: [rows, vocab] float32 from `temper`. weights: exp of it, float64. top_k: [rows] int64, 0 off. top_p: [rows] float64 in (0, 1], 1 off.
-    min_p: [rows] float64 in [0, 1]. Returns [rows] float32. At least the most likely token is kept.
+    scaled: [rows, vocab] float32 from `temper`. weights: exp of it, float64.
+    top_k: [rows] int64, 0 off. top_p: [rows] float64 in (0, 1], 1 off. min_p: [rows] float64 in [0, 1].
+    Returns [rows] float32. At least the most likely token is kept.
     """
+    if scaled.is_cuda:
+        from superinfer.kernels import filters  # needs triton, which comes with CUDA builds of torch
+
+        return filters.filter_threshold(scaled, top_k, top_p, min_p)
     vocab = scaled.shape[1]
     top_k = torch.where((top_k == 0) | (top_k > vocab), vocab, top_k)
     at_least = min_p.log().to(scaled.dtype)
     candidates = min(TOP_CANDIDATES, vocab)
     totals = weights.sum(dim=-1)
-    threshold, settled = _nucleus(scaled.topk(candidates, dim=-1).values, totals, top_k, top_p, vocab)
+    threshold, settled = _nucleus(_largest(scaled, candidates), totals, top_k, top_p, vocab)
     if not bool(settled.all()):
         wide = (~settled).nonzero().squeeze(1)
-        in_order = scaled[wide].sort(dim=-1, descending=True).values
+        in_order = _largest(scaled[wide], vocab)
         threshold[wide], _ = _nucleus(in_order, totals[wide], top_k[wide], top_p[wide], vocab)
     return torch.maximum(threshold, at_least)
+
+
+def _largest(x: torch.Tensor, n: int) -> torch.Tensor:
+    """The n largest of each row in falling order. x: [rows, vocab]. Returns [rows, n]."""
+    if x.device.type != "cpu":
+        return x.topk(n, dim=-1).values
+    # numpy's vectorised partition and sort take a seventh and a twentieth of the time of torch's topk and sort.
+    values = x.numpy()
+    if n < values.shape[1]:
+        values = np.partition(values, -n, axis=-1)[:, -n:]
+    return torch.from_numpy(np.sort(values, axis=-1)[:, ::-1].copy())
 
 
 def _nucleus(
@@ -106,7 +113,7 @@ def _nucleus(
     kth = (top_k.clamp(max=n) - 1)[:, None]
     totals = torch.where(top_k < vocab, mass.gather(1, kth).squeeze(1), totals)
     kept = (mass - weights < (top_p * totals)[:, None]).sum(dim=-1, keepdim=True).clamp(min=1)
-    last = torch.where(top_p[:, None] < 1, torch.minimum(kept - 1, kth), kth)
+    last = torch.where(top_p[:, None] < 1, kept - 1, kth)
     threshold = values.gather(1, last).squeeze(1)
     off = (top_k >= vocab) & (top_p >= 1)
     enough = off | (top_k <= n) | ((top_k >= vocab) & (mass[:, -1] >= top_p * totals))

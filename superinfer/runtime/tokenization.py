@@ -17,10 +17,12 @@ class Tokenizer:
 
     def __init__(self, path: str) -> None:
         """`path`: a folder with a Hugging Face tokenizer. Raises ModelLoadError."""
-        from transformers import AutoTokenizer  # takes seconds to import; only who handles text pays
+        # Takes a second to import, so only who handles text pays; AutoTokenizer would take five and load torch. The
+        # class is the one of every tokenizer.json, which alone says how to tokenize.
+        from transformers import PreTrainedTokenizerFast
 
         try:
-            self._hf = AutoTokenizer.from_pretrained(path)
+            self._hf = PreTrainedTokenizerFast.from_pretrained(path)
         except Exception as error:  # whatever a broken file makes the library raise
             raise ModelLoadError(f"cannot load a tokenizer from {path!r}: {error}") from error
         if not getattr(self._hf, "is_fast", False):
@@ -31,6 +33,11 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return bool(self._hf.chat_template)
+
+    @property
+    def template_takes_tools(self) -> bool:
+        """Whether the chat template mentions tools at all; one that does not would drop them in silence."""
+        return "tools" in str(self._hf.chat_template or "")
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`. `special`: add what the model wants around a prompt (a BOS, say); a rendered chat

@@ -13,23 +13,27 @@ from superinfer.kernels.norm import add_rms_norm, rms_norm
 from superinfer.kernels.rope import apply_rope, rope_angles
 
 
+def root(eps: float) -> torch.Tensor:
+    return torch.tensor(eps).sqrt()
+
+
 @pytest.mark.parametrize("shape", [(1, 32), (5, 96), (3, 4, 16)])
 def test_rms_norm_divides_by_the_root_mean_square(shape):
     x, weight = torch.randn(shape) * 3, torch.rand(shape[-1])
     expected = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
-    torch.testing.assert_close(rms_norm(x, weight, 1e-5).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rms_norm(x, weight, root(1e-5)).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_rms_norm_of_tiny_values_is_damped_by_eps():
     x = torch.full((1, 8), 1e-4)
-    assert rms_norm(x, torch.ones(8), 1e-6)[0, 0].item() == pytest.approx(1e-4 / math.sqrt(1e-8 + 1e-6), rel=1e-4)
+    assert rms_norm(x, torch.ones(8), root(1e-6))[0, 0].item() == pytest.approx(1e-4 / math.sqrt(1e-8 + 1e-6), rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_add_rms_norm_norms_the_sum_and_keeps_it(dtype):
     x, residual, weight = torch.randn(4, 32).to(dtype), torch.randn(4, 32).to(dtype), torch.rand(32).to(dtype)
     total = x + residual
-    normed, kept = add_rms_norm(x, residual, weight, 1e-6)
+    normed, kept = add_rms_norm(x, residual, weight, root(1e-6))
     assert kept.data_ptr() == residual.data_ptr() and torch.equal(kept, total) and normed.dtype == dtype
     expected = total.float() / (total.float().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight.float()
     torch.testing.assert_close(normed.float(), expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
@@ -61,7 +65,7 @@ def test_rope_rotates_each_pair_by_position_times_frequency():
 
 @pytest.mark.parametrize("heads,kv_heads,head_dim", [(4, 4, 8), (6, 2, 8), (7, 1, 64), (2, 1, 128)])
 def test_paged_attention_equals_dense_attention_on_every_layer(heads, kv_heads, head_dim):
-    """Two decodes of unlike length and a chunk in the middle of a prompt, over scattered pages of a NaN-filled cache."""
+    """Two decodes of unlike length and a chunk in the middle of a prompt, on scattered pages of a NaN-filled cache."""
     torch.manual_seed(0)
     page, layers, stride = 4, 2, 2 * 2 * 4
     cache = torch.full((20, layers, 2, page, kv_heads, head_dim), float("nan"))

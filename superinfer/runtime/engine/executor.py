@@ -11,8 +11,6 @@ class ExecutorLimits(NamedTuple):
     """What the scheduler may use. Block ids are 0 .. num_blocks - 1, slots 0 .. num_slots - 1.
 
     max_model_len: tokens of prompt and output together, bounded by the model's context and by the KV pool.
-    num_dram_blocks: of the second tier, ids 0 .. num_dram_blocks - 1; 0: there is none, and plans bring no copies.
-    block_bytes: of one block, all layers; 0: not known.
     """
 
     num_blocks: int
@@ -20,8 +18,13 @@ class ExecutorLimits(NamedTuple):
     num_slots: int
     max_model_len: int
     vocab_size: int
-    num_dram_blocks: int = 0
-    block_bytes: int = 0
+
+
+class TierLimits(NamedTuple):
+    """The second tier. Its block ids are 0 .. num_blocks - 1. block_bytes: of one block, all layers."""
+
+    num_blocks: int
+    block_bytes: int
 
 
 class Executor(Protocol):
@@ -29,10 +32,11 @@ class Executor(Protocol):
 
     `submit` may return before the step has run, so that the next plan can be made meanwhile: up to `depth` steps may
     be submitted and not yet collected. An error of either is the end of that step alone. With a second tier it also
-    starts a plan's copies and orders them as docs/duplexkv.md says.
+    starts a plan's copies and orders them as docs/duplexkv.md says; without one (`tier` is None) plans bring no copies.
     """
 
     limits: ExecutorLimits
+    tier: TierLimits | None
     depth: int
 
     def submit(self, plan: StepPlan) -> None: ...

@@ -6,6 +6,7 @@ import os
 import time
 from collections import deque
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from superinfer.errors import InvalidRequestError, ModelLoadError, UnsupportedEr
 from superinfer.kernels.attention import PagedAttention, layer_views
 from superinfer.kernels.sampling import token_logprobs
 from superinfer.runtime.config import EngineConfig
-from superinfer.runtime.engine.executor import ExecutorLimits
+from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
 from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
 from superinfer.runtime.engine.step_inputs import BlockTables, StepAssembler, StepInputs
 from superinfer.runtime.kv.duplex_cpu import CpuDuplex
@@ -23,6 +24,9 @@ from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import Progress, check_architecture, load_model, resolve_model
 from superinfer.runtime.protocol import TokenLogprob
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
+
+if TYPE_CHECKING:
+    from superinfer.runtime.engine.cuda_executor import CudaExecutor
 
 # Default pool: room for every slot at this length, within this share of the memory that is free.
 DEFAULT_SEQUENCE_TOKENS = 2048
@@ -43,6 +47,7 @@ class ModelExecutor:
         *,
         model_name: str,
         path: str,
+        num_dram_blocks: int = 0,
         link_bytes_per_s: float | None = None,
     ) -> None:
         weight = model.lm_head.weight
@@ -61,8 +66,10 @@ class ModelExecutor:
         # Zeros are mapped lazily: memory is taken as blocks are first used.
         self.cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.duplex: CpuDuplex | None = None
-        if limits.num_dram_blocks:
-            self.duplex = CpuDuplex(self.cache, limits.num_dram_blocks, bytes_per_s=link_bytes_per_s)
+        self.tier: TierLimits | None = None
+        if num_dram_blocks:
+            self.duplex = CpuDuplex(self.cache, num_dram_blocks, bytes_per_s=link_bytes_per_s)
+            self.tier = TierLimits(num_dram_blocks, self.cache[0].nbytes)
         self._model = model
         self._device = weight.device
         self._views = layer_views(self.cache)
@@ -148,7 +155,7 @@ class ModelExecutor:
         result.logprobs = self._logprobs(sampled, slots, tokens)
 
     def _logprobs(self, sampled: Sampled, slots: np.ndarray, tokens: list[int]) -> dict[int, TokenLogprob]:
-        if sampled.logprobs is None:
+        if sampled.logprobs is None or sampled.logprob_rows is None:
             return {}
         found = {}
         chosen, ids, values = (part.tolist() for part in sampled.logprobs)
@@ -173,7 +180,7 @@ class ModelExecutor:
             result.scores[work.slot] = [TokenLogprob(token, next(logprobs)) for token in work.score]
 
 
-def build_executor(config: EngineConfig, on_progress: Progress | None = None) -> ModelExecutor:
+def build_executor(config: EngineConfig, on_progress: Progress | None = None) -> ModelExecutor | CudaExecutor:
     """Load the model that `config` names and make room for its KV cache.
 
     on_progress: called with a label and a fraction 0..1 while loading.
@@ -182,12 +189,20 @@ def build_executor(config: EngineConfig, on_progress: Progress | None = None) ->
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = _device(config)
+    device = resolve_device(config)
+    if config.dram_tokens and device.type == "cuda":
+        raise UnsupportedError(
+            f"dram_tokens={config.dram_tokens} is not supported on a GPU yet; leave it 0 or use device='cpu'"
+        )
     path = resolve_model(config.model)
     check_architecture(path)
     model_config = load_config(path)
-    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-    limits = _limits(config, model_config, dtype)
+    length = model_length(config, model_config)
+    own_dtype = model_config.dtype if device.type == "cuda" else torch.float32
+    dtype = own_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    limits = None
+    if device.type == "cpu":  # before minutes of loading, not after
+        limits = executor_limits(config, model_config, length, _pool_tokens(config, model_config, dtype, length))
     model = load_model(
         path,
         model_config,
@@ -197,24 +212,42 @@ def build_executor(config: EngineConfig, on_progress: Progress | None = None) ->
         seed=config.seed,
         on_progress=on_progress,
     )
-    link = config.link_gbps * 1e9 if config.link_gbps is not None else None
-    return ModelExecutor(model, limits, model_name=config.model, path=str(path), link_bytes_per_s=link)
+    if limits is None:
+        from superinfer.runtime.engine.cuda_build import build_cuda_executor  # needs triton
+
+        return build_cuda_executor(config, model, length, str(path), on_progress)
+    return ModelExecutor(
+        model,
+        limits,
+        model_name=config.model,
+        path=str(path),
+        num_dram_blocks=config.dram_tokens // config.page_size,
+        link_bytes_per_s=config.link_gbps * 1e9 if config.link_gbps is not None else None,
+    )
 
 
-def _device(config: EngineConfig) -> torch.device:
-    if config.device == "cuda":
-        raise UnsupportedError("device='cuda' is not supported by this executor yet; use device='cpu'")
-    return torch.device("cpu")
+def resolve_device(config: EngineConfig) -> torch.device:
+    """Raises UnsupportedError for a GPU that torch does not see."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError("device='cuda' is not available: torch sees no GPU; use device='cpu'")
+    on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def _limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> ExecutorLimits:
+def model_length(config: EngineConfig, model: ModelConfig) -> int:
+    """The longest sequence wanted, in tokens. Raises UnsupportedError where a sliding window would be in use."""
     wanted_len = min(model.max_position_embeddings, config.max_model_len or model.max_position_embeddings)
     if model.sliding_window is not None and wanted_len > model.sliding_window:
         raise UnsupportedError(
             f"{model.architecture} limits attention to a window of {model.sliding_window} tokens, which is not "
             f"implemented; set max_model_len to at most {model.sliding_window}"
         )
-    num_blocks = _pool_tokens(config, model, dtype, wanted_len) // config.page_size
+    return wanted_len
+
+
+def executor_limits(config: EngineConfig, model: ModelConfig, length: int, pool_tokens: int) -> ExecutorLimits:
+    """length: from `model_length`. Raises InvalidRequestError for a pool without room for a block."""
+    num_blocks = pool_tokens // config.page_size
     if num_blocks < 1:
         raise InvalidRequestError(
             f"the KV pool of {config.kv_tokens} tokens holds no block of page_size={config.page_size}; "
@@ -224,10 +257,8 @@ def _limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> Exe
         num_blocks=num_blocks,
         page_size=config.page_size,
         num_slots=config.max_batch_size,
-        max_model_len=min(wanted_len, num_blocks * config.page_size),
+        max_model_len=min(length, num_blocks * config.page_size),
         vocab_size=model.vocab_size,
-        num_dram_blocks=config.dram_tokens // config.page_size,
-        block_bytes=config.page_size * model.kv_bytes_per_token(dtype),
     )
 
 

@@ -18,16 +18,20 @@ from superinfer.runtime.scheduler.plan import SlotInit
 # Temperatures below this are greedy: dividing by them would overflow float32 for any two different logits.
 MIN_TEMPERATURE = 1e-5
 
+# What a slot's request needs beyond an argmax. A step does only what some row of it needs.
+DRAWN, FILTERED, PENALIZED, BARRED, LOGPROBS = 1, 2, 4, 8, 16
+
 TEMPERATURE, TOP_P, MIN_P, REPETITION, FREQUENCY, PRESENCE = range(6)
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """tokens: [rows] int64. logprobs: rows that asked, each with (chosen, top ids, top logprobs); None: none asked."""
+    """tokens: [rows] int64. logprobs: (chosen, top ids, top logprobs) of the rows that asked, which logprob_rows lists;
+    None where none did."""
 
     tokens: torch.Tensor
-    logprob_rows: np.ndarray
-    logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    logprob_rows: np.ndarray | None = None
+    logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
 
 class SamplingState:
@@ -37,17 +41,16 @@ class SamplingState:
         self._vocab = vocab_size
         self._device = device
         self._floats = torch.ones(slots, 6, dtype=torch.float64, device=device)
-        self._ints = torch.zeros(slots, 2, dtype=torch.int64, device=device)  # top_k, seed
+        self._top_k = torch.zeros(slots, dtype=torch.int64, device=device)
         self._stop_ids = torch.zeros(slots, 1, dtype=torch.int64, device=device)
         self._prompt_seen: torch.Tensor | None = None
         self._output_counts: torch.Tensor | None = None
 
         self._generated = np.zeros(slots, dtype=np.int64)
+        self._seeds = np.zeros(slots, dtype=np.uint64)
         self._min_tokens = np.zeros(slots, dtype=np.int64)
-        self._greedy = np.zeros(slots, dtype=bool)
-        self._filtered = np.zeros(slots, dtype=bool)
-        self._penalized = np.zeros(slots, dtype=bool)
-        self._top_logprobs = np.full(slots, -1, dtype=np.int64)  # -1: no logprobs wanted
+        self._top_logprobs = np.zeros(slots, dtype=np.int64)
+        self._needs = np.zeros(slots, dtype=np.int64)
 
     def start(self, init: SlotInit) -> None:
         """A sequence takes its slot."""
@@ -62,21 +65,26 @@ class SamplingState:
             params.frequency_penalty,
             params.presence_penalty,
         )
-        self._floats[slot] = torch.tensor(floats, dtype=torch.float64)
-        self._ints[slot] = torch.tensor((min(params.top_k, self._vocab), _as_int64(init.seed)))
+        self._floats[slot] = self._to_device(np.array(floats))
+        self._top_k[slot] = min(params.top_k, self._vocab)  # a Python number: filled in by a kernel, not copied
+        self._seeds[slot] = init.seed % (1 << 64)
         self._generated[slot] = len(init.output)
-        self._greedy[slot] = greedy
-        self._filtered[slot] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-        self._top_logprobs[slot] = -1 if params.logprobs is None else params.logprobs
+        self._top_logprobs[slot] = params.logprobs or 0
         self._set_stop_ids(slot, init.stop_ids, params.min_tokens)
-        self._penalized[slot] = _has_penalties(params)
-        if self._penalized[slot]:
+        self._needs[slot] = (
+            DRAWN * (not greedy)
+            | FILTERED * (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
+            | PENALIZED * _has_penalties(params)
+            | BARRED * bool(self._min_tokens[slot])
+            | LOGPROBS * (params.logprobs is not None)
+        )
+        if self._needs[slot] & PENALIZED:
             self._count_tokens(init)
 
     def release(self, slot: int) -> None:
         """The slot is free. Memory for penalties goes when no live slot uses it."""
-        self._penalized[slot] = False
-        if not self._penalized.any():
+        self._needs[slot] = 0
+        if self._output_counts is not None and not (self._needs & PENALIZED).any():
             self._prompt_seen = self._output_counts = None
 
     def _set_stop_ids(self, slot: int, stop_ids: tuple[int, ...], min_tokens: int) -> None:
@@ -88,7 +96,7 @@ class SamplingState:
         if missing > 0:  # repeating a row's last id bars nothing further
             self._stop_ids = torch.cat((self._stop_ids, self._stop_ids[:, -1:].expand(-1, missing)), dim=1)
         ids += [ids[-1]] * -min(missing, 0)
-        self._stop_ids[slot] = torch.tensor(ids)
+        self._stop_ids[slot] = self._to_device(np.array(ids))
 
     def _count_tokens(self, init: SlotInit) -> None:
         shape = (len(self._generated), self._vocab)
@@ -98,32 +106,53 @@ class SamplingState:
         prompt, output = (np.bincount(tokens, minlength=self._vocab) for tokens in (init.prompt, init.output or [0]))
         if not init.output:
             output[0] = 0
-        self._prompt_seen[init.slot] = torch.from_numpy(prompt > 0)
-        self._output_counts[init.slot] = torch.from_numpy(output)
+        self._prompt_seen[init.slot] = self._to_device(prompt > 0)
+        self._output_counts[init.slot] = self._to_device(output)
+
+    def is_plain(self, slots: np.ndarray) -> bool:
+        """Whether the next token of every slot is the largest logit, with nothing to heed and nothing to report."""
+        needs = int(np.bitwise_or.reduce(self._needs[slots], initial=0))
+        return needs in (0, FILTERED)  # filters never remove the largest
+
+    def advance(self, slots: np.ndarray) -> None:
+        """Count a token for each slot whose token was picked elsewhere: right only where `is_plain`."""
+        self._generated[slots] += 1
 
     def sample(self, logits: torch.Tensor, slots: np.ndarray) -> Sampled:
         """One token for each row.
 
         logits: [rows, vocab] float32, left as they are. slots: [rows] int64 on the host, each at most once.
         """
-        index = torch.from_numpy(slots).to(self._device)
-        adjusted = self._bar_stop_ids(self._penalize(logits, slots, index), slots, index)
-        drawn = np.flatnonzero(~self._greedy[slots])
-        if len(drawn) == len(slots):
+        index = self._to_device(slots)
+        row_needs = self._needs[slots]
+        needs = int(np.bitwise_or.reduce(row_needs))
+        adjusted = logits
+        if needs & PENALIZED:
+            adjusted = self._penalize(adjusted, index, _rows(row_needs, PENALIZED))
+        if needs & BARRED:
+            adjusted = self._bar_stop_ids(adjusted, index, slots)
+        if not needs & DRAWN:
+            tokens = adjusted.argmax(dim=-1)
+        elif (row_needs & DRAWN).all():
             tokens = self._draw(adjusted, slots, index)
         else:
             tokens = adjusted.argmax(dim=-1)
-            if len(drawn):
-                rows = torch.from_numpy(drawn).to(self._device)
-                tokens[rows] = self._draw(adjusted[rows], slots[drawn], index[rows])
-        self._record(slots, index, tokens)
-        return self._with_logprobs(logits, slots, tokens)
+            drawn = _rows(row_needs, DRAWN)
+            rows = self._to_device(drawn)
+            tokens[rows] = self._draw(adjusted[rows], slots[drawn], index[rows])
+        self._generated[slots] += 1
+        if needs & PENALIZED and self._output_counts is not None:
+            rows = self._to_device(_rows(row_needs, PENALIZED))
+            self._output_counts[index[rows], tokens[rows]] += 1
+        if not needs & LOGPROBS:
+            return Sampled(tokens)
+        wanted = _rows(row_needs, LOGPROBS)
+        rows, most = self._to_device(wanted), int(self._top_logprobs[slots].max())
+        return Sampled(tokens, wanted, sampling.token_logprobs(logits[rows], tokens[rows], most))
 
-    def _penalize(self, logits: torch.Tensor, slots: np.ndarray, index: torch.Tensor) -> torch.Tensor:
-        penalized = np.flatnonzero(self._penalized[slots])
-        if not len(penalized) or self._prompt_seen is None or self._output_counts is None:
-            return logits
-        rows = torch.from_numpy(penalized).to(self._device)
+    def _penalize(self, logits: torch.Tensor, index: torch.Tensor, penalized: np.ndarray) -> torch.Tensor:
+        assert self._prompt_seen is not None and self._output_counts is not None
+        rows = self._to_device(penalized)
         who = index[rows]
         floats = self._floats[who].float()
         logits = logits.clone()
@@ -137,50 +166,38 @@ class SamplingState:
         )
         return logits
 
-    def _bar_stop_ids(self, logits: torch.Tensor, slots: np.ndarray, index: torch.Tensor) -> torch.Tensor:
-        early = np.flatnonzero(self._generated[slots] < self._min_tokens[slots])
-        if not len(early):
-            return logits
-        rows = torch.from_numpy(early).to(self._device)
+    def _bar_stop_ids(self, logits: torch.Tensor, index: torch.Tensor, slots: np.ndarray) -> torch.Tensor:
+        rows = self._to_device(np.flatnonzero(self._generated[slots] < self._min_tokens[slots]))
         logits = logits.clone()
         logits[rows[:, None], self._stop_ids[index[rows]]] = -torch.inf
         return logits
 
     def _draw(self, logits: torch.Tensor, slots: np.ndarray, index: torch.Tensor) -> torch.Tensor:
-        floats, ints = self._floats[index], self._ints[index]
+        floats = self._floats[index]
         scaled = sampling.temper(logits, floats[:, TEMPERATURE].float())
         weights = scaled.exp().double()
-        if self._filtered[slots].any():
-            top_k, top_p, min_p = ints[:, 0], floats[:, TOP_P], floats[:, MIN_P]
+        if (self._needs[slots] & FILTERED).any():
+            top_k, top_p, min_p = self._top_k[index], floats[:, TOP_P], floats[:, MIN_P]
             threshold = sampling.filter_threshold(scaled, weights, top_k, top_p, min_p)
             weights.masked_fill_(scaled < threshold[:, None], 0.0)
-        counters = torch.from_numpy(self._generated[slots]).to(self._device)
-        return sampling.draw(weights, sampling.uniform(ints[:, 1], counters))
-
-    def _record(self, slots: np.ndarray, index: torch.Tensor, tokens: torch.Tensor) -> None:
-        self._generated[slots] += 1
-        penalized = np.flatnonzero(self._penalized[slots])
-        if len(penalized) and self._output_counts is not None:
-            rows = torch.from_numpy(penalized).to(self._device)
-            self._output_counts[index[rows], tokens[rows]] += 1
-
-    def _with_logprobs(self, logits: torch.Tensor, slots: np.ndarray, tokens: torch.Tensor) -> Sampled:
-        wanted = np.flatnonzero(self._top_logprobs[slots] >= 0)
-        if not len(wanted):
-            return Sampled(tokens, wanted, None)
-        rows = torch.from_numpy(wanted).to(self._device)
-        most = int(self._top_logprobs[slots].max())
-        return Sampled(tokens, wanted, sampling.token_logprobs(logits[rows], tokens[rows], most))
+        uniforms = sampling.uniform(self._seeds[slots], self._generated[slots].astype(np.uint64))
+        return sampling.draw(weights, self._to_device(uniforms))
 
     def top_logprobs(self, slot: int) -> int:
         """How many of the most likely tokens the slot's request wants to see."""
         return int(self._top_logprobs[slot])
 
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        """To a GPU through pinned memory: a copy from elsewhere would wait for all steps under way."""
+        tensor = torch.from_numpy(array)
+        if self._device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+
+def _rows(row_needs: np.ndarray, need: int) -> np.ndarray:
+    return np.flatnonzero(row_needs & need)
+
 
 def _has_penalties(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
-
-
-def _as_int64(seed: int) -> int:
-    """The int64 with the seed's 64 bits."""
-    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -57,6 +57,12 @@ class BlockTables:
         rows = first[:, :, None] + np.arange(page)
         return rows.reshape(len(slots), -1)[:, :length]
 
+    def ragged(self, slots: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """[sum of counts] the first counts[i] entries of each slot, one slot after another."""
+        entries = self._rows[slots, : int(counts.max(initial=0))]
+        rows: np.ndarray = entries[np.arange(entries.shape[1]) < counts[:, None]]
+        return rows
+
     def rows_at(self, slots: np.ndarray, positions: np.ndarray, page: int) -> np.ndarray:
         """[tokens] cache row of each (slot, position)."""
         rows: np.ndarray = self._rows[slots, positions // page] + positions % page
@@ -67,7 +73,7 @@ class BlockTables:
 class StepInputs:
     """One step's inputs. Rows are in the order of `work`, which is not the plan's: single tokens first, by length.
 
-    ids, positions, key_index, value_index: [tokens] int64 on the device. ids of decodes are 0 until `continued` are filled in.
+    ids, positions, key_index, value_index: [tokens] int64 on the device. ids of decodes are 0 until filled in.
     continued: rows and their slots whose token is the one sampled last in the slot; None when there are none.
     groups: attention calls, covering the rows in order.
     last_rows: the row of each work's last token.
@@ -167,7 +173,10 @@ class StepAssembler:
         return AttentionGroup(1, length, context, rows, self._mask(attended))
 
     def _kv_index(self, key_rows: np.ndarray) -> torch.Tensor:
-        return self._to_device(np.stack((key_rows, key_rows + self._page)).reshape(-1))
+        both = np.empty((2, key_rows.size), dtype=np.int64)
+        both[0] = key_rows.reshape(-1)
+        np.add(both[0], self._page, out=both[1])
+        return self._to_device(both.reshape(-1))
 
     def _mask(self, attended: np.ndarray) -> torch.Tensor:
         mask = np.where(attended, np.float32(0), np.float32(-np.inf))

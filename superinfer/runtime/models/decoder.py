@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -58,7 +56,7 @@ class Decoder(nn.Module):
         residual = torch.zeros_like(x)
         for layer in self.layers:
             x, residual = layer(x, residual, step)
-        return cast(torch.Tensor, self.norm.add(x, residual)[0])
+        return self.norm.add(x, residual)[0]
 
 
 class CausalLM(nn.Module):
@@ -90,4 +88,5 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [rows, hidden], the rows whose next token is wanted. Returns [rows, vocab] float32."""
-        return cast(torch.Tensor, self.lm_head(hidden)).float()
+        logits: torch.Tensor = self.lm_head(hidden)
+        return logits.float()

@@ -15,15 +15,20 @@ from torch import nn
 
 from superinfer.kernels.activation import silu_and_mul
 from superinfer.kernels.norm import add_rms_norm, rms_norm
-from superinfer.kernels.rope import apply_rope, rope_angles
+from superinfer.kernels.rope import rope_angles
 from superinfer.runtime.models.config import ModelConfig, RopeConfig
 
 
 class AttentionBackend(Protocol):
     """One step's attention, prepared by an executor: `superinfer.kernels.attention.PagedAttention` and the like."""
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads · head_dim]. Returns [tokens, heads · head_dim]."""
+    def rotate_and_attend(
+        self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Rotate queries and keys, store keys and values, attend.
+
+        qkv: [tokens, heads + 2 · kv_heads, head_dim]; cos, sin: see StepContext. Returns [tokens, heads · head_dim].
+        """
         ...
 
 
@@ -40,14 +45,14 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
+        self.floor = nn.Buffer(torch.tensor(eps**0.5, dtype=torch.float32), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.floor)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(normed sum, sum); `residual` is overwritten."""
-        return add_rms_norm(x, residual, self.weight, self.eps)
+        return add_rms_norm(x, residual, self.weight, self.floor)
 
 
 class Linear(nn.Module):
@@ -101,13 +106,10 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
-        rotated = self.heads + self.kv_heads
-        qk, v = qkv[:, :rotated], qkv[:, rotated:].flatten(1)
         if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat((self.q_norm(qk[:, : self.heads]), self.k_norm(qk[:, self.heads :])), dim=1)
-        qk = apply_rope(qk, step.cos, step.sin)
-        q, k = qk[:, : self.heads], qk[:, self.heads :].flatten(1)
-        return self.o_proj(step.attention.attend(self.layer, q, k, v, self.scale))
+            q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+            qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=1)
+        return self.o_proj(step.attention.rotate_and_attend(self.layer, qkv, step.cos, step.sin, self.scale))
 
 
 class MLP(nn.Module):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from itertools import islice
 
 from superinfer.runtime.kv.cache import KVCache, Node
 from superinfer.runtime.kv.copies import BlockCopy
@@ -17,19 +18,24 @@ from superinfer.runtime.kv.duplex import DuplexCache
 from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler.base import SchedulerCounts, SchedulerLimits
 from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan, StepResult
+from superinfer.runtime.scheduler.queue import WaitingQueue
 from superinfer.runtime.scheduler.rotation import Rotation
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
+
+# Waiting sequences looked at in one step: a long queue behind one prefix that is being computed costs no more.
+MAX_LOOKED_AT = 256
 
 
 @dataclass(slots=True)
 class Draft:
-    """A plan being made. budget: tokens left. waits: copies its work depends on."""
+    """A plan being made. budget: tokens left. waits: copies its work depends on; `patient`: however many they are."""
 
     budget: int
     work: dict[Sequence, SlotWork] = field(default_factory=dict)
     init: list[SlotInit] = field(default_factory=list)
     waits: set[int] = field(default_factory=set)
     preempted: bool = False
+    patient: bool = False
 
 
 class BatchScheduler(ABC):
@@ -42,7 +48,7 @@ class BatchScheduler(ABC):
         self._rotation = Rotation(kv) if isinstance(kv, DuplexCache) else None
         self._draft = Draft(0)
         self._limits = limits
-        self._waiting: list[Sequence] = []
+        self._waiting = WaitingQueue()
         self._running: list[Sequence] = []
         self._free_slots = list(range(limits.num_slots - 1, -1, -1))
         self._freed: list[int] = []
@@ -53,13 +59,16 @@ class BatchScheduler(ABC):
 
     @abstractmethod
     def rank(self, sequence: Sequence, now: float) -> tuple[float, ...]:
-        """Sort key: smaller is served first, let in first, and preempted last."""
+        """Sort key: smaller is served first, let in first, and preempted last.
+
+        A waiting sequence keeps the key it had when it began to wait: time must move all keys alike.
+        """
 
     # ------------------------------------------------------------------ requests come and go
 
     def add(self, sequence: Sequence) -> None:
         """See Scheduler.add."""
-        self._waiting.append(sequence)
+        self._waiting.add(sequence, self.rank(sequence, sequence.arrival))
         slo = sequence.slo
         if slo is not None and slo.deadline is not None and slo.on_miss != "finish":
             heapq.heappush(self._deadlines, (sequence.arrival + slo.deadline, sequence.id, sequence))
@@ -107,18 +116,28 @@ class BatchScheduler(ABC):
         """See Scheduler.plan."""
         draft = self._draft = Draft(self._limits.max_batch_tokens)
         self._make_room(now)
+        prefills = [s for s in self._running if s.scheduled < s.resume_at]
         # Every decode takes one token of the budget before any prefill chunk takes the rest.
-        self._running.sort(key=lambda s: (s.is_prefilling, self.rank(s, now)))
-        for sequence in list(self._running):
+        self._decode([s for s in self._running if s.scheduled >= s.resume_at], now)
+        if len(prefills) > 1:
+            prefills.sort(key=lambda s: self.rank(s, now))
+        for sequence in prefills:
             self._continue(sequence, now)
-        if not (draft.preempted and draft.work) and draft.budget > 0 and self._free_slots:
+        # What was preempted for others would come straight back; but where nobody else computes, someone must.
+        if draft.budget > 0 and self._free_slots and not (draft.preempted and draft.work):
             self._admit(now)
-        if not draft.work and self._rotation is not None:  # all wait for copies: let a step wait with the first
-            for sequence in list(self._running):
-                if not draft.work:
-                    self._continue(sequence, now, patient=True)
+        if not draft.work and self._rotation is not None:
+            self._wait_with_first(now)
         self._draft = Draft(0)
         return self._finish_plan(draft)
+
+    def _wait_with_first(self, now: float) -> None:
+        """All that run wait for copies: the step waits with the first of them."""
+        self._draft.patient = True
+        for sequence in sorted(self._running, key=lambda s: self.rank(s, now)):
+            if not self._draft.work:
+                self._decode([sequence] if not sequence.is_prefilling else [], now)
+                self._continue(sequence, now)
 
     def _make_room(self, now: float) -> None:  # noqa: B027 - most policies do nothing here
         """For policies that rotate by choice: called before each plan."""
@@ -135,32 +154,73 @@ class BatchScheduler(ABC):
         self._step += 1
         self._planned[self._step] = list(draft.work.items())
         freed, self._freed = tuple(self._freed), []
-        ordered = tuple(sorted(draft.work.values(), key=lambda w: not w.is_decode))
-        plan = StepPlan(self._step, ordered, tuple(draft.init), freed, copies, tuple(sorted(draft.waits)))
+        plan = StepPlan(
+            self._step, tuple(draft.work.values()), tuple(draft.init), freed, copies, tuple(sorted(draft.waits))
+        )
         if self._rotation is not None:
             self._rotation.planned(plan)
         return plan
 
-    def _continue(self, sequence: Sequence, now: float, patient: bool = False) -> None:
-        """Plan work for a running sequence, making room for it if need be. `patient`: however many copies it awaits."""
-        draft, table = self._draft, sequence.table
-        if sequence.status is not Status.RUNNING or not sequence.wants_more or draft.budget <= 0:
+    def _decode(self, decodes: list[Sequence], now: float) -> None:
+        """One token for every running sequence that is past its prefill, while the budget lasts.
+
+        The order matters only if the budget cannot serve all. Should blocks run out, the last in rank gives its own up
+        whoever asked first. The loop is spelled out, without calls: it is most of the scheduler's time in a full batch.
+        """
+        draft, rotation, page_size = self._draft, self._rotation, self._kv.page_size
+        if len(decodes) > draft.budget:
+            decodes.sort(key=lambda s: self.rank(s, now))
+        for sequence in decodes:
+            table, start = sequence.table, sequence.scheduled
+            known = len(sequence.tokens) + sequence.in_flight
+            if sequence.slot < 0 or table is None or sequence.score_start is not None:
+                continue  # lost its place to one before it in this loop, or has nothing to decode
+            if known - sequence.num_prompt >= sequence.max_tokens:
+                continue  # all its tokens are planned
+            if draft.budget <= 0:
+                break
+            if rotation is not None and not self._can_wait(sequence):
+                continue
+            new_blocks: tuple[int, ...] = ()
+            if start >= len(table.blocks) * page_size and not self._grow(sequence, start + 1, now):
+                continue
+            if table.sent < len(table.blocks):
+                if rotation is not None and not self._can_wait(sequence):
+                    continue
+                new_blocks = tuple(table.blocks[table.sent :])
+                table.sent = len(table.blocks)
+            if rotation is not None:
+                draft.waits.update(rotation.kv.awaits(table))
+            sequence.scheduled = start + 1
+            sequence.in_flight += 1
+            draft.work[sequence] = SlotWork(sequence.slot, start, 1, (), new_blocks, True)
+            draft.budget -= 1
+
+    def _continue(self, sequence: Sequence, now: float) -> None:
+        """The next chunk of a running sequence's prefill, unless it loses its own place for want of room."""
+        if sequence.status is not Status.RUNNING or not sequence.is_prefilling or self._draft.budget <= 0:
             return
-        assert table is not None
-        length = 1 if not sequence.is_prefilling else min(draft.budget, sequence.resume_at - sequence.scheduled)
-        missing = self._kv.blocks_for(sequence.scheduled + length) - len(table.blocks)
-        if missing > 0 and (patient or self._can_wait(sequence)):
-            while self._kv.allocate(table, missing) is None:
-                victim = max(self._running, key=lambda s: self.rank(s, now))
-                self._preempt(victim, now)
-                if victim is sequence:
-                    return
-        if patient or self._can_wait(sequence):
+        length = min(self._draft.budget, sequence.resume_at - sequence.scheduled)
+        if not self._can_wait(sequence) or not self._grow(sequence, sequence.scheduled + length, now):
+            return
+        if self._can_wait(sequence):  # the blocks it grew by may have copies pending
             self._work(sequence, length)
+
+    def _grow(self, sequence: Sequence, num_tokens: int, now: float) -> bool:
+        """Blocks until its table holds `num_tokens`, from those who rank last; False if that was itself."""
+        table = sequence.table
+        assert table is not None
+        missing = self._kv.blocks_for(num_tokens) - len(table.blocks)
+        while missing > 0 and self._kv.allocate(table, missing) is None:
+            victim = max(self._running, key=lambda s: self.rank(s, now))
+            self._preempt(victim, now)
+            if victim is sequence:
+                return False
+        return True
 
     def _can_wait(self, sequence: Sequence) -> bool:
         """Whether this step may wait for the copies the sequence needs: few enough, with those it waits for anyway."""
-        if self._rotation is None or sequence.table is None:
+        if self._rotation is None or sequence.table is None or self._draft.patient:
             return True
         awaits = self._rotation.kv.awaits(sequence.table)
         return not awaits or len(self._draft.waits.union(awaits)) <= self._rotation.max_waits
@@ -168,26 +228,23 @@ class BatchScheduler(ABC):
     def _admit(self, now: float) -> None:
         """Let waiting sequences in, in order, while slots, blocks and the token budget last."""
         draft = self._draft
-        self._waiting.sort(key=lambda s: self.rank(s, now))
-        still_waiting: list[Sequence] = []
-        for at, sequence in enumerate(self._waiting):
+        admitted: list[Sequence] = []
+        for sequence in islice(self._waiting, MAX_LOOKED_AT):
             if draft.budget <= 0 or not self._free_slots:
-                still_waiting += self._waiting[at:]
                 break
             if sequence.is_under_way:  # preempted while a step of its own was: its token is not known yet
-                still_waiting.append(sequence)
                 continue
             path = self._cached_path(sequence)
             if sequence.table is None and self._kv.is_being_computed(sequence.tokens, sequence.salt, path):
-                still_waiting.append(sequence)  # its next block is on its way: share it rather than compute it twice
-                continue
+                continue  # its next block is on its way: share it rather than compute it twice
             if not self._reserve(sequence, path):
-                still_waiting += self._waiting[at:]
                 break
+            admitted.append(sequence)
             draft.init.append(self._start(sequence, now))
             if self._can_wait(sequence):
                 self._work(sequence, min(draft.budget, sequence.resume_at - sequence.scheduled))
-        self._waiting = still_waiting
+        for sequence in admitted:
+            self._waiting.remove(sequence)
 
     def _cached_path(self, sequence: Sequence) -> list[Node]:
         """What of a sequence's prefix is cached and worth using. Empty for a rotated-out one: it has its own."""
@@ -219,7 +276,7 @@ class BatchScheduler(ABC):
         sequence.status = Status.RUNNING
         sequence.slot = self._free_slots.pop()
         sequence.resume_at = sequence.compute_length
-        sequence.let_in, sequence.let_in_with, sequence.worked = now, sequence.num_output, False
+        sequence.let_in, sequence.let_in_with, sequence.let_in_at = now, sequence.num_output, sequence.scheduled
         self._running.append(sequence)
         if sequence.first_scheduled is None:
             sequence.first_scheduled = now
@@ -246,7 +303,7 @@ class BatchScheduler(ABC):
         score: tuple[int, ...] = ()
         if sequence.score_start is not None:
             score = tuple(sequence.tokens[max(sequence.score_start, start + 1) : end + 1])
-        sequence.scheduled, sequence.worked = end, True
+        sequence.scheduled = end
         if sample:
             sequence.in_flight += 1
         if tokens:
@@ -276,7 +333,9 @@ class BatchScheduler(ABC):
             if sequence.table is not None:
                 sequence.committed = work.start + work.length
             if sequence.status is Status.RUNNING and sequence.table is not None:
-                self._kv.commit(sequence.table, sequence.tokens, sequence.committed)
+                table = sequence.table
+                if sequence.committed >= (len(table.nodes) + 1) * self._kv.page_size:  # a block is full
+                    self._kv.commit(table, sequence.tokens, sequence.committed)
                 if sequence.is_prefilling:
                     self._kv.announce(sequence.table, sequence.tokens)
             update = self._update(sequence, work, result, now)
@@ -378,7 +437,7 @@ class BatchScheduler(ABC):
     def _wait_again(self, sequence: Sequence, now: float) -> None:
         sequence.status = Status.WAITING
         sequence.preempted_at = now
-        self._waiting.append(sequence)
+        self._waiting.add(sequence, self.rank(sequence, now))
 
     def _leave_slot(self, sequence: Sequence) -> None:
         self._running.remove(sequence)

@@ -31,10 +31,11 @@ class LRU(BatchScheduler):
 
     def _make_room(self, now: float) -> None:
         """Rotate out who ran longest, if that lets the first of the waiting in."""
-        ready = [sequence for sequence in self._waiting if not sequence.is_under_way]
-        if self._rotation is None or not ready:
+        if self._rotation is None:
             return
-        first = min(ready, key=lambda s: self.rank(s, now))
+        first = next((sequence for sequence in self._waiting if not sequence.is_under_way), None)
+        if first is None:
+            return
         for victim in self._victims(first, self._rotation, now):
             if not self._rotate_out(victim, now):
                 return  # DRAM is full: all stay where they are
@@ -49,7 +50,8 @@ class LRU(BatchScheduler):
             return []
         victims = []
         for sequence in sorted(self._running, key=lambda s: (s.let_in, s.id)):
-            if not sequence.worked or sequence.num_output + sequence.in_flight - sequence.let_in_with < self.quantum:
+            made = sequence.num_output + sequence.in_flight - sequence.let_in_with
+            if sequence.scheduled == sequence.let_in_at or made < self.quantum:
                 continue
             assert sequence.table is not None
             victims.append(sequence)

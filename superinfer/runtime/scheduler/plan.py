@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from superinfer.runtime.kv.copies import BlockCopy, LinkUse
 from superinfer.runtime.protocol import SamplingParams, TokenLogprob
 
@@ -31,8 +33,7 @@ class SlotInit:
     stop_ids: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class SlotWork:
+class SlotWork(msgspec.Struct, frozen=True, gc=False):  # made for every decode of every step: a fifth of a dataclass
     """What one slot computes in this step: positions `start .. start + length - 1`.
 
     tokens: the token ids at these positions; empty for a decode (length 1, the token sampled last in this slot).

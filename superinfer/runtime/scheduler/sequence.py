@@ -26,7 +26,7 @@ class Sequence:
     scheduled: positions whose KV some planned step computes; committed: of those, steps that are done.
     in_flight: tokens that planned steps will sample and that are not known yet.
     resume_at: tokens to prefill when it last took a slot; from there on it decodes.
-    let_in: when it last took a slot, and let_in_with how many tokens generated. worked: given work since then.
+    let_in: when it last took a slot, and let_in_with how many tokens generated, at which position.
     rotations: times its KV went to the second tier; its table is then kept, parked, while it waits.
     score_start: score the prompt from this position on instead of generating; None: generate.
     """
@@ -42,6 +42,7 @@ class Sequence:
         "in_flight",
         "index",
         "let_in",
+        "let_in_at",
         "let_in_with",
         "max_tokens",
         "num_prompt",
@@ -65,7 +66,6 @@ class Sequence:
         "table",
         "timeline",
         "tokens",
-        "worked",
     )
 
     def __init__(
@@ -106,8 +106,7 @@ class Sequence:
         self.preempted_at: float | None = None
         self.preempted_s = 0.0
         self.preemptions = self.rotations = 0
-        self.let_in, self.let_in_with = arrival, 0
-        self.worked = False
+        self.let_in, self.let_in_with, self.let_in_at = arrival, 0, 0
 
     @property
     def num_output(self) -> int:

@@ -40,7 +40,7 @@ def serve(folder, prompts, *, dram_tokens=2000, link_gbps=None, spoil=None, **sc
     executor.cache.fill_(float("nan"))  # no read of what nobody wrote or loaded goes unnoticed
     executor.duplex.dram.fill_(float("nan"))
     limits = executor.limits
-    kv = build_cache(limits.num_blocks, limits.num_dram_blocks, limits.page_size)
+    kv = build_cache(limits.num_blocks, executor.tier.num_blocks, limits.page_size)
     scheduler = build_scheduler("lru", kv, SchedulerLimits(limits.num_slots, 32, limits.max_model_len))
     scheduler.quantum = 0
     scheduler._rotation.max_waits = scheduling.get("max_waits", 8)

@@ -117,15 +117,22 @@ def test_a_prefix_computed_by_another_sequence_is_used(llama):
     assert second.output == generate(model, prefix + tail_b, TOKENS)
 
 
-def test_a_preempted_sequence_continues_from_its_prompt_and_output(llama):
+@pytest.mark.parametrize("freed", [True, False])
+def test_a_preempted_sequence_continues_from_its_prompt_and_output(llama, freed):
+    """Whether the plan names the slot as freed first, or only initialises it anew."""
     folder, model = llama
     stepper = Stepper(executor_of(folder))
     (prompt,) = prompts_of([18])
     sequence = stepper.add(prompt)
     stepper.run([sequence], 9)
-    stepper.remove(sequence)
+    if freed:
+        stepper.freed.append(sequence.slot)
+    stepper.free = sequence.blocks + stepper.free  # the stranger gets the blocks given up
+    (other,) = prompts_of([20], seed=8)
+    stranger = stepper.add(other)
     again = stepper.add(prompt, slot=sequence.slot, output=sequence.output)
-    stepper.run([again], TOKENS - 9, chunk=10)
+    stepper.run([again, stranger], TOKENS - 9, chunk=10)
+    assert stranger.output == generate(model, other, TOKENS - 9)
     assert sequence.output + again.output == generate(model, prompt, TOKENS)
 
 
@@ -233,7 +240,7 @@ def test_work_beyond_a_slots_blocks_is_refused_before_it_hits_foreign_kv(llama):
     with pytest.raises(ValueError, match="slot 0 computes up to position 5 with only 1 blocks of 4"):
         executor.collect()
     executor.submit(StepPlan(1, (SlotWork(0, 0, 1, (1,), (512,)),), (init,)))
-    with pytest.raises(ValueError, match="not within 0..511"):
+    with pytest.raises(ValueError, match=r"not within 0..511"):
         executor.collect()
     assert not executor.cache.any()
 
@@ -283,7 +290,7 @@ def test_what_a_client_is_told_of_the_model(llama):
 
 def test_a_sliding_window_in_use_is_refused_and_one_out_of_reach_is_not(tmp_path):
     model = make_checkpoint(tmp_path, "mistral", sliding_window=64)
-    with pytest.raises(UnsupportedError, match="window of 64 tokens.*max_model_len to at most 64"):
+    with pytest.raises(UnsupportedError, match=r"window of 64 tokens.*max_model_len to at most 64"):
         executor_of(tmp_path)
     stepper = Stepper(executor_of(tmp_path, max_model_len=64))
     (prompt,) = prompts_of([30])

@@ -92,13 +92,14 @@ def test_draws_over_many_seeds_follow_the_tempered_and_filtered_distribution():
 def test_stop_ids_are_barred_until_min_tokens_are_out():
     logits = torch.zeros(3, VOCAB)
     logits[:, 5], logits[:, 6], logits[:, 7] = 9.0, 8.0, 7.0
+    logits[1, 0] = 8.5  # not a stop id of the shorter list
     greedy = dict(temperature=0.0)
     state = state_of(
         init(0, stop_ids=(5, 6), min_tokens=2, **greedy),
         init(1, stop_ids=(5,), min_tokens=1, **greedy),
         init(2, stop_ids=(5, 6, 7), **greedy),
     )
-    assert [tokens(state, logits, 0, 1, 2) for _ in range(3)] == [[7, 6, 5], [7, 5, 5], [5, 5, 5]]
+    assert [tokens(state, logits, 0, 1, 2) for _ in range(3)] == [[7, 0, 5], [7, 5, 5], [5, 5, 5]]
 
 
 def test_tokens_before_a_preemption_count_towards_min_tokens():

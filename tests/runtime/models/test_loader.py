@@ -133,7 +133,7 @@ def test_features_not_implemented_are_refused_by_name(folder, changes, match):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(ModelLoadError, match="nowhere.*not an existing folder"):
+    with pytest.raises(ModelLoadError, match=r"nowhere.*not an existing folder"):
         resolve_model(str(tmp_path / "nowhere"))
 
 
@@ -144,7 +144,7 @@ def test_a_file_is_not_a_model(folder):
 
 def test_a_hub_name_without_a_network_says_so(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelLoadError, match="'nobody/no-such-model'.*network"):
+    with pytest.raises(ModelLoadError, match=r"'nobody/no-such-model'.*network"):
         resolve_model("nobody/no-such-model")
 
 
@@ -213,5 +213,5 @@ def test_a_missing_shard_and_a_damaged_index_are_named(tmp_path):
     with pytest.raises(ModelLoadError, match=f"{shard.name}.*does not exist"):
         load_model(tmp_path / "many")
     (tmp_path / "many" / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ModelLoadError, match="index.json is damaged"):
+    with pytest.raises(ModelLoadError, match=r"index.json is damaged"):
         load_model(tmp_path / "many")

@@ -13,7 +13,7 @@ from memory_executor import MemoryExecutor, expected_output, next_token
 from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.protocol import SamplingParams
 from superinfer.runtime.scheduler.base import SchedulerLimits
-from superinfer.runtime.scheduler.registry import build_scheduler
+from superinfer.runtime.scheduler.registry import POLICIES, build_scheduler
 from superinfer.runtime.scheduler.sequence import Sequence, Status
 from superinfer.runtime.slo import SLO
 
@@ -82,26 +82,34 @@ prompts = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+slos = st.one_of(
+    st.none(),
+    st.builds(SLO, ttft=st.sampled_from([0.02, 0.3]), tbt=st.sampled_from([None, 0.01, 0.1])),
+    st.builds(SLO, deadline=st.sampled_from([0.05, 5.0]), weight=st.sampled_from([0.1, 1.0, 8.0])),
+)
+
+
+@settings(max_examples=300, deadline=None)
 @given(
-    jobs=st.lists(st.tuples(prompts, st.integers(1, 14), st.integers(0, 6)), min_size=1, max_size=12),
+    jobs=st.lists(st.tuples(prompts, st.integers(1, 14), st.integers(0, 6), slos), min_size=1, max_size=12),
     blocks=st.integers(10, 20),
     slots=st.integers(1, 5),
     batch_tokens=st.integers(5, 20),
     overlap=st.booleans(),
     prefix_cache=st.booleans(),
+    policy=st.sampled_from(sorted(POLICIES)),
 )
-def test_tokens_do_not_depend_on_pressure_chunks_sharing_or_overlap(
-    jobs, blocks, slots, batch_tokens, overlap, prefix_cache
+def test_tokens_do_not_depend_on_policy_pressure_chunks_sharing_or_overlap(
+    jobs, blocks, slots, batch_tokens, overlap, prefix_cache, policy
 ):
-    bench = Bench(blocks, slots, batch_tokens, overlap, prefix_cache=prefix_cache)
+    bench = Bench(blocks, slots, batch_tokens, overlap, policy, prefix_cache)
     sequences = []
-    for prompt, max_tokens, pause in jobs:
-        sequences.append(bench.add(prompt, max_tokens, stop_ids=(3,)))
+    for prompt, max_tokens, pause, slo in jobs:
+        sequences.append(bench.add(prompt, max_tokens, stop_ids=(3,), slo=slo))
         for _ in range(pause):
             bench.step()
     bench.run()
-    for (prompt, max_tokens, _), sequence in zip(jobs, sequences, strict=True):
+    for (prompt, max_tokens, _, _), sequence in zip(jobs, sequences, strict=True):
         expected = expected_output(prompt, max_tokens, (3,))
         assert bench.outputs[sequence.id] == expected
         assert sequence.finish_reason == ("stop" if expected[-1] == 3 else "length")
@@ -241,3 +249,14 @@ def test_an_unknown_policy_is_refused_by_name():
 def test_scheduling_imports_no_torch():
     code = "import sys, superinfer.runtime.scheduler.registry; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_sequence_alone_comes_back_at_once_after_giving_way_to_itself():
+    # The second computes again what the first left in the cache beyond its prompt, and so holds those blocks twice.
+    bench = Bench(blocks=10, slots=1, batch_tokens=5)
+    prompt = [7] * 7 + [0, 1, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0]
+    bench.add(prompt, 10)
+    second = bench.add(prompt, 11)
+    bench.run()
+    assert second.preemptions > 0
+    assert bench.outputs[second.id] == expected_output(prompt, 11)

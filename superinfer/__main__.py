@@ -1,0 +1,5 @@
+"""`python -m superinfer` is the command line."""
+
+from superinfer.cli import main
+
+main()

@@ -1,0 +1,168 @@
+"""The commands and their help; what each does is in the module of its name."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from superinfer.cli.options import EngineAddress, with_engine_options
+from superinfer.errors import InvalidRequestError, SuperinferError
+from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.sim.command import simulate
+
+# Signals that end a process without unwinding it; as an exception they let the engine and its socket be cleaned up.
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+class _Group(TyperGroup):
+    """Errors raised on purpose are one line for a person, exit status 1; Ctrl-C is 130, as shells expect."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SuperinferError as error:
+            print_error(str(error))
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    name="superinfer",
+    cls=_Group,
+    help="Serves large language models to a deadline: programs, a chat, or an OpenAI-compatible server.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+app.command()(simulate)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Exit status: 0; 1 for an error, said in one line on stderr; 2 for wrong usage; 130 for Ctrl-C."""
+    for number in _ENDING:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _exit)
+    app(args=list(arguments) if arguments is not None else None, prog_name="superinfer")
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def print_error(message: str) -> None:
+    """One line on stderr."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"superinfer {version('superinfer')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@with_engine_options
+def demo(config: EngineConfig, engine: EngineAddress = "") -> None:
+    """Run two example programs with deadlines; show their tokens as they stream, then what was kept of each promise."""
+    from superinfer.cli.demo import run_demo
+
+    run_demo(config, engine)
+
+
+@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+@with_engine_options
+def run(
+    config: EngineConfig,
+    file: Annotated[Path, typer.Argument(help="A Python file with a superinfer program.", show_default=False)],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Passed to FILE.", show_default=False)] = None,
+    engine: EngineAddress = "",
+) -> None:
+    """Run FILE with an engine as its default backend. Options of this command go before FILE."""
+    from superinfer.cli.run import run_file
+
+    run_file(file, arguments or [], config, engine)
+
+
+@app.command()
+@with_engine_options
+def serve(
+    config: EngineConfig,
+    engine: EngineAddress = "",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 8000,
+    model_name: Annotated[str, typer.Option(help="What clients call the model.", show_default="the model")] = "",
+    grace: Annotated[float, typer.Option(help="Seconds running answers may go on when the server is stopped.")] = 5.0,
+) -> None:
+    """Serve the OpenAI API over HTTP until Ctrl-C or SIGTERM."""
+    from superinfer.cli.engines import start_progress
+    from superinfer.runtime.server.serve import serve
+
+    def ready(url: str) -> None:
+        progress.close()
+        print(f"serving at {url}/v1 (Ctrl-C to stop)", flush=True)
+
+    with start_progress("starting the engine") as progress:
+        serve(
+            engine or config,
+            host=host,
+            port=port,
+            model_name=model_name,
+            grace=grace,
+            on_progress=progress,
+            on_ready=ready,
+        )
+
+
+@app.command()
+@with_engine_options
+def chat(
+    config: EngineConfig,
+    engine: EngineAddress = "",
+    url: Annotated[str, typer.Option(help="Chat with an OpenAI endpoint instead: http://HOST:PORT/v1.")] = "",
+    api_key: Annotated[str, typer.Option(help="Key for --url.", envvar="OPENAI_API_KEY", show_envvar=True)] = "",
+    system: Annotated[str, typer.Option(help="A system prompt.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.7,
+) -> None:
+    """Chat in the terminal. Reads questions line by line from a pipe too."""
+    from superinfer.cli.chat import ChatOptions, run_chat
+
+    if url and engine:
+        raise InvalidRequestError(f"--url {url} and --engine {engine} exclude each other; give one")
+    run_chat(config, engine, url, api_key, ChatOptions(system=system, max_tokens=max_tokens, temperature=temperature))
+
+
+@app.command()
+@with_engine_options
+def engine(
+    config: EngineConfig,
+    address: Annotated[
+        str, typer.Option(help="Where to listen: ipc://PATH or tcp://HOST:PORT.")
+    ] = "tcp://127.0.0.1:5555",
+) -> None:
+    """Run an engine in the foreground, for other commands and programs to use with its address."""
+    from superinfer.cli.engines import run_engine
+
+    run_engine(config, address)

@@ -1,0 +1,148 @@
+"""The elementwise work between matrix products, each as one Triton kernel: a pass over memory instead of several.
+
+References are the torch functions of the same names in `norm`, `activation` and `rope`, which call these on CUDA.
+Arithmetic is float32 and rounded once, so half-precision results differ from the references by that rounding only.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rms_norm(
+    x, residual, weight, floor, out, heads, size, token_step, head_step, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One row. ADD: `residual` is added first, and holds the sum afterwards."""
+    row = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    at = (row // heads).to(tl.int64) * token_step + (row % heads) * head_step + columns
+    dense = row.to(tl.int64) * size + columns
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        total = (value + tl.load(residual + dense, mask=inside, other=0.0).to(tl.float32)).to(residual.dtype.element_ty)
+        tl.store(residual + dense, total, mask=inside)
+        value = total.to(tl.float32)  # the norm is of the sum as the next layer will see it
+    root = tl.load(floor)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / size + root * root)
+    normed = value * scale * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + dense, normed.to(out.dtype.element_ty), mask=inside)
+
+
+def _warps(block: int) -> int:
+    return max(1, min(16, block // 512))
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+    """See `norm.rms_norm`. x: [tokens, n], or [tokens, heads, n] with any strides of tokens and heads."""
+    out = x.new_empty(x.shape)
+    size = x.shape[-1]
+    heads = x.shape[1] if x.dim() == 3 else 1
+    head_step = x.stride(1) if x.dim() == 3 else 0
+    block = triton.next_power_of_2(size)
+    if x.numel():
+        _rms_norm[(x.shape[0] * heads,)](
+            x, x, weight, floor, out, heads, size, x.stride(0), head_step, ADD=False, BLOCK=block,
+            num_warps=_warps(block),
+        )  # fmt: skip
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `norm.add_rms_norm`. x, residual: contiguous [tokens, n]."""
+    out = torch.empty_like(x)
+    tokens, size = x.shape
+    block = triton.next_power_of_2(size)
+    if tokens:
+        _rms_norm[(tokens,)](
+            x, residual, weight, floor, out, 1, size, size, 0, ADD=True, BLOCK=block, num_warps=_warps(block)
+        )
+    return out, residual
+
+
+@triton.jit
+def _silu_and_mul(gate_up, out, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < size
+    gate = tl.load(gate_up + row * 2 * size + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * size + size + columns, mask=inside, other=0.0).to(tl.float32)
+    value = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out + row * size + columns, value.to(out.dtype.element_ty), mask=inside)
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """See `activation.silu_and_mul`. gate_up: contiguous [tokens, 2 n]."""
+    tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(tokens, size)
+    if tokens:
+        block = min(2048, triton.next_power_of_2(size))
+        _silu_and_mul[(tokens, triton.cdiv(size, block))](gate_up, out, size, BLOCK=block, num_warps=4)
+    return out
+
+
+@triton.jit
+def _rope_and_store(
+    qkv, cos, sin, places, q_out, cache, page, qkv_row, block_step, value_step, offset_step,
+    SHARED: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS_2: tl.constexpr, HALF_2: tl.constexpr,
+):  # fmt: skip
+    """One token and one KV head with the SHARED query heads that belong to it. *_2: padded to powers of two."""
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    d = tl.arange(0, HALF_2)
+    inside = d < HALF
+    angle = token * HEAD_DIM + d
+    cos_1 = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
+    cos_2 = tl.load(cos + angle + HALF, mask=inside, other=0.0).to(tl.float32)
+    sin_1 = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)  # negative, see rope_angles
+    sin_2 = tl.load(sin + angle + HALF, mask=inside, other=0.0).to(tl.float32)
+
+    heads = tl.arange(0, HEADS_2)
+    head = (group * SHARED + heads)[:, None]
+    here = (heads < SHARED)[:, None] & inside[None, :]
+    at = qkv + token * qkv_row + head * HEAD_DIM + d[None, :]
+    first = tl.load(at, mask=here, other=0.0).to(tl.float32)
+    second = tl.load(at + HALF, mask=here, other=0.0).to(tl.float32)
+    to = q_out + (token * KV_HEADS * SHARED + head) * HEAD_DIM + d[None, :]
+    element = q_out.dtype.element_ty
+    tl.store(to, (first * cos_1[None, :] + second * sin_1[None, :]).to(element), mask=here)
+    tl.store(to + HALF, (second * cos_2[None, :] + first * sin_2[None, :]).to(element), mask=here)
+
+    place = tl.load(places + token)
+    target = cache + (place // page).to(tl.int64) * block_step + (place % page) * offset_step + group * HEAD_DIM + d
+    key = qkv + token * qkv_row + (KV_HEADS * SHARED + group) * HEAD_DIM + d
+    k_1 = tl.load(key, mask=inside, other=0.0).to(tl.float32)
+    k_2 = tl.load(key + HALF, mask=inside, other=0.0).to(tl.float32)
+    tl.store(target, (k_1 * cos_1 + k_2 * sin_1).to(element), mask=inside)
+    tl.store(target + HALF, (k_2 * cos_2 + k_1 * sin_2).to(element), mask=inside)
+    value = key + KV_HEADS * HEAD_DIM
+    tl.store(target + value_step, tl.load(value, mask=inside, other=0.0), mask=inside)
+    tl.store(target + value_step + HALF, tl.load(value + HALF, mask=inside, other=0.0), mask=inside)
+
+
+def rope_and_store(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: torch.Tensor, kv: torch.Tensor, kv_heads: int
+) -> torch.Tensor:
+    """Rotate queries and keys, and write keys and values to where the cache keeps them.
+
+    qkv: [tokens, heads + 2 · kv_heads, head_dim], heads and dimensions contiguous. cos, sin: [tokens, 1, head_dim]
+    from `rope_angles`. places: [tokens] int32, block · page + offset. kv: one layer's view of a block-first cache,
+    [blocks, 2, page, kv_heads, head_dim], any block stride. Returns the queries, [tokens, heads, head_dim].
+    """
+    tokens, all_heads, head_dim = qkv.shape
+    heads = all_heads - 2 * kv_heads
+    q = qkv.new_empty(tokens, heads, head_dim)
+    if tokens:
+        shared = heads // kv_heads
+        _rope_and_store[(tokens, kv_heads)](
+            qkv, cos, sin, places, q, kv, kv.shape[2], qkv.stride(0), kv.stride(0), kv.stride(1), kv.stride(2),
+            SHARED=shared, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
+            HEADS_2=triton.next_power_of_2(shared), HALF_2=triton.next_power_of_2(head_dim // 2), num_warps=1,
+        )  # fmt: skip
+    return q

@@ -1,0 +1,127 @@
+"""Attention over a block-first paged cache on a GPU: one small interface, and the table that picks who implements it.
+
+A batch is described as FlashInfer does: ragged lists of queries (`qo_indptr`) and of cache blocks (`kv_indptr`,
+`kv_indices`, `last_page_len`). A layer's cache is a strided view `cache[:, layer]`, [blocks, 2, page, kv_heads,
+head_dim]; reading it costs the same as a contiguous one (bit-equal, measured within 3 %).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+
+FLASHINFER_HEAD_DIMS = (64, 128, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class PagedBatch:
+    """Sequences of one attention call: sequence s asks rows qo_indptr[s] .. qo_indptr[s + 1] of q, its last positions.
+
+    qo_indptr, kv_indptr: [sequences + 1]; last_page_len: [sequences]; kv_indices: [kv_indptr[-1]] block ids. All int32
+    on the device. host_*: the same in host memory, pinned if the device is a GPU, not to be changed before the step's
+    copies are done. longest_query: tokens.
+    """
+
+    qo_indptr: torch.Tensor
+    kv_indptr: torch.Tensor
+    kv_indices: torch.Tensor
+    last_page_len: torch.Tensor
+    host_qo_indptr: torch.Tensor
+    host_kv_indptr: torch.Tensor
+    host_kv_indices: torch.Tensor
+    host_last_page_len: torch.Tensor
+    longest_query: int
+
+    @property
+    def sequences(self) -> int:
+        return len(self.last_page_len)
+
+
+class AttentionCall(Protocol):
+    """Causal attention of one batch. `plan` once per step on the host, `run` once per layer."""
+
+    def plan(self, batch: PagedBatch) -> None:
+        """Prepare for a batch. In a CUDA graph's replay, `plan` alone feeds the captured `run`s."""
+
+    def run(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        """q: [rows, heads, head_dim]. kv: [blocks, 2, page, kv_heads, head_dim] view. Returns like q."""
+        ...
+
+
+class TorchAttention:
+    """The reference: one dense attention per sequence, in float32."""
+
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
+        self._batch: PagedBatch | None = None
+
+    def plan(self, batch: PagedBatch) -> None:
+        """See AttentionCall.plan."""
+        self._batch = batch
+
+    def run(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        """See AttentionCall.run."""
+        batch = self._batch
+        assert batch is not None, "run() before plan()"
+        out = torch.empty_like(q)
+        shared = q.shape[1] // kv.shape[3]
+        rows, pages = batch.host_qo_indptr.tolist(), batch.host_kv_indptr.tolist()
+        for s, last in enumerate(batch.host_last_page_len.tolist()):
+            blocks = batch.kv_indices[pages[s] : pages[s + 1]].long()
+            context = (len(blocks) - 1) * kv.shape[2] + last
+            k, v = kv[blocks].transpose(0, 1).flatten(1, 2)[:, :context].float().repeat_interleave(shared, 2)
+            here = slice(rows[s], rows[s + 1])
+            queries = rows[s + 1] - rows[s]
+            position = torch.arange(context - queries, context, device=q.device)
+            mask = torch.arange(context, device=q.device) <= position[:, None]
+            answer = F.scaled_dot_product_attention(
+                q[here].float().transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), mask, scale=self._scale
+            )
+            out[here] = answer.transpose(0, 1).to(q.dtype)
+        return out
+
+
+class Choice(NamedTuple):
+    """Which implementation runs decodes and prefill chunks ("flashinfer-fa3", "flashinfer-fa2", "triton"), and why."""
+
+    decode: str
+    prefill: str
+    why: str
+
+
+def _flashinfer_obstacle() -> str:
+    """What is missing for FlashInfer to run at all; "" if nothing is."""
+    if importlib.util.find_spec("flashinfer") is None:
+        return "flashinfer is not installed; pip install 'superinfer[cuda]' makes attention faster"
+    if importlib.util.find_spec("flashinfer_jit_cache") is not None:
+        return ""
+    # Where FlashInfer itself looks for the compiler, in this order.
+    nvcc = shutil.which("nvcc")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or (str(Path(nvcc).parents[1]) if nvcc else "")
+    if not Path(home or "/usr/local/cuda", "bin", "nvcc").exists():
+        return "FlashInfer compiles its kernels at first use and finds no nvcc; install CUDA's, or flashinfer-jit-cache"
+    return ""
+
+
+def choose_attention(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> Choice:
+    """The table. capability: of the GPU, (9, 0) for Hopper."""
+    obstacle = _flashinfer_obstacle()
+    if obstacle:
+        return Choice("triton", "triton", obstacle)
+    if dtype not in (torch.float16, torch.bfloat16):
+        return Choice("triton", "triton", f"FlashInfer computes in half precision; this model is {dtype}")
+    if head_dim not in FLASHINFER_HEAD_DIMS:
+        return Choice("triton", "triton", f"FlashInfer has no kernels for head_dim={head_dim}")
+    if capability < (8, 0):
+        return Choice("triton", "triton", f"FlashInfer wants compute capability 8.0; this GPU has {capability}")
+    if capability[0] == 9:
+        # Causal prefill 8 × 1024 tokens on an H100: 321 TFLOP/s with fa3, 248 with fa2. fa3 has no decode of its own.
+        return Choice("flashinfer-fa2", "flashinfer-fa3", "Hopper: fa3 prefill is 1.3 × fa2; tensor-core decode")
+    return Choice("flashinfer-fa2", "flashinfer-fa2", "fa3 needs Hopper; tensor-core decode")

@@ -1,0 +1,210 @@
+"""The names a program is written with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from superinfer.errors import InvalidRequestError, UnsupportedError
+from superinfer.lang.choices import ChoicesSamplingMethod, token_length_normalized
+from superinfer.lang.ir import Expr, ExprList, Gen, Number, RoleBegin, RoleEnd, Select, Tools, to_expr
+from superinfer.lang.promise import check_slo
+from superinfer.lang.sampling import Sampling
+from superinfer.lang.tools import tool_schema
+from superinfer.runtime.slo import SLO
+
+_NUMBERS: dict[object, Number] = {int: "int", "int": "int", float: "float", "float": "float"}
+
+
+def gen(
+    name: str | None = None,
+    max_tokens: int | None = None,
+    min_tokens: int | None = None,
+    n: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    stop_token_ids: Sequence[int] | None = None,
+    stop_regex: str | Sequence[str] | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    frequency_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    ignore_eos: bool | None = None,
+    return_logprob: bool | None = None,
+    logprob_start_len: int | None = None,
+    top_logprobs_num: int | None = None,
+    return_text_in_logprobs: bool | None = None,
+    dtype: type | str | None = None,
+    choices: Sequence[str] | None = None,
+    choices_method: ChoicesSamplingMethod | None = None,
+    regex: str | None = None,
+    json_schema: str | dict[str, Any] | None = None,
+    *,
+    slo: SLO | None = None,
+) -> Expr:
+    """Let the model write, and keep it in variable `name` (a list of texts where n > 1).
+
+    What is None is taken from `run`. With `choices` it is `select`. dtype: str; int and float end the text after the
+    first number; bool chooses between True and False; the variable is text in every case.
+    Raises InvalidRequestError for a wrong value and UnsupportedError for what cannot be honoured yet.
+    """
+    sampling = Sampling(
+        max_tokens=max_tokens, min_tokens=min_tokens, n=n, stop=stop, stop_token_ids=stop_token_ids,
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty, ignore_eos=ignore_eos, return_logprob=return_logprob,
+        logprob_start_len=logprob_start_len, top_logprobs_num=top_logprobs_num,
+        return_text_in_logprobs=return_text_in_logprobs,
+    )  # fmt: skip
+    for unsupported, value in (("stop_regex", stop_regex), ("regex", regex), ("json_schema", json_schema)):
+        if value is not None:
+            raise UnsupportedError(f"{unsupported}={value!r:.80} is not supported yet; leave it out")
+    if dtype in (bool, "bool"):
+        choices = choices or ("True", "False")
+    elif dtype not in (None, str, "str") and dtype not in _NUMBERS:
+        raise UnsupportedError(f"dtype={dtype!r} is not supported yet; use str, int, float or bool")
+    if choices is None:
+        if choices_method is not None:
+            raise InvalidRequestError("choices_method is given without choices")
+        return Gen(_check_name(name), sampling, _NUMBERS.get(dtype), check_slo(slo))
+    if sampling != Sampling(temperature=temperature):
+        given = [field for field, value in vars(sampling).items() if value is not None and field != "temperature"]
+        raise UnsupportedError(f"{given[0]}: gen() with choices only scores them; leave {', '.join(given)} out")
+    return select(name, choices, temperature or 0.0, choices_method or token_length_normalized, slo=slo)
+
+
+def gen_int(
+    name: str | None = None,
+    max_tokens: int | None = None,
+    n: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    **arguments: Any,
+) -> Expr:
+    """`gen(name, ..., dtype=int)`."""
+    return gen(name, max_tokens, n=n, stop=stop, **arguments, dtype=int)
+
+
+def gen_string(
+    name: str | None = None,
+    max_tokens: int | None = None,
+    n: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    **arguments: Any,
+) -> Expr:
+    """`gen(name, ..., dtype=str)`."""
+    return gen(name, max_tokens, n=n, stop=stop, **arguments, dtype=str)
+
+
+def select(
+    name: str | None = None,
+    choices: Sequence[str] | None = None,
+    temperature: float = 0.0,
+    choices_method: ChoicesSamplingMethod = token_length_normalized,
+    *,
+    slo: SLO | None = None,
+) -> Expr:
+    """Let the model choose one of `choices` by their log probability, and keep it in variable `name`.
+
+    Raises InvalidRequestError for no choices or an empty one, UnsupportedError for a temperature other than 0.
+    """
+    if isinstance(choices, str) or not choices:
+        raise InvalidRequestError(f"choices={choices!r} must be a list of at least one text")
+    for choice in choices:
+        if not isinstance(choice, str) or not choice:
+            raise InvalidRequestError(f"choice {choice!r} must be a text of at least one character")
+    if temperature > 1e-5:
+        raise UnsupportedError(f"temperature={temperature!r}: select takes the likeliest choice; leave it out")
+    if not isinstance(choices_method, ChoicesSamplingMethod):
+        raise InvalidRequestError(f"choices_method={choices_method!r} is not a ChoicesSamplingMethod")
+    return Select(_check_name(name), tuple(choices), choices_method, check_slo(slo))
+
+
+def tools(tools: Sequence[Callable[..., Any] | dict[str, Any]]) -> Expr:
+    """Show the model these tools: annotated Python functions or JSON schemas. Append it before the messages."""
+    return Tools(tuple(tool_schema(tool) for tool in tools))
+
+
+def _role(role: str, content: str | Expr | None) -> Expr:
+    middle = () if content is None else (to_expr(content),)
+    return ExprList((RoleBegin(role), *middle, RoleEnd(role)))
+
+
+def system(content: str | Expr | None = None) -> Expr:
+    """A system message."""
+    return _role("system", content)
+
+
+def user(content: str | Expr | None = None) -> Expr:
+    """A user message."""
+    return _role("user", content)
+
+
+def assistant(content: str | Expr | None = None) -> Expr:
+    """An assistant message; with a `gen` inside, the model's."""
+    return _role("assistant", content)
+
+
+def tool(content: str | Expr | None = None) -> Expr:
+    """A message with a tool's result."""
+    return _role("tool", content)
+
+
+def system_begin() -> Expr:
+    """Opens a system message."""
+    return RoleBegin("system")
+
+
+def system_end() -> Expr:
+    """Closes a system message."""
+    return RoleEnd("system")
+
+
+def user_begin() -> Expr:
+    """Opens a user message."""
+    return RoleBegin("user")
+
+
+def user_end() -> Expr:
+    """Closes a user message."""
+    return RoleEnd("user")
+
+
+def assistant_begin() -> Expr:
+    """Opens an assistant message."""
+    return RoleBegin("assistant")
+
+
+def assistant_end() -> Expr:
+    """Closes an assistant message."""
+    return RoleEnd("assistant")
+
+
+def tool_begin() -> Expr:
+    """Opens a message with a tool's result."""
+    return RoleBegin("tool")
+
+
+def tool_end() -> Expr:
+    """Closes a message with a tool's result."""
+    return RoleEnd("tool")
+
+
+def image(path: Any) -> NoReturn:
+    """Raises UnsupportedError: models that see are not served yet."""
+    raise UnsupportedError("image() is not supported yet: only text models are served")
+
+
+def video(path: Any, num_frames: int) -> NoReturn:
+    """Raises UnsupportedError: models that see are not served yet."""
+    raise UnsupportedError("video() is not supported yet: only text models are served")
+
+
+def separate_reasoning(expr: Expr | None = None, model_type: str | None = None) -> NoReturn:
+    """Raises UnsupportedError: reasoning is not told apart from the answer yet."""
+    raise UnsupportedError("separate_reasoning() is not supported yet: reasoning stays part of the text")
+
+
+def _check_name(name: object) -> str | None:
+    if name is None or isinstance(name, str):
+        return name
+    raise InvalidRequestError(f"name={name!r} must be a text, the name of a variable")

@@ -1,0 +1,213 @@
+"""What a program runs on. A backend is small, asynchronous, and called on the language's loop only."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from typing import Any
+
+from superinfer.errors import InvalidRequestError, RequestCancelledError
+from superinfer.lang.loop import language_loop
+from superinfer.runtime.client import AsyncEngineClient
+from superinfer.runtime.config import EMBEDDED, EngineConfig
+from superinfer.runtime.launch import EngineProcess, Progress, launch_engine
+from superinfer.runtime.protocol import ModelInfo, RequestReport, TokenLogprob
+from superinfer.runtime.slo import SLO
+from superinfer.runtime.text import TextClient, TextDelta, TextRequest
+from superinfer.runtime.tokenization import Tokenizer
+
+
+class Backend(ABC):
+    """Generates and scores. Override `close` where there is something to close."""
+
+    @abstractmethod
+    def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
+        """Deltas of all continuations as they come. Closing the generator early cancels the request."""
+
+    @abstractmethod
+    async def score(
+        self, prompt: Sequence[int], start: int, *, slo: SLO | None = None, program: str = ""
+    ) -> tuple[list[TokenLogprob], RequestReport]:
+        """Log probability of each of `prompt[start:]` given all before it; `start` >= 1."""
+
+    @abstractmethod
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Token ids; `special`: with the model's BOS and the like."""
+
+    @abstractmethod
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included."""
+
+    @abstractmethod
+    def render_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The prompt text for chat messages. Raises InvalidRequestError where the model cannot take them."""
+
+    def close(self) -> None:  # noqa: B027  (most have nothing to close)
+        """Let go of what the backend holds. Safe to call twice."""
+
+    def __enter__(self) -> Backend:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class TextBackend(Backend):
+    """A backend on a TextClient that was made on the language's loop."""
+
+    def __init__(self, client: TextClient) -> None:
+        self._client: TextClient | None = client
+
+    @property
+    def client(self) -> TextClient:
+        """Raises RequestCancelledError once closed."""
+        if self._client is None:
+            raise RequestCancelledError("the backend is closed; make a new one")
+        return self._client
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model and the limits of the engine."""
+        return self.client.info
+
+    def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
+        return self.client.stream(request)
+
+    async def score(
+        self, prompt: Sequence[int], start: int, *, slo: SLO | None = None, program: str = ""
+    ) -> tuple[list[TokenLogprob], RequestReport]:
+        return await self.client.score(prompt, start, slo=slo, program=program)
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        return self.client.tokenizer.encode(text, special=special)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.client.tokenizer.decode(token_ids, skip_special=False)
+
+    def render_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        return self.client.tokenizer.render_chat(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+
+    def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            language_loop().run(client.close())
+
+
+class RuntimeEndpoint(TextBackend):
+    """A running engine, by its address (ipc://PATH or tcp://HOST:PORT)."""
+
+    def __init__(self, address: str, *, timeout: float = 10.0) -> None:
+        """Connect within `timeout` seconds. Raises EngineUnavailableError, InvalidRequestError, ModelLoadError."""
+        self.address = address
+        super().__init__(language_loop().run(_connect(address, timeout)))
+
+    @property
+    def endpoint(self) -> RuntimeEndpoint:
+        """Itself, where a program written for SGLang asks a Runtime for its endpoint."""
+        return self
+
+
+async def _connect(address: str, timeout: float) -> TextClient:
+    client = await AsyncEngineClient.connect(address, name="language", timeout=timeout)
+    try:
+        # Loading takes seconds; programs that run meanwhile must not be made late by it.
+        return TextClient(client, await asyncio.to_thread(Tokenizer, client.info.path))
+    except BaseException:
+        await client.close()
+        raise
+
+
+class Runtime(RuntimeEndpoint):
+    """An engine process of our own. `close` ends it; so does leaving the `with` block or the interpreter.
+
+        with Runtime(model="embedded", kv_tokens=4096) as backend: ...
+
+    Takes the fields of EngineConfig; `model_path` is another name for `model`. Raises like `launch_engine`.
+    """
+
+    def __init__(
+        self,
+        model: str = EMBEDDED,
+        *,
+        model_path: str | None = None,
+        on_progress: Progress | None = None,
+        **config: Any,
+    ) -> None:
+        self._engine: EngineProcess | None = None
+        try:
+            settings = EngineConfig(model=model_path or model, **config)
+        except TypeError as error:
+            raise InvalidRequestError(f"{error}; Runtime takes {', '.join(EngineConfig.__struct_fields__)}") from None
+        self._engine = launch_engine(settings, on_progress=on_progress)
+        try:
+            super().__init__(self._engine.address)
+        except BaseException:
+            self._engine.close()
+            raise
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine; None once closed."""
+        return self._engine.pid if self._engine is not None else None
+
+    def close(self) -> None:
+        super().close()
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    def shutdown(self) -> None:
+        """Same as `close`."""
+        self.close()
+
+
+_default: Backend | None = None
+
+
+def set_default_backend(backend: Backend | None) -> None:
+    """Programs run on `backend` unless told otherwise. None: there is no default again."""
+    global _default
+    if backend is not None and not isinstance(backend, Backend):
+        raise InvalidRequestError(f"{backend!r} is not a backend; give a Runtime or a RuntimeEndpoint")
+    _default = backend
+
+
+def resolve_backend(backend: Backend | None) -> Backend:
+    """`backend`, or the default one. Raises InvalidRequestError where there is neither."""
+    chosen = backend if backend is not None else _default
+    if chosen is None:
+        raise InvalidRequestError(
+            "there is no backend to run on: pass backend=..., call set_default_backend(Runtime()), "
+            "or run inside `with default_backend():`"
+        )
+    if not isinstance(chosen, Backend):
+        raise InvalidRequestError(f"backend={chosen!r} is not a backend; give a Runtime or a RuntimeEndpoint")
+    return chosen
+
+
+@contextlib.contextmanager
+def default_backend() -> Iterator[Backend]:
+    """The default backend if there is one, as under `superinfer run FILE`; else an embedded engine for this block."""
+    if _default is not None:
+        yield _default
+        return
+    with Runtime() as runtime:
+        set_default_backend(runtime)
+        try:
+            yield runtime
+        finally:
+            set_default_backend(None)

@@ -1,0 +1,231 @@
+"""One model call: what is asked of the backend for a `gen` or a `select`, and what its answer becomes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from superinfer.errors import InvalidRequestError, OutputError
+from superinfer.lang.backend import Backend
+from superinfer.lang.choices import TokenScore, mean
+from superinfer.lang.ir import Gen, Select
+from superinfer.lang.prompt import Prompt
+from superinfer.lang.report import CallWatch
+from superinfer.lang.sampling import Sampling
+from superinfer.runtime.protocol import RequestReport, TokenLogprob
+from superinfer.runtime.slo import SLO
+from superinfer.runtime.text import TextDelta, TextRequest, TextResult
+
+_NUMBERS = {"int": re.compile(r"\s*([-+]?\d+)"), "float": re.compile(r"\s*([-+]?(?:\d+\.\d*|\.?\d+)(?:[eE][-+]?\d+)?)")}
+_MORE_NUMBER = {"int": re.compile(r"\d*\Z"), "float": re.compile(r"[\d.eE+-]*\Z")}
+
+# Called with new text of the first continuation and what is known of the call so far.
+Emit = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a call made: `value` goes to the variable, `rest` (what was not emitted yet) to the text."""
+
+    value: str | list[str]
+    rest: str
+    meta: Any
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a call is made, and for whom."""
+
+    backend: Backend
+    prompt: Prompt
+    slo: SLO | None
+    program: str
+    watch: CallWatch
+
+
+def spent(gen: Gen | Select) -> Answer:
+    """The answer of a call that was not sent, nothing of the program's time being left."""
+    n = (gen.sampling.n or 1) if isinstance(gen, Gen) else 1
+    return _answer(
+        [TextResult(index, finish_reason="deadline") for index in range(n)], ["" for _ in range(n)], "", None
+    )
+
+
+async def generate(context: Context, gen: Gen, sampling: Sampling, emit: Emit) -> Answer:
+    """Generate. Raises like TextClient.stream, and OutputError for a `dtype` that the text is not of."""
+    request = TextRequest(
+        prompt=context.prompt.text,
+        sampling=sampling.params(),
+        stop=sampling.stop_strings,
+        slo=context.slo,
+        program=context.program,
+        add_special=context.prompt.add_special,
+    )
+    results = [TextResult(index) for index in range(request.sampling.n)]
+    async with contextlib.aclosing(context.backend.stream(request)) as deltas:
+        async for delta in deltas:
+            results[delta.index].add(delta)
+            _watch(context.watch, delta)
+            if gen.number is None:
+                if delta.index == 0:
+                    emit(delta.text, _meta(results[0], context.backend, sampling))
+            elif all(_has_ended(gen.number, result) for result in results):
+                break  # the rest would be thrown away: leaving cancels it
+    for result in results:
+        if result.finish_reason is None:  # cut short just now
+            result.finish_reason = "stop"
+            context.watch.finished(result.index, None)
+    texts = [result.text if gen.number is None else _number(gen, result) for result in results]
+    return _answer(results, texts, texts[0] if gen.number is not None else "", context.backend, sampling)
+
+
+def _watch(watch: CallWatch, delta: TextDelta) -> None:
+    watch.tokens(delta.index, len(delta.token_ids))
+    if delta.finish_reason is not None:
+        watch.finished(delta.index, delta.report)
+
+
+def _has_ended(number: str, result: TextResult) -> bool:
+    """Whether the text holds a number that cannot go on."""
+    if result.finish_reason is not None:
+        return True
+    found = _NUMBERS[number].match(result.text)
+    return found is not None and not _MORE_NUMBER[number].match(result.text, found.end())
+
+
+def _number(gen: Gen, result: TextResult) -> str:
+    assert gen.number is not None
+    found = _NUMBERS[gen.number].match(result.text)
+    if found is None:
+        if result.finish_reason == "deadline":
+            return ""
+        raise OutputError(f"gen({gen.name!r}, dtype={gen.number}) got {result.text!r:.80}, which begins with none")
+    return found.group(1)
+
+
+def _answer(
+    results: list[TextResult], texts: list[str], rest: str, backend: Backend | None, sampling: Sampling | None = None
+) -> Answer:
+    metas = [_meta(result, backend, sampling or Sampling()) for result in results]
+    reasons = {result.finish_reason for result in results}
+    reason = "deadline" if "deadline" in reasons else results[0].finish_reason
+    if len(results) == 1:
+        return Answer(texts[0], rest, metas[0], reason)
+    return Answer(texts, rest, metas, reason)
+
+
+def _meta(result: TextResult, backend: Backend | None, sampling: Sampling) -> dict[str, Any]:
+    report = result.report
+    meta: dict[str, Any] = {
+        "finish_reason": result.finish_reason,
+        "stop": result.stop,
+        "completion_tokens": len(result.token_ids),
+        "prompt_tokens": report.prompt_tokens if report else None,
+        "cached_tokens": report.cached_tokens if report else None,
+        "logprobs": result.logprobs,
+        "report": report,
+    }
+    if result.logprobs is not None and backend is not None:
+        text = backend.decode if sampling.return_text_in_logprobs else None
+        meta["output_token_logprobs"] = _scores(result.logprobs, text)
+        meta["output_top_logprobs"] = [
+            [(logprob, token_id, text([token_id]) if text else None) for token_id, logprob in item.top]
+            for item in result.logprobs
+        ]
+    return meta
+
+
+def _scores(items: Sequence[TokenLogprob], text: Callable[[Sequence[int]], str] | None) -> list[TokenScore]:
+    return [(item.logprob, item.token_id, text([item.token_id]) if text else None) for item in items]
+
+
+@dataclass
+class _Scored:
+    """The choices' tokens from the border on, and their log probabilities."""
+
+    with_prompt: list[list[TokenScore]] = field(default_factory=list)
+    alone: list[list[TokenScore]] | None = None
+    reports: list[RequestReport] = field(default_factory=list)
+
+
+async def choose(context: Context, select: Select) -> Answer:
+    """Score all choices at once and decide. Raises like TextClient.score."""
+    scored = await _score_choices(context, select)
+    normalized = [mean([score[0] or 0.0 for score in scores]) for scores in scored.with_prompt]
+    decision = select.method(
+        choices=select.choices,
+        normalized_prompt_logprobs=normalized,
+        input_token_logprobs=scored.with_prompt,
+        output_token_logprobs=[[] for _ in select.choices],
+        unconditional_token_logprobs=scored.alone,
+    )
+    slowest = max(scored.reports, key=lambda report: report.e2e_s)
+    context.watch.finished(0, slowest)
+    meta = {
+        "finish_reason": "scored",
+        "prompt_tokens": max(report.prompt_tokens for report in scored.reports),
+        "completion_tokens": 0,
+        "cached_tokens": max(report.cached_tokens for report in scored.reports),
+        "normalized_prompt_logprobs": normalized,
+        "input_token_logprobs": scored.with_prompt,
+        "unconditional_token_logprobs": scored.alone,
+        "report": slowest,
+        **decision.meta_info,
+    }
+    return Answer(decision.decision, decision.decision, meta, "scored")
+
+
+async def _score_choices(context: Context, select: Select) -> _Scored:
+    tokens, start = _at_border(context, select.choices)
+    backend, decode = context.backend, context.backend.decode
+    asks = [(ids, start) for ids in tokens]
+    if select.method.requires_unconditional_logprobs:
+        asks += [(ids[start:], 1) for ids in tokens if len(ids) - start > 1]
+    tasks = [
+        asyncio.ensure_future(backend.score(ids, at, slo=context.slo, program=context.program)) for ids, at in asks
+    ]
+    try:
+        answers = await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:  # one that failed makes the others useless
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+    scored = _Scored([_scores(items, lambda ids: decode(ids)) for items, _ in answers[: len(tokens)]])
+    scored.reports = [report for _, report in answers]
+    if select.method.requires_unconditional_logprobs:
+        rest = iter(answers[len(tokens) :])
+        scored.alone = []
+        for ids in tokens:
+            first: list[TokenScore] = [(None, ids[start], decode([ids[start]]))]
+            scored.alone.append(first + (_scores(next(rest)[0], decode) if len(ids) - start > 1 else []))
+    return scored
+
+
+def _at_border(context: Context, choices: Sequence[str]) -> tuple[list[list[int]], int]:
+    """Token ids of the prompt with each choice, and the position from which they are compared.
+
+    A tokenizer may merge the end of the prompt with the beginning of a choice. All choices are scored from the last
+    token border that they share with the prompt alone, so that the same text is weighed in each.
+    """
+    text, special = context.prompt.text, context.prompt.add_special
+    prompt = context.backend.encode(text, special=special)
+    tokens = [context.backend.encode(text + choice, special=special) for choice in choices]
+    start = min(_common(prompt, ids) for ids in tokens)
+    start = min(start, *(len(ids) - 1 for ids in tokens))  # a choice that ends inside a merged token is one token
+    if start < 1:
+        raise InvalidRequestError("select() stands at the very beginning; give the model some text to choose by")
+    return tokens, start
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

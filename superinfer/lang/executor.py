@@ -1,0 +1,381 @@
+"""Runs the expressions of one state in order, as a task on the language's loop.
+
+Programs submit from their own thread or loop and never wait for it; everything a state holds changes on the language's
+loop only. A fork is a step too: children begin from what their parent has said when the step's turn comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from superinfer.errors import DeadlineMissedError, InvalidRequestError, RequestCancelledError
+from superinfer.lang import calls
+from superinfer.lang.backend import Backend
+from superinfer.lang.ir import (
+    Expr,
+    Gen,
+    RoleBegin,
+    RoleEnd,
+    Select,
+    Text,
+    Tools,
+    VarScopeBegin,
+    VarScopeEnd,
+    leaves,
+)
+from superinfer.lang.loop import language_loop, on_language_loop
+from superinfer.lang.promise import Promise, Promises
+from superinfer.lang.prompt import Transcript
+from superinfer.lang.report import CallWatch, Ledger
+from superinfer.lang.sampling import Sampling
+from superinfer.lang.variable import Feed, Variable, new_future
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """An expression to execute, the variable it fills if it fills one, and the promises in force where it stands."""
+
+    expr: Expr
+    variable: Variable | None
+    promises: Promises
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Compute something from the state when its turn comes, even after a failure."""
+
+    compute: Callable[[], Any]
+    answer: concurrent.futures.Future[Any]
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Let children begin from here."""
+
+    children: tuple[StreamExecutor, ...]
+
+
+@dataclass(frozen=True)
+class Append:
+    """Append what children, all of them idle, have said since they were forked."""
+
+    children: tuple[StreamExecutor, ...]
+
+
+@dataclass(frozen=True)
+class OpenScope:
+    """A variable scope that has begun: where in the text, and what it will fill."""
+
+    name: str
+    start: int
+    variable: Variable
+
+
+class Run:
+    """One run of a program: what its state and all forks of it have in common."""
+
+    def __init__(self, backend: Backend, sampling: Sampling, ledger: Ledger, *, is_async: bool, stream: bool) -> None:
+        self.id = uuid.uuid4().hex
+        self.backend = backend
+        self.sampling = sampling
+        self.ledger = ledger
+        self.is_async = is_async
+        self.stream = stream
+        self.clock = time.monotonic
+        self.task: asyncio.Task[Any] | None = None  # of a program that runs in the background on the language's loop
+        self.executors: list[StreamExecutor] = []
+        self.root = StreamExecutor(self, Transcript(backend.render_chat))
+        self.root.start()
+
+    def abort(self, error: BaseException) -> None:
+        """Fail every state that is not failed yet and cancel its calls. From any thread."""
+        for executor in list(self.executors):
+            executor.fail(error)
+
+    def cancel(self) -> None:
+        """Give the program up: its requests are cancelled on the engine."""
+        self.abort(RequestCancelledError(f"program {self.ledger.name} was cancelled"))
+        if self.task is not None:
+            self.root.loop.call_soon_threadsafe(self.task.cancel)
+
+    def end(self) -> None:
+        """The program has ended. From any thread."""
+        self.ledger.ended = self.clock()
+        for executor in list(self.executors):
+            executor.loop.call_soon_threadsafe(executor.end)
+
+
+class StreamExecutor:
+    """The engine room of one ProgramState."""
+
+    def __init__(self, run: Run, transcript: Transcript, path: tuple[str, ...] = ()) -> None:
+        self.run = run
+        self.loop = language_loop().loop
+        self.transcript = transcript
+        self.path = path
+        self.variables: dict[str, Variable] = {}
+        self.error: BaseException | None = None
+        self.text_feed = Feed()
+        self.fork_mark = (0, 0)
+        self._begun = False
+        self._ended = False
+        self._steps: deque[Step | Ask | Fork | Append] = deque()  # the first is the one being executed
+        self._task: asyncio.Task[None] | None = None
+        self._scopes: list[OpenScope] = []
+        self._published = 0
+        self._expected: dict[str, Variable] = {}
+        self._lock = threading.Lock()
+        run.executors.append(self)
+
+    # ------------------------------------------------------------------ from any thread
+
+    def start(self) -> None:
+        """Execute what is submitted; for a state that is no fork."""
+        self._begun = True
+
+    def submit(self, expr: Expr, promises: Promises) -> None:
+        """Queue an expression. The variables it will fill exist from now on."""
+        self._put(*(Step(leaf, self._declare(leaf), promises) for leaf in leaves(expr)))
+
+    def fork(self, names: Sequence[str]) -> tuple[StreamExecutor, ...]:
+        """Queue a fork. Children may be used at once; they begin when their parent has come here."""
+        children = tuple(
+            StreamExecutor(self.run, Transcript(self.run.backend.render_chat), (*self.path, name)) for name in names
+        )
+        for child in children:
+            child.variables = dict(self.variables)
+        self._put(Fork(children))
+        return children
+
+    def append(self, children: tuple[StreamExecutor, ...]) -> None:
+        """Queue an append of what `children` have said. They must be idle."""
+        self._put(Append(children))
+
+    def ask(self, compute: Callable[[], T]) -> concurrent.futures.Future[T]:
+        """The result of `compute` once all that was submitted before is done."""
+        answer: concurrent.futures.Future[T] = new_future()
+        if self.idle:  # nothing can change it meanwhile
+            _compute(compute, answer)
+        else:
+            self._put(Ask(compute, answer))
+        return answer
+
+    @property
+    def idle(self) -> bool:
+        """Whether all that was submitted is done."""
+        return not self._steps
+
+    def expect(self, name: str) -> Variable:
+        """The variable `name`, perhaps before the program has come to it."""
+        with self._lock:
+            variable = self.variables.get(name) or self._expected.get(name)
+            if variable is None:
+                variable = self._expected[name] = Variable()
+                if self._ended:
+                    self.loop.call_soon_threadsafe(variable.never, name, self.error)
+            return variable
+
+    def _declare(self, expr: Expr) -> Variable | None:
+        if not isinstance(expr, (Gen, Select, VarScopeBegin)):
+            return None
+        if expr.name is None:
+            return Variable()
+        with self._lock:
+            variable = self._expected.pop(expr.name) if expr.name in self._expected else Variable()
+            self.variables[expr.name] = variable
+            return variable
+
+    def fail(self, error: BaseException) -> None:
+        """Execute nothing more, cancel what runs; what waits gets `error`. The first failure stands."""
+        with self._lock:
+            if self._ended or self.error is not None:
+                return
+            self.error = error
+        self.loop.call_soon_threadsafe(self._stop)
+
+    def _put(self, *steps: Step | Ask | Fork | Append) -> None:
+        self._steps.extend(steps)
+        if on_language_loop():
+            self._wake()
+        else:
+            self.loop.call_soon_threadsafe(self._wake)
+
+    # ------------------------------------------------------------------ on the language's loop
+
+    def begin(self, transcript: Transcript) -> None:
+        """A fork starts from what its parent has said."""
+        self.transcript = transcript
+        self.fork_mark = transcript.mark()
+        self._begun = True
+        self._wake()
+
+    def _stop(self) -> None:
+        self._begun = True
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+        self.loop.call_soon(self._wake)  # a task cancelled before its first turn has drained nothing
+
+    def end(self) -> None:
+        """The program has ended: readers of text that will not come are let go."""
+        with self._lock:
+            self._ended = True
+        for name, variable in self._expected.items():
+            variable.never(name, self.error)
+        if self.run.stream:
+            self._publish()
+            self.text_feed.close(self.error)
+
+    def _wake(self) -> None:
+        if self._begun and not self.idle and (self._task is None or self._task.done()):
+            self._task = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        while self._steps:
+            step = self._steps[0]
+            if isinstance(step, Ask):
+                self._steps.popleft()  # first: whoever is answered may rely on our being idle
+                _compute(step.compute, step.answer)
+                continue
+            try:
+                await self._execute(step)
+            except asyncio.CancelledError:
+                # `fail` has set the error and cancelled us; else the loop itself is closing.
+                self.error = self.error or RequestCancelledError("the event loop was closed")
+            except Exception as error:
+                logger.debug("state %s of %s failed", "/".join(self.path), self.run.ledger.name, exc_info=error)
+                self.error = self.error or error
+            if self.error is not None:
+                self._give_up(step)
+            self._steps.popleft()
+
+    def _give_up(self, step: Step | Fork | Append) -> None:
+        assert self.error is not None
+        for scope in self._scopes:
+            scope.variable.fail(self.error)
+        if isinstance(step, Step):
+            if step.variable is not None:
+                step.variable.fail(self.error)
+        elif isinstance(step, Fork):
+            for child in step.children:
+                child.fail(self.error)
+
+    async def _execute(self, step: Step | Fork | Append) -> None:
+        if self.error is not None:
+            return
+        if isinstance(step, Fork):
+            for child in step.children:
+                child.begin(self.transcript.copy())
+            return
+        if isinstance(step, Append):
+            for child in step.children:
+                self.transcript.append(child.transcript, child.fork_mark)
+        else:
+            await self._evaluate(step)
+        if self.run.stream:
+            self._publish()
+
+    async def _evaluate(self, step: Step) -> None:
+        match step.expr:
+            case Text(value=value):
+                self.transcript.add(value)
+            case RoleBegin(role=role):
+                self.transcript.begin(role)
+            case RoleEnd(role=role):
+                self.transcript.end(role)
+            case Tools(schemas=schemas):
+                self.transcript.tools = schemas
+            case VarScopeBegin(name=name):
+                assert step.variable is not None
+                self._scopes.append(OpenScope(name, len(self.transcript.text()), step.variable))
+            case VarScopeEnd(name=name):
+                if not self._scopes or self._scopes[-1].name != name:
+                    raise InvalidRequestError(f"variable scope {name!r} ends, but it is not the innermost open one")
+                scope = self._scopes.pop()
+                scope.variable.set(self.transcript.text()[scope.start :])
+            case Gen() | Select() as expr:
+                assert step.variable is not None
+                await self._call(expr, step.variable, step.promises)
+            case other:
+                raise InvalidRequestError(f"cannot execute {other!r}")
+
+    async def _call(self, expr: Gen | Select, variable: Variable, promises: Promises) -> None:
+        prompt = self.transcript.prompt()
+        watch = CallWatch(
+            expr.name or ("gen" if isinstance(expr, Gen) else "select"),
+            (*self.path, *(scope.name for scope in self._scopes)),
+            None,
+        )
+        promise = promises.for_call(expr.slo, self.run.clock())
+        watch.slo = promise.slo
+        context = calls.Context(self.run.backend, prompt, promise.slo, self.run.id, watch)
+        rows = self.run.ledger.rows
+        try:
+            answer = await self._answer(context, expr, promise, variable)
+        except BaseException as error:
+            told = self.error if isinstance(error, asyncio.CancelledError) and self.error is not None else error
+            rows.append(watch.report(error=told, why="budget" if promise.spent else ""))
+            raise
+        rows.append(watch.report(answer.finish_reason, why="budget" if promise.spent else ""))
+        self._say(answer.rest, answer.meta, variable)
+        variable.set(answer.value, answer.meta)
+
+    async def _answer(
+        self, context: calls.Context, expr: Gen | Select, promise: Promise, variable: Variable
+    ) -> calls.Answer:
+        on_miss = promise.slo.on_miss if promise.slo is not None else "finish"
+        if promise.spent and on_miss == "truncate":
+            return calls.spent(expr)
+        if promise.spent and on_miss == "raise":
+            raise DeadlineMissedError(
+                f"program {self.run.ledger.name} had no time left for call {context.watch.call!r}: its deadline of "
+                f"{self.run.ledger.deadline} s has passed"
+            )
+        if isinstance(expr, Gen):
+            sampling = expr.sampling.over(self.run.sampling)
+            return await calls.generate(context, expr, sampling, lambda text, meta: self._say(text, meta, variable))
+        try:
+            return await calls.choose(context, expr)
+        except DeadlineMissedError:
+            if on_miss != "truncate":
+                raise
+            return calls.spent(expr)
+
+    def _say(self, text: str, meta: Any, variable: Variable) -> None:
+        """The model's new text, to the transcript and to whoever reads along."""
+        variable.meta = meta
+        if not text:
+            return
+        self.transcript.add(text)
+        variable.feed.push(text, meta)
+        if self.run.stream:
+            self.text_feed.push(text)
+            self._published += len(text)
+
+    def _publish(self) -> None:
+        """Bring the feed of the whole text up to date."""
+        try:
+            text = self.transcript.text()
+        except InvalidRequestError:
+            return  # the template cannot show this yet, a system message alone perhaps; the next step tries again
+        if len(text) > self._published:
+            self.text_feed.push(text[self._published :])
+        self._published = len(text)
+
+
+def _compute(compute: Callable[[], Any], answer: concurrent.futures.Future[Any]) -> None:
+    try:
+        answer.set_result(compute())
+    except BaseException as error:
+        answer.set_exception(error)

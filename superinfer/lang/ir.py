@@ -1,0 +1,116 @@
+"""Expressions: what `s += ...` appends. Immutable; one expression may be appended to many states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from superinfer.errors import InvalidRequestError
+from superinfer.lang.choices import ChoicesSamplingMethod
+from superinfer.lang.sampling import Sampling
+from superinfer.runtime.slo import SLO
+
+REGEX_INT = r"[-+]?[0-9]+[ \n]*"
+REGEX_FLOAT = r"[-+]?[0-9]*\.?[0-9]+[ \n]*"
+REGEX_BOOL = r"(True|False)"
+REGEX_STR = r"\"[\w\d\s]*\""
+
+Number = Literal["int", "float"]
+
+
+class Expr:
+    """Base of all expressions. `+` joins two, or one and a text."""
+
+    def __add__(self, other: object) -> Expr:
+        return ExprList((*leaves(self), *leaves(to_expr(other))))
+
+    def __radd__(self, other: object) -> Expr:
+        return ExprList((*leaves(to_expr(other)), *leaves(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class ExprList(Expr):
+    """Expressions one after the other."""
+
+    exprs: tuple[Expr, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Text(Expr):
+    """Constant text."""
+
+    value: str
+
+
+@dataclass(frozen=True, eq=False)
+class Gen(Expr):
+    """One generation. `number`: cut the text after the first number of that kind."""
+
+    name: str | None
+    sampling: Sampling
+    number: Number | None = None
+    slo: SLO | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Select(Expr):
+    """The most likely of `choices`."""
+
+    name: str | None
+    choices: tuple[str, ...]
+    method: ChoicesSamplingMethod
+    slo: SLO | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RoleBegin(Expr):
+    """Opens a message of `role`."""
+
+    role: str
+
+
+@dataclass(frozen=True, eq=False)
+class RoleEnd(Expr):
+    """Closes the open message, which must be of `role`."""
+
+    role: str
+
+
+@dataclass(frozen=True, eq=False)
+class VarScopeBegin(Expr):
+    """From here on text is also collected in variable `name`."""
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class VarScopeEnd(Expr):
+    """Ends the innermost scope, which must be `name`."""
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Tools(Expr):
+    """The tools that the chat template shows the model, as JSON schemas; replaces those set before."""
+
+    schemas: tuple[dict[str, Any], ...]
+
+
+def to_expr(value: object) -> Expr:
+    """Raises InvalidRequestError for what is neither text nor an expression."""
+    if isinstance(value, Expr):
+        return value
+    if isinstance(value, str):
+        return Text(value)
+    raise InvalidRequestError(f"cannot append {value!r:.80} ({type(value).__name__}); give text or an expression")
+
+
+def leaves(expr: Expr) -> Iterator[Expr]:
+    """The expressions in order, lists flattened."""
+    if isinstance(expr, ExprList):
+        for inner in expr.exprs:
+            yield from leaves(inner)
+    else:
+        yield expr

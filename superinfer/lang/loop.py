@@ -1,0 +1,29 @@
+"""The one event loop on which all programs of this process make their calls."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+from superinfer.runtime.loop_thread import LoopThread
+
+_lock = threading.Lock()
+_loop: LoopThread | None = None
+
+
+def language_loop() -> LoopThread:
+    """The loop, started on first use; its thread is a daemon and lives as long as the process."""
+    global _loop
+    with _lock:
+        if _loop is None:
+            _loop = LoopThread("superinfer-lang")
+        return _loop
+
+
+def on_language_loop() -> bool:
+    """Whether the caller runs on that loop, where waiting for a call would wait for itself."""
+    try:
+        running = asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return _loop is not None and running is _loop.loop

@@ -1,0 +1,376 @@
+"""`@function`: programs, and the ways to run one or many."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import inspect
+import os
+import threading
+import time
+import warnings
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, overload
+
+from superinfer.errors import InvalidRequestError, UnsupportedError
+from superinfer.lang.backend import resolve_backend
+from superinfer.lang.executor import Run
+from superinfer.lang.loop import language_loop
+from superinfer.lang.options import RUN_OPTIONS, RunOptions
+from superinfer.lang.promise import Promises, check_deadline, check_slo
+from superinfer.lang.report import Ledger
+from superinfer.lang.state import ProgramState, inside_run
+from superinfer.runtime.slo import SLO
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Function:
+    """A program. `run`, `run_batch` and their asynchronous twins take the program's arguments by position or name,
+    and by name also (see RunOptions): max_new_tokens (128), temperature (1.0), stop and the other sampling arguments
+    of `gen`, which hold where a `gen` says nothing; `backend`; `deadline`; `slo`.
+    """
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        *,
+        deadline: float | None = None,
+        slo: SLO | None = None,
+        bound: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Raises InvalidRequestError for a function without a state argument, or with one named like a run option."""
+        self.func = func
+        self.name = getattr(func, "__name__", repr(func))
+        self.__name__, self.__doc__ = self.name, func.__doc__
+        self.deadline = check_deadline(deadline)
+        self.slo = check_slo(slo)
+        self.bound = dict(bound or {})
+        self.is_async = inspect.iscoroutinefunction(func)
+        self._signature = inspect.signature(func)
+        parameters = list(self._signature.parameters)
+        if not parameters:
+            raise InvalidRequestError(f"program {self.name} takes no argument; its first one is the state, `s`")
+        self.arg_names = parameters[1:]
+        for name in self.arg_names:
+            if name in RUN_OPTIONS:
+                raise InvalidRequestError(f"argument {name!r} of program {self.name} is an option of run(); rename it")
+
+    def bind(self, **arguments: Any) -> Function:
+        """This program with some arguments given. Raises InvalidRequestError for one that it does not have."""
+        for name in arguments:
+            if name not in self.arg_names:
+                raise InvalidRequestError(f"program {self.name} has no argument {name!r}; it has {self.arg_names}")
+        return Function(self.func, deadline=self.deadline, slo=self.slo, bound={**self.bound, **arguments})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`run`; inside another program, with its state as first argument, the same state is continued."""
+        if not (args and isinstance(args[0], ProgramState)):
+            return self.run(*args, **kwargs)
+        state, *rest = args
+        if self.is_async:
+            return self._acontinue(state, rest, kwargs)
+        with state.slo(self.slo, deadline=self.deadline):
+            return self.func(state, *rest, **{**self.bound, **kwargs})
+
+    async def _acontinue(self, state: ProgramState, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        with state.slo(self.slo, deadline=self.deadline):
+            return await self.func(state, *args, **{**self.bound, **kwargs})
+
+    # ------------------------------------------------------------------ one run
+
+    def run(self, *args: Any, stream: bool = False, **kwargs: Any) -> ProgramState:
+        """Run to the end; with stream=True return at once, to read with `text_iter` or `text_async_iter`.
+
+        Raises what the program raises. A call that fails raises where its variable is read; one that is never read
+        leaves its error in `state.error()` and a warning.
+        """
+        options = RunOptions.take(kwargs)
+        arguments = self._arguments(args, kwargs)
+        state = self._new_state(options, stream=stream)
+        if stream:
+            self._start(state, arguments)
+            return state
+        if self.is_async:
+            language_loop().run(self._abody(state, arguments))
+        else:
+            self._body(state, arguments)
+        _warn_of_error(self.name, state)
+        return state
+
+    async def arun(self, *args: Any, **kwargs: Any) -> ProgramState:
+        """Async twin of `run`, on the caller's loop; a program that is no `async def` gets a thread. Cancelling the
+        task that awaits this cancels the program's requests."""
+        options = RunOptions.take(kwargs)
+        state = self._new_state(options)
+        await self._arun(state, self._arguments(args, kwargs))
+        _warn_of_error(self.name, state)
+        return state
+
+    async def astream(self, *args: Any, var_name: str | None = None, **kwargs: Any) -> AsyncIterator[str]:
+        """Run, and yield the text as it comes: a variable's, or all of it. Closing the iterator cancels the program.
+
+        Raises what makes the program fail.
+        """
+        options = RunOptions.take(kwargs)
+        state = self._new_state(options, stream=True)
+        self._start(state, self._arguments(args, kwargs))
+        chunks = state.text_async_iter(var_name)
+        async with contextlib.aclosing(chunks):  # type: ignore[type-var]
+            async for chunk in chunks:
+                yield chunk
+
+    def _arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
+        """Raises InvalidRequestError for arguments that the program does not take."""
+        named = {**self.bound, **kwargs}
+        try:
+            self._signature.bind(None, *args, **named)
+        except TypeError as error:
+            raise InvalidRequestError(f"program {self.name}: {error}; it takes ({', '.join(self.arg_names)})") from None
+        return tuple(args), named
+
+    def _new_state(self, options: RunOptions, *, stream: bool = False) -> ProgramState:
+        promises = Promises()
+        now = time.monotonic()
+        for slo, deadline in ((self.slo, self.deadline), (options.slo, options.deadline)):
+            promises = promises.within(slo, deadline, now=now)
+        deadlines = [d for d in (self.deadline, options.deadline) if d is not None]
+        run = Run(
+            resolve_backend(options.backend),
+            options.sampling,
+            Ledger(self.name, min(deadlines, default=None)),
+            is_async=self.is_async,
+            stream=stream,
+        )
+        return ProgramState(run.root, promises)
+
+    def _body(self, state: ProgramState, arguments: Arguments) -> None:
+        """Run a program that is no `async def` on this thread, to the end of its calls."""
+        run = state.stream_executor.run
+        token = inside_run.set(run)
+        try:
+            state.ret_value = self.func(state, *arguments[0], **arguments[1])
+            for executor in run.executors:  # forks are appended while we wait
+                executor.ask(lambda: None).result()
+        except BaseException as error:
+            run.abort(error)
+            raise
+        finally:
+            inside_run.reset(token)
+            run.end()
+
+    async def _abody(self, state: ProgramState, arguments: Arguments) -> None:
+        """Run an `async def` program on this loop, to the end of its calls."""
+        run = state.stream_executor.run
+        token = inside_run.set(run)
+        try:
+            state.ret_value = await self.func(state, *arguments[0], **arguments[1])
+            for executor in run.executors:
+                await asyncio.wrap_future(executor.ask(lambda: None))
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                run.cancel()
+            else:
+                run.abort(error)
+            raise
+        finally:
+            inside_run.reset(token)
+            run.end()
+
+    async def _arun(self, state: ProgramState, arguments: Arguments) -> None:
+        if self.is_async:
+            await self._abody(state, arguments)
+            return
+        try:
+            await asyncio.get_running_loop().run_in_executor(_threads(), self._body, state, arguments)
+        except asyncio.CancelledError:
+            state.stream_executor.run.cancel()  # the thread ends when the program next reads
+            raise
+
+    def _start(self, state: ProgramState, arguments: Arguments) -> None:
+        """Run in the background; errors stay in the state."""
+        if self.is_async:
+            language_loop().loop.call_soon_threadsafe(self._start_task, state, arguments)
+        else:
+            threading.Thread(
+                target=self._body_quietly, args=(state, arguments), name=f"superinfer-{self.name}", daemon=True
+            ).start()
+
+    def _start_task(self, state: ProgramState, arguments: Arguments) -> None:
+        state.stream_executor.run.task = asyncio.get_running_loop().create_task(self._abody_quietly(state, arguments))
+
+    def _body_quietly(self, state: ProgramState, arguments: Arguments) -> ProgramState:
+        with contextlib.suppress(Exception):  # `_body` has put it into the state
+            self._body(state, arguments)
+        return state
+
+    async def _abody_quietly(self, state: ProgramState, arguments: Arguments) -> ProgramState:
+        with contextlib.suppress(Exception):
+            await self._arun(state, arguments)
+        return state
+
+    # ------------------------------------------------------------------ many runs
+
+    def run_batch(
+        self,
+        batch_kwargs: Sequence[Mapping[str, Any] | Sequence[Any]],
+        *,
+        num_threads: int | str = "auto",
+        progress_bar: bool = False,
+        generator_style: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Run once for each item, a dict or a tuple of arguments, and return the states in that order.
+
+        An item that fails keeps its error in its state (`error()`; reading a variable raises it) and harms no other.
+        num_threads: programs at a time, "auto" for at most 96 (for `async def` programs, which need no threads: all).
+        generator_style: an iterator that yields each state as soon as it and those before it are done.
+        Raises InvalidRequestError for arguments that the program does not take, before anything is run.
+        """
+        chosen = RunOptions.take(options)
+        items = self._items(batch_kwargs, options)
+        if num_threads != "auto" and (
+            isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1
+        ):
+            raise InvalidRequestError(f"num_threads={num_threads!r} must be 'auto' or an integer of at least 1")
+        states = self._batch(items, chosen, num_threads if isinstance(num_threads, int) else None)
+        if progress_bar:
+            from rich.progress import track
+
+            states = track(states, description=self.name, total=len(items))  # type: ignore[assignment]
+        return states if generator_style else list(states)
+
+    async def arun_batch(
+        self,
+        batch_kwargs: Sequence[Mapping[str, Any] | Sequence[Any]],
+        *,
+        concurrency: int | None = None,
+        **options: Any,
+    ) -> AsyncIterator[ProgramState]:
+        """Async twin of `run_batch(generator_style=True)`; at most `concurrency` programs at a time (None: all).
+
+        Closing the iterator cancels what has not finished.
+        """
+        chosen = RunOptions.take(options)
+        items = self._items(batch_kwargs, options)
+        limit = asyncio.Semaphore(concurrency or max(1, len(items)))
+        tasks = [asyncio.create_task(self._aitem(item, chosen, limit)) for item in items]
+        try:
+            for task in tasks:
+                yield await task
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _items(self, batch: Sequence[Any], rest: Mapping[str, Any]) -> list[Arguments]:
+        if rest:
+            raise InvalidRequestError(f"run_batch has no option {next(iter(rest))!r}; arguments belong into the items")
+        if isinstance(batch, (str, bytes, Mapping)) or not isinstance(batch, Sequence):
+            raise InvalidRequestError(
+                f"batch must be a list of dicts or tuples of arguments, not {type(batch).__name__}"
+            )
+        items = []
+        for i, item in enumerate(batch):
+            if isinstance(item, (str, bytes)) or not isinstance(item, (Mapping, Sequence)):
+                raise InvalidRequestError(f"item {i} of the batch is {item!r:.80}; give a dict or a tuple of arguments")
+            args, named = ((), item) if isinstance(item, Mapping) else (item, {})
+            try:
+                items.append(self._arguments(args, named))
+            except InvalidRequestError as error:
+                raise InvalidRequestError(f"item {i} of the batch: {error}") from None
+        return items
+
+    def _batch(self, items: list[Arguments], options: RunOptions, at_once: int | None) -> Iterator[ProgramState]:
+        pool = None if self.is_async else ThreadPoolExecutor(at_once or _auto_threads(), "superinfer-batch")
+        limit = asyncio.Semaphore(at_once or max(1, len(items)))
+        running: set[ProgramState] = set()
+        futures: list[concurrent.futures.Future[ProgramState]] = []
+        try:
+            for item in items:
+                if pool is not None:
+                    futures.append(pool.submit(self._item, item, options, running))
+                else:
+                    futures.append(language_loop().submit(self._aitem(item, options, limit)))
+            for future in futures:
+                yield future.result()
+        finally:  # all done, or the caller has gone: then nothing of it is wanted any more
+            for future in futures:
+                future.cancel()
+            for state in list(running):
+                state.stream_executor.run.cancel()
+            if pool is not None:
+                pool.shutdown(wait=False)
+
+    def _item(self, arguments: Arguments, options: RunOptions, running: set[ProgramState]) -> ProgramState:
+        state = self._new_state(options)
+        running.add(state)
+        try:
+            return self._body_quietly(state, arguments)
+        finally:
+            running.discard(state)
+
+    async def _aitem(self, arguments: Arguments, options: RunOptions, limit: asyncio.Semaphore) -> ProgramState:
+        async with limit:
+            return await self._abody_quietly(self._new_state(options), arguments)
+
+    def __repr__(self) -> str:
+        return f"<program {self.name}({', '.join(self.arg_names)})>"
+
+
+@overload
+def function(func: Callable[..., Any], /) -> Function: ...
+@overload
+def function(
+    func: None = None,
+    num_api_spec_tokens: int | None = None,
+    *,
+    deadline: float | None = None,
+    slo: SLO | None = None,
+) -> Callable[[Callable[..., Any]], Function]: ...
+def function(
+    func: Callable[..., Any] | None = None,
+    num_api_spec_tokens: int | None = None,
+    *,
+    deadline: float | None = None,
+    slo: SLO | None = None,
+) -> Any:
+    """Make a program of a function whose first argument is the state. Works with `def` and `async def`.
+
+    deadline: seconds that one run may take; each call is sent what is left of them.
+    slo: what each call of the program inherits.
+    """
+    if num_api_spec_tokens is not None:
+        raise UnsupportedError(f"num_api_spec_tokens={num_api_spec_tokens!r} is not supported; leave it out")
+
+    def decorate(func: Callable[..., Any]) -> Function:
+        return Function(func, deadline=deadline, slo=slo)
+
+    return decorate if func is None else decorate(func)
+
+
+def _warn_of_error(name: str, state: ProgramState) -> None:
+    error = state.stream_executor.error
+    if error is not None:
+        warnings.warn(
+            f"program {name} failed: {type(error).__name__}: {error} (see state.error())", RuntimeWarning, stacklevel=3
+        )
+
+
+def _auto_threads() -> int:
+    return min(96, 16 * (os.cpu_count() or 1) + 32)  # they wait for the engine nearly all the time
+
+
+_pool: ThreadPoolExecutor | None = None
+_pool_lock = threading.Lock()
+
+
+def _threads() -> ThreadPoolExecutor:
+    """Where `arun` runs programs that are no `async def`; apart from the default pool, which they could fill up."""
+    global _pool
+    with _pool_lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(96, "superinfer-program")
+        return _pool

@@ -1,0 +1,161 @@
+"""The transcript of a state: raw text and chat messages in order, and the prompt text they make.
+
+Messages are rendered by the model's own chat template. An answer is written straight after the template's generation
+prompt, so that what the model reads before its next token is what it wrote, to the character.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from superinfer.errors import InvalidRequestError
+
+_MARK = "\x02here\x03"  # stands for a message's content while its place in the template is looked for
+
+
+class RenderChat(Protocol):
+    """The part of Backend that a transcript needs."""
+
+    def __call__(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """A message, or raw text where `role` is None."""
+
+    role: str | None
+    content: str
+
+    @property
+    def message(self) -> dict[str, Any]:
+        return {"role": self.role, "content": self.content}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is given. `add_special`: whether the tokenizer adds its BOS; a chat template brings its own."""
+
+    text: str
+    add_special: bool
+
+
+class Transcript:
+    """All that was said in one state. The last part is open where `role` is not None."""
+
+    def __init__(self, render: RenderChat) -> None:
+        self._render = render
+        self._parts: list[Part] = []
+        self.tools: tuple[dict[str, Any], ...] = ()
+        self.role: str | None = None
+
+    def copy(self) -> Transcript:
+        """Equal and independent."""
+        twin = Transcript(self._render)
+        twin._parts, twin.tools, twin.role = list(self._parts), self.tools, self.role
+        return twin
+
+    def add(self, text: str) -> None:
+        """Append text: to the open message, else as raw text."""
+        if not text:
+            return
+        if self._parts and self._parts[-1].role == self.role:
+            self._parts[-1] = replace(self._parts[-1], content=self._parts[-1].content + text)
+        else:
+            self._parts.append(Part(None, text))
+
+    def begin(self, role: str) -> None:
+        """Open a message. Raises InvalidRequestError within an open one."""
+        if self.role is not None:
+            raise InvalidRequestError(f"role {role!r} begins inside role {self.role!r}; end that message first")
+        self.role = role
+        self._parts.append(Part(role, ""))
+
+    def end(self, role: str) -> None:
+        """Close the open message. Raises InvalidRequestError if that is not of `role`."""
+        if self.role != role:
+            raise InvalidRequestError(f"role {role!r} ends, but the open one is {self.role!r}")
+        self.role = None
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The closed messages, OpenAI style."""
+        return [part.message for part in self._closed() if part.role is not None]
+
+    def _closed(self) -> list[Part]:
+        return self._parts if self.role is None else self._parts[:-1]
+
+    def text(self) -> str:
+        """The whole prompt text. Raises InvalidRequestError where the chat template refuses."""
+        messages = self.messages()
+        chat = self._chat(messages)
+        pieces, at, seen = [], 0, 0
+        for part in self._closed():
+            if part.role is not None:
+                seen += 1
+                continue
+            cut = len(chat) if seen == len(messages) and self.role is None else self._place(messages[:seen], chat)
+            pieces += [chat[at:cut], part.content]
+            at = cut
+        pieces.append(chat[at:])
+        if self.role is not None:
+            pieces.append(self._parts[-1].content)
+        return "".join(pieces)
+
+    def prompt(self) -> Prompt:
+        """What to generate from. Raises like `text`."""
+        return Prompt(self.text(), add_special=not self._parts or self._parts[0].role is None)
+
+    def _chat(self, messages: list[dict[str, Any]]) -> str:
+        """The messages' text, up to where the content of the open one begins."""
+        if self.role == "assistant":
+            return self._render(messages, tools=self.tools, add_generation_prompt=True)
+        if self.role is not None:
+            marked = [*messages, {"role": self.role, "content": _MARK}]
+            whole = self._render(marked, tools=self.tools, add_generation_prompt=False)
+            if _MARK not in whole:
+                raise InvalidRequestError(f"the chat template of this model shows no messages of role {self.role!r}")
+            return whole[: whole.rindex(_MARK)]
+        return self._render(messages, tools=self.tools, add_generation_prompt=False) if messages else ""
+
+    def _place(self, before: list[dict[str, Any]], chat: str) -> int:
+        """Where in `chat` the messages `before` end."""
+        head = self._render(before, tools=self.tools, add_generation_prompt=False) if before else ""
+        if not chat.startswith(head):
+            raise InvalidRequestError(
+                "raw text stands between messages, but this model's chat template rewrites earlier messages; "
+                "put the text inside a role"
+            )
+        return len(head)
+
+    def mark(self) -> tuple[int, int]:
+        """This moment, for `since`."""
+        return len(self._parts), len(self._parts[-1].content) if self._parts else 0
+
+    def since(self, mark: tuple[int, int]) -> tuple[str, list[Part]]:
+        """What came after `mark`: the rest of the part that was last then, and the parts after it."""
+        count, length = mark
+        rest = self._parts[count - 1].content[length:] if count else ""
+        return rest, self._parts[count:]
+
+    def append(self, other: Transcript, mark: tuple[int, int]) -> None:
+        """Append what `other` said since `mark`. Raises InvalidRequestError where one has a message open that the
+        other has not."""
+        rest, parts = other.since(mark)
+        if other.role != self.role or (self.role is not None and parts):
+            raise InvalidRequestError(
+                f"cannot append a fork with open role {other.role!r} to a state with open role {self.role!r}; "
+                "begin and end each role on the same side of the fork"
+            )
+        self.add(rest)
+        for part in parts:
+            if part.role is None:
+                self.add(part.content)
+            else:
+                self._parts.append(part)

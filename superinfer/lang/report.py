@@ -1,0 +1,228 @@
+"""What was promised to each call of a program, what happened, and why it was late."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from superinfer.runtime.protocol import RequestReport
+from superinfer.runtime.slo import SLO, TokenTimeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallReport:
+    """One call, seen from the program. Seconds; None where it does not apply.
+
+    path: fork and variable scopes around the call, outermost first.
+    slo: as sent with the call; its deadline is at most what the program had left then.
+    queue_s, prefill_s, decode_s, preempted_s: the engine's own account (see RequestReport).
+    met: None where nothing was promised. why: what cost most when late: a stage the engine names, "client" where the
+        engine kept the promise and the text came late all the same, "budget" where nothing was left to begin with,
+        "error" where the call failed.
+    error: type and text of what ended the call, "" for none.
+    """
+
+    call: str
+    path: tuple[str, ...] = ()
+    slo: SLO | None = None
+    ttft_s: float | None = None
+    e2e_s: float = 0.0
+    max_tbt_s: float | None = None
+    output_tokens: int = 0
+    queue_s: float | None = None
+    prefill_s: float | None = None
+    decode_s: float | None = None
+    preempted_s: float | None = None
+    met: bool | None = None
+    why: str = ""
+    finish_reason: str | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramReport:
+    """The program as a whole: its deadline and how long it took, or has taken so far."""
+
+    name: str
+    deadline_s: float | None
+    elapsed_s: float
+    finished: bool
+
+    @property
+    def met(self) -> bool | None:
+        """None where there is no deadline."""
+        return None if self.deadline_s is None else self.elapsed_s <= self.deadline_s
+
+
+@dataclass(frozen=True)
+class SLOReport:
+    """A program's calls in the order they ended. `str()` is a table."""
+
+    program: ProgramReport
+    rows: tuple[CallReport, ...]
+
+    @property
+    def met(self) -> bool | None:
+        """Whether every promise was kept, the program's own included. None where nothing was promised."""
+        verdicts = [v for v in (self.program.met, *(row.met for row in self.rows)) if v is not None]
+        return all(verdicts) if verdicts else None
+
+    def __str__(self) -> str:
+        head = (
+            "call",
+            "promised",
+            "ttft",
+            "max tbt",
+            "e2e",
+            "queue",
+            "prefill",
+            "decode",
+            "preempted",
+            "met",
+            "why late",
+        )
+        lines = [_cells(row) for row in self.rows]
+        program = self.program
+        promised = "" if program.deadline_s is None else f"deadline {_seconds(program.deadline_s)}"
+        late = "" if program.met is not False else f"by {_seconds(program.elapsed_s - (program.deadline_s or 0.0))}"
+        lines.append(
+            (
+                f"= {program.name}",
+                promised,
+                "",
+                "",
+                _seconds(program.elapsed_s),
+                "",
+                "",
+                "",
+                "",
+                _yes(program.met),
+                late,
+            )
+        )
+        return _table(head, lines)
+
+
+def _cells(row: CallReport) -> tuple[str, ...]:
+    return (
+        "/".join((*row.path, row.call)),
+        _promised(row.slo),
+        *(_seconds(value) for value in (row.ttft_s, row.max_tbt_s, row.e2e_s)),
+        *(_seconds(value) for value in (row.queue_s, row.prefill_s, row.decode_s, row.preempted_s)),
+        _yes(row.met),
+        f"{row.why} {row.error.partition(':')[0]}".strip(),
+    )
+
+
+def _promised(slo: SLO | None) -> str:
+    if slo is None:
+        return ""
+    named = (("ttft", slo.ttft), ("tbt", slo.tbt), ("deadline", slo.deadline))
+    return ", ".join(f"{name} {_seconds(value)}" for name, value in named if value is not None)
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value * 1000:.0f} ms" if abs(value) < 0.9995 else f"{value:.2f} s"
+
+
+def _yes(met: bool | None) -> str:
+    return "-" if met is None else "yes" if met else "NO"
+
+
+def _table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    rows = [tuple(head), *(tuple(line) for line in lines)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    left = {0, 1, len(widths) - 1}  # words; the others are figures
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+@dataclass
+class CallWatch:
+    """Watches one call from its start; `report` judges it with the function that judges everything."""
+
+    call: str
+    path: tuple[str, ...]
+    slo: SLO | None
+    started: float = field(default_factory=time.monotonic)
+    timelines: dict[int, TokenTimeline] = field(default_factory=dict)
+    engine: RequestReport | None = None
+    ended: dict[int, float] = field(default_factory=dict)
+
+    def now(self) -> float:
+        return time.monotonic() - self.started
+
+    def tokens(self, index: int, count: int) -> None:
+        """`count` tokens of continuation `index` arrived together, now."""
+        self.timelines.setdefault(index, TokenTimeline(self.slo)).tokens(count, self.now())
+
+    def finished(self, index: int, engine: RequestReport | None) -> None:
+        """Continuation `index` ended, now. Of several the slowest speaks for the call."""
+        self.timelines.setdefault(index, TokenTimeline(self.slo))
+        self.ended[index] = self.now()
+        if engine is not None and (self.engine is None or engine.e2e_s > self.engine.e2e_s):
+            self.engine = engine
+
+    def report(self, finish_reason: str | None = None, error: BaseException | None = None, why: str = "") -> CallReport:
+        """The row of this call, as ended now."""
+        e2e, engine, lines = self.now(), self.engine, self.timelines
+        met = self._met(e2e, failed=error is not None)
+        if met is False and not why:
+            why = engine.why if engine is not None and engine.met is False else "client" if error is None else "error"
+        firsts = [line.first for line in lines.values() if line.first is not None]
+        gaps = [line.max_tbt for line in lines.values() if line.count > 1]
+        return CallReport(
+            call=self.call,
+            path=self.path,
+            slo=self.slo,
+            ttft_s=max(firsts, default=None),
+            e2e_s=e2e,
+            max_tbt_s=max(gaps, default=None),
+            output_tokens=sum(line.count for line in lines.values()),
+            queue_s=engine.queue_s if engine else None,
+            prefill_s=engine.prefill_s if engine else None,
+            decode_s=engine.decode_s if engine else None,
+            preempted_s=engine.preempted_s if engine else None,
+            met=met,
+            why=why if met is False else "",
+            finish_reason=finish_reason,
+            error=f"{type(error).__name__}: {error}" if error is not None else "",
+        )
+
+    def _met(self, e2e: float, failed: bool) -> bool | None:
+        if self.slo is None or not self.slo.promises_anything:
+            return None
+        if failed:
+            return False
+        lines = self.timelines or {0: TokenTimeline(self.slo)}
+        return all(line.verdict(self.ended.get(index, e2e)).met for index, line in lines.items())
+
+
+class Ledger:
+    """The rows of one program run, its forks' included."""
+
+    def __init__(self, name: str, deadline: float | None) -> None:
+        self.name = name
+        self.deadline = deadline
+        self.started = time.monotonic()
+        self.ended: float | None = None
+        self.rows: list[CallReport] = []
+
+    def report(self) -> SLOReport:
+        """All calls that have ended by now."""
+        end = self.ended if self.ended is not None else time.monotonic()
+        program = ProgramReport(
+            name=self.name,
+            deadline_s=self.deadline,
+            elapsed_s=end - self.started,
+            finished=self.ended is not None,
+        )
+        return SLOReport(program, tuple(self.rows))

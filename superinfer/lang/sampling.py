@@ -1,0 +1,78 @@
+"""Sampling arguments of `gen` and `run`: checked when given, merged when a call is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from superinfer.errors import InvalidRequestError, UnsupportedError
+from superinfer.runtime.protocol import SamplingParams
+
+DEFAULT_MAX_TOKENS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Arguments as a program gives them; None is "not said here". Raises InvalidRequestError, UnsupportedError.
+
+    max_tokens: 128 where nobody says otherwise. top_k: -1 and 0 mean off.
+    return_logprob: ask for each new token's log probability; top_logprobs_num: and for the likeliest at its place.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    n: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    ignore_eos: bool | None = None
+    return_logprob: bool | None = None
+    logprob_start_len: int | None = None
+    top_logprobs_num: int | None = None
+    return_text_in_logprobs: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.logprob_start_len not in (None, -1):
+            raise UnsupportedError(
+                f"logprob_start_len={self.logprob_start_len!r}: log probabilities of the prompt are not given out; "
+                "leave it out, or use select() to compare texts"
+            )
+        for stop in self.stop_strings:
+            if not isinstance(stop, str) or not stop:
+                raise InvalidRequestError(f"stop={stop!r} must be a string of at least one character")
+        self.params(default_max_tokens=None)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def over(self, defaults: Sampling) -> Sampling:
+        """These arguments, and `defaults` where nothing is said."""
+        chosen = {}
+        for field in fields(self):
+            own = getattr(self, field.name)
+            chosen[field.name] = own if own is not None else getattr(defaults, field.name)
+        return Sampling(**chosen)
+
+    def params(self, default_max_tokens: int | None = DEFAULT_MAX_TOKENS) -> SamplingParams:
+        """What goes to the engine."""
+        given = {
+            name: getattr(self, name)
+            for name in ("min_tokens", "n", "temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty",
+                         "ignore_eos")
+            if getattr(self, name) is not None
+        }  # fmt: skip
+        if self.top_k is not None and self.top_k != -1:
+            given["top_k"] = self.top_k
+        if self.return_logprob or self.top_logprobs_num:
+            given["logprobs"] = self.top_logprobs_num or 0
+        return SamplingParams(
+            max_tokens=self.max_tokens if self.max_tokens is not None else default_max_tokens,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            **given,
+        )

@@ -1,0 +1,173 @@
+"""Variables in the making, and text that grows: written on the language's loop, read from any thread or loop."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import queue
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from superinfer.lang.loop import language_loop, on_language_loop
+
+T = TypeVar("T")
+Meta = Any  # dict of one continuation; list of dicts where gen(n=...) made several
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """New text, and what was known of its call then."""
+
+    text: str
+    meta: Meta = None
+
+
+@dataclass(frozen=True)
+class End:
+    """No more text. `error`: what ended it."""
+
+    error: BaseException | None = None
+
+
+Listener = Callable[[Chunk | End], object]
+
+
+class Feed:
+    """Text that grows. Every listener gets all of it: what is there at once, the rest as it comes, then an End.
+
+    Belongs to the language's loop; other threads read through `read` and `aread`.
+    """
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._meta: Meta = None
+        self._end: End | None = None
+        self._listeners: dict[object, Listener] = {}
+
+    def push(self, text: str, meta: Meta = None) -> None:
+        """Add text."""
+        if self._end is not None:
+            return
+        self._text.append(text)
+        self._meta = meta
+        for listener in list(self._listeners.values()):
+            listener(Chunk(text, meta))
+
+    def close(self, error: BaseException | None = None) -> None:
+        """End it; later calls change nothing."""
+        if self._end is not None:
+            return
+        self._end = End(error)
+        for listener in list(self._listeners.values()):
+            listener(self._end)
+        self._listeners.clear()
+
+    def listen(self, key: object, listener: Listener) -> None:
+        """Call `listener` with everything, from the beginning."""
+        if self._text:
+            listener(Chunk("".join(self._text), self._meta))
+        if self._end is not None:
+            listener(self._end)
+        else:
+            self._listeners[key] = listener
+
+    def ignore(self, key: object) -> None:
+        """Stop calling the listener of `key`."""
+        self._listeners.pop(key, None)
+
+
+def read(feed: Feed, abandoned: Callable[[], object]) -> Iterator[Chunk]:
+    """The chunks, for a synchronous reader. Raises what ended the text. `abandoned` is called if it leaves early."""
+    if on_language_loop():
+        raise RuntimeError("text_iter() would block the event loop; use text_async_iter() in an async program")
+    loop, key = language_loop().loop, object()
+    items: queue.SimpleQueue[Chunk | End] = queue.SimpleQueue()
+    loop.call_soon_threadsafe(feed.listen, key, items.put)
+    ended = False
+    try:
+        while True:
+            item = items.get()
+            if isinstance(item, End):
+                ended = True
+                if item.error is not None:
+                    raise item.error
+                return
+            yield item
+    finally:
+        loop.call_soon_threadsafe(feed.ignore, key)
+        if not ended:
+            abandoned()
+
+
+async def aread(feed: Feed, abandoned: Callable[[], object]) -> AsyncIterator[Chunk]:
+    """Async twin of `read`, on the caller's loop."""
+    loop, here, key = language_loop().loop, asyncio.get_running_loop(), object()
+    items: asyncio.Queue[Chunk | End] = asyncio.Queue()
+
+    def pass_on(item: Chunk | End) -> None:
+        if not here.is_closed():
+            here.call_soon_threadsafe(items.put_nowait, item)
+
+    loop.call_soon_threadsafe(feed.listen, key, pass_on)
+    ended = False
+    try:
+        while True:
+            item = await items.get()
+            if isinstance(item, End):
+                ended = True
+                if item.error is not None:
+                    raise item.error
+                return
+            yield item
+    finally:
+        loop.call_soon_threadsafe(feed.ignore, key)
+        if not ended:
+            abandoned()
+
+
+class Variable:
+    """A name's value once its call is done, its text as it grows, and what is known of the call."""
+
+    def __init__(self) -> None:
+        self.feed = Feed()
+        self.meta: Meta = None
+        self.future = new_future()
+
+    @classmethod
+    def of(cls, value: Any) -> Variable:
+        """A variable that has its value."""
+        variable = cls()
+        variable.set(value)
+        return variable
+
+    @property
+    def done(self) -> bool:
+        return self.future.done()
+
+    def set(self, value: Any, meta: Meta = None) -> None:
+        """Give it its value. What was not streamed becomes its text."""
+        self.meta = meta
+        if not self.feed._text and isinstance(value, str) and value:
+            self.feed.push(value, meta)
+        self.feed.close()
+        if not self.future.done():
+            self.future.set_result(value)
+
+    def fail(self, error: BaseException) -> None:
+        """Whoever reads it gets `error`, unless it has its value."""
+        self.feed.close(error)
+        if not self.future.done():
+            self.future.set_exception(error)
+
+    def never(self, name: str, error: BaseException | None) -> None:
+        """The program has ended without it: there is no text, and who asks for the value gets `error` or KeyError."""
+        self.feed.close(error)
+        self.fail(error or KeyError(f"the program ended without variable {name!r}"))
+
+
+def new_future() -> concurrent.futures.Future[Any]:
+    """A future that its waiters cannot cancel: there may be others."""
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()
+    return future

@@ -1,0 +1,182 @@
+"""A step's work as the index tensors of paged attention: decodes in buffers that never move, chunks in fresh ones.
+
+Decodes are padded to a bucket, so that one CUDA graph serves every batch size up to it. Padding rows belong to a slot
+and a block of their own, behind the real ones: they read and write nothing that matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from superinfer.kernels.paged import PagedBatch
+from superinfer.runtime.engine.executor import ExecutorLimits
+from superinfer.runtime.engine.step_inputs import BlockTables
+from superinfer.runtime.scheduler.plan import SlotWork
+
+
+def decode_buckets(max_batch: int) -> list[int]:
+    """Batch sizes that decodes are padded to: at most 7 rows of padding up to 256, at most 31 above."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(288, max_batch + 32, 32)]
+    return [size for size in sizes if size < max_batch] + [max_batch]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Tokens of a step. slots: [rows] int32, whose last token is the input (decodes); positions, places: [rows] int32,
+    place = block · page + offset; ids: [rows] int32 (chunks). All on the device; None where it does not apply."""
+
+    positions: torch.Tensor
+    places: torch.Tensor
+    slots: torch.Tensor | None = None
+    ids: torch.Tensor | None = None
+
+
+class PinnedUpload:
+    """One int32 buffer in pinned host memory and its twin on the device, filled and sent as a whole."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.array = self.host.numpy()
+        self.device = torch.zeros(size, dtype=torch.int32, device=device)
+
+    def send(self, count: int) -> None:
+        """Copy the first `count` numbers, in the order of the stream, without waiting."""
+        self.device[:count].copy_(self.host[:count], non_blocking=True)
+
+
+def _aligned(count: int) -> int:
+    """Up to a multiple of 16 bytes: Triton compiles another variant of a kernel for pointers that are not."""
+    return -(-count // 4) * 4
+
+
+class DecodeBatch:
+    """The decodes of one step.
+
+    tables: with `page` rows a block. In the buffer lie positions, places, slots, last page lengths and indptr, then the
+    block indices, so that one copy takes what is used of it all.
+    """
+
+    def __init__(self, limits: ExecutorLimits, tables: BlockTables, device: torch.device) -> None:
+        self._page = limits.page_size
+        self._tables = tables
+        self._pad_slot, self._pad_block = limits.num_slots, limits.num_blocks
+        most = _aligned(limits.num_slots)
+        self._most = most
+        # Sequences may share blocks, so that more can be listed than the pool has.
+        longest = most * -(-limits.max_model_len // self._page)
+        self._indices_at = 5 * most + 8
+        self._upload = PinnedUpload(self._indices_at + longest + most, device)
+        self._ones = torch.arange(most + 1, dtype=torch.int32)
+        self._queries = self._ones.to(device)
+
+    def _view(self, whole: torch.Tensor, section: int, count: int) -> torch.Tensor:
+        return whole[section * self._most : section * self._most + count]
+
+    def rows(self, bucket: int) -> Rows:
+        """The device buffers of a bucket; always the same ones."""
+        whole = self._upload.device
+        return Rows(self._view(whole, 0, bucket), self._view(whole, 1, bucket), slots=self._view(whole, 2, bucket))
+
+    def paged(self, bucket: int, indices: int | None = None) -> PagedBatch:
+        """The attention's view of the buffers. indices: block indices in use; None: all there is room for."""
+        at = self._indices_at
+        end = None if indices is None else at + indices
+        device, host = self._upload.device, self._upload.host
+        return PagedBatch(
+            qo_indptr=self._queries[: bucket + 1],
+            kv_indptr=self._view(device, 4, bucket + 1),
+            kv_indices=device[at:],
+            last_page_len=self._view(device, 3, bucket),
+            host_qo_indptr=self._ones[: bucket + 1],
+            host_kv_indptr=self._view(host, 4, bucket + 1),
+            host_kv_indices=host[at:end],
+            host_last_page_len=self._view(host, 3, bucket),
+            longest_query=1,
+        )
+
+    def fill(self, slots: np.ndarray, positions: np.ndarray, bucket: int) -> PagedBatch:
+        """Describe and send one step. slots, positions: [decodes] int64, of the token that is computed.
+
+        Raises ValueError where a slot's blocks do not reach its position.
+        """
+        page, count, most = self._page, len(slots), self._most
+        self._tables.check(slots, positions + 1, page)
+        pages = positions // page + 1
+        listed = self._tables.ragged(slots, pages) // page
+        total, padding = len(listed), bucket - count
+        array = self._upload.array
+        for section, values, filler in (
+            (0, positions, 0),
+            (1, self._tables.rows_at(slots, positions, page), self._pad_block * page),
+            (2, slots, self._pad_slot),
+            (3, positions % page + 1, 1),
+        ):
+            start = section * most
+            array[start : start + count] = values
+            array[start + count : start + bucket] = filler
+        indptr = array[4 * most : 4 * most + bucket + 1]
+        indptr[0] = 0
+        np.cumsum(pages, out=indptr[1 : count + 1])
+        indptr[count + 1 :] = np.arange(total + 1, total + padding + 1)
+        at = self._indices_at
+        array[at : at + total] = listed
+        array[at + total : at + total + padding] = self._pad_block
+        self._upload.send(at + total + padding)
+        return self.paged(bucket, total + padding)
+
+
+class ChunkBatch:
+    """The prefill chunks of one step, in buffers that are reused by the next."""
+
+    def __init__(self, limits: ExecutorLimits, max_tokens: int, tables: BlockTables, device: torch.device) -> None:
+        self._page = limits.page_size
+        self._tables = tables
+        self._vocab = limits.vocab_size
+        blocks = limits.num_slots * -(-limits.max_model_len // self._page)
+        self._upload = PinnedUpload(3 * max_tokens + 3 * (limits.num_slots + 1) + blocks + 7 * 4, device)
+
+    def fill(self, work: Sequence[SlotWork]) -> tuple[Rows, PagedBatch]:
+        """Describe and send one step's chunks. Raises IndexError for token ids that the vocabulary does not have
+        and ValueError where a slot's blocks do not cover its chunk."""
+        page = self._page
+        slots = np.array([w.slot for w in work], dtype=np.int64)
+        starts = np.array([w.start for w in work], dtype=np.int64)
+        lengths = np.array([w.length for w in work], dtype=np.int64)
+        ends = starts + lengths
+        self._tables.check(slots, ends, page)
+        ids = np.fromiter((i for w in work for i in w.tokens), dtype=np.int64, count=int(lengths.sum()))
+        if ids.min() < 0 or ids.max() >= self._vocab:
+            raise IndexError(f"token ids {ids.min()}..{ids.max()} are not within the vocabulary of {self._vocab}")
+        after = np.cumsum(lengths)
+        positions = np.arange(len(ids)) + np.repeat(ends - after, lengths)
+        pages = -(-ends // page)
+        sections = (
+            ids,
+            positions,
+            self._tables.rows_at(np.repeat(slots, lengths), positions, page),
+            np.concatenate(([0], after)),
+            np.concatenate(([0], np.cumsum(pages))),
+            (ends - 1) % page + 1,
+            self._tables.ragged(slots, pages) // page,
+        )
+        device, host = self._send(sections)
+        rows = Rows(device[1], device[2], ids=device[0])
+        batch = PagedBatch(
+            device[3], device[4], device[6], device[5], host[3], host[4], host[6], host[5], int(lengths.max())
+        )
+        return rows, batch
+
+    def _send(self, sections: Sequence[np.ndarray]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        device, host, start = [], [], 0
+        for section in sections:
+            end = start + len(section)
+            self._upload.array[start:end] = section
+            device.append(self._upload.device[start:end])
+            host.append(self._upload.host[start:end])
+            start = _aligned(end)
+        self._upload.send(start)
+        return device, host

@@ -1,0 +1,112 @@
+"""Builds the CUDA executor: picks the attention, measures what a step needs, gives the rest of the memory to KV."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from superinfer.errors import ModelLoadError
+from superinfer.kernels.paged import AttentionCall, Choice, PagedBatch, choose_attention
+from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.engine.cuda_executor import CudaExecutor, DecodeAttention
+from superinfer.runtime.engine.model_executor import executor_limits
+from superinfer.runtime.models.decoder import CausalLM
+from superinfer.runtime.models.loader import Progress
+
+log = logging.getLogger("superinfer.engine")
+
+# Of the device's whole memory; what is left is for the CUDA context, libraries loaded later and fragmentation.
+MEMORY_SHARE = 0.92
+# Activations and tiles of the captured graphs, which share one pool: 0.4 GB for Llama-3-8B at batch 256.
+GRAPH_BYTES = 1 << 30
+# Float32 and float64 copies of the logits that the general sampler holds at its peak.
+SAMPLER_BYTES_PER_LOGIT = 48
+
+
+def build_cuda_executor(
+    config: EngineConfig, model: CausalLM, length: int, path: str, on_progress: Progress | None
+) -> CudaExecutor:
+    """length: tokens of the longest sequence wanted. Raises ModelLoadError where no room is left for KV."""
+    device, dtype, shape = model.lm_head.weight.device, model.lm_head.weight.dtype, model.config
+    choice = choose_attention(torch.cuda.get_device_capability(device), dtype, shape.head_dim)
+    log.info("attention: %s for decodes, %s for prefill: %s", *choice)
+    if on_progress is not None:
+        on_progress("preparing attention kernels", 0.0)
+    decode_attention, chunk_attention = make_attention(choice, config, model)
+    pool_tokens = config.kv_tokens
+    if pool_tokens is None:
+        pool_tokens = _kv_bytes(config, model) // shape.kv_bytes_per_token(dtype)
+        if pool_tokens < config.page_size:
+            raise ModelLoadError(
+                f"{torch.cuda.get_device_name(device)} has no memory left for a KV block beside the weights and a step "
+                f"of max_batch_tokens={config.max_batch_tokens}; lower it, or use a larger GPU"
+            )
+    limits = executor_limits(config, shape, length, pool_tokens)
+    return CudaExecutor(
+        model,
+        limits,
+        decode_attention,
+        chunk_attention,
+        max_batch_tokens=config.max_batch_tokens,
+        model_name=config.model,
+        path=path,
+        on_progress=on_progress,
+    )
+
+
+def make_attention(choice: Choice, config: EngineConfig, model: CausalLM) -> tuple[DecodeAttention, AttentionCall]:
+    """What `choice` names: a maker of decode attention by bucket, and the attention of prefill chunks."""
+    shape, device, dtype = model.config, model.lm_head.weight.device, model.lm_head.weight.dtype
+    scale = shape.head_dim**-0.5
+    if choice.decode == "triton":
+        from superinfer.kernels.paged_triton import TritonAttention
+
+        return lambda _: TritonAttention(scale), TritonAttention(scale)
+    from superinfer.kernels.paged_flashinfer import PLAN_BYTES, FlashInferDecode, FlashInferPrefill, workspace_bytes
+
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim, config.page_size
+    needed = workspace_bytes(config.max_batch_size, shape.num_heads, shape.head_dim, multiprocessors, sizes[1])
+    workspace = torch.zeros(needed, dtype=torch.uint8, device=device)
+    # Decodes and chunks of one step are both planned before either runs: each plan has a place of its own.
+    plans = torch.zeros(2, PLAN_BYTES, dtype=torch.uint8, device=device)
+    backend = choice.prefill.removeprefix("flashinfer-")
+    prefill = FlashInferPrefill(workspace, plans[0], backend, *sizes, scale, dtype)
+
+    def decode(batch: PagedBatch) -> AttentionCall:
+        return FlashInferDecode(workspace, plans[1], batch, *sizes, scale, dtype)
+
+    return decode, prefill
+
+
+class _NoAttention:
+    """Stands in for attention while memory is measured: the same shapes, no cache."""
+
+    def rotate_and_attend(
+        self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """See AttentionBackend."""
+        kv_heads = self._kv_heads
+        return qkv[:, : qkv.shape[1] - 2 * kv_heads].flatten(1)
+
+    def __init__(self, kv_heads: int) -> None:
+        self._kv_heads = kv_heads
+
+
+@torch.inference_mode()
+def _kv_bytes(config: EngineConfig, model: CausalLM) -> int:
+    """Device memory left when the largest step has what it needs, measured by running its dense part once."""
+    device, shape = model.lm_head.weight.device, model.config
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    ids = torch.zeros(config.max_batch_tokens, dtype=torch.int32, device=device)
+    hidden = model(ids, ids, _NoAttention(shape.num_kv_heads))
+    del hidden
+    step = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    sampler = config.max_batch_size * shape.vocab_size * SAMPLER_BYTES_PER_LOGIT
+    left = free - int(total * (1 - MEMORY_SHARE)) - step - sampler - GRAPH_BYTES
+    return max(0, left)

@@ -1,0 +1,293 @@
+"""Runs step plans on a GPU, overlapped: `submit` only enqueues, sampled tokens feed the next step on the device.
+
+A step of decodes alone replays a CUDA graph of its bucket; a step with prefill chunks runs eagerly, decodes and chunks
+in one forward. The host waits in `collect`, for the step's own tokens, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from superinfer.kernels import fused
+from superinfer.kernels.paged import AttentionCall, PagedBatch
+from superinfer.kernels.sampling import token_logprobs
+from superinfer.runtime.engine.cuda_batch import ChunkBatch, DecodeBatch, decode_buckets
+from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
+from superinfer.runtime.engine.readback import Marker, Pending
+from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
+from superinfer.runtime.engine.step_inputs import BlockTables
+from superinfer.runtime.models.decoder import CausalLM
+from superinfer.runtime.models.loader import Progress
+from superinfer.runtime.scheduler.plan import SlotWork, StepPlan, StepResult
+
+# Makes the attention of decodes for one bucket, whose buffers it is given.
+DecodeAttention = Callable[[PagedBatch], AttentionCall]
+
+
+class SplitAttention:
+    """One step's attention for the model: rotation and KV writes of all rows, then decodes and chunks apart."""
+
+    def __init__(
+        self, views: list[torch.Tensor], places: torch.Tensor, kv_heads: int, calls: list[tuple[int, AttentionCall]]
+    ) -> None:
+        """views: the cache by layer. calls: in the order of the rows, with how many rows each answers."""
+        self._views = views
+        self._places = places
+        self._kv_heads = kv_heads
+        self._calls = calls
+
+    def rotate_and_attend(
+        self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """See AttentionBackend. `scale` is the model's, which the calls were made with."""
+        kv = self._views[layer]
+        q = fused.rope_and_store(qkv, cos, sin, self._places, kv, self._kv_heads)
+        if len(self._calls) == 1:
+            return self._calls[0][1].run(q, kv).flatten(1)
+        parts = zip(q.split([rows for rows, _ in self._calls]), self._calls, strict=True)
+        return torch.cat([call.run(part, kv) for part, (_, call) in parts]).flatten(1)
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Decodes of one padded size. tokens: [size] int64, the largest logits, where the graph leaves them.
+    graph: None where steps run eagerly."""
+
+    size: int
+    attention: AttentionCall
+    graph: torch.cuda.CUDAGraph | None = None
+    tokens: torch.Tensor | None = None
+
+
+class CudaExecutor:
+    """Implements `Executor` with steps that overlap: two may be submitted before the first is collected.
+
+    A step that raised has still freed, initialised and extended the slots its plan names; its tokens are lost, later
+    plans run as usual.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        limits: ExecutorLimits,
+        decode_attention: DecodeAttention,
+        chunk_attention: AttentionCall,
+        *,
+        max_batch_tokens: int,
+        model_name: str,
+        path: str,
+        graphs: bool = True,
+        on_progress: Progress | None = None,
+    ) -> None:
+        """graphs: capture one CUDA graph per decode bucket now."""
+        weight, config = model.lm_head.weight, model.config
+        self.limits = limits
+        self.tier: TierLimits | None = None  # plans bring no copies yet
+        self.depth = 2
+        self.model_name = model_name
+        self.path = path
+        self.architecture = config.architecture
+        self.eos_token_ids = config.eos_token_ids
+        self.dtype = str(weight.dtype).removeprefix("torch.")
+        self.device = str(weight.device)
+
+        # One block more than the pool: padding rows write there.
+        shape = (limits.num_blocks + 1, config.num_layers, 2, limits.page_size, config.num_kv_heads, config.head_dim)
+        self.cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self._model = model
+        self._device = weight.device
+        self._views = list(self.cache.unbind(1))
+        blocks_per_slot = -(-limits.max_model_len // limits.page_size)
+        self._tables = BlockTables(limits.num_slots, blocks_per_slot, limits.num_blocks, limits.page_size)
+        self._decodes = DecodeBatch(limits, self._tables, self._device)
+        self._chunks = ChunkBatch(limits, max_batch_tokens, self._tables, self._device)
+        self._sampling = SamplingState(limits.num_slots, config.vocab_size, self._device)
+        # One slot more than there are: padding rows take their token there.
+        self._last_tokens = torch.zeros(limits.num_slots + 1, dtype=torch.int64, device=self._device)
+        # Shared by all buckets: of their own, they would keep 1 GB for a vocabulary of 128,000.
+        self._logits = torch.zeros(limits.num_slots, config.vocab_size, dtype=weight.dtype, device=self._device)
+        self._chunk_attention = chunk_attention
+        self._sent = Marker(self._device)
+        self._pending: deque[Pending | Exception] = deque()
+        self._buckets = [
+            Bucket(size, decode_attention(self._decodes.paged(size))) for size in decode_buckets(limits.num_slots)
+        ]
+        if graphs:
+            self._capture(on_progress)
+
+    # ------------------------------------------------------------------ steps
+
+    @torch.inference_mode()
+    def submit(self, plan: StepPlan) -> None:
+        """Enqueue a step. What it raises is raised by the `collect` that belongs to it."""
+        try:
+            self._pending.append(self._start(plan))
+        except Exception as error:
+            self._sent.record()
+            self._pending.append(error)
+
+    def collect(self) -> StepResult:
+        """Raises what the step raised; RuntimeError when no step is waiting to be collected."""
+        if not self._pending:
+            raise RuntimeError("collect() without a submitted step")
+        pending = self._pending.popleft()
+        if isinstance(pending, Exception):
+            raise pending
+        return pending.result()
+
+    def close(self) -> None:
+        """Results not collected are dropped; the executor cannot be used afterwards."""
+        self._pending.clear()
+        self._buckets.clear()
+        self._views.clear()
+        self.cache = torch.empty(0)
+
+    def _start(self, plan: StepPlan) -> Pending:
+        pending = Pending(plan.step, Marker(self._device), Marker(self._device))
+        pending.begun.record()
+        for slot in plan.freed:
+            self._tables.clear(slot)
+            self._sampling.release(slot)
+        for init in plan.init:
+            self._tables.clear(init.slot)
+            self._sampling.start(init)
+        decodes: list[SlotWork] = []
+        chunks: list[SlotWork] = []
+        for work in plan.work:
+            if work.new_blocks:
+                self._tables.append(work.slot, work.new_blocks)
+            (chunks if work.tokens else decodes).append(work)
+        # The last step's copies out of pinned buffers come before its kernels: this wait is short, mostly none.
+        self._sent.wait()
+        if chunks:
+            self._mixed_step(decodes, chunks, pending)
+        elif decodes:
+            self._decode_step(decodes, pending)
+        pending.ended.record()
+        return pending
+
+    def _fill_decodes(self, decodes: list[SlotWork]) -> tuple[Bucket, np.ndarray]:
+        slots, positions = np.array([(work.slot, work.start) for work in decodes], dtype=np.int64).T
+        bucket = next(bucket for bucket in self._buckets if bucket.size >= len(slots))
+        bucket.attention.plan(self._decodes.fill(slots, positions, bucket.size))
+        return bucket, slots
+
+    def _decode_step(self, decodes: list[SlotWork], pending: Pending) -> None:
+        bucket, slots = self._fill_decodes(decodes)
+        self._sent.record()
+        if bucket.graph is not None:
+            bucket.graph.replay()
+        else:
+            self._decode_forward(bucket)
+        assert bucket.tokens is not None
+        count = len(slots)
+        if self._sampling.is_plain(slots):  # the graph has picked the tokens and kept them for the next step
+            self._sampling.advance(slots)
+            pending.keep_sampled(slots, Sampled(bucket.tokens[:count]), [])
+        else:
+            self._sample(self._logits[:count], slots, pending)
+
+    def _decode_forward(self, bucket: Bucket) -> None:
+        """What a bucket's graph holds: from the slots' last tokens to their next ones."""
+        rows = self._decodes.rows(bucket.size)
+        assert rows.slots is not None
+        slots = rows.slots.long()
+        attention = self._attention(rows.places, [(bucket.size, bucket.attention)])
+        hidden = self._model(self._last_tokens.index_select(0, slots), rows.positions, attention)
+        logits = self._logits[: bucket.size]
+        torch.matmul(hidden, self._model.lm_head.weight.t(), out=logits)
+        bucket.tokens = logits.argmax(dim=-1)
+        self._last_tokens.index_copy_(0, slots, bucket.tokens)
+
+    def _mixed_step(self, decodes: list[SlotWork], chunks: list[SlotWork], pending: Pending) -> None:
+        """Rows: the decodes of a bucket with their padding, then the chunks' tokens."""
+        rows, batch = self._chunks.fill(chunks)
+        self._chunk_attention.plan(batch)
+        ids, positions, places = rows.ids, rows.positions, rows.places
+        assert ids is not None
+        calls = [(len(ids), self._chunk_attention)]
+        padded = 0
+        slots = np.empty(0, dtype=np.int64)
+        if decodes:
+            bucket, slots = self._fill_decodes(decodes)
+            padded = bucket.size
+            head = self._decodes.rows(padded)
+            assert head.slots is not None
+            ids = torch.cat((self._last_tokens.index_select(0, head.slots).int(), ids))
+            positions, places = torch.cat((head.positions, positions)), torch.cat((head.places, places))
+            calls.insert(0, (padded, bucket.attention))
+        self._sent.record()
+        hidden = self._model(ids, positions, self._attention(places, calls))
+        self._finish_mixed(hidden, slots, padded, chunks, pending)
+
+    def _finish_mixed(
+        self, hidden: torch.Tensor, slots: np.ndarray, padded: int, chunks: list[SlotWork], pending: Pending
+    ) -> None:
+        """Sample the decodes and the chunks that end their prompt; score what is to be scored."""
+        last_rows = padded - 1 + np.cumsum([work.length for work in chunks])
+        ending = [i for i, work in enumerate(chunks) if work.sample]
+        if len(slots) or ending:
+            picked = np.concatenate((np.arange(len(slots)), last_rows[ending]))
+            slots = np.concatenate((slots, np.array([chunks[i].slot for i in ending], dtype=np.int64)))
+            logits = self._model.lm_head(hidden.index_select(0, self._to_device(picked)))
+            if self._sampling.is_plain(slots):
+                self._sampling.advance(slots)
+                self._keep(slots, Sampled(logits.argmax(dim=-1)), pending)
+            else:
+                self._sample(logits, slots, pending)
+        scored = [i for i, work in enumerate(chunks) if work.score]
+        if scored:
+            picked = np.concatenate([last_rows[i] + 1 + np.arange(-len(chunks[i].score), 0) for i in scored])
+            wanted = np.concatenate([np.array(chunks[i].score, dtype=np.int64) for i in scored])
+            pending.keep_scores([chunks[i] for i in scored], self._score(hidden, picked, wanted))
+
+    def _sample(self, logits: torch.Tensor, slots: np.ndarray, pending: Pending) -> None:
+        self._keep(slots, self._sampling.sample(logits.float(), slots), pending)
+
+    def _keep(self, slots: np.ndarray, sampled: Sampled, pending: Pending) -> None:
+        """Tokens stay on the device for the next step, and go to the host for this one's result."""
+        self._last_tokens.index_copy_(0, self._to_device(slots), sampled.tokens)
+        asked = [] if sampled.logprob_rows is None else slots[sampled.logprob_rows].tolist()
+        pending.keep_sampled(slots, sampled, [self._sampling.top_logprobs(slot) for slot in asked])
+
+    def _score(self, hidden: torch.Tensor, rows: np.ndarray, tokens: np.ndarray) -> torch.Tensor:
+        """[len(rows)] logprobs, a piece at a time: float32 logits of a long prompt at once would fill gigabytes."""
+        parts = []
+        for start in range(0, len(rows), 256):
+            piece = slice(start, start + 256)
+            logits = self._model.logits(hidden.index_select(0, self._to_device(rows[piece])))
+            parts.append(token_logprobs(logits, self._to_device(tokens[piece]), 0)[0])
+        return torch.cat(parts)
+
+    def _attention(self, places: torch.Tensor, calls: list[tuple[int, AttentionCall]]) -> SplitAttention:
+        return SplitAttention(self._views, places, self._model.config.num_kv_heads, calls)
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self._device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    # ------------------------------------------------------------------ graphs
+
+    @torch.inference_mode()
+    def _capture(self, on_progress: Progress | None) -> None:
+        """One graph per bucket, the largest first, so that the others fit into the memory it took."""
+        pool = torch.cuda.graph_pool_handle()
+        nobody = np.empty(0, dtype=np.int64)
+        for done, bucket in enumerate(reversed(self._buckets)):
+            if on_progress is not None:
+                on_progress("capturing CUDA graphs", done / len(self._buckets))
+            bucket.attention.plan(self._decodes.fill(nobody, nobody, bucket.size))
+            self._decode_forward(bucket)  # loads kernels and libraries, which a capture must not
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._decode_forward(bucket)
+            bucket.graph = graph
+        torch.cuda.synchronize()

@@ -1,0 +1,93 @@
+"""Results on their way from the device: copied to pinned memory behind the step, read once its event has come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from superinfer.runtime.engine.sampling_state import Sampled
+from superinfer.runtime.protocol import TokenLogprob
+from superinfer.runtime.scheduler.plan import SlotWork, StepResult
+
+
+class Marker:
+    """A point in a device's stream of work; on the CPU, where work is done when submitted, just a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        self._time = 0.0
+
+    def record(self) -> None:
+        """Mark now."""
+        if self._event is not None:
+            self._event.record()
+        self._time = time.perf_counter()
+
+    def wait(self) -> None:
+        """Until everything before the mark is done."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_since(self, earlier: Marker) -> float:
+        """Device time between two marks that both have been reached."""
+        if self._event is not None and earlier._event is not None:
+            return earlier._event.elapsed_time(self._event) / 1000
+        return self._time - earlier._time
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory that is valid once a mark set after this call is reached."""
+    if not tensor.is_cuda:
+        return tensor.clone()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+@dataclass(slots=True)
+class Pending:
+    """A step under way. begun, ended: its place in the stream. top_wanted: logprobs that each such row asked for."""
+
+    step: int
+    begun: Marker
+    ended: Marker
+    slots: np.ndarray | None = None
+    tokens: torch.Tensor | None = None
+    logprob_rows: np.ndarray | None = None
+    logprobs: tuple[torch.Tensor, ...] = ()
+    top_wanted: list[int] = field(default_factory=list)
+    scored: Sequence[SlotWork] = ()
+    scores: torch.Tensor | None = None
+
+    def keep_sampled(self, slots: np.ndarray, sampled: Sampled, top_wanted: list[int]) -> None:
+        """Start the copies of what was sampled. slots: of the rows."""
+        self.slots = slots
+        self.tokens = to_host(sampled.tokens)
+        if sampled.logprobs is not None:
+            self.logprob_rows = sampled.logprob_rows
+            self.logprobs = tuple(to_host(part) for part in sampled.logprobs)
+            self.top_wanted = top_wanted
+
+    def keep_scores(self, scored: Sequence[SlotWork], scores: torch.Tensor) -> None:
+        """Start the copy of scored tokens' logprobs, [sum of len(work.score)]."""
+        self.scored, self.scores = scored, to_host(scores)
+
+    def result(self) -> StepResult:
+        """Waits for the step."""
+        self.ended.wait()
+        result = StepResult(self.step, elapsed=self.ended.seconds_since(self.begun))
+        if self.slots is not None and self.tokens is not None:
+            slots, tokens = self.slots.tolist(), self.tokens.tolist()
+            result.tokens = dict(zip(slots, tokens, strict=True))
+            if self.logprob_rows is not None:
+                chosen, ids, values = (part.tolist() for part in self.logprobs)
+                for i, row in enumerate(self.logprob_rows.tolist()):
+                    top = list(zip(ids[i], values[i], strict=True))[: self.top_wanted[i]]
+                    result.logprobs[slots[row]] = TokenLogprob(tokens[row], chosen[i], top)
+        if self.scores is not None:
+            logprobs = iter(self.scores.tolist())
+            for work in self.scored:
+                result.scores[work.slot] = [TokenLogprob(token, next(logprobs)) for token in work.score]
+        return result

@@ -1,0 +1,190 @@
+"""How long a step takes: a roofline with six coefficients, seeded from a hardware profile and fitted while it runs.
+
+    t = max(w W, f F) + k K + a A + d D + o O        seconds
+
+    W  reading the weights the step's tokens need         F  the matmuls' FLOP, over all tokens computed
+    K  reading the KV cache, over all positions read      A  attention's FLOP, prefill only
+    D  the number of decoding requests                    O  one a step
+
+Each capital is the seed's own estimate in seconds, from the profile's rates; each small letter is a factor, 1 until
+steps have been observed, and never negative. The maximum is because a step's matmuls either wait for weights or for the
+tensor cores; the other terms run one after another on the device.
+
+`StepCost.observe` is recursive least squares in information form: A <- l A + w x x', b <- l b + w y x, with l the
+forgetting factor and a weak prior that keeps a factor near 1 while nothing tells it apart. Rows are divided by the
+predicted time, so that it is relative errors that are squared. Outliers (a first call that compiles, a pause of the
+host) get Huber's weight w = c/|error| beyond c = 3 times the median error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from superinfer.runtime.scheduler.plan import StepPlan
+
+if TYPE_CHECKING:
+    from superinfer.runtime.sim.hardware import HardwareProfile
+    from superinfer.runtime.sim.shapes import ModelShape
+
+FACTORS = ("weights", "matmul", "kv", "attention", "decode", "step")
+FORGETTING = 0.998  # the last 500 steps count: 10 s at 20 ms a step
+PRIOR = 0.004  # weight of the seed in observations: a 3 % noise against a seed trusted to 50 %
+OUTLIER = 3.0  # median errors beyond which an observation counts less
+LEAST_OUTLIER = 0.02  # relative error that is never an outlier
+WINDOW = 512  # observations the reported error is over
+
+
+class StepLoad(NamedTuple):
+    """What a step computes. tokens: all of them. decodes: requests that compute one.
+
+    kv_read: cached positions that decodes attend to and that prefill chunks begin after.
+    pairs: (position, attended position) pairs of prefill chunks.
+    """
+
+    tokens: int
+    decodes: int
+    kv_read: int
+    pairs: float
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> StepLoad:
+        """The load of a plan."""
+        decodes = kv_read = prefill = 0
+        pairs = 0.0
+        for work in plan.work:
+            if work.tokens:
+                prefill += work.length
+                kv_read += work.start
+                pairs += work.length * (work.start + (work.length + 1) / 2)
+            else:
+                decodes += 1
+                kv_read += work.start + 1
+        return cls(prefill + decodes, decodes, kv_read, pairs)
+
+
+class StepRates(NamedTuple):
+    """The seed: seconds for each unit of a `StepLoad` on one machine for one model.
+
+    dense_s: reading the weights every token needs; expert_s: those of all experts; idle_share: of the experts, the
+    share that one token leaves unread (0 for a dense model).
+    """
+
+    dense_s: float
+    expert_s: float
+    idle_share: float
+    token_s: float
+    kv_s: float
+    pair_s: float
+    decode_s: float
+    step_s: float
+
+    @classmethod
+    def seed(cls, profile: HardwareProfile, shape: ModelShape) -> StepRates:
+        """From what the machine's datasheet and measurements, and the model's shape, say."""
+        share = profile.efficiency
+        weights_rate = profile.memory_rate * share.weights
+        dense = shape.read_bytes(0)
+        return cls(
+            dense_s=dense / weights_rate,
+            expert_s=shape.layers * shape.experts * shape.expert_params * shape.dtype_bytes / weights_rate,
+            idle_share=1.0 - shape.active_experts / shape.experts,
+            token_s=shape.flops_per_token / (profile.flops * share.matmul),
+            kv_s=shape.kv_bytes_per_token / (profile.memory_rate * share.kv),
+            pair_s=shape.flops_per_pair / (profile.flops * share.attention),
+            decode_s=share.decode_s,
+            step_s=share.step_s,
+        )
+
+    def terms(self, load: StepLoad) -> tuple[float, float, float, float, float, float]:
+        """W, F, K, A, D and O of a load, seconds."""
+        return (
+            self.dense_s + self.expert_s * (1.0 - self.idle_share**load.tokens),
+            self.token_s * load.tokens,
+            self.kv_s * load.kv_read,
+            self.pair_s * load.pairs,
+            self.decode_s * load.decodes,
+            self.step_s,
+        )
+
+    def seconds(self, load: StepLoad) -> float:
+        """The step time with all factors 1."""
+        weights, matmul, kv, attention, decode, step = self.terms(load)
+        return max(weights, matmul) + kv + attention + decode + step
+
+
+class CostError(NamedTuple):
+    """Relative errors |predicted - took| / took of the last `steps` predictions, each made before its step was seen."""
+
+    median: float
+    p90: float
+    steps: int
+
+
+class StepCost:
+    """Predicts step times, and learns from them."""
+
+    def __init__(self, rates: StepRates, *, forgetting: float = FORGETTING) -> None:
+        if not 0.0 < forgetting <= 1.0:
+            raise ValueError(f"forgetting={forgetting} must be above 0 and at most 1")
+        self.rates = rates
+        self.factors = np.ones(len(FACTORS))
+        self._forgetting = forgetting
+        self._information = np.zeros((len(FACTORS), len(FACTORS)))
+        self._moment = np.zeros(len(FACTORS))
+        self._errors: deque[float] = deque(maxlen=WINDOW)
+        self._scale = LEAST_OUTLIER
+
+    def seconds(self, load: StepLoad) -> float:
+        """How long a step of this load will take."""
+        return float(self._row(load) @ self.factors)
+
+    def observe(self, load: StepLoad, elapsed: float) -> None:
+        """A step of this load took `elapsed` seconds. Times that are not finite and above 0 are ignored."""
+        if not 0.0 < elapsed < math.inf:
+            return
+        row = self._row(load)
+        predicted = max(float(row @ self.factors), 1e-9)
+        error = abs(elapsed - predicted)
+        self._errors.append(error / elapsed)
+        weight = self._weight(error / predicted)
+        x, y = row / predicted, elapsed / predicted
+        self._information = self._forgetting * self._information + weight * np.outer(x, x)
+        self._moment = self._forgetting * self._moment + weight * y * x
+        self.factors = self._solve()
+
+    def error(self) -> CostError:
+        """How far off the last predictions were; zeros before the first."""
+        if not self._errors:
+            return CostError(0.0, 0.0, 0)
+        median, p90 = np.quantile(np.array(self._errors), (0.5, 0.9))
+        return CostError(float(median), float(p90), len(self._errors))
+
+    def _row(self, load: StepLoad) -> np.ndarray:
+        """The terms, with only the larger of weights and matmul in."""
+        row = np.array(self.rates.terms(load))
+        row[1 if row[0] * self.factors[0] >= row[1] * self.factors[1] else 0] = 0.0
+        return row
+
+    def _weight(self, error: float) -> float:
+        """Huber's. The scale follows the median error: up a little for each above it, down for each below."""
+        bound = OUTLIER * self._scale
+        self._scale = max(LEAST_OUTLIER, self._scale * (1.05 if error > self._scale else 1 / 1.05))
+        return 1.0 if error <= bound else bound / error
+
+    def _solve(self) -> np.ndarray:
+        """Least squares with no factor below 0: what would be negative is held at 0 and the others solved again."""
+        free = np.ones(len(FACTORS), dtype=bool)
+        matrix = self._information + PRIOR * np.eye(len(FACTORS))
+        moment = self._moment + PRIOR
+        factors = np.zeros(len(FACTORS))
+        for _ in FACTORS:
+            factors[:] = 0.0
+            factors[free] = np.linalg.solve(matrix[np.ix_(free, free)], moment[free])
+            if (factors >= 0.0).all():
+                break
+            free &= factors > 0.0
+        return factors

@@ -1,0 +1,103 @@
+"""What an answer says of itself: usage, the SLO report, finish reasons. Milliseconds."""
+
+from __future__ import annotations
+
+import msgspec
+
+from superinfer.errors import RequestCancelledError
+from superinfer.runtime.protocol import FinishReason, RequestReport
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    """cached_tokens: tokens of the prompt whose KV was already there."""
+
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Token counts; a prompt counts once however many choices it has."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class SloReport(msgspec.Struct, frozen=True):
+    """What became of the SLO, as the engine saw it; times since the request reached it.
+
+    Of several choices: `met` says whether all met it, the rest is of the one that was latest.
+    truncated: the deadline passed and `on_miss="truncate"` ended the answer there.
+    why: the stage that cost most, where it was missed.
+    """
+
+    met: bool | None
+    ttft_ms: float | None
+    e2e_ms: float
+    max_tbt_ms: float
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    truncated: bool
+    why: str
+
+
+class Tally:
+    """Collects the reports of all choices of one answer."""
+
+    def __init__(self, choices: int, per_prompt: int, *, slo: bool) -> None:
+        """`choices` in all, `per_prompt` of them for each prompt; `slo`: whether one was given."""
+        self._choices = choices
+        self._per_prompt = per_prompt
+        self._slo = slo
+        self._reports: dict[int, RequestReport] = {}
+        self._truncated = False
+
+    def finish(self, index: int, reason: FinishReason, report: RequestReport | None) -> str:
+        """Record a finished choice; returns OpenAI's name of the reason. A passed deadline is "length", as it too cut
+        the answer short; the SLO report tells them apart."""
+        if reason == "cancelled":
+            raise RequestCancelledError("the request was cancelled before it finished; send it again")
+        if report is not None:
+            self._reports[index] = report
+        self._truncated |= reason == "deadline"
+        return "stop" if reason == "stop" else "length"
+
+    @property
+    def complete(self) -> bool:
+        """Whether all choices have finished."""
+        return len(self._reports) == self._choices
+
+    def usage(self) -> Usage:
+        """Counts over all choices."""
+        prompts = [report for index, report in self._reports.items() if index % self._per_prompt == 0]
+        prompt_tokens = sum(report.prompt_tokens for report in prompts)
+        output_tokens = sum(report.output_tokens for report in self._reports.values())
+        return Usage(
+            prompt_tokens,
+            output_tokens,
+            prompt_tokens + output_tokens,
+            PromptTokensDetails(sum(report.cached_tokens for report in prompts)),
+        )
+
+    def slo(self) -> SloReport | msgspec.UnsetType:
+        """Unset where no SLO was given."""
+        if not self._slo or not self._reports:
+            return msgspec.UNSET
+        reports = list(self._reports.values())
+        worst = max(reports, key=lambda r: (r.met is False, r.lateness_s if r.lateness_s is not None else r.e2e_s))
+        return SloReport(
+            met=worst.met,
+            ttft_ms=None if worst.ttft_s is None else _ms(worst.ttft_s),
+            e2e_ms=_ms(worst.e2e_s),
+            max_tbt_ms=_ms(worst.max_tbt_s),
+            queue_ms=_ms(worst.queue_s),
+            prefill_ms=_ms(worst.prefill_s),
+            decode_ms=_ms(worst.decode_s),
+            truncated=self._truncated,
+            why=worst.why,
+        )
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 3)

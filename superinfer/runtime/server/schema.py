@@ -1,0 +1,193 @@
+"""What a request may hold: the structs of both endpoints, and the parameters that are refused by name.
+
+A parameter is honoured, or refused with a 400 that names it; none is dropped in silence. `null` means absent.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from superinfer.runtime.server.errors import ApiError, bad_request
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """include_usage: one more chunk, without choices, that holds the usage."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class SloFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An SLO in milliseconds; see superinfer.SLO, which is in seconds."""
+
+    ttft_ms: float | None = None
+    tbt_ms: float | None = None
+    deadline_ms: float | None = None
+    weight: float | None = None
+    on_miss: Literal["finish", "truncate", "raise"] | None = None
+
+
+class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What chat and plain completions share."""
+
+    model: str
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    slo: SloFields | None = None
+    cache_salt: str | None = None
+
+
+class FunctionCall(msgspec.Struct, frozen=True):
+    """`arguments` is JSON in a string."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """One call that the assistant made."""
+
+    function: FunctionCall
+    id: str = ""
+    type: Literal["function"] = "function"
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One message of a chat. The last three are what clients send back of an earlier answer: empty or null."""
+
+    role: Role
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: list[Any] | None = None
+
+
+class ChatRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of /v1/chat/completions."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+
+
+class CompletionRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of /v1/completions. prompt: a string, token ids, or a list of either."""
+
+    prompt: str | list[Any]
+    logprobs: int | None = None
+
+
+# Documented parameters that have no field above, with the values that ask for nothing: these pass, others are refused.
+ANYTHING = object()
+_SHARED_PASS: dict[str, tuple[Any, ...]] = {
+    "user": (ANYTHING,),
+    "metadata": (ANYTHING,),
+    "logit_bias": ({},),
+}
+CHAT_PASS: dict[str, tuple[Any, ...]] = _SHARED_PASS | {
+    "audio": (),
+    "function_call": ("none",),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (True,),
+    "prediction": (),
+    "prompt_cache_key": (ANYTHING,),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": ("in_memory",),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "safety_identifier": (ANYTHING,),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+COMPLETION_PASS: dict[str, tuple[Any, ...]] = _SHARED_PASS | {
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+}
+
+T = TypeVar("T", bound=Common)
+
+
+def parse(body: bytes, cls: type[T], passing: dict[str, tuple[Any, ...]]) -> T:
+    """The request in `body`. Raises ApiError naming the parameter and its value."""
+    try:
+        raw = json.loads(body)  # takes NaN and Infinity, so that the error can name the field that holds them
+    except (ValueError, RecursionError) as error:
+        raise bad_request(f"the request body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(raw, dict):
+        raise bad_request(f"the request body is a JSON {type(raw).__name__}; send an object", code="invalid_json")
+    fields = {field.name for field in msgspec.structs.fields(cls)}
+    raw = {name: value for name, value in raw.items() if value is not None}
+    for name in [name for name in raw if name not in fields]:
+        _check_refused(name, raw.pop(name), passing)
+    try:
+        return msgspec.convert(raw, cls)
+    except msgspec.ValidationError as error:
+        raise _type_error(raw, str(error)) from None
+
+
+def _check_refused(name: str, value: Any, passing: dict[str, tuple[Any, ...]]) -> None:
+    if name not in passing:
+        raise bad_request(
+            f"unknown parameter {name!r}; remove it, or see docs/serving.md for those that this server takes",
+            param=name,
+            code="unknown_parameter",
+        )
+    allowed = passing[name]
+    if ANYTHING in allowed or any(value == a and type(value) is type(a) for a in allowed):
+        return
+    only = f" (only {' or '.join(json.dumps(a) for a in allowed)} is)" if allowed else ""
+    raise bad_request(
+        f"{name}={value!r:.80} is not supported by this server{only}; remove it",
+        param=name,
+        code="unsupported_parameter",
+    )
+
+
+def _type_error(raw: dict[str, Any], message: str) -> ApiError:
+    """msgspec says what was expected and where; add the value that was found there."""
+    said, _, where = message.partition(" - at `$.")
+    where = where.rstrip("`")
+    if missing := re.match(r"Object missing required field `(\w+)`", said):
+        name = f"{where}.{missing[1]}" if where else missing[1]
+        return bad_request(f"{name} is missing; add it", param=name, code="missing_parameter")
+    if unknown := re.match(r"Object contains unknown field `(\w+)`", said):
+        name = f"{where}.{unknown[1]}" if where else unknown[1]
+        return bad_request(f"unknown parameter {name!r}; remove it", param=name, code="unknown_parameter")
+    value: Any = raw
+    for key, index in re.findall(r"(\w+)|\[(\d+)\]", where):
+        value = value[int(index)] if index else value[key]
+    said = re.sub(r" \| null", "", said[:1].lower() + said[1:])
+    return bad_request(f"{where}={value!r:.80} is of the wrong type: {said}", param=where or None, code="invalid_type")

@@ -1,0 +1,126 @@
+"""The `simulate` command. Imports what it needs to say its help; numpy and rich come in when it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+from superinfer.errors import InvalidRequestError
+from superinfer.runtime.scheduler.registry import POLICIES
+from superinfer.runtime.sim.hardware import PROFILES, profile_of
+from superinfer.runtime.sim.shapes import SHAPES, shape_of
+from superinfer.runtime.slo import SLO
+
+if TYPE_CHECKING:
+    from superinfer.runtime.sim.report import Point
+
+
+def simulate(
+    hardware: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "h100-pcie5",
+    model: Annotated[
+        str, typer.Option(help=f"One of {', '.join(SHAPES)}, embedded, or a checkpoint's folder.")
+    ] = "llama-3-8b",
+    workload: Annotated[str, typer.Option(help="sharegpt, lmsys, azure or mooncake.")] = "sharegpt",
+    trace: Annotated[Path | None, typer.Option(help="The trace's file, for azure and mooncake.")] = None,
+    arrivals: Annotated[str, typer.Option(help="poisson, or trace: the trace's own times, stretched.")] = "poisson",
+    rate: Annotated[str, typer.Option(help="Requests/s; several with commas.")] = "10",
+    policy: Annotated[str, typer.Option(help=f"Of {', '.join(POLICIES)}; several with commas.")] = "fcfs",
+    slo: Annotated[
+        str,
+        typer.Option(help="Promises: ttft=1,tbt=0.1,deadline=30,weight=2. Classes: '0.8: ttft=1; 0.2: deadline=60'."),
+    ] = "ttft=1,tbt=0.1",
+    kv_tokens: Annotated[int | None, typer.Option(help="KV pool, in tokens.", show_default="what fits")] = None,
+    max_batch_size: Annotated[int, typer.Option(help="Sequences in one step.")] = 1024,
+    max_batch_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 8192,
+    depth: Annotated[int, typer.Option(help="Steps planned ahead of their results, 1 or 2.")] = 1,
+    duration: Annotated[float, typer.Option(help="Seconds of arrivals.")] = 60.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write everything here; - is stdout, instead of the table.")
+    ] = None,
+    plot_folder: Annotated[Path | None, typer.Option("--plot", help="Folder for two plots (needs matplotlib).")] = None,
+) -> None:
+    """Run the real scheduler and KV bookkeeping on hardware that is only simulated, and say what each policy keeps."""
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}
+    from superinfer.runtime.sim.report import Point, plot
+    from superinfer.runtime.sim.simulate import SimConfig
+    from superinfer.runtime.sim.simulate import simulate as run_jobs
+    from superinfer.runtime.sim.workload import make_jobs
+
+    profile, shape = profile_of(hardware), shape_of(model)
+    rates = [_number("--rate", part) for part in _parts(rate)]
+    classes = parse_slos(slo)
+    points = []
+    for at in rates:
+        jobs = make_jobs(workload, rate=at, duration=duration, seed=seed, trace=trace, arrivals=arrivals, slos=classes)
+        for name in _parts(policy):
+            config = SimConfig(
+                policy=name,
+                kv_tokens=kv_tokens,
+                max_batch_size=max_batch_size,
+                max_batch_tokens=max_batch_tokens,
+                depth=depth,
+            )
+            points.append(Point(at, run_jobs(jobs, profile, shape, config)))
+            if sys.stderr.isatty():
+                print(f"{name} at {at:g}/s: {points[-1].result.requests} requests", file=sys.stderr)
+    _show(points, settings, json_path, f"{workload} on {hardware}, {model}")
+    if plot_folder is not None:
+        for path in plot(points, plot_folder, f"{workload}-{hardware}-{shape.name.replace('/', '-')}"):
+            print(f"written to {path}", file=sys.stderr)
+
+
+def _show(points: list[Point], settings: dict[str, object], json_path: Path | None, title: str) -> None:
+    from superinfer.runtime.sim.report import as_json, table
+
+    text = json.dumps(as_json(points, settings), indent=1)
+    if json_path is not None and str(json_path) == "-":
+        print(text)
+        return
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 160).print(table(points, title))
+    if json_path is not None:
+        json_path.write_text(text + "\n")
+
+
+def parse_slos(text: str) -> list[tuple[float, SLO]]:
+    """(share, SLO) of each class in "SHARE: key=value,...; ..."; without a share it is 1. "" is no SLO at all.
+
+    Raises InvalidRequestError for what cannot be read as one.
+    """
+    classes = []
+    for part in text.split(";"):
+        if not part.strip():
+            continue
+        head, colon, rest = part.partition(":")
+        share = _number("the share of an SLO class", head) if colon else 1.0
+        fields = {}
+        for pair in _parts(rest if colon else head):
+            name, equals, value = pair.partition("=")
+            if not equals or name.strip() not in ("ttft", "tbt", "deadline", "weight"):
+                raise InvalidRequestError(f"--slo {pair!r} must be one of ttft, tbt, deadline, weight = a number")
+            fields[name.strip()] = _number(f"--slo {name.strip()}", value)
+        if share <= 0:
+            raise InvalidRequestError(f"--slo {part.strip()!r} has a share that is not above 0")
+        try:
+            classes.append((share, SLO(**fields)))  # type: ignore[arg-type]
+        except (ValueError, msgspec.ValidationError) as error:
+            raise InvalidRequestError(str(error)) from None
+    return classes
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InvalidRequestError(f"{name} {text.strip()!r} is not a number") from None

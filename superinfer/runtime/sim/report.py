@@ -1,0 +1,110 @@
+"""Results for people and for files: a table, JSON, plots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Many
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.table import Table
+
+from superinfer.errors import UnsupportedError
+from superinfer.runtime.sim.simulate import SimResult
+
+
+class Point(msgspec.Struct, frozen=True):
+    """One run: its rate of arrivals, requests per second, and what came of it."""
+
+    rate: float
+    result: SimResult
+
+
+def table(points: Many[Point], title: str = "") -> Table:
+    """A row for each run."""
+    shown = Table(title=title or None)
+    for name in (
+        "policy", "req/s", "TTFT p50", "p99", "TTFT met", "all met", "goodput/s", "TPOT", "TBT p99", "tok/s",
+        "preempted", "plan p50", "sim req/s",
+    ):  # fmt: skip
+        shown.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
+    for rate, result in ((point.rate, point.result) for point in points):
+        shown.add_row(
+            result.policy,
+            f"{rate:g}",
+            _seconds(result.ttft.p50),
+            _seconds(result.ttft.p99),
+            _percent(result.ttft_met),
+            _percent(result.met),
+            f"{result.goodput:.2f}",
+            _seconds(result.tpot.mean),
+            _seconds(result.tbt.p99),
+            f"{result.tokens_per_s:,.0f}",
+            f"{result.preemptions:,}",
+            f"{result.plan_ms.p50:.2f} ms",
+            f"{result.requests_per_wall_s:.0f}",
+        )
+    return shown
+
+
+def as_json(points: Many[Point], settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything, as JSON knows it: what is not a number is null."""
+    runs = [{"rate": point.rate, **msgspec.to_builtins(point.result)} for point in points]
+    return {"settings": settings, "runs": _without_nan(runs)}
+
+
+def plot(points: Many[Point], folder: Path, name: str) -> list[Path]:
+    """Two pictures, attainment and TBT against rate, a line for each policy. Returns their paths.
+
+    Raises UnsupportedError where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UnsupportedError("plots need matplotlib; install it with: pip install 'superinfer[plot]'") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for kind, label in (("attainment", "share of requests"), ("tbt", "TBT, ms")):
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel="requests/s", ylabel=label, title=name)
+        for at, policy in enumerate(dict.fromkeys(point.result.policy for point in points)):
+            mine = sorted((p for p in points if p.result.policy == policy), key=lambda p: p.rate)
+            rates = [point.rate for point in mine]
+            for line, style, values in _lines(kind, [point.result for point in mine]):
+                axes.plot(rates, values, style, marker="o", color=f"C{at}", label=f"{policy}, {line}")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+        paths.append(folder / f"{name}-{kind}.png")
+        figure.savefig(paths[-1], dpi=150)
+    return paths
+
+
+def _lines(kind: str, results: Many[SimResult]) -> list[tuple[str, str, list[float]]]:
+    """(name, line style, values) of a policy's lines in one picture."""
+    if kind == "attainment":
+        nothing = math.nan
+        return [
+            ("TTFT", "-", [r.ttft_met if r.ttft_met is not None else nothing for r in results]),
+            ("whole timeline", "--", [r.met if r.met is not None else nothing for r in results]),
+        ]
+    return [("p50", "-", [r.tbt.p50 * 1e3 for r in results]), ("p99", "--", [r.tbt.p99 * 1e3 for r in results])]
+
+
+def _seconds(value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return [_without_nan(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,303 @@
+"""Discrete events around the real scheduler and KV bookkeeping: only the clock and the device are simulated."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import deque
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+
+from superinfer.errors import InvalidRequestError
+from superinfer.runtime.engine.executor import ExecutorLimits
+from superinfer.runtime.kv.cache import KVCache
+from superinfer.runtime.protocol import SamplingParams
+from superinfer.runtime.scheduler.base import Scheduler, SchedulerLimits
+from superinfer.runtime.scheduler.cost import CostError, StepCost, StepRates
+from superinfer.runtime.scheduler.registry import build_scheduler
+from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate
+from superinfer.runtime.sim.executor import SimExecutor
+from superinfer.runtime.sim.hardware import HardwareProfile
+from superinfer.runtime.sim.shapes import ModelShape
+from superinfer.runtime.sim.workload import Job
+from superinfer.runtime.slo import SLO
+
+IGNORE_EOS = SamplingParams(ignore_eos=True)
+KV_SHARE = 0.9  # of device memory, for weights, KV and what a step needs beside
+STEP_BYTES = 4e9  # activations, workspaces and the CUDA context, bytes
+
+
+class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The simulated engine. Defaults of the batch are vLLM's for a server on an H100-class GPU (8,192 and 1,024).
+
+    kv_tokens: size of the KV pool; None: what the weights leave. depth: steps planned ahead of the results, as in the
+    engine: 1 waits for each. The time `plan` itself takes is measured, not simulated.
+    """
+
+    policy: str = "fcfs"
+    kv_tokens: int | None = None
+    page_size: int = 16
+    max_batch_size: int = 1024
+    max_batch_tokens: int = 8192
+    max_model_len: int = 131072
+    prefix_cache: bool = True
+    depth: int = 1
+
+
+class Quantiles(msgspec.Struct, frozen=True):
+    """Of a sample; NaN where it is empty."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Many[float]) -> Quantiles:
+        if not len(values):
+            return cls(*[float("nan")] * 4)
+        data = np.asarray(values, dtype=float)
+        p50, p90, p99 = np.quantile(data, (0.5, 0.9, 0.99))
+        return cls(float(data.mean()), float(p50), float(p90), float(p99))
+
+
+class SimResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of one run. Seconds of simulated time, unless a name says otherwise.
+
+    requests: finished. refused: longer than the engine takes, not run. ttft, tbt (between tokens, all gaps) and tpot
+        (each request's mean gap): quantiles. within_1s, within_5s: of first tokens.
+    ttft_met, met: shares of requests whose first token, and whose whole promise, was in time, of those that have such
+        a promise; None if none has. met_by_class: `met` for each SLO, as JSON.
+    goodput: requests per second with all met. duration: from the first arrival to the last token. tokens_per_s: output.
+    preemptions, steps: counts. cached: share of prompt tokens not computed. peak_live: unfinished requests at most.
+    plan_ms: CPU time of `plan`, milliseconds. wall_s: of the run.
+    requests_per_wall_s: requests simulated in one second of wall time.
+    cost_error: of the cost model's predictions against the simulated steps.
+    """
+
+    policy: str
+    requests: int
+    refused: int
+    duration: float
+    ttft: Quantiles
+    tbt: Quantiles
+    tpot: Quantiles
+    ttft_met: float | None
+    met: float | None
+    met_by_class: dict[str, float]
+    within_1s: float
+    within_5s: float
+    goodput: float
+    tokens_per_s: float
+    preemptions: int
+    steps: int
+    cached: float
+    peak_live: int
+    plan_ms: Quantiles
+    plan_ms_max: float
+    wall_s: float
+    requests_per_wall_s: float
+    cost_error: CostError
+
+
+def simulate(jobs: Many[Job], profile: HardwareProfile, shape: ModelShape, config: SimConfig) -> SimResult:
+    """Run the jobs to their end.
+
+    Raises InvalidRequestError if the model does not fit the machine, and for an unknown policy.
+    """
+    rates = StepRates.seed(profile, shape)
+    kv_tokens = config.kv_tokens if config.kv_tokens is not None else kv_room(profile, shape)
+    num_blocks = kv_tokens // config.page_size
+    if num_blocks < 1:
+        raise InvalidRequestError(f"kv_tokens={kv_tokens} is less than one block of {config.page_size} tokens")
+    limits = ExecutorLimits(
+        num_blocks=num_blocks,
+        page_size=config.page_size,
+        num_slots=config.max_batch_size,
+        max_model_len=min(config.max_model_len, num_blocks * config.page_size),
+        vocab_size=shape.vocab,
+    )
+    kv = KVCache(num_blocks, config.page_size, prefix_cache=config.prefix_cache)
+    scheduler = build_scheduler(
+        config.policy, kv, SchedulerLimits(limits.num_slots, config.max_batch_tokens, limits.max_model_len)
+    )
+    run = _Run(scheduler, SimExecutor(rates, limits, depth=config.depth), StepCost(rates))
+    started = time.perf_counter()
+    run.all(jobs)
+    return run.result(config.policy, time.perf_counter() - started)
+
+
+def kv_room(profile: HardwareProfile, shape: ModelShape) -> int:
+    """Tokens of KV that fit beside the weights. Raises InvalidRequestError if the weights alone do not fit."""
+    room = profile.memory_bytes * KV_SHARE - STEP_BYTES - shape.weight_bytes
+    if room < shape.kv_bytes_per_token:
+        raise InvalidRequestError(
+            f"{shape.name} has {shape.weight_bytes / 1e9:.0f} GB of weights, too much for the "
+            f"{profile.memory_bytes / 1e9:.0f} GB of {profile.name}; choose other hardware or give --kv-tokens"
+        )
+    return int(room / shape.kv_bytes_per_token)
+
+
+@dataclass
+class _Tally:
+    """What is recorded while a run goes on."""
+
+    first: float | None = None
+    last: float = 0.0
+    refused: int = 0
+    live: int = 0
+    peak_live: int = 0
+    steps: int = 0
+    tokens: int = 0
+    plan_s: array[float] = field(default_factory=lambda: array("d"))
+    gaps: array[float] = field(default_factory=lambda: array("f"))
+    finished: list[Sequence] = field(default_factory=list)
+    last_token: dict[int, float] = field(default_factory=dict)
+
+
+class _Run:
+    """One scheduler, one executor and a clock."""
+
+    def __init__(self, scheduler: Scheduler, executor: SimExecutor, cost: StepCost) -> None:
+        self._scheduler = scheduler
+        self._executor = executor
+        self._cost = cost
+        self._tally = _Tally()
+        self._submitted: deque[float] = deque()  # when each step not collected was submitted
+        self._device_free = 0.0
+
+    def all(self, jobs: Many[Job]) -> None:
+        """The event loop. An event is an arrival or the end of a step; between two, time passes and nothing else."""
+        now, at, tally = 0.0, 0, self._tally
+        while True:
+            while at < len(jobs) and jobs[at].at <= now:
+                self._arrive(at, jobs[at])
+                at += 1
+            self._record(self._scheduler.expire(now), now)
+            if len(self._submitted) < self._executor.depth and self._plan(now):
+                continue
+            if self._submitted:
+                now = self._finish_step()
+            elif at < len(jobs):
+                now = max(now, jobs[at].at)
+            elif tally.live:
+                raise RuntimeError(f"{tally.live} requests are left and the scheduler plans nothing")
+            else:
+                return
+
+    def _arrive(self, number: int, job: Job) -> None:
+        tally = self._tally
+        if job.prompt_length + job.output_length > self._executor.limits.max_model_len:
+            tally.refused += 1
+            return
+        if tally.first is None:
+            tally.first = job.at
+        tally.live += 1
+        tally.peak_live = max(tally.peak_live, tally.live)
+        self._scheduler.add(
+            Sequence(
+                id=number,
+                prompt=job.prompt(),
+                arrival=job.at,
+                max_tokens=job.output_length,
+                sampling=IGNORE_EOS,
+                slo=job.slo,
+            )
+        )
+
+    def _plan(self, now: float) -> bool:
+        started = time.thread_time()  # other processes of the machine are no part of it
+        plan = self._scheduler.plan(now)
+        self._tally.plan_s.append(time.thread_time() - started)
+        if plan is None:
+            return False
+        self._executor.submit(plan)
+        self._submitted.append(now)
+        return True
+
+    def _finish_step(self) -> float:
+        """Collect the oldest step. Returns when it ended."""
+        result = self._executor.collect()
+        end = self._device_free = max(self._device_free, self._submitted.popleft()) + result.elapsed
+        self._cost.observe(self._executor.last_load, result.elapsed)
+        self._tally.steps += 1
+        self._record(self._scheduler.commit(result, end), end)
+        return end
+
+    def _record(self, updates: Many[SequenceUpdate], now: float) -> None:
+        tally = self._tally
+        for sequence, token_ids, _, reason in updates:
+            if token_ids:
+                tally.tokens += 1
+                before = tally.last_token.get(sequence.id)
+                if before is not None:
+                    tally.gaps.append(now - before)
+                tally.last_token[sequence.id] = tally.last = now
+            if reason is not None:
+                tally.live -= 1
+                tally.last_token.pop(sequence.id, None)
+                tally.finished.append(sequence)
+
+    def result(self, policy: str, wall_s: float) -> SimResult:
+        """Sum up."""
+        tally = self._tally
+        done = tally.finished
+        ttft = [s.timeline.first for s in done if s.timeline.first is not None]
+        spans = [(s.timeline.first, s.timeline.last, s.timeline.count) for s in done]
+        tpot = [(b - a) / (n - 1) for a, b, n in spans if a is not None and b is not None and n > 1]
+        duration = max(tally.last - (tally.first or 0.0), 1e-9)
+        met, ttft_met, by_class = _attainment(done)
+        prompt_tokens = sum(s.num_prompt for s in done)
+        return SimResult(
+            policy=policy,
+            requests=len(done),
+            refused=tally.refused,
+            duration=duration,
+            ttft=Quantiles.of(ttft),
+            tbt=Quantiles.of(tally.gaps),
+            tpot=Quantiles.of(tpot),
+            ttft_met=ttft_met,
+            met=met,
+            met_by_class=by_class,
+            within_1s=_share([t <= 1.0 for t in ttft]),
+            within_5s=_share([t <= 5.0 for t in ttft]),
+            goodput=(met or 0.0) * sum(map(_promises, done)) / duration,
+            tokens_per_s=tally.tokens / duration,
+            preemptions=self._scheduler.counts().preemptions,
+            steps=tally.steps,
+            cached=sum(s.cached for s in done) / max(1, prompt_tokens),
+            peak_live=tally.peak_live,
+            plan_ms=Quantiles.of([seconds * 1e3 for seconds in tally.plan_s]),
+            plan_ms_max=max(tally.plan_s, default=0.0) * 1e3,
+            wall_s=wall_s,
+            requests_per_wall_s=len(done) / max(wall_s, 1e-9),
+            cost_error=self._cost.error(),
+        )
+
+
+def _promises(sequence: Sequence) -> bool:
+    return sequence.slo is not None and sequence.slo.promises_anything
+
+
+def _share(kept: Many[bool]) -> float:
+    return sum(kept) / len(kept) if kept else float("nan")
+
+
+def _attainment(done: Many[Sequence]) -> tuple[float | None, float | None, dict[str, float]]:
+    """Shares with everything met and with the first token in time, and the former by class, of those that promised."""
+    kept: dict[SLO | None, list[bool]] = {}
+    ttft = []
+    for sequence in filter(_promises, done):
+        assert sequence.finished_at is not None
+        verdict = sequence.timeline.verdict(sequence.finished_at - sequence.arrival)
+        kept.setdefault(sequence.slo, []).append(verdict.met)
+        if sequence.slo is not None and sequence.slo.ttft is not None:
+            ttft.append(verdict.ttft_met)
+    if not kept:
+        return None, None, {}
+    by_class = {msgspec.json.encode(slo).decode(): _share(values) for slo, values in kept.items()}
+    everything = [met for values in kept.values() for met in values]
+    return _share(everything), _share(ttft) if ttft else None, by_class

@@ -1,0 +1,120 @@
+"""Help a person can use, and one clear line for what went wrong."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def test_help_names_every_command(run: Run) -> None:
+    status, out, _ = run("--help")
+    assert status == 0
+    for command in ("demo", "run", "serve", "chat", "engine"):
+        assert f" {command} " in out
+
+
+@pytest.mark.parametrize("command", ["demo", "run", "serve", "chat", "engine"])
+def test_each_command_explains_its_options(run: Run, command: str) -> None:
+    status, out, _ = run(command, "--help")
+    assert status == 0 and "--kv-tokens" in out and "--model" in out
+
+
+def test_help_does_not_import_what_is_slow() -> None:
+    code = (
+        "import sys\nfrom superinfer.cli import main\n"
+        "try: main(['serve', '--help'])\nexcept SystemExit: pass\n"
+        "print({'torch', 'transformers', 'fastapi', 'uvicorn', 'openai', 'zmq'} & set(sys.modules), file=sys.stderr)"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "set()"
+    assert time.monotonic() - began < 3  # half a second on an idle machine
+
+
+def test_version(run: Run) -> None:
+    status, out, _ = run("--version")
+    assert status == 0 and out.startswith("superinfer 0.")
+
+
+def error_of(result: tuple[int, str, str]) -> str:
+    status, _, err = result
+    assert status == 1, result
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+@pytest.mark.parametrize("arguments", [("serve", "--port", "soon"), ("fly",), ("run",), ("chat", "--nonsense")])
+def test_wrong_usage_is_status_two(run: Run, arguments: tuple[str, ...]) -> None:
+    status, _, err = run(*arguments)
+    assert status == 2 and "Usage" in err and "Traceback" not in err
+
+
+def test_a_value_out_of_range_is_named(run: Run) -> None:
+    assert "--dtype 'int3'" in error_of(run("engine", "--dtype", "int3"))
+    assert "kv_tokens=0" in error_of(run("engine", "--kv-tokens", "0"))
+    assert "port=70000" in error_of(run("serve", "--port", "70000"))
+    assert "temperature=-1.0" in error_of(run("chat", "--temperature", "-1"))
+
+
+def test_an_unknown_policy_is_named_with_the_known_ones(run: Run) -> None:
+    line = error_of(run("engine", "--policy", "astrology"))
+    assert "'astrology'" in line and "fcfs" in line
+
+
+def test_a_missing_model_is_named(run: Run, tmp_path: Path) -> None:
+    assert str(tmp_path / "nowhere") in error_of(run("chat", "--model", str(tmp_path / "nowhere")))
+
+
+def test_a_corrupted_checkpoint_is_named(run: Run, random_llama: Path, tmp_path: Path, start: Any) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in random_llama.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    command = start("serve", "--port", "0", "--model", str(broken))
+    line = error_of(command.end(60))
+    assert str(broken) in line or "model.safetensors" in line
+    assert command.left_behind() == []
+
+
+def test_an_engine_that_is_not_there_is_named(run: Run, tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/none.sock"
+    began = time.monotonic()
+    assert address in error_of(run("chat", "--engine", address, stdin="hello\n"))
+    assert time.monotonic() - began < 20
+    assert "'nonsense'" in error_of(run("serve", "--port", "0", "--engine", "nonsense"))
+
+
+def test_a_port_in_use_is_found_before_an_engine_is_started(start: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        # this model does not exist: the port's error comes first
+        line = error_of(start("serve", "--port", str(port), "--model", "/nowhere").end(20))
+    assert f"port={port}" in line and "in use" in line
+
+
+def test_an_engine_address_in_use_is_named(run: Run, tiny_checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        assert address in error_of(
+            run("engine", "--address", address, "--model", str(tiny_checkpoint), "--load-format", "dummy")
+        )
+
+
+def test_a_url_where_nothing_answers_is_named(run: Run) -> None:
+    assert "http://127.0.0.1:9/v1" in error_of(run("chat", "--url", "http://127.0.0.1:9/v1", stdin="hello\n"))
+
+
+def test_engine_and_url_exclude_each_other(run: Run) -> None:
+    assert "exclude each other" in error_of(run("chat", "--url", "http://x/v1", "--engine", "ipc://y"))

@@ -1,0 +1,104 @@
+"""`superinfer serve` and `superinfer engine` as processes: they answer, stop in order and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+TINY_ENGINE = ("--load-format", "dummy", "--device", "cpu", "--kv-tokens", "8192", "--threads", "1")
+
+
+def serve(start: Callable[..., Any], checkpoint: Path, *more: str) -> tuple[Any, openai.OpenAI]:
+    command = start("serve", "--port", "0", "--model", str(checkpoint), "--model-name", "tiny", *TINY_ENGINE, *more)
+    url = command.line("serving at").split()[2]
+    return command, openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=30)
+
+
+def shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_streams_finish_and_leaves_nothing(
+    start: Callable[..., Any], tiny_checkpoint: Path, number: int
+) -> None:
+    before = shared_memory()
+    command, client = serve(start, tiny_checkpoint)
+    children = command.children()
+    assert children and command.left_behind(), "there is an engine with a socket"
+    stream = client.completions.create(
+        model="tiny", prompt="hi", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+    )
+    chunks = [next(iter(stream))]
+    command.process.send_signal(number)
+    chunks += list(stream)
+    assert chunks[-1].choices[0].finish_reason == "length"
+    status, _, err = command.end()
+    assert (status, err) == (0, "")
+    assert psutil.wait_procs(children, timeout=2)[1] == []
+    assert command.left_behind() == [] and shared_memory() <= before
+
+
+def test_streams_that_outlast_the_grace_end_with_an_error(start: Callable[..., Any], tiny_engine: Any) -> None:
+    command = start("serve", "--port", "0", "--engine", tiny_engine.address, "--model-name", "tiny", "--grace", "0.2")
+    client = openai.OpenAI(base_url=command.line("serving at").split()[2], api_key="none", max_retries=0)
+    many = client.completions.create(
+        model="tiny", prompt=["hi"] * 60, max_tokens=1000, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(many))
+    command.process.send_signal(signal.SIGTERM)
+    with pytest.raises(openai.APIError, match="closed"):
+        list(many)
+    assert command.end()[0] == 0 and command.left_behind() == []
+
+
+def test_a_killed_server_takes_its_engine_along(start: Callable[..., Any], tiny_checkpoint: Path) -> None:
+    command, _ = serve(start, tiny_checkpoint)
+    children = command.children()
+    command.process.kill()
+    assert psutil.wait_procs(children, timeout=5)[1] == []
+    command.process.communicate()
+    assert command.left_behind() == []
+
+
+def test_serving_a_running_engine_leaves_it_running(start: Callable[..., Any], tiny_engine: Any) -> None:
+    command = start("serve", "--port", "0", "--engine", tiny_engine.address)
+    command.line("serving at")
+    assert command.children() == []
+    command.process.send_signal(signal.SIGTERM)
+    assert command.end()[0] == 0 and tiny_engine.alive
+
+
+def test_an_interrupted_start_leaves_nothing(start: Callable[..., Any], tiny_checkpoint: Path) -> None:
+    command = start("serve", "--port", "0", "--model", str(tiny_checkpoint), *TINY_ENGINE)
+    deadline = time.monotonic() + 10
+    while not (children := command.children()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    command.process.send_signal(signal.SIGTERM)
+    assert command.end()[0] == 128 + signal.SIGTERM
+    assert psutil.wait_procs(children, timeout=2)[1] == []
+    assert command.left_behind() == []
+
+
+def test_an_engine_in_the_foreground_serves_others_until_a_signal(
+    start: Callable[..., Any], tiny_checkpoint: Path
+) -> None:
+    command = start("engine", "--address", "tcp://127.0.0.1:*", "--model", str(tiny_checkpoint), *TINY_ENGINE)
+    address = command.line("engine of").split(" at ")[1].split()[0]
+    children = command.children()
+    status, out, _ = start("chat", "--engine", address, "--max-tokens", "5", stdin="hello\n").end(30)
+    assert status == 0 and out.strip()
+    timer = threading.Timer(0.1, command.process.send_signal, [signal.SIGINT])
+    timer.start()
+    assert command.end()[0] == 130
+    assert psutil.wait_procs(children, timeout=2)[1] == []
+    assert command.left_behind() == []

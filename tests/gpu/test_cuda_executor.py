@@ -1,0 +1,187 @@
+"""The CUDA executor against transformers, and its graphs and overlap against itself without them."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from checkpoints import generate, logprobs, make_checkpoint
+from stepper import Stepper
+
+from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.engine.cuda_executor import CudaExecutor
+from superinfer.runtime.engine.model_executor import build_executor
+from superinfer.runtime.protocol import SamplingParams
+from superinfer.runtime.scheduler.plan import StepPlan
+
+TOKENS = 24
+
+
+def prompts_of(lengths: list[int], vocab: int = 211) -> list[list[int]]:
+    rng = random.Random(3)
+    return [[rng.randrange(vocab) for _ in range(length)] for length in lengths]
+
+
+def executor_of(folder, **settings) -> CudaExecutor:
+    settings = {"page_size": 16, "max_batch_size": 12, "kv_tokens": 8192, "dtype": "float32", **settings}
+    executor = build_executor(EngineConfig(model=str(folder), device="cuda", **settings))
+    assert isinstance(executor, CudaExecutor)
+    return executor
+
+
+def run(executor: CudaExecutor, prompts: list[list[int]], chunk: int | None = None, **kwargs) -> list[list[int]]:
+    stepper = Stepper(executor)
+    batch = [stepper.add(prompt, seed=i, **kwargs) for i, prompt in enumerate(prompts)]
+    stepper.run(batch, TOKENS, chunk)
+    return [s.output for s in batch]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    return folder, make_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A head size that FlashInfer has, for half precision."""
+    folder = tmp_path_factory.mktemp("wide")
+    changes = dict(hidden_size=256, intermediate_size=512, num_attention_heads=8, num_key_value_heads=2)
+    return folder, make_checkpoint(folder, "llama-head-128", **changes)
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-7-heads-per-kv-head", "llama-biases", "qwen2", "qwen3"])
+def test_float32_greedy_tokens_equal_transformers(tmp_path, variant):
+    model = make_checkpoint(tmp_path, variant)
+    executor = executor_of(tmp_path)
+    prompts = prompts_of([1, 9, 30, 70, 16])
+    expected = [generate(model, prompt, TOKENS) for prompt in prompts]
+    assert run(executor, prompts) == expected
+    assert run(executor, prompts, chunk=7) == expected  # chunks beside decodes in one forward
+
+
+def test_bfloat16_is_as_near_to_float32_as_transformers_bfloat16(wide):
+    """Relative error of the log probabilities of the 20 likeliest tokens; on this random model near 6 %."""
+    folder, model = wide
+    executor = executor_of(folder, dtype="bfloat16")
+    prompts = prompts_of([40, 100, 17])
+    stepper = Stepper(executor)
+    batch = [stepper.add(prompt, SamplingParams(temperature=0, logprobs=20)) for prompt in prompts]
+    stepper.run(batch, TOKENS, chunk=50)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    for prompt, sequence in zip(prompts, batch, strict=True):
+        found = torch.tensor([[value for _, value in entry.top] for entry in sequence.logprobs])
+        ids = torch.tensor([[i for i, _ in entry.top] for entry in sequence.logprobs])
+        wanted, theirs = (
+            logprobs(m, prompt + sequence.output)[len(prompt) - 1 :].float()[: len(ids)].gather(1, ids)
+            for m in (model, half)
+        )
+        ours, baseline = ((x - wanted).norm() / wanted.norm() for x in (found, theirs))
+        assert ours < 1.3 * baseline + 5e-3, f"relative error {ours:.4f}, transformers in bfloat16 has {baseline:.4f}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_graphs_give_the_tokens_of_eager_steps(wide, dtype):
+    folder, _ = wide
+    prompts = prompts_of([5, 33, 80, 12, 64, 3, 7])  # seven decodes in a bucket of eight
+    executor = executor_of(folder, dtype=dtype)
+    assert all(bucket.graph is not None for bucket in executor._buckets)
+    with_graphs = run(executor, prompts)
+    for bucket in executor._buckets:
+        bucket.graph = None
+    assert run(executor, prompts) == with_graphs
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(temperature=0), SamplingParams(temperature=0.8)])
+def test_steps_submitted_ahead_give_the_tokens_of_steps_one_by_one(wide, sampling):
+    folder, _ = wide
+    prompts = prompts_of([12, 50, 5])
+    executor = executor_of(folder, dtype="bfloat16")
+    expected = run(executor, prompts, sampling=sampling)
+    stepper = Stepper(executor)
+    batch = [stepper.add(prompt, sampling, seed=i) for i, prompt in enumerate(prompts)]
+    outputs: dict[int, list[int]] = {s.slot: [] for s in batch}
+    for step in range(TOKENS):
+        works = tuple(stepper.prefill(s) if not s.computed else stepper.decode(s) for s in batch)
+        executor.submit(StepPlan(step, works, tuple(stepper.inits)))
+        stepper.inits = []
+        for _ in range(1 if step else 0):
+            for slot, token in executor.collect().tokens.items():
+                outputs[slot].append(token)
+    for slot, token in executor.collect().tokens.items():
+        outputs[slot].append(token)
+    assert list(outputs.values()) == expected
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [SamplingParams(temperature=0), SamplingParams(temperature=0.8), SamplingParams(top_p=0.9, top_k=40, min_p=0.01)],
+)
+def test_submitting_a_decode_never_waits_for_the_device(wide, sampling):
+    folder, _ = wide
+    executor = executor_of(folder, dtype="bfloat16")
+    stepper = Stepper(executor)
+    batch = [stepper.add(prompt, sampling) for prompt in prompts_of([12, 50, 5])]
+    stepper.run(batch, 4)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(8):
+            executor.submit(StepPlan(step, tuple(stepper.decode(s) for s in batch)))
+            executor.collect()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_prefix_hit_gives_the_tokens_of_computing_it(wide, dtype):
+    folder, _ = wide
+    executor = executor_of(folder, dtype=dtype)
+    stepper = Stepper(executor)
+    (prompt,) = prompts_of([70])
+    first = stepper.add(prompt)
+    stepper.run([first], TOKENS)
+    again = stepper.add(prompt, shared=tuple(first.blocks[:4]))
+    stepper.run([again], TOKENS)
+    assert again.output == first.output
+
+
+def test_sampling_with_filters_penalties_and_seeds_runs_beside_greedy_rows(llama):
+    folder, model = llama
+    executor = executor_of(folder)
+    prompts = prompts_of([20, 31, 8])
+    kinds = [
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=0.9, top_p=0.8, top_k=30),
+        SamplingParams(temperature=0.7, repetition_penalty=1.3, min_tokens=5),
+    ]
+
+    def outputs(which: list[int]) -> dict[int, list[int]]:
+        stepper = Stepper(executor)
+        batch = {i: stepper.add(prompts[i], kinds[i], seed=i) for i in which}
+        stepper.run(list(batch.values()), TOKENS, chunk=9)
+        return {i: s.output for i, s in batch.items()}
+
+    together = outputs([0, 1, 2])
+    assert together[0] == generate(model, prompts[0], TOKENS)
+    assert {i: outputs([i])[i] for i in range(3)} == together
+
+
+def test_scores_equal_transformers_log_softmax(llama):
+    folder, model = llama
+    stepper = Stepper(executor_of(folder))
+    (prompt,) = prompts_of([90])
+    scored = stepper.add(prompt)
+    while len(scored.scores) < len(prompt) - 1:
+        stepper.step((scored, stepper.prefill(scored, 32, score=True)))
+    expected = logprobs(model, prompt)[:-1].gather(1, torch.tensor(prompt[1:])[:, None]).squeeze(1)
+    torch.testing.assert_close(torch.tensor([s.logprob for s in scored.scores]), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_pool_fills_the_memory_that_is_left(wide):
+    folder, _ = wide
+    executor = executor_of(folder, dtype="bfloat16", kv_tokens=None, max_batch_size=4)
+    free, total = torch.cuda.mem_get_info()
+    executor.close()
+    assert 0.02 * total < free < 0.25 * total

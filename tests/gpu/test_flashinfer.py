@@ -1,0 +1,79 @@
+"""FlashInfer behind `AttentionCall`, over a strided block-first cache, against dense attention in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from paged_batches import dense_answer, make_batch
+
+pytest.importorskip("flashinfer", reason="flashinfer is not installed; pip install 'superinfer[cuda]'")
+
+HEADS, KV_HEADS, HEAD_DIM, PAGE, SCALE = 8, 2, 128, 16, 0.1
+SIZES = HEADS, KV_HEADS, HEAD_DIM, PAGE, SCALE, torch.bfloat16
+CUDA = torch.device("cuda")
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    error = (found.cpu().float() - expected).norm() / expected.norm()
+    assert error < 1e-2, f"relative error {error:.4f}"
+
+
+@pytest.fixture(scope="module")
+def buffers():
+    return torch.zeros(256 << 20, dtype=torch.uint8, device=CUDA), torch.zeros(8 << 20, dtype=torch.uint8, device=CUDA)
+
+
+def test_decode_equals_dense_attention_eagerly_and_in_a_graph_fed_by_plan_alone(buffers):
+    from superinfer.kernels.paged_flashinfer import FlashInferDecode
+
+    def case(seed: int, contexts: tuple[int, ...]):
+        return make_batch((1,) * len(contexts), contexts, HEADS, KV_HEADS, HEAD_DIM, PAGE, torch.bfloat16, CUDA, seed)
+
+    first, second = case(1, (1, 16, 700, 33)), case(2, (5, 17, 40, 1900))
+    batch = dataclasses.replace(first.batch, kv_indices=torch.zeros(200, dtype=torch.int32, device=CUDA))
+    room = len(first.batch.kv_indices)
+    batch.kv_indices[:room] = first.batch.kv_indices
+    call = FlashInferDecode(*buffers, batch, *SIZES)
+    call.plan(batch)
+    q, cache = first.q.clone(), torch.zeros(160, *first.cache.shape[1:], dtype=torch.bfloat16, device=CUDA)
+    cache[: len(first.cache)] = first.cache
+    close(call.run(q, cache[:, 1]), dense_answer(first, SCALE))
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call.run(q, cache[:, 1])
+    q.copy_(second.q)
+    cache[: len(second.cache)] = second.cache
+    batch.kv_indptr.copy_(second.batch.kv_indptr)
+    batch.last_page_len.copy_(second.batch.last_page_len)
+    batch.kv_indices[: len(second.batch.kv_indices)] = second.batch.kv_indices
+    fresh = second.batch
+    call.plan(
+        dataclasses.replace(
+            batch,
+            host_kv_indptr=fresh.host_kv_indptr,
+            host_kv_indices=fresh.host_kv_indices,
+            host_last_page_len=fresh.host_last_page_len,
+        )
+    )
+    out.fill_(float("nan"))
+    graph.replay()
+    close(out, dense_answer(second, SCALE))
+
+
+@pytest.mark.parametrize("backend", ["fa2", "fa3"])
+def test_prefill_chunks_with_a_computed_past_equal_dense_attention(buffers, backend):
+    if backend == "fa3" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("fa3 needs a Hopper GPU")
+    from superinfer.kernels.paged_flashinfer import FlashInferPrefill
+
+    case = make_batch(
+        (1, 200, 33, 300), (77, 200, 900, 301), HEADS, KV_HEADS, HEAD_DIM, PAGE, torch.bfloat16, CUDA, seed=4
+    )
+    call = FlashInferPrefill(*buffers, backend, *SIZES)
+    call.plan(case.batch)
+    close(call.run(case.q, case.cache[:, case.layer].nan_to_num()), dense_answer(case, SCALE))
+    # The strided view itself, not a copy of it: another layer's cells are NaN and must not be read.
+    close(call.run(case.q, case.cache[:, case.layer]), dense_answer(case, SCALE))

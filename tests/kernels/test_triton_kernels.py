@@ -1,0 +1,107 @@
+"""The Triton kernels against their torch references: on a GPU where there is one, else through Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+pytest.importorskip("triton", reason="triton has no wheel for this platform")
+
+from paged_batches import dense_answer, make_batch  # noqa: E402
+
+from superinfer.kernels import activation, filters, fused, norm, rope, sampling  # noqa: E402
+from superinfer.kernels.paged import TorchAttention  # noqa: E402
+from superinfer.kernels.paged_triton import TritonAttention  # noqa: E402
+
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+HALF = torch.float16 if not CUDA else torch.bfloat16  # the interpreter computes with numpy, which has no bfloat16
+DTYPES = [torch.float32, HALF]
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    return dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens,size", [(1, 32), (5, 96), (3, 4096)])
+def test_the_fused_residual_norm_equals_the_reference(dtype, tokens, size):
+    x, residual, weight = randn(tokens, size, dtype=dtype), randn(tokens, size, dtype=dtype), randn(size, dtype=dtype)
+    floor = torch.tensor(1e-3, device=DEVICE)
+    total = x + residual
+    expected = norm.rms_norm(total.cpu().float(), weight.cpu().float(), floor.cpu())
+    normed, kept = fused.add_rms_norm(x, residual, weight, floor)
+    assert torch.equal(kept, total) and kept.data_ptr() == residual.data_ptr()
+    torch.testing.assert_close(normed.cpu().float(), expected, **tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_norm_of_heads_reads_them_where_they_lie(dtype):
+    qkv, weight, floor = randn(6, 7, 48, dtype=dtype), randn(48, dtype=dtype), torch.tensor(1e-3, device=DEVICE)
+    for part in (qkv[:, :4], qkv[:, 4:6]):
+        expected = norm.rms_norm(part.cpu().float(), weight.cpu().float(), floor.cpu())
+        torch.testing.assert_close(fused.rms_norm(part, weight, floor).cpu().float(), expected, **tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens,size", [(1, 14), (4, 96), (2, 2500)])
+def test_silu_and_mul_equals_the_reference(dtype, tokens, size):
+    x = randn(tokens, 2 * size, dtype=dtype)
+    expected = activation.silu_and_mul(x.cpu().float())
+    torch.testing.assert_close(fused.silu_and_mul(x).cpu().float(), expected, **tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads,kv_heads,head_dim", [(4, 2, 16), (7, 1, 24), (3, 3, 64), (8, 2, 128)])
+def test_rope_and_store_rotates_and_writes_one_layer_of_a_block_first_cache(dtype, heads, kv_heads, head_dim):
+    tokens, blocks, layers, page, layer = 5, 6, 3, 4, 1
+    qkv = randn(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    frequencies = torch.rand(head_dim // 2).repeat(2).to(DEVICE)
+    amplitudes = torch.full((2, head_dim), 1.3, device=DEVICE)
+    amplitudes[1, : head_dim // 2] *= -1
+    positions = torch.tensor([0, 3, 100, 7, 8], device=DEVICE)
+    cos, sin = rope.rope_angles(positions, frequencies, amplitudes, dtype)
+    cache = torch.full((blocks, layers, 2, page, kv_heads, head_dim), float("nan"), device=DEVICE, dtype=dtype)
+    places = torch.tensor([5, 6, 7, 20, 0], dtype=torch.int32, device=DEVICE)
+
+    q = fused.rope_and_store(qkv, cos, sin, places, cache[:, layer], kv_heads)
+    rotated = rope.apply_rope(qkv[:, : heads + kv_heads].float(), cos.float(), sin.float())
+    torch.testing.assert_close(q.float(), rotated[:, :heads], **tolerance(dtype))
+    keys, values = cache[:, layer].transpose(0, 1).flatten(1, 2)
+    torch.testing.assert_close(keys[places.long()].float(), rotated[:, heads:], **tolerance(dtype))
+    assert torch.equal(values[places.long()], qkv[:, heads + kv_heads :])
+    written = torch.zeros(blocks * page, dtype=torch.bool, device=DEVICE)
+    written[places.long()] = True
+    assert keys[~written].isnan().all() and cache[:, [0, 2]].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "heads,kv_heads,head_dim,page", [(4, 2, 16, 4), (7, 1, 24, 3), (8, 8, 64, 16), (8, 2, 128, 16)]
+)
+@pytest.mark.parametrize("queries", [(1, 1, 1), (1, 9, 20)])
+def test_paged_attention_equals_dense_attention(dtype, heads, kv_heads, head_dim, page, queries):
+    case = make_batch(queries, (6, 9, 41), heads, kv_heads, head_dim, page, dtype, DEVICE)
+    expected = dense_answer(case)
+    for call in (TritonAttention(0.3), TorchAttention(0.3)):
+        call.plan(case.batch)
+        found = call.run(case.q, case.cache[:, case.layer])
+        torch.testing.assert_close(found.cpu().float(), expected, **tolerance(dtype))
+
+
+def test_filters_find_the_threshold_that_a_sort_finds():
+    torch.manual_seed(3)
+    scaled = sampling.temper(torch.randn(9, 300) * 3, torch.ones(9))
+    scaled[3] = 0.0  # ties
+    scaled[4, 5:] = -torch.inf
+    top_k = torch.tensor([0, 1, 20, 7, 0, 300, 299, 50, 0])
+    top_p = torch.tensor([0.9, 1.0, 1.0, 0.5, 0.99, 0.3, 0.7, 0.8, 1.0], dtype=torch.float64)
+    min_p = torch.tensor([0, 0, 0.1, 0, 0, 0, 0.02, 0, 0], dtype=torch.float64)
+    expected = sampling.filter_threshold(scaled, scaled.exp().double(), top_k, top_p, min_p)
+    found = filters.filter_threshold(*(x.to(DEVICE) for x in (scaled, top_k, top_p, min_p))).cpu()
+    kept, wanted = scaled >= found[:, None], scaled >= expected[:, None]
+    assert torch.equal(kept, wanted), (kept.sum(1), wanted.sum(1))

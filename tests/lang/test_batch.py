@@ -1,0 +1,129 @@
+"""Many programs at once: order, errors, threads, iterators."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+from scripted_client import ScriptedClient
+
+import superinfer as si
+
+
+@si.function
+def program(s, item):
+    s += f"item {item}:"
+    if item == 3:
+        raise ValueError("tool 3")
+    s += si.gen("x")
+    s["x"]
+
+
+@si.function
+async def aprogram(s, item):
+    s += f"item {item}:"
+    if item == 3:
+        raise ValueError("tool 3")
+    s += si.gen("x")
+    await s.get("x")
+
+
+def answer(prompt: str) -> str:
+    if "item 5" in prompt:
+        raise si.QueueFullError("full")
+    return prompt[5:-1]
+
+
+@pytest.mark.parametrize("kind", [program, aprogram])
+@pytest.mark.parametrize("num_threads", ["auto", 1, 3])
+def test_states_come_in_order_and_failing_items_keep_their_errors(model: ScriptedClient, kind, num_threads) -> None:
+    model.answer = answer
+    states = kind.run_batch([{"item": i} for i in range(8)], num_threads=num_threads)
+    assert [s["x"] for i, s in enumerate(states) if i not in (3, 5)] == ["0", "1", "2", "4", "6", "7"]
+    assert [type(s.error()) for s in states if s.error()] == [ValueError, si.QueueFullError]
+    for i, error in ((3, ValueError), (5, si.QueueFullError)):
+        with pytest.raises(error):
+            states[i]["x"]
+
+
+@pytest.mark.parametrize("kind", [program, aprogram])
+def test_num_threads_bounds_how_many_run_at_once(model: ScriptedClient, kind) -> None:
+    model.token_s = 0.01
+    kind.run_batch([(10 + i,) for i in range(9)], num_threads=3)
+    assert model.most_open == 3
+
+
+def test_items_may_be_tuples_and_an_empty_batch_is_empty(model: ScriptedClient) -> None:
+    assert [s.text() for s in program.run_batch([(1,), [2]])] == ["item 1:ok", "item 2:ok"]
+    assert program.run_batch([]) == []
+
+
+def test_options_hold_for_every_item_and_each_has_its_own_deadline(model: ScriptedClient) -> None:
+    model.token_s = 0.05
+    states = program.run_batch([(10,), (11,), (12,)], num_threads=1, temperature=0, deadline=5.0)
+    assert all(r.sampling.temperature == 0 and r.slo.deadline > 4.9 for r in model.requests)
+    assert all(s.slo_report().met for s in states)
+
+
+def test_wrong_items_are_refused_before_anything_runs(model: ScriptedClient) -> None:
+    for batch, shown in (
+        ([{"item": 1}, {"thing": 2}], "item 1 of the batch: .*'item'"),
+        ([(1, 2)], "item 0"),
+        (["ab"], "item 0 of the batch is 'ab'"),
+        ("ab", "list of dicts"),
+    ):
+        with pytest.raises(si.InvalidRequestError, match=shown):
+            program.run_batch(batch)
+    with pytest.raises(si.InvalidRequestError, match="num_threads=0"):
+        program.run_batch([(1,)], num_threads=0)
+    with pytest.raises(si.InvalidRequestError, match="no option 'colour'"):
+        program.run_batch([(1,)], colour="red")
+    assert model.requests == []
+
+
+def test_the_progress_bar_changes_nothing(model: ScriptedClient, capsys) -> None:
+    assert [s["x"] for s in program.run_batch([(1,), (2,)], progress_bar=True)] == ["ok", "ok"]
+    assert "program" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [program, aprogram])
+def test_generator_style_yields_early_and_leaving_cancels_the_rest(model: ScriptedClient, kind) -> None:
+    model.token_s, model.answer = 0.005, lambda prompt: "x" * (1 if "item 0" in prompt else 1000)
+    states = kind.run_batch([(i,) for i in (0, 10, 11)], generator_style=True)
+    assert next(states)["x"] == "x"
+    states.close()
+    end = time.monotonic() + 3
+    while model.open and time.monotonic() < end:
+        time.sleep(0.005)
+    assert model.open == 0 and len(model.cancelled) == 2
+
+
+@pytest.mark.parametrize("kind", [program, aprogram])
+async def test_arun_batch_yields_in_order_with_bounded_concurrency(model: ScriptedClient, kind) -> None:
+    model.answer, model.token_s = answer, 0.01
+    states = [s async for s in kind.arun_batch([(i,) for i in range(8)], concurrency=2)]
+    assert [str(s.error() or s["x"]) for s in states] == ["0", "1", "2", "tool 3", "4", "full", "6", "7"]
+    assert model.most_open == 2
+
+
+async def test_200_async_programs_need_no_threads_of_their_own(model: ScriptedClient) -> None:
+    model.token_s = 0.1
+    before = threading.active_count()
+    tasks = [asyncio.create_task(aprogram.arun(100 + i)) for i in range(200)]
+    most = 0
+    while not all(task.done() for task in tasks):
+        most = max(most, threading.active_count())
+        await asyncio.sleep(0.02)
+    assert all(task.result()["x"] == "ok" for task in tasks)
+    assert model.most_open == 200
+    assert most <= before + 1  # the language's loop, where it was not running yet
+
+
+def test_a_batch_of_async_programs_needs_no_threads_either(model: ScriptedClient) -> None:
+    model.token_s = 0.05
+    before = threading.active_count()
+    states = aprogram.run_batch([(100 + i,) for i in range(300)])
+    assert len(states) == 300 and model.most_open == 300
+    assert threading.active_count() <= before + 1

@@ -1,0 +1,192 @@
+"""Programs against a real engine with a random model: what the scripted one cannot show."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import superinfer as si
+from superinfer.lang.backend import RuntimeEndpoint
+from superinfer.runtime.client import EngineClient
+from superinfer.runtime.launch import EngineProcess
+from superinfer.runtime.protocol import StatsReport
+
+
+@si.function(deadline=60.0)
+def chat(s, question, tokens=8):
+    s += si.user(question)
+    s += si.assistant(si.gen("answer", max_tokens=tokens, temperature=0, ignore_eos=True))
+    forks = s.fork(2)
+    forks += lambda i: si.user(str(i)) + si.assistant(si.gen("more", max_tokens=4, temperature=0, ignore_eos=True))
+    forks.join()
+    s += si.user("Which?") + si.assistant(si.select("choice", ["yes", "no"]))
+
+
+def test_a_program_runs_the_same_twice_and_reports_its_calls(endpoint: RuntimeEndpoint) -> None:
+    once, again = chat.run("hello"), chat.run("hello")
+    assert once.text() == again.text() and once["choice"] in ("yes", "no") and len(once["more"]) == 2
+    meta = again.get_meta_info("answer")
+    assert (meta["completion_tokens"], meta["finish_reason"]) == (8, "length")
+    assert meta["prompt_tokens"] == len("<|user|>hello") + 1 + len("<|assistant|>")  # <|end|> is one token
+    assert meta["cached_tokens"] > 0
+    report = once.slo_report()
+    assert [row.call for row in report.rows] == ["answer", "more", "more", "choice"] and report.met
+    assert all(row.queue_s is not None and row.e2e_s >= row.queue_s + row.prefill_s for row in report.rows)
+
+
+def test_select_scores_as_the_engine_does(endpoint: RuntimeEndpoint) -> None:
+    @si.function
+    def program(s):
+        s += "abc" + si.select("x", ["d", "efg"], choices_method=si.unconditional_likelihood_normalized)
+
+    state = program.run()
+    scored = state.get_meta_info("x")["input_token_logprobs"]
+    with EngineClient(endpoint.address) as client:
+        from superinfer.runtime.protocol import Score
+
+        prompt = endpoint.encode("abcefg", special=True)
+        expected, _ = client.score(Score(request_id="r", prompt=prompt, start=len(prompt) - 3))
+    assert [score[0] for score in scored[1]] == pytest.approx([item.logprob for item in expected], abs=1e-5)
+
+
+def test_200_programs_at_once_on_one_connection(endpoint: RuntimeEndpoint) -> None:
+    @si.function
+    async def program(s, i):
+        s += f"{i}" + si.gen("x", max_tokens=2, temperature=0, ignore_eos=True)
+
+    states = program.run_batch([(i % 5,) for i in range(200)])
+    assert [s.error() for s in states] == [None] * 200
+    assert all(states[i]["x"] == states[i % 5]["x"] for i in range(200))
+
+
+def stats(engine: EngineProcess) -> StatsReport:
+    with EngineClient(engine.address) as client:
+        return client.stats()
+
+
+async def test_cancelling_a_program_frees_the_engine(endpoint: RuntimeEndpoint, talking_engine: EngineProcess) -> None:
+    @si.function
+    async def long(s):
+        s += "x" + si.gen("x", max_tokens=900, ignore_eos=True)
+        await s.get("x")
+
+    before = await asyncio.to_thread(stats, talking_engine)
+    task = asyncio.create_task(long.arun())
+    while (await asyncio.to_thread(stats, talking_engine)).running == 0:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    end = time.monotonic() + 2
+    while (now := await asyncio.to_thread(stats, talking_engine)).running and time.monotonic() < end:
+        await asyncio.sleep(0.02)
+    assert now.running == 0 and now.cancelled == before.cancelled + 1
+
+
+def test_the_engine_truncates_at_the_deadline(endpoint: RuntimeEndpoint) -> None:
+    @si.function
+    def program(s):
+        s += "x" + si.gen("x", max_tokens=900, ignore_eos=True, slo=si.SLO(deadline=0.15, on_miss="truncate"))
+
+    state = program.run()
+    meta = state.get_meta_info("x")
+    assert meta["finish_reason"] == "deadline" and 0 <= meta["completion_tokens"] < 900
+    assert state.slo_report().met is False
+
+
+def test_an_engine_that_dies_mid_program_raises_where_the_variable_is_read(fresh_engine: EngineProcess) -> None:
+    @si.function
+    def program(s):
+        s += "x" + si.gen("x", max_tokens=900, ignore_eos=True)
+        next(s.text_iter("x"))
+        os.kill(fresh_engine.pid, signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(si.EngineDeadError):
+            s["x"]
+        s += si.gen("y")
+        with pytest.raises(si.EngineDeadError):
+            s["y"]
+        return time.monotonic() - start
+
+    with RuntimeEndpoint(fresh_engine.address) as backend, pytest.warns(RuntimeWarning, match="EngineDeadError"):
+        state = program.run(backend=backend)
+    assert state.ret_value < 2
+    assert isinstance(state.error(), si.EngineDeadError)
+
+
+def test_a_closed_backend_says_so(talking_engine: EngineProcess) -> None:
+    backend = RuntimeEndpoint(talking_engine.address)
+    backend.close()
+    backend.close()
+    with pytest.raises(si.RequestCancelledError, match="the backend is closed"):
+        chat.run("x", backend=backend)
+
+
+def test_an_address_without_an_engine_is_unavailable() -> None:
+    with pytest.raises(si.EngineUnavailableError):
+        RuntimeEndpoint("ipc:///tmp/superinfer-nobody.sock", timeout=0.3)
+
+
+def test_a_runtime_starts_an_engine_and_ends_it(talking_llama) -> None:
+    with si.Runtime(model=str(talking_llama), kv_tokens=1024, threads=1) as runtime:
+        pid = runtime.pid
+        assert chat.run("x", backend=runtime.endpoint)["choice"] in ("yes", "no")
+    assert pid is not None and runtime.pid is None
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    with pytest.raises(si.InvalidRequestError, match="kv_tokenz"):
+        si.Runtime(kv_tokenz=5)
+
+
+def test_a_script_that_closes_nothing_ends_and_takes_its_engine_along(talking_llama: Path) -> None:
+    script = f"""
+import superinfer as si
+runtime = si.Runtime(model_path={str(talking_llama)!r}, kv_tokens=1024, threads=1)
+si.set_default_backend(runtime)
+@si.function
+def program(s):
+    s += "x" + si.gen("x", max_tokens=2, ignore_eos=True)
+program.run()
+program.run(stream=True)
+print(runtime.pid)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)
+
+
+def test_control_c_ends_a_program_and_cancels_its_request(talking_engine: EngineProcess) -> None:
+    script = f"""
+import superinfer as si
+@si.function
+def program(s):
+    s += "x" + si.gen("x", max_tokens=900, ignore_eos=True)
+    next(s.text_iter("x"))
+    print("begun", flush=True)
+    s["x"]
+with si.RuntimeEndpoint({talking_engine.address!r}) as backend:
+    try:
+        program.run(backend=backend)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+    before = stats(talking_engine).cancelled
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.read() == "interrupted\n"
+    assert process.wait(10) == 0
+    assert stats(talking_engine).cancelled == before + 1
+
+
+def test_default_backend_uses_the_one_that_is_set(endpoint: RuntimeEndpoint) -> None:
+    with si.default_backend() as backend:
+        assert backend is endpoint
+    assert chat.run("still open").error() is None

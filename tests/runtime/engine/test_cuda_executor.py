@@ -1,0 +1,190 @@
+"""The CUDA executor's host side on the CPU: Triton kernels run through the interpreter, without graphs.
+
+What a GPU adds, FlashInfer, graphs and real overlap, is tested in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton has no wheel for this platform")
+
+from checkpoints import generate, logprobs, make_checkpoint
+from stepper import Stepper
+
+from superinfer.kernels.paged import TorchAttention, choose_attention
+from superinfer.runtime.engine.cuda_batch import decode_buckets
+from superinfer.runtime.engine.cuda_executor import CudaExecutor
+from superinfer.runtime.engine.executor import ExecutorLimits
+from superinfer.runtime.models.loader import load_model
+from superinfer.runtime.protocol import SamplingParams
+from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan
+
+TOKENS = 10
+
+
+def prompts_of(lengths: list[int], vocab: int = 211) -> list[list[int]]:
+    rng = random.Random(3)
+    return [[rng.randrange(vocab) for _ in range(length)] for length in lengths]
+
+
+def executor_of(folder, page: int = 4, slots: int = 6, blocks: int = 200) -> CudaExecutor:
+    model = load_model(folder)
+    limits = ExecutorLimits(blocks, page, slots, 256, model.config.vocab_size)
+    scale = model.config.head_dim**-0.5
+    attention = TorchAttention(scale)  # its Triton twin is compared with it in tests/kernels
+    return CudaExecutor(
+        model,
+        limits,
+        lambda _: TorchAttention(scale),
+        attention,
+        max_batch_tokens=512,
+        model_name=str(folder),
+        path=str(folder),
+        graphs=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    return folder, make_checkpoint(folder)
+
+
+@pytest.mark.parametrize("variant", ["llama-7-heads-per-kv-head", "qwen2", "qwen3"])
+def test_greedy_tokens_equal_transformers_in_mixed_batches(tmp_path, variant):
+    model = make_checkpoint(tmp_path, variant)
+    executor = executor_of(tmp_path)
+    prompts = prompts_of([1, 9, 30])
+    stepper = Stepper(executor)
+    batch = [stepper.add(prompt) for prompt in prompts]
+    stepper.run(batch, TOKENS, chunk=7)
+    assert [s.output for s in batch] == [generate(model, prompt, TOKENS) for prompt in prompts]
+
+
+def test_steps_submitted_ahead_continue_from_tokens_the_host_has_not_seen(llama):
+    folder, model = llama
+    executor = executor_of(folder)
+    prompts = prompts_of([12, 5])
+    stepper = Stepper(executor)
+    batch = [stepper.add(prompt) for prompt in prompts]
+    for _ in range(TOKENS):
+        works = tuple(stepper.prefill(s) if not s.computed else stepper.decode(s) for s in batch)
+        executor.submit(StepPlan(stepper.steps, works, tuple(stepper.inits)))
+        stepper.inits, stepper.steps = [], stepper.steps + 1
+        if stepper.steps > 1:
+            for s, token in zip(batch, executor.collect().tokens.values(), strict=True):
+                s.output.append(token)
+    for s, token in zip(batch, executor.collect().tokens.values(), strict=True):
+        s.output.append(token)
+    assert [s.output for s in batch] == [generate(model, prompt, TOKENS) for prompt in prompts]
+
+
+def test_a_seeded_draw_is_the_same_in_any_batch_and_logprobs_come_back(llama):
+    folder, model = llama
+    sampling = SamplingParams(temperature=0.9, top_p=0.9, logprobs=2)
+    prompts = prompts_of([13, 20])
+    alone = Stepper(executor_of(folder))
+    single = alone.add(prompts[0], sampling, seed=5)
+    alone.run([single], TOKENS)
+    together = Stepper(executor_of(folder))
+    batch = [together.add(prompts[1]), together.add(prompts[0], sampling, seed=5)]
+    together.run(batch, TOKENS, chunk=6)
+    assert batch[1].output == single.output and not batch[0].logprobs
+    expected = logprobs(model, prompts[0] + single.output)[len(prompts[0]) - 1 :]
+    for found, row in zip(single.logprobs, expected, strict=False):
+        assert found.logprob == pytest.approx(row[found.token_id].item(), abs=1e-4)
+        assert [i for i, _ in found.top] == row.topk(2).indices.tolist()
+
+
+def test_scores_equal_transformers_log_softmax(llama):
+    folder, model = llama
+    stepper = Stepper(executor_of(folder))
+    prompt, other = prompts_of([25, 8])
+    scored, stranger = stepper.add(prompt), stepper.add(other)
+    while len(scored.scores) < len(prompt) - 1:
+        busy = stepper.prefill(stranger) if not stranger.computed else stepper.decode(stranger)
+        stepper.step((scored, stepper.prefill(scored, 7, score=True)), (stranger, busy))
+    expected = logprobs(model, prompt)[:-1].gather(1, torch.tensor(prompt[1:])[:, None]).squeeze(1)
+    torch.testing.assert_close(torch.tensor([s.logprob for s in scored.scores]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_shared_prefix_blocks_are_read_not_recomputed(llama):
+    folder, model = llama
+    stepper = Stepper(executor_of(folder))
+    (prompt,) = prompts_of([22])
+    first = stepper.add(prompt)
+    stepper.run([first], 3)
+    second = stepper.add([*prompt[:16], 7, 8, 9], shared=tuple(first.blocks[:4]))
+    stepper.run([second], TOKENS)
+    assert second.output == generate(model, [*prompt[:16], 7, 8, 9], TOKENS)
+
+
+def test_a_step_that_fails_is_told_by_its_collect_and_leaves_the_executor_usable(llama):
+    folder, model = llama
+    executor = executor_of(folder)
+    stepper = Stepper(executor)
+    prompt, broken = prompts_of([15, 4])
+    sequence = stepper.add(prompt)
+    stepper.run([sequence], 5)
+    bad = stepper.add(broken)
+    with pytest.raises(IndexError, match="vocabulary of 211"):
+        stepper.step((bad, SlotWork(bad.slot, 0, 4, (1, 2, 3, 99999), tuple(bad.blocks[:1]), sample=True)))
+    stepper.remove(bad)
+    stepper.run([sequence], TOKENS)
+    assert sequence.output == generate(model, prompt, TOKENS)
+
+
+def test_work_beyond_a_slots_blocks_is_refused(llama):
+    executor = executor_of(llama[0])
+    init = SlotInit(0, SamplingParams(), 0, (1, 2, 3, 4, 5))
+    executor.submit(StepPlan(0, (SlotWork(0, 0, 5, (1, 2, 3, 4, 5), (7,)),), (init,)))
+    with pytest.raises(ValueError, match="slot 0 computes up to position 5 with only 1 blocks of 4"):
+        executor.collect()
+    executor.submit(StepPlan(1, (SlotWork(0, 4, 1, sample=True),)))
+    with pytest.raises(ValueError, match="slot 0 computes up to position 5"):
+        executor.collect()
+    assert not executor.cache.any()
+
+
+def test_an_empty_plan_gives_an_empty_result(llama):
+    executor = executor_of(llama[0])
+    executor.submit(StepPlan(7, ()))
+    result = executor.collect()
+    assert (result.step, result.tokens, result.scores) == (7, {}, {})
+
+
+def test_buckets_end_with_the_largest_batch():
+    assert decode_buckets(1) == [1]
+    assert decode_buckets(6) == [1, 2, 4, 6]
+    assert decode_buckets(256)[-2:] == [248, 256] and decode_buckets(300)[-2:] == [288, 300]
+    for most in (1, 3, 8, 100, 700):
+        sizes = np.array(decode_buckets(most))
+        assert sizes[-1] == most and (np.diff(sizes) > 0).all()
+
+
+def test_the_table_says_why(monkeypatch, tmp_path):
+    bfloat16 = torch.bfloat16
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert choose_attention((9, 0), bfloat16, 128)[:2] == ("triton", "triton")
+    assert "not installed" in choose_attention((9, 0), bfloat16, 128).why
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "flashinfer" else None)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert "finds no nvcc" in choose_attention((9, 0), bfloat16, 128).why
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    assert choose_attention((9, 0), bfloat16, 128)[:2] == ("flashinfer-fa2", "flashinfer-fa3")
+    assert choose_attention((8, 0), bfloat16, 128)[:2] == ("flashinfer-fa2", "flashinfer-fa2")
+    for capability, dtype, head_dim, word in (
+        ((9, 0), torch.float32, 128, "half precision"),
+        ((9, 0), bfloat16, 80, "head_dim=80"),
+        ((7, 5), torch.float16, 128, "compute capability 8.0"),
+    ):
+        choice = choose_attention(capability, dtype, head_dim)
+        assert choice.decode == choice.prefill == "triton" and word in choice.why

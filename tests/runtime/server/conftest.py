@@ -1,0 +1,88 @@
+"""A real uvicorn server on a free port, in front of the session's engine or one of a test's own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from superinfer.runtime.launch import EngineProcess
+from superinfer.runtime.server.app import create_app
+from superinfer.runtime.server.serve import bind, url_of
+from superinfer.runtime.text import TextClient
+
+MODEL = "tiny"
+
+
+@dataclass
+class Served:
+    """One server under test."""
+
+    url: str
+
+    def openai(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def openai_async(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60)
+
+
+@contextlib.contextmanager
+def _serving(address: str) -> Iterator[Served]:
+    """Serve the engine at `address` from a thread."""
+    listener = bind("127.0.0.1", 0)
+    url = url_of(listener)
+    ready = threading.Event()
+    servers: list[uvicorn.Server] = []
+
+    async def main() -> None:
+        async with await TextClient.connect(address) as text:
+            app = create_app(text, model_name=MODEL)
+            server = uvicorn.Server(
+                uvicorn.Config(app, lifespan="off", log_level="warning", timeout_graceful_shutdown=1)
+            )
+            servers.append(server)
+            ready.set()
+            await server.serve(sockets=[listener])
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+    thread.start()
+    assert ready.wait(30), "the server did not start"
+    yield Served(url)
+    servers[0].should_exit = True
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[[str], contextlib.AbstractContextManager[Served]]:
+    """Serves the engine at an address."""
+    return _serving
+
+
+@pytest.fixture(scope="session")
+def served(tiny_engine: EngineProcess) -> Iterator[Served]:
+    with _serving(tiny_engine.address) as server:
+        yield server
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[openai.OpenAI]:
+    with served.openai() as client:
+        yield client
+
+
+@pytest.fixture
+def http(served: Served) -> Iterator[httpx.Client]:
+    with served.http() as http:
+        yield http

@@ -1,0 +1,72 @@
+"""Plain completions, through the real OpenAI client."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openai
+import pytest
+
+MODEL = "tiny"
+
+
+def ask(client: openai.OpenAI, prompt: Any = "once upon", **more: Any) -> Any:
+    return client.completions.create(
+        **({"model": MODEL, "prompt": prompt, "seed": 3, "extra_body": {"ignore_eos": True}} | more)
+    )
+
+
+def test_the_default_length_is_openais_sixteen(client: openai.OpenAI) -> None:
+    answer = ask(client)
+    assert answer.object == "text_completion" and answer.id.startswith("cmpl-")
+    assert len(answer.choices[0].text) == 16 and answer.choices[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len("once upon"), 16)
+
+
+def test_the_default_length_shrinks_to_what_the_context_holds(client: openai.OpenAI) -> None:
+    assert ask(client, "x" * 2044).usage.completion_tokens == 4
+
+
+def test_strings_and_token_ids_are_the_same_prompt(client: openai.OpenAI, tiny_checkpoint: Any) -> None:
+    from superinfer.runtime.tokenization import Tokenizer
+
+    ids = Tokenizer(str(tiny_checkpoint)).encode("once upon")
+    texts = [ask(client, p).choices[0].text for p in ("once upon", ["once upon"], ids, [ids])]
+    assert len(set(texts)) == 1
+
+
+def test_several_prompts_number_their_choices_through(client: openai.OpenAI) -> None:
+    both = ask(client, ["first one", "then another"], n=2)
+    assert [c.index for c in both.choices] == [0, 1, 2, 3]
+    assert both.usage.prompt_tokens == len("first one") + len("then another")
+    alone = ask(client, "then another", n=2)
+    assert [c.text for c in both.choices[2:]] == [c.text for c in alone.choices]
+
+
+def test_streaming_several_prompts_gives_the_same_texts(client: openai.OpenAI) -> None:
+    prompts = ["first one", "then another"]
+    texts = {0: "", 1: ""}
+    chunks = list(ask(client, prompts, stream=True, stream_options={"include_usage": True}))
+    for chunk in chunks[:-1]:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == {c.index: c.text for c in ask(client, prompts).choices}
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 32
+
+
+def test_logprobs_have_the_older_shape(client: openai.OpenAI) -> None:
+    choice = ask(client, logprobs=2, temperature=0).choices[0]
+    assert "".join(choice.logprobs.tokens) == choice.text
+    assert choice.logprobs.text_offset == list(range(16))  # a token of this model is a character
+    assert all(len(top) == 2 for top in choice.logprobs.top_logprobs)
+    for token, logprob, top in zip(
+        choice.logprobs.tokens, choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, strict=True
+    ):
+        assert top[token] == pytest.approx(logprob)
+    assert ask(client, logprobs=0).choices[0].logprobs.top_logprobs is None
+
+
+def test_min_tokens_and_stop_ids_are_honoured(client: openai.OpenAI) -> None:
+    any_token = list(range(90))
+    assert ask(client, extra_body={"stop_token_ids": any_token}).usage.completion_tokens == 1
+    late = ask(client, extra_body={"stop_token_ids": any_token, "min_tokens": 5, "ignore_eos": True})
+    assert late.usage.completion_tokens > 5

@@ -1,0 +1,120 @@
+"""Clients that leave, an engine that is full, and one that dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import msgspec
+import openai
+import psutil
+import pytest
+
+from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.launch import EngineProcess, launch_engine
+
+LONG: dict[str, Any] = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "tell me everything"}],
+    "max_tokens": 900,
+    "extra_body": {"ignore_eos": True},
+}
+
+
+@pytest.fixture(scope="module")
+def own_engine(tiny_config: EngineConfig) -> Iterator[EngineProcess]:
+    """An engine that holds at most four sequences, and that tests may kill: the last test of the module does."""
+    with launch_engine(msgspec.structs.replace(tiny_config, max_queue=4)) as engine:
+        yield engine
+
+
+@pytest.fixture
+def own_served(own_engine: EngineProcess, serving: Callable[[str], Any]) -> Iterator[Any]:
+    with serving(own_engine.address) as server:
+        yield server
+
+
+def until(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_health_tells_what_the_engine_does(http: httpx.Client) -> None:
+    report = http.get("/health")
+    assert report.status_code == 200
+    assert report.json().items() >= {"status": "ok", "model": "tiny", "running": 0, "waiting": 0}.items()
+
+
+def test_closing_a_stream_cancels_the_request(client: openai.OpenAI, http: httpx.Client) -> None:
+    stream = client.chat.completions.create(**LONG, n=4, stream=True)
+    next(iter(stream))
+    assert http.get("/health").json()["running"] == 4
+    stream.close()
+    assert until(lambda: http.get("/health").json()["running"] == 0, 0.5)
+
+
+def test_leaving_before_the_answer_cancels_the_request(served: Any, http: httpx.Client) -> None:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=0.3) as impatient:
+        started = threading.Event()
+
+        def watch() -> None:
+            if until(lambda: http.get("/health").json()["running"] == 8, 0.3):
+                started.set()
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        with pytest.raises(openai.APITimeoutError):
+            impatient.chat.completions.create(**LONG, n=8)
+        watcher.join()
+    assert started.is_set()
+    assert until(lambda: http.get("/health").json()["running"] == 0, 0.5)
+
+
+def test_a_full_engine_refuses_with_429_and_goes_on(own_served: Any) -> None:
+    with own_served.openai() as client:
+        stream = client.chat.completions.create(**LONG, n=4, stream=True)
+        next(iter(stream))
+        for streaming in (False, True):
+            with pytest.raises(openai.RateLimitError) as raised:
+                client.chat.completions.create(**LONG, stream=streaming)
+            assert raised.value.code == "queue_full"
+        reasons = [c.choices[0].finish_reason for c in stream if c.choices[0].finish_reason]
+        assert reasons == ["length"] * 4
+
+
+def test_a_frozen_engine_is_unhealthy_within_two_seconds(own_served: Any, own_engine: EngineProcess) -> None:
+    with own_served.http() as http:
+        assert http.get("/health").status_code == 200
+        os.kill(own_engine.pid, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            answer = http.get("/health")
+            assert answer.status_code == 503 and time.monotonic() - began < 2.5
+            assert answer.json()["error"]["code"] in ("engine_unavailable", "engine_dead")
+        finally:
+            os.kill(own_engine.pid, signal.SIGCONT)
+
+
+def test_a_killed_engine_ends_streams_and_gives_503(own_served: Any, own_engine: EngineProcess) -> None:
+    with own_served.openai() as client, own_served.http() as http:
+        stream = client.chat.completions.create(**LONG, stream=True)
+        next(iter(stream))
+        psutil.Process(own_engine.pid).kill()
+        began = time.monotonic()
+        with pytest.raises(openai.APIError, match="died or its link broke") as raised:
+            list(stream)
+        assert raised.value.code == "engine_dead"
+        assert http.get("/health").status_code == 503
+        with pytest.raises(openai.InternalServerError) as refused:
+            client.chat.completions.create(**LONG)
+        assert refused.value.status_code == 503 and refused.value.code == "engine_dead"
+        assert time.monotonic() - began < 2

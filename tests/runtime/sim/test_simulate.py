@@ -1,0 +1,215 @@
+"""Simulated runs: real scheduling in virtual time, reproducible, and judged as in an engine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import msgspec
+import pytest
+
+from superinfer.errors import InvalidRequestError, UnsupportedError
+from superinfer.runtime.engine.executor import ExecutorLimits
+from superinfer.runtime.protocol import SamplingParams
+from superinfer.runtime.scheduler.cost import StepLoad, StepRates
+from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan
+from superinfer.runtime.scheduler.registry import POLICIES
+from superinfer.runtime.sim.__main__ import main
+from superinfer.runtime.sim.command import parse_slos
+from superinfer.runtime.sim.executor import SimExecutor
+from superinfer.runtime.sim.hardware import PROFILES, profile_of
+from superinfer.runtime.sim.report import Point, plot
+from superinfer.runtime.sim.shapes import SHAPES, shape_of
+from superinfer.runtime.sim.simulate import SimConfig, kv_room, simulate
+from superinfer.runtime.sim.workload import Job, make_jobs
+from superinfer.runtime.slo import SLO
+
+H100, LLAMA = profile_of("h100-pcie5"), shape_of("llama-3-8b")
+RATES = StepRates.seed(H100, LLAMA)
+WALL = ("plan_ms", "plan_ms_max", "wall_s", "requests_per_wall_s")
+
+
+def job(at: float, prompt: int, output: int, number: int = 0, slo: SLO | None = None) -> Job:
+    return Job(at, prompt, output, (number,), prompt, slo)
+
+
+def test_one_request_takes_its_prefill_and_then_a_step_for_each_token():
+    result = simulate([job(5.0, 1000, 4)], H100, LLAMA, SimConfig())
+    prefill = RATES.seconds(StepLoad(1000, 0, 0, 1000 * 1001 / 2))
+    decodes = [RATES.seconds(StepLoad(1, 1, 1000 + k, 0.0)) for k in (1, 2, 3)]
+    assert result.ttft.p50 == pytest.approx(prefill)
+    assert result.tpot.mean == pytest.approx(sum(decodes) / 3)
+    assert result.duration == pytest.approx(prefill + sum(decodes))
+    assert (result.requests, result.steps, result.preemptions) == (1, 4, 0)
+    assert result.tokens_per_s == pytest.approx(4 / result.duration)
+
+
+def test_with_two_steps_in_flight_time_is_the_same_for_one_request():
+    one, two = (simulate([job(0.0, 500, 20)], H100, LLAMA, SimConfig(depth=depth)) for depth in (1, 2))
+    assert two.duration == pytest.approx(one.duration)
+    assert two.steps == one.steps
+
+
+def test_time_passes_while_nothing_is_to_do():
+    result = simulate([job(0.0, 10, 2), job(100.0, 10, 2, 1)], H100, LLAMA, SimConfig())
+    assert result.duration == pytest.approx(100.0, abs=0.1)
+    assert result.ttft.p99 < 0.02
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("depth", [1, 2])
+def test_every_policy_finishes_every_request_under_pressure_and_repeats_itself(policy, depth):
+    classes = [(2, SLO(ttft=1.0, tbt=0.1)), (1, SLO(deadline=60.0, weight=0.2))]
+    jobs = make_jobs("lmsys", rate=40, duration=5, seed=4, slos=classes)
+    config = SimConfig(policy=policy, kv_tokens=8192, max_batch_size=64, depth=depth)
+    first, again = simulate(jobs, H100, LLAMA, config), simulate(jobs, H100, LLAMA, config)
+    assert first.requests == len(jobs)
+    assert first.peak_live > 64
+    for run in (first, again):
+        assert run.met is not None and 0.0 <= run.met <= 1.0
+        assert len(run.met_by_class) == 2
+    same = [{k: v for k, v in msgspec.to_builtins(r).items() if k not in WALL} for r in (first, again)]
+    assert same[0] == same[1]
+
+
+def test_promises_are_judged_and_requests_without_one_are_left_out():
+    kept, broken, none = SLO(ttft=10.0), SLO(ttft=1e-4), None
+    jobs = [job(0.0, 100, 3, n, slo) for n, slo in enumerate((kept, broken, none))]
+    result = simulate(jobs, H100, LLAMA, SimConfig())
+    assert (result.met, result.ttft_met) == (0.5, 0.5)
+    assert sorted(result.met_by_class.values()) == [0.0, 1.0]
+    assert result.goodput == pytest.approx(1 / result.duration)
+    silent = simulate([job(0.0, 100, 3)], H100, LLAMA, SimConfig())
+    assert (silent.met, silent.ttft_met, silent.goodput) == (None, None, 0.0)
+
+
+def test_shared_prompts_are_computed_once():
+    jobs = [Job(float(n), 2048, 4, (7, 8, 9, 10), 512) for n in range(3)]
+    result = simulate(jobs, H100, LLAMA, SimConfig())
+    assert result.cached == pytest.approx(2 / 3, abs=0.01)
+
+
+def test_what_is_longer_than_the_engine_takes_is_refused_and_the_rest_runs():
+    result = simulate([job(0.0, 5000, 10), job(0.0, 100, 10, 1)], H100, LLAMA, SimConfig(kv_tokens=4096))
+    assert (result.requests, result.refused) == (1, 1)
+
+
+def test_no_jobs_give_an_empty_result():
+    result = simulate([], H100, LLAMA, SimConfig())
+    assert (result.requests, result.met, result.goodput) == (0, None, 0.0)
+
+
+def test_a_model_that_does_not_fit_is_refused():
+    with pytest.raises(InvalidRequestError, match=r"mixtral-8x7b has 93 GB of weights"):
+        kv_room(H100, shape_of("mixtral-8x7b"))
+    assert kv_room(profile_of("gh200-144"), shape_of("mixtral-8x7b")) > 100_000
+
+
+def test_the_shapes_have_the_published_sizes():
+    billions = {name: shape.weight_bytes / 2e9 for name, shape in SHAPES.items()}
+    assert billions == pytest.approx({"llama-3-8b": 8.03, "qwen2.5-32b": 32.8, "mixtral-8x7b": 46.7}, rel=0.01)
+    assert LLAMA.kv_bytes_per_token * 16 == 2 * 1024 * 1024  # a block is 2 MiB
+    assert shape_of("mixtral-8x7b").flops_per_token / 2e9 == pytest.approx(12.7, rel=0.02)  # of 12.9 billion active
+
+
+def test_a_checkpoints_folder_is_a_shape_too(tmp_path):
+    config = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 100, "dtype": "float32"}))
+    shape = shape_of(str(tmp_path))
+    assert (shape.kv_heads, shape.head_dim, shape.dtype_bytes) == (4, 16, 4)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidRequestError, match="no 'vocab_size'"):
+        shape_of(str(tmp_path))
+    with pytest.raises(InvalidRequestError, match="'gpt-9' has no shape"):
+        shape_of("gpt-9")
+
+
+def test_every_profile_names_its_sources_and_no_share_exceeds_its_peak():
+    for profile in PROFILES.values():
+        assert profile.sources
+        shares = profile.efficiency
+        assert all(0 < share <= 1 for share in (shares.weights, shares.kv, shares.matmul, shares.attention))
+        assert max(profile.link_in, profile.link_out) <= profile.link_duplex <= profile.link_in + profile.link_out
+
+
+def test_the_executor_refuses_a_slot_that_nobody_took():
+    executor = SimExecutor(RATES, ExecutorLimits(8, 16, 4, 128, 100))
+    executor.submit(StepPlan(1, (SlotWork(0, 0, 1, (5,), (0,), True),), (SlotInit(0, SamplingParams(), 0, (5,)),)))
+    assert executor.collect().tokens == {0: 0}
+    with pytest.raises(RuntimeError, match=r"slots \[1\] that nobody took"):
+        executor.submit(StepPlan(2, (SlotWork(1, 1, 1, (), (), True),)))
+
+
+# ---------------------------------------------------------------------------- the command
+
+SMALL = ["--workload", "lmsys", "--rate", "2,4", "--duration", "2", "--policy", "fcfs,edf"]
+
+
+def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    assert main([*SMALL, "--json", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "fcfs" in shown and "edf" in shown
+    written = json.loads(path.read_text())
+    assert [(run["policy"], run["rate"]) for run in written["runs"]] == [
+        ("fcfs", 2), ("edf", 2), ("fcfs", 4), ("edf", 4),
+    ]  # fmt: skip
+    assert written["settings"]["seed"] == 0
+
+
+def test_json_on_stdout_is_all_there_is(capsys):
+    assert main([*SMALL, "--slo", "", "--json", "-"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert runs[0]["met"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hardware", "abacus"], "'abacus' is unknown"),
+        (["--policy", "lottery"], "'lottery' is unknown"),
+        (["--rate", "fast"], "--rate 'fast' is not a number"),
+        (["--slo", "ttft=soon"], "--slo ttft 'soon' is not a number"),
+        (["--slo", "speed=1"], "'speed=1' must be one of"),
+        (["--slo", "ttft=-1"], "ttft=-1.0 must be"),
+        (["--model", "mixtral-8x7b"], "weights, too much"),
+    ],
+)
+def test_wrong_input_is_said_in_one_line(arguments, message, capsys):
+    assert main([*SMALL, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_help_needs_neither_torch_nor_numpy():
+    code = "import sys, superinfer.runtime.sim.command; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_simulating_needs_no_torch():
+    code = "import sys, superinfer.runtime.sim.simulate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_slo_classes_are_read_with_their_shares():
+    assert parse_slos("ttft=1,tbt=0.1") == [(1.0, SLO(ttft=1.0, tbt=0.1))]
+    assert parse_slos("3: ttft=1; 1: deadline=60, weight=0.1") == [
+        (3.0, SLO(ttft=1.0)),
+        (1.0, SLO(deadline=60.0, weight=0.1)),
+    ]
+    assert parse_slos(" ") == []
+
+
+def test_plots_without_matplotlib_say_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UnsupportedError, match=r"superinfer\[plot\]"):
+        plot([], tmp_path, "x")
+
+
+def test_plots_are_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    result = simulate([job(0.0, 10, 3, slo=SLO(ttft=1.0))], H100, LLAMA, SimConfig())
+    paths = plot([Point(1.0, result), Point(2.0, result)], tmp_path, "x")
+    assert all(path.stat().st_size > 1000 for path in paths)

@@ -1,0 +1,328 @@
+"""Closed label sets for the choice tasks, and the texts that carry each label."""
+
+from __future__ import annotations
+
+Texts = dict[str, tuple[str, ...]]  # label -> texts that carry it
+
+GOOD = (
+    "good",
+    "great",
+    "excellent",
+    "wonderful",
+    "lovely",
+    "perfect",
+    "fantastic",
+    "amazing",
+    "superb",
+    "brilliant",
+    "delightful",
+    "pleasant",
+    "nice",
+    "outstanding",
+    "beautiful",
+)
+BAD = (
+    "bad",
+    "awful",
+    "terrible",
+    "horrible",
+    "poor",
+    "broken",
+    "useless",
+    "disappointing",
+    "dreadful",
+    "ugly",
+    "nasty",
+    "unpleasant",
+    "disgusting",
+    "annoying",
+    "worthless",
+)
+PLAIN = (
+    "average",
+    "ordinary",
+    "standard",
+    "acceptable",
+    "normal",
+    "as expected",
+    "okay",
+    "usual",
+    "typical",
+    "neither good nor bad",
+)
+MOODS = {"positive": GOOD, "negative": BAD, "neutral": PLAIN}
+REVIEWS = (
+    "The {x} is {a}.",
+    "This {x} is {a}.",
+    "I think the {x} is {a}.",
+    "We found the {x} {a}.",
+    "My {x} was {a}.",
+    "{n} says the {x} is {a}.",
+    "The {x} from {n} was {a}.",
+    "I bought a {x} and it is {a}.",
+    "Honestly, the {x} was {a}!",
+    "The service was {a}.",
+    "The food at {n} was {a}.",
+    "Our stay at {n} was {a}.",
+    "What I got was {a}.",
+)
+REVIEWS_NEW = (
+    "In my view the {x} turned out {a}.",
+    "After a week with the {x}: {a}.",
+    "{n} sold me a {x}, it is {a}.",
+)
+WHOLE: Texts = {
+    "positive": (
+        "I love the {x}!",
+        "I love it.",
+        "Thank you, I am very happy with the {x}.",
+        "Best {x} ever!",
+        "I would buy the {x} again.",
+        "The {x} works like a charm.",
+        "We enjoyed every minute at {n}.",
+        "I recommend {n} to everyone.",
+        "The {x} exceeded my expectations.",
+    ),
+    "negative": (
+        "I hate the {x}.",
+        "I hate it.",
+        "I am very unhappy with the {x}.",
+        "Worst {x} ever!",
+        "I want my money back.",
+        "The {x} broke after one day.",
+        "Never again {n}.",
+        "Do not buy the {x}.",
+        "What a waste of money.",
+        "The {x} does not work at all.",
+    ),
+    "neutral": (
+        "The {x} arrived on {d}.",
+        "I have a {x}.",
+        "The {x} is in the box.",
+        "I bought the {x} on {d}.",
+        "{n} sells the {x}.",
+        "The {x} comes in {c}.",
+    ),
+}
+ISSUES: Texts = {
+    "refund": (
+        "I want my money back for the {x}.",
+        "Please refund order {o}.",
+        "You charged me twice, please return the money.",
+        "I sent the {x} back and want a refund.",
+        "When do I get my refund for {o}?",
+        "I would like to be reimbursed.",
+    ),
+    "shipping": (
+        "Where is my parcel?",
+        "My order {o} has not arrived.",
+        "The delivery of the {x} is late.",
+        "When will the {x} be shipped?",
+        "The package {o} is lost.",
+        "Can you deliver the {x} to {p}?",
+    ),
+    "technical": (
+        "The app crashes when I open it.",
+        "I see an error message on the screen.",
+        "The website does not load.",
+        "The {x} does not connect to the wifi.",
+        "The update failed with error {o}.",
+        "The software freezes every time.",
+    ),
+    "account": (
+        "I forgot my password.",
+        "I cannot log in.",
+        "Please change my email address.",
+        "How do I delete my account?",
+        "My username {w} does not work.",
+        "I want to change my user name to {w}.",
+    ),
+    "billing": (
+        "There is a mistake on my invoice.",
+        "The invoice {o} is wrong.",
+        "Please send me the invoice for the {x}.",
+        "My credit card was declined.",
+        "Can I pay by bank transfer?",
+        "Which payment methods do you take?",
+    ),
+}
+TOPICS: Texts = {
+    "sports": (
+        "{n} won the final by two goals.",
+        "The team from {p} scored in the last minute.",
+        "{n} ran the marathon in {p}.",
+        "The coach of {p} praised the players.",
+        "The match ended in a draw.",
+        "{n} won a gold medal in swimming.",
+    ),
+    "business": (
+        "Shares of {n} rose after the merger.",
+        "The company reported higher profits.",
+        "The bank raised interest rates.",
+        "{n} sold the firm to investors.",
+        "Sales at {n} fell this quarter.",
+        "The market closed lower in {p}.",
+    ),
+    "science": (
+        "Researchers in {p} discovered a new particle.",
+        "The telescope found a distant planet.",
+        "{n} studies cells and genes.",
+        "The experiment confirmed the theory.",
+        "Scientists measured the speed of light.",
+        "A laboratory in {p} found a new molecule.",
+    ),
+    "politics": (
+        "The parliament in {p} passed a new law.",
+        "{n} won the election.",
+        "The minister of {p} resigned.",
+        "The president met the senate.",
+        "Voters in {p} go to the polls.",
+        "The government announced a reform.",
+    ),
+    "music": (
+        "The band {n} released a new album.",
+        "{n} plays the violin in the orchestra.",
+        "The concert in {p} was sold out.",
+        "The singer wrote a new song.",
+        "The choir sang in {p}.",
+        "The guitar solo was recorded in {p}.",
+    ),
+    "food": (
+        "The chef in {p} cooks soup with fresh herbs.",
+        "This recipe needs butter and flour.",
+        "The restaurant serves grilled fish.",
+        "{n} baked a chocolate cake.",
+        "The cheese from {p} is tasty.",
+        "Dinner was pasta with tomato sauce.",
+    ),
+    "travel": (
+        "The flight to {p} takes two hours.",
+        "We booked a hotel near the beach in {p}.",
+        "Tourists visit the castle of {p}.",
+        "The train to {p} leaves from platform 3.",
+        "Pack your suitcase and passport.",
+        "{n} went on holiday to {p}.",
+    ),
+    "weather": (
+        "It will rain in {p} tomorrow.",
+        "A storm is coming to {p}.",
+        "Tomorrow will be sunny and warm.",
+        "Snow is expected in {p}.",
+        "The forecast says clouds and wind.",
+        "The temperature in {p} drops to zero.",
+    ),
+}
+URGENCY: Texts = {
+    "high": (
+        "The server is down, help now!",
+        "This is an emergency.",
+        "We need it within the hour.",
+        "Everything has stopped, please act at once.",
+        "Urgent: {n} cannot work.",
+        "Fix the {x} immediately!",
+        "Production is down in {p}.",
+    ),
+    "medium": (
+        "Please fix the {x} this week.",
+        "Could you look at the {x} in the next days?",
+        "We need the {x} by Friday.",
+        "{n} would like an answer this week.",
+        "Some users in {p} see a slow page.",
+    ),
+    "low": (
+        "No hurry with the {x}.",
+        "Whenever you have time, look at the {x}.",
+        "Just a small idea for next year.",
+        "{n} has a minor remark about the {x}.",
+        "There is a small typo on the page, take your time.",
+    ),
+}
+LANGUAGES: Texts = {
+    "English": (
+        "Good morning, how are you?",
+        "Where is the station?",
+        "The book is on the table.",
+        "I would like a coffee.",
+        "My name is {n}.",
+    ),
+    "French": (
+        "Bonjour, comment allez-vous ?",
+        "Où est la gare ?",
+        "Le livre est sur la table.",
+        "Je voudrais un café.",
+        "Je m'appelle {n}.",
+    ),
+    "German": (
+        "Guten Morgen, wie geht es Ihnen?",
+        "Wo ist der Bahnhof?",
+        "Das Buch liegt auf dem Tisch.",
+        "Ich möchte einen Kaffee.",
+        "Ich heiße {n}.",
+    ),
+    "Spanish": (
+        "Buenos días, ¿cómo está?",
+        "¿Dónde está la estación?",
+        "El libro está en la mesa.",
+        "Quisiera un café.",
+        "Me llamo {n}.",
+    ),
+}
+# name of the label set -> (texts by label, other spellings of the labels, what to ask)
+SETS: dict[str, tuple[Texts, tuple[dict[str, str], ...], tuple[str, ...], tuple[str, ...]]] = {
+    "sentiment": (
+        WHOLE,
+        (
+            {"positive": "good", "negative": "bad", "neutral": "neutral"},
+            {"positive": "happy", "negative": "unhappy", "neutral": "neutral"},
+        ),
+        (
+            "What is the sentiment?",
+            "Classify the sentiment.",
+            "Is this review {o}?",
+            "What is the mood of the text?",
+        ),
+        ("Which feeling does it express?",),
+    ),
+    "issue": (
+        ISSUES,
+        (
+            {
+                "refund": "refunds",
+                "shipping": "delivery",
+                "technical": "technical",
+                "account": "account",
+                "billing": "billing",
+            },
+        ),
+        (
+            "Which department is this for?",
+            "Classify the ticket.",
+            "What is this message about?",
+            "Which category fits?",
+        ),
+        ("Who should handle this?",),
+    ),
+    "topic": (
+        TOPICS,
+        (),
+        ("What is the topic?", "Classify the topic.", "What is the text about?", "Which topic fits?"),
+        ("Which section does it belong in?",),
+    ),
+    "urgency": (
+        URGENCY,
+        ({"high": "urgent", "medium": "soon", "low": "later"},),
+        (
+            "How urgent is this?",
+            "What is the urgency?",
+            "Classify the priority.",
+            "Which priority does this have?",
+        ),
+        ("How fast must we react?",),
+    ),
+    "language": (
+        LANGUAGES,
+        (),
+        ("Which language is this?", "What is the language of the text?", "Classify the language."),
+        ("In which language is it written?",),
+    ),
+}
