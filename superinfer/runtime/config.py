@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -19,6 +20,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     dtype: "auto" is float32 on CPU, the checkpoint's own on CUDA.
     page_size: tokens in a KV block.
     kv_tokens: size of the KV pool in tokens; None: what suits the device.
+    dram_tokens: size of a second KV tier in host memory, in tokens, for rotated and finished sequences; 0: none.
+    link_gbps: speed of the link between the tiers, 10^9 bytes/s each way, for the CPU; None: that of memory.
     max_model_len: longest prompt plus output in tokens; None: the model's own, bounded by the KV pool.
     max_batch_size: sequences computed in one step.
     max_batch_tokens: tokens computed in one step; longer prompts are computed in chunks.
@@ -36,6 +39,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     page_size: int = 16
     kv_tokens: int | None = None
+    dram_tokens: int = 0
+    link_gbps: float | None = None
     max_model_len: int | None = None
     max_batch_size: int = 64
     max_batch_tokens: int = 512
@@ -53,6 +58,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidRequestError(f"{name}={value} must be at least 1")
+        if self.dram_tokens != 0 and self.dram_tokens < self.page_size:
+            raise InvalidRequestError(
+                f"dram_tokens={self.dram_tokens} holds no block of page_size={self.page_size}; raise it, or give 0"
+            )
+        if self.link_gbps is not None and not 0 < self.link_gbps < math.inf:
+            raise InvalidRequestError(f"link_gbps={self.link_gbps} must be above 0 and finite")
         if self.max_batch_tokens < self.max_batch_size:
             raise InvalidRequestError(
                 f"max_batch_tokens={self.max_batch_tokens} is below max_batch_size={self.max_batch_size}: "

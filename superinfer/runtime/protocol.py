@@ -209,7 +209,8 @@ class RequestReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """How one sequence went, seen from the engine. Times in seconds since arrival at the engine.
 
     queue_s: arrival until first scheduled. prefill_s: from then to the first token. decode_s: first to last token.
-    preempted_s: part of the above spent without KV after a preemption.
+    preempted_s: part of the above spent without KV after a preemption, or with it in the second tier.
+    rotations: times its KV went to the second tier.
     met is None where nothing was promised; `why` names the stage that cost most when late.
     """
 
@@ -224,6 +225,7 @@ class RequestReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     max_tbt_s: float = 0.0
     preempted_s: float = 0.0
     preemptions: int = 0
+    rotations: int = 0
     met: bool | None = None
     ttft_met: bool | None = None
     tbt_met: bool | None = None
@@ -271,8 +273,41 @@ class HealthReport(Message, frozen=True, kw_only=True):
     idle_s: float
 
 
+class TierStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The DRAM tier of the KV cache: gauges of now, counters since start.
+
+    dram_blocks, dram_free, dram_pinned: blocks; pinned ones belong to rotated-out sequences. copies_pending: under way.
+    bytes_in, bytes_out: moved to and from HBM. gbps_*: 10^9 bytes/s while the link was busy.
+    both_s: busy both ways at once. stall_s: steps waited for copies. overlap: share of the busy time that no step
+        waited for, 0..1.
+    mirrored: blocks copied out in the background. mirror_hit_rate: share of rotated blocks mirrored before.
+    blocks_left_clean: left HBM without a copy of their own. blocks_forgotten: left it for good.
+    dram_hits: blocks of cached prefixes loaded rather than computed. copies_failed: blocks.
+    """
+
+    dram_blocks: int
+    dram_free: int
+    dram_pinned: int
+    copies_pending: int = 0
+    rotations_out: int = 0
+    rotations_in: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    gbps_in: float = 0.0
+    gbps_out: float = 0.0
+    both_s: float = 0.0
+    stall_s: float = 0.0
+    overlap: float = 0.0
+    mirrored: int = 0
+    mirror_hit_rate: float = 0.0
+    blocks_left_clean: int = 0
+    blocks_forgotten: int = 0
+    dram_hits: int = 0
+    copies_failed: int = 0
+
+
 class StatsReport(Message, frozen=True, kw_only=True):
-    """Counters since start, and gauges of now."""
+    """Counters since start, and gauges of now. tiers: None without a DRAM tier."""
 
     token: int
     steps: int
@@ -292,6 +327,7 @@ class StatsReport(Message, frozen=True, kw_only=True):
     blocks_cached: int
     step_s_mean: float
     schedule_s_mean: float
+    tiers: TierStats | None = None
 
 
 class Stopping(Message, frozen=True, kw_only=True):

@@ -16,7 +16,7 @@ from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine.frontdoor import FrontDoor
 from superinfer.runtime.engine.intake import Intake
 from superinfer.runtime.engine.loop import EngineLoop
-from superinfer.runtime.kv.cache import KVCache
+from superinfer.runtime.kv.duplex import build_cache
 from superinfer.runtime.launch import StartReport
 from superinfer.runtime.protocol import ModelInfo
 from superinfer.runtime.scheduler.base import SchedulerLimits
@@ -95,7 +95,8 @@ def build_engine(config: EngineConfig, reporter: StartReporter, lifeline_fd: int
         policy=config.policy,
         pid=os.getpid(),
     )
-    kv = KVCache(limits.num_blocks, limits.page_size, prefix_cache=config.prefix_cache)
+    num_dram = executor.tier.num_blocks if executor.tier is not None else 0
+    kv = build_cache(limits.num_blocks, num_dram, limits.page_size, prefix_cache=config.prefix_cache)
     scheduler = build_scheduler(
         config.policy, kv, SchedulerLimits(limits.num_slots, config.max_batch_tokens, limits.max_model_len)
     )

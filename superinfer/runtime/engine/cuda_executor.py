@@ -17,7 +17,7 @@ from superinfer.kernels import fused
 from superinfer.kernels.paged import AttentionCall, PagedBatch
 from superinfer.kernels.sampling import token_logprobs
 from superinfer.runtime.engine.cuda_batch import ChunkBatch, DecodeBatch, decode_buckets
-from superinfer.runtime.engine.executor import ExecutorLimits
+from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
 from superinfer.runtime.engine.readback import Marker, Pending
 from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
 from superinfer.runtime.engine.step_inputs import BlockTables
@@ -87,6 +87,7 @@ class CudaExecutor:
         """graphs: capture one CUDA graph per decode bucket now."""
         weight, config = model.lm_head.weight, model.config
         self.limits = limits
+        self.tier: TierLimits | None = None  # plans bring no copies yet
         self.depth = 2
         self.model_name = model_name
         self.path = path

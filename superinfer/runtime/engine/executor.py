@@ -20,14 +20,23 @@ class ExecutorLimits(NamedTuple):
     vocab_size: int
 
 
+class TierLimits(NamedTuple):
+    """The second tier. Its block ids are 0 .. num_blocks - 1. block_bytes: of one block, all layers."""
+
+    num_blocks: int
+    block_bytes: int
+
+
 class Executor(Protocol):
     """Runs steps in the order given. `collect` returns results in that order.
 
     `submit` may return before the step has run, so that the next plan can be made meanwhile: up to `depth` steps may
-    be submitted and not yet collected. An error of either is the end of that step alone.
+    be submitted and not yet collected. An error of either is the end of that step alone. With a second tier it also
+    starts a plan's copies and orders them as docs/duplexkv.md says; without one (`tier` is None) plans bring no copies.
     """
 
     limits: ExecutorLimits
+    tier: TierLimits | None
     depth: int
 
     def submit(self, plan: StepPlan) -> None: ...

@@ -12,6 +12,7 @@ from superinfer.errors import InvalidRequestError, QueueFullError, SuperinferErr
 from superinfer.runtime.engine.executor import Executor
 from superinfer.runtime.engine.frontdoor import FrontDoor
 from superinfer.runtime.engine.intake import Intake
+from superinfer.runtime.engine.tier_stats import tier_stats
 from superinfer.runtime.protocol import (
     Cancel,
     Deltas,
@@ -264,7 +265,7 @@ class EngineLoop:
         )
 
     def _stats(self, token: int) -> StatsReport:
-        counts, counters = self._scheduler.counts(), self._counters
+        counts, counters, tier = self._scheduler.counts(), self._counters, self._executor.tier
         steps = max(1, counters.steps)
         return StatsReport(
             token=token,
@@ -285,4 +286,5 @@ class EngineLoop:
             blocks_cached=counts.blocks_cached,
             step_s_mean=counters.step_s / steps,
             schedule_s_mean=counters.schedule_s / steps,
+            tiers=tier_stats(counts.tiers, tier.block_bytes) if counts.tiers is not None and tier is not None else None,
         )

@@ -15,9 +15,10 @@ from superinfer.errors import InvalidRequestError, ModelLoadError, UnsupportedEr
 from superinfer.kernels.attention import PagedAttention, layer_views
 from superinfer.kernels.sampling import token_logprobs
 from superinfer.runtime.config import EngineConfig
-from superinfer.runtime.engine.executor import ExecutorLimits
+from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
 from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
 from superinfer.runtime.engine.step_inputs import BlockTables, StepAssembler, StepInputs
+from superinfer.runtime.kv.duplex_cpu import CpuDuplex
 from superinfer.runtime.models.config import ModelConfig, load_config
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import Progress, check_architecture, load_model, resolve_model
@@ -36,10 +37,19 @@ class ModelExecutor:
     """Implements `Executor`. `submit` runs the step at once; `collect` returns its result or raises what it raised.
 
     A step that raised has still freed, initialised and extended the slots its plan names; its tokens are lost, later
-    plans run as usual.
+    plans run as usual. Its copies have been started all the same.
     """
 
-    def __init__(self, model: CausalLM, limits: ExecutorLimits, *, model_name: str, path: str) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        limits: ExecutorLimits,
+        *,
+        model_name: str,
+        path: str,
+        num_dram_blocks: int = 0,
+        link_bytes_per_s: float | None = None,
+    ) -> None:
         weight = model.lm_head.weight
         config = model.config
         self.limits = limits
@@ -55,6 +65,11 @@ class ModelExecutor:
         shape = (limits.num_blocks, config.num_layers, 2, page, config.num_kv_heads, config.head_dim)
         # Zeros are mapped lazily: memory is taken as blocks are first used.
         self.cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.duplex: CpuDuplex | None = None
+        self.tier: TierLimits | None = None
+        if num_dram_blocks:
+            self.duplex = CpuDuplex(self.cache, num_dram_blocks, bytes_per_s=link_bytes_per_s)
+            self.tier = TierLimits(num_dram_blocks, self.cache[0].nbytes)
         self._model = model
         self._device = weight.device
         self._views = layer_views(self.cache)
@@ -74,6 +89,8 @@ class ModelExecutor:
         except Exception as error:
             self._results.append(error)
             return
+        if self.duplex is not None:
+            result.copied, result.failed_copies, result.link = self.duplex.report()
         result.elapsed = time.perf_counter() - started
         self._results.append(result)
 
@@ -91,8 +108,11 @@ class ModelExecutor:
         self._results.clear()
         self._views.clear()
         self.cache = torch.empty(0)
+        self.duplex = None
 
     def _run(self, plan: StepPlan) -> StepResult:
+        if self.duplex is not None:
+            self.duplex.start(plan.copies)
         for slot in plan.freed:
             self._tables.clear(slot)
             self._sampling.release(slot)
@@ -102,6 +122,8 @@ class ModelExecutor:
         for work in plan.work:
             self._tables.append(work.slot, work.new_blocks)
         result = StepResult(plan.step)
+        if self.duplex is not None:
+            self.duplex.wait(plan.waits)
         if plan.work:
             inputs = self._assembler.assemble(plan.work)
             hidden = self._forward(inputs)
@@ -168,6 +190,10 @@ def build_executor(config: EngineConfig, on_progress: Progress | None = None) ->
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = resolve_device(config)
+    if config.dram_tokens and device.type == "cuda":
+        raise UnsupportedError(
+            f"dram_tokens={config.dram_tokens} is not supported on a GPU yet; leave it 0 or use device='cpu'"
+        )
     path = resolve_model(config.model)
     check_architecture(path)
     model_config = load_config(path)
@@ -190,7 +216,14 @@ def build_executor(config: EngineConfig, on_progress: Progress | None = None) ->
         from superinfer.runtime.engine.cuda_build import build_cuda_executor  # needs triton
 
         return build_cuda_executor(config, model, length, str(path), on_progress)
-    return ModelExecutor(model, limits, model_name=config.model, path=str(path))
+    return ModelExecutor(
+        model,
+        limits,
+        model_name=config.model,
+        path=str(path),
+        num_dram_blocks=config.dram_tokens // config.page_size,
+        link_bytes_per_s=config.link_gbps * 1e9 if config.link_gbps is not None else None,
+    )
 
 
 def resolve_device(config: EngineConfig) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+from superinfer.runtime.kv.copies import LinkUse, TierCounts
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate
 
@@ -47,8 +48,19 @@ class Scheduler(Protocol):
         """Gauges and counters for reports."""
 
 
+class TierGauges(NamedTuple):
+    """The DRAM tier, in blocks; dram_pinned: of rotated-out sequences. pending: copies under way."""
+
+    dram_total: int
+    dram_free: int
+    dram_pinned: int
+    pending: int
+    totals: TierCounts
+    link: LinkUse
+
+
 class SchedulerCounts(NamedTuple):
-    """running, waiting: sequences now. preemptions: since start. blocks_*: of the KV pool."""
+    """running, waiting: sequences now. preemptions: since start. blocks_*: of the HBM pool. tiers: with DRAM only."""
 
     running: int
     waiting: int
@@ -56,3 +68,4 @@ class SchedulerCounts(NamedTuple):
     blocks_total: int
     blocks_free: int
     blocks_cached: int
+    tiers: TierGauges | None = None

@@ -1,24 +1,41 @@
 """Continuous batching with chunked prefill over the paged cache: the mechanics that simple policies share.
 
 A policy is an order, `rank`: running sequences are served in it, waiting ones let in by it, and when blocks run out
-the last of the running gives its own up (its computed prefix stays cached while nobody needs the room).
+the last of the running gives its own up (its computed prefix stays cached while nobody needs the room). With a second
+tier it gives them up to that: see docs/duplexkv.md.
 """
 
 from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from itertools import islice
 
 from superinfer.runtime.kv.cache import KVCache, Node
+from superinfer.runtime.kv.copies import BlockCopy
+from superinfer.runtime.kv.duplex import DuplexCache
 from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler.base import SchedulerCounts, SchedulerLimits
 from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan, StepResult
 from superinfer.runtime.scheduler.queue import WaitingQueue
+from superinfer.runtime.scheduler.rotation import Rotation
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
 
 # Waiting sequences looked at in one step: a long queue behind one prefix that is being computed costs no more.
 MAX_LOOKED_AT = 256
+
+
+@dataclass(slots=True)
+class Draft:
+    """A plan being made. budget: tokens left. waits: copies its work depends on; `patient`: however many they are."""
+
+    budget: int
+    work: dict[Sequence, SlotWork] = field(default_factory=dict)
+    init: list[SlotInit] = field(default_factory=list)
+    waits: set[int] = field(default_factory=set)
+    preempted: bool = False
+    patient: bool = False
 
 
 class BatchScheduler(ABC):
@@ -28,6 +45,8 @@ class BatchScheduler(ABC):
 
     def __init__(self, kv: KVCache, limits: SchedulerLimits) -> None:
         self._kv = kv
+        self._rotation = Rotation(kv) if isinstance(kv, DuplexCache) else None
+        self._draft = Draft(0)
         self._limits = limits
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []
@@ -82,136 +101,182 @@ class BatchScheduler(ABC):
         """See Scheduler.counts."""
         kv = self._kv
         return SchedulerCounts(
-            len(self._running), len(self._waiting), self._preemptions, kv.num_blocks, kv.num_free, kv.num_cached
+            len(self._running),
+            len(self._waiting),
+            self._preemptions,
+            kv.num_blocks,
+            kv.num_free,
+            kv.num_cached,
+            self._rotation.gauges() if self._rotation is not None else None,
         )
 
     # ------------------------------------------------------------------ plan
 
     def plan(self, now: float) -> StepPlan | None:
         """See Scheduler.plan."""
-        work: list[tuple[Sequence, SlotWork]] = []
-        init: list[SlotInit] = []
-        preempted_before = self._preemptions
+        draft = self._draft = Draft(self._limits.max_batch_tokens)
+        self._make_room(now)
         prefills = [s for s in self._running if s.scheduled < s.resume_at]
         # Every decode takes one token of the budget before any prefill chunk takes the rest.
-        budget = self._decode(self._limits.max_batch_tokens, work, now)
+        self._decode([s for s in self._running if s.scheduled >= s.resume_at], now)
         if len(prefills) > 1:
             prefills.sort(key=lambda s: self.rank(s, now))
         for sequence in prefills:
-            if sequence.status is Status.RUNNING and budget > 0:
-                item = self._continue(sequence, budget, now)
-                if item is not None:
-                    work.append((sequence, item))
-                    budget -= item.length
-        preempted = self._preemptions != preempted_before
-        if preempted:
-            work = self._without_preempted(work)
+            self._continue(sequence, now)
         # What was preempted for others would come straight back; but where nobody else computes, someone must.
-        if budget > 0 and self._free_slots and not (preempted and work):
-            self._admit(budget, work, init, now)
-        if not work:
-            return None
-        self._step += 1
-        self._planned[self._step] = work
-        freed, self._freed = tuple(self._freed), []
-        return StepPlan(self._step, tuple([item for _, item in work]), tuple(init), freed)
+        if draft.budget > 0 and self._free_slots and not (draft.preempted and draft.work):
+            self._admit(now)
+        if not draft.work and self._rotation is not None:
+            self._wait_with_first(now)
+        self._draft = Draft(0)
+        return self._finish_plan(draft)
 
-    def _decode(self, budget: int, work: list[tuple[Sequence, SlotWork]], now: float) -> int:
-        """One token for every running sequence that is past its prefill. Returns what is left of the budget.
+    def _wait_with_first(self, now: float) -> None:
+        """All that run wait for copies: the step waits with the first of them."""
+        self._draft.patient = True
+        for sequence in sorted(self._running, key=lambda s: self.rank(s, now)):
+            if not self._draft.work:
+                self._decode([sequence] if not sequence.is_prefilling else [], now)
+                self._continue(sequence, now)
+
+    def _make_room(self, now: float) -> None:  # noqa: B027 - most policies do nothing here
+        """For policies that rotate by choice: called before each plan."""
+
+    def _finish_plan(self, draft: Draft) -> StepPlan | None:
+        copies: tuple[BlockCopy, ...] = ()
+        if self._rotation is not None:
+            copies = self._rotation.copies_of_plan()
+        if not draft.work and not copies:
+            if self._rotation is None or self._planned or not self._rotation.kv.num_pending:
+                return None
+            if self._running or self._waiting:  # nothing to do but wait for copies
+                draft.waits = {self._rotation.kv.oldest_pending}
+        self._step += 1
+        self._planned[self._step] = list(draft.work.items())
+        freed, self._freed = tuple(self._freed), []
+        plan = StepPlan(
+            self._step, tuple(draft.work.values()), tuple(draft.init), freed, copies, tuple(sorted(draft.waits))
+        )
+        if self._rotation is not None:
+            self._rotation.planned(plan)
+        return plan
+
+    def _decode(self, decodes: list[Sequence], now: float) -> None:
+        """One token for every running sequence that is past its prefill, while the budget lasts.
 
         The order matters only if the budget cannot serve all. Should blocks run out, the last in rank gives its own up
         whoever asked first. The loop is spelled out, without calls: it is most of the scheduler's time in a full batch.
         """
-        decodes = [s for s in self._running if s.scheduled >= s.resume_at]
-        if len(decodes) > budget:
+        draft, rotation, page_size = self._draft, self._rotation, self._kv.page_size
+        if len(decodes) > draft.budget:
             decodes.sort(key=lambda s: self.rank(s, now))
-        page_size = self._kv.page_size
         for sequence in decodes:
             table, start = sequence.table, sequence.scheduled
             known = len(sequence.tokens) + sequence.in_flight
-            if table is None or sequence.score_start is not None or known - sequence.num_prompt >= sequence.max_tokens:
-                continue  # lost its place to one before it in this loop, or has all its tokens planned
-            if budget <= 0:
+            if sequence.slot < 0 or table is None or sequence.score_start is not None:
+                continue  # lost its place to one before it in this loop, or has nothing to decode
+            if known - sequence.num_prompt >= sequence.max_tokens:
+                continue  # all its tokens are planned
+            if draft.budget <= 0:
                 break
+            if rotation is not None and not self._can_wait(sequence):
+                continue
             new_blocks: tuple[int, ...] = ()
-            if start >= len(table.blocks) * page_size:
-                grown = self._grow(sequence, start + 1, now)
-                if grown is None:
+            if start >= len(table.blocks) * page_size and not self._grow(sequence, start + 1, now):
+                continue
+            if table.sent < len(table.blocks):
+                if rotation is not None and not self._can_wait(sequence):
                     continue
-                new_blocks = grown
+                new_blocks = tuple(table.blocks[table.sent :])
+                table.sent = len(table.blocks)
+            if rotation is not None:
+                draft.waits.update(rotation.kv.awaits(table))
             sequence.scheduled = start + 1
             sequence.in_flight += 1
-            work.append((sequence, SlotWork(sequence.slot, start, 1, (), new_blocks, True)))
-            budget -= 1
-        return budget
+            draft.work[sequence] = SlotWork(sequence.slot, start, 1, (), new_blocks, True)
+            draft.budget -= 1
 
-    @staticmethod
-    def _without_preempted(work: list[tuple[Sequence, SlotWork]]) -> list[tuple[Sequence, SlotWork]]:
-        """What is left of a plan after some of its sequences lost their place to others."""
-        for sequence, item in work:
-            if sequence.status is not Status.RUNNING and item.sample:
-                sequence.in_flight -= 1
-        return [(sequence, item) for sequence, item in work if sequence.status is Status.RUNNING]
+    def _continue(self, sequence: Sequence, now: float) -> None:
+        """The next chunk of a running sequence's prefill, unless it loses its own place for want of room."""
+        if sequence.status is not Status.RUNNING or not sequence.is_prefilling or self._draft.budget <= 0:
+            return
+        length = min(self._draft.budget, sequence.resume_at - sequence.scheduled)
+        if not self._can_wait(sequence) or not self._grow(sequence, sequence.scheduled + length, now):
+            return
+        if self._can_wait(sequence):  # the blocks it grew by may have copies pending
+            self._work(sequence, length)
 
-    def _continue(self, sequence: Sequence, budget: int, now: float) -> SlotWork | None:
-        """The next chunk of a running sequence's prefill; None if it lost its own place for want of room."""
-        length = min(budget, sequence.resume_at - sequence.scheduled)
-        new_blocks = self._grow(sequence, sequence.scheduled + length, now)
-        return self._work(sequence, length, new_blocks) if new_blocks is not None else None
-
-    def _grow(self, sequence: Sequence, num_tokens: int, now: float) -> tuple[int, ...] | None:
-        """Blocks until its table holds `num_tokens`, from those who rank last; None if that was the sequence itself."""
+    def _grow(self, sequence: Sequence, num_tokens: int, now: float) -> bool:
+        """Blocks until its table holds `num_tokens`, from those who rank last; False if that was itself."""
         table = sequence.table
         assert table is not None
         missing = self._kv.blocks_for(num_tokens) - len(table.blocks)
-        if missing <= 0:
-            return ()
-        while (new_blocks := self._kv.allocate(table, missing)) is None:
+        while missing > 0 and self._kv.allocate(table, missing) is None:
             victim = max(self._running, key=lambda s: self.rank(s, now))
             self._preempt(victim, now)
             if victim is sequence:
-                return None
-        return tuple(new_blocks)
+                return False
+        return True
 
-    def _admit(self, budget: int, work: list[tuple[Sequence, SlotWork]], init: list[SlotInit], now: float) -> None:
+    def _can_wait(self, sequence: Sequence) -> bool:
+        """Whether this step may wait for the copies the sequence needs: few enough, with those it waits for anyway."""
+        if self._rotation is None or sequence.table is None or self._draft.patient:
+            return True
+        awaits = self._rotation.kv.awaits(sequence.table)
+        return not awaits or len(self._draft.waits.union(awaits)) <= self._rotation.max_waits
+
+    def _admit(self, now: float) -> None:
         """Let waiting sequences in, in order, while slots, blocks and the token budget last."""
+        draft = self._draft
         admitted: list[Sequence] = []
         for sequence in islice(self._waiting, MAX_LOOKED_AT):
-            if budget <= 0 or not self._free_slots:
+            if draft.budget <= 0 or not self._free_slots:
                 break
-            if sequence.in_flight:  # preempted while a step of its own was under way: its token is not known yet
+            if sequence.is_under_way:  # preempted while a step of its own was: its token is not known yet
                 continue
-            limit = len(sequence.tokens) - 1 if sequence.score_start is None else sequence.score_start - 1
-            path = self._kv.match(sequence.tokens, sequence.salt, limit)
-            if self._kv.is_being_computed(sequence.tokens, sequence.salt, path):
+            path = self._cached_path(sequence)
+            if sequence.table is None and self._kv.is_being_computed(sequence.tokens, sequence.salt, path):
                 continue  # its next block is on its way: share it rather than compute it twice
-            new_blocks = self._reserve(sequence, path)
-            if new_blocks is None:
+            if not self._reserve(sequence, path):
                 break
             admitted.append(sequence)
-            init.append(self._start(sequence, now))
-            item = self._work(sequence, min(budget, sequence.resume_at - sequence.scheduled), new_blocks)
-            work.append((sequence, item))
-            budget -= item.length
+            draft.init.append(self._start(sequence, now))
+            if self._can_wait(sequence):
+                self._work(sequence, min(draft.budget, sequence.resume_at - sequence.scheduled))
         for sequence in admitted:
             self._waiting.remove(sequence)
 
-    def _reserve(self, sequence: Sequence, path: list[Node]) -> tuple[int, ...] | None:
+    def _cached_path(self, sequence: Sequence) -> list[Node]:
+        """What of a sequence's prefix is cached and worth using. Empty for a rotated-out one: it has its own."""
+        if sequence.table is not None:
+            assert self._rotation is not None
+            if not self._rotation.is_lost(sequence.table):
+                return []
+            self._drop_table(sequence)
+        limit = len(sequence.tokens) - 1 if sequence.score_start is None else sequence.score_start - 1
+        path = self._kv.match(sequence.tokens, sequence.salt, limit)
+        return path if self._rotation is None else self._rotation.worth_loading(path)
+
+    def _reserve(self, sequence: Sequence, path: list[Node]) -> bool:
         """Hold the matched prefix and blocks for all known tokens, so that a prefill, once begun, can end."""
+        wanted = self._kv.blocks_for(sequence.compute_length)
+        if sequence.table is not None:
+            assert self._rotation is not None
+            return self._rotation.kv.resume(sequence.table, wanted - self._kv.blocks_for(sequence.scheduled))
         table = self._kv.open(sequence.salt)
         self._kv.adopt(table, path)
-        needed = self._kv.blocks_for(sequence.compute_length) - len(table.blocks)
-        if self._kv.allocate(table, max(0, needed)) is None:
+        if self._kv.allocate(table, max(0, wanted - len(table.blocks))) is None:
             self._kv.release(table)
-            return None
+            return False
         sequence.table = table
         sequence.scheduled = sequence.committed = len(path) * self._kv.page_size
-        return tuple(table.blocks)
+        return True
 
     def _start(self, sequence: Sequence, now: float) -> SlotInit:
         sequence.status = Status.RUNNING
         sequence.slot = self._free_slots.pop()
         sequence.resume_at = sequence.compute_length
+        sequence.let_in, sequence.let_in_with, sequence.let_in_at = now, sequence.num_output, sequence.scheduled
         self._running.append(sequence)
         if sequence.first_scheduled is None:
             sequence.first_scheduled = now
@@ -229,7 +294,9 @@ class BatchScheduler(ABC):
             stop_ids=sequence.stop_ids,
         )
 
-    def _work(self, sequence: Sequence, length: int, new_blocks: tuple[int, ...]) -> SlotWork:
+    def _work(self, sequence: Sequence, length: int) -> None:
+        draft, table = self._draft, sequence.table
+        assert table is not None
         start, end = sequence.scheduled, sequence.scheduled + length
         tokens = tuple(sequence.tokens[start:end]) if sequence.is_prefilling else ()
         sample = sequence.score_start is None and end == sequence.compute_length
@@ -239,15 +306,21 @@ class BatchScheduler(ABC):
         sequence.scheduled = end
         if sample:
             sequence.in_flight += 1
-        assert sequence.table is not None
         if tokens:
-            self._kv.announce(sequence.table, sequence.tokens)
-        return SlotWork(sequence.slot, start, length, tokens, new_blocks, sample, score)
+            self._kv.announce(table, sequence.tokens)
+        if self._rotation is not None:
+            draft.waits.update(self._rotation.kv.awaits(table))
+        new_blocks = tuple(table.blocks[table.sent :])
+        table.sent = len(table.blocks)
+        draft.work[sequence] = SlotWork(sequence.slot, start, length, tokens, new_blocks, sample, score)
+        draft.budget -= length
 
     # ------------------------------------------------------------------ results
 
     def commit(self, result: StepResult, now: float) -> list[SequenceUpdate]:
         """See Scheduler.commit."""
+        if self._rotation is not None and self._rotation.settle(result):
+            self._drop_broken(now)
         updates = []
         for sequence, work in self._planned.pop(result.step):
             if work.sample:
@@ -257,9 +330,10 @@ class BatchScheduler(ABC):
             if work.sample:
                 sequence.tokens.append(result.tokens[work.slot])
                 sequence.timeline.tokens(1, now - sequence.arrival)
+            if sequence.table is not None:
+                sequence.committed = work.start + work.length
             if sequence.status is Status.RUNNING and sequence.table is not None:
                 table = sequence.table
-                sequence.committed = work.start + work.length
                 if sequence.committed >= (len(table.nodes) + 1) * self._kv.page_size:  # a block is full
                     self._kv.commit(table, sequence.tokens, sequence.committed)
                 if sequence.is_prefilling:
@@ -292,6 +366,8 @@ class BatchScheduler(ABC):
     def abort(self, step: int, now: float) -> list[Sequence]:
         """See Scheduler.abort."""
         lost = []
+        if self._rotation is not None:
+            self._rotation.dropped(step)
         for sequence, work in self._planned.pop(step, []):
             if work.sample:
                 sequence.in_flight -= 1
@@ -304,27 +380,79 @@ class BatchScheduler(ABC):
 
     def _finish(self, sequence: Sequence, reason: FinishReason | None, now: float) -> None:
         if sequence.status is Status.RUNNING:
-            self._vacate(sequence)
+            self._leave_slot(sequence)
         else:
             self._waiting.remove(sequence)
+        if sequence.table is not None:
+            self._drop_table(sequence)
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
         sequence.finished_at = now
 
     def _preempt(self, sequence: Sequence, now: float) -> None:
-        self._vacate(sequence)
+        """Room is needed: the sequence gives up its slot and blocks, to the second tier if there is room."""
+        self._draft.preempted = True
+        self._undraft(sequence)
+        if self._rotate_out(sequence, now):
+            return
         self._preemptions += 1
-        sequence.status = Status.WAITING
         sequence.preemptions += 1
+        self._leave_slot(sequence)
+        self._drop_table(sequence)
+        self._wait_again(sequence, now)
+
+    def _rotate_out(self, sequence: Sequence, now: float) -> bool:
+        """The sequence's KV goes to the second tier; False when there is none, or it is full."""
+        if self._rotation is None or sequence.table is None:
+            return False
+        if not self._rotation.kv.park(sequence.table, sequence.scheduled):
+            return False
+        sequence.rotations += 1
+        self._leave_slot(sequence)
+        self._wait_again(sequence, now)
+        return True
+
+    def _undraft(self, sequence: Sequence) -> None:
+        """Take back what the plan being made has for this sequence."""
+        item = self._draft.work.pop(sequence, None)
+        if item is not None:
+            sequence.scheduled = item.start
+            sequence.in_flight -= item.sample
+
+    def _drop_broken(self, now: float) -> None:
+        """A copy failed: who holds what is lost starts again, and what it has under way is not believed."""
+        for sequence in [*self._running, *self._waiting]:
+            if sequence.table is None or not self._rotation or not self._rotation.is_lost(sequence.table):
+                continue
+            for items in self._planned.values():
+                sequence.in_flight -= sum(work.sample for s, work in items if s is sequence)
+                items[:] = [(s, work) for s, work in items if s is not sequence]
+            self._preemptions += 1
+            sequence.preemptions += 1
+            self._drop_table(sequence)
+            if sequence.status is Status.RUNNING:
+                self._leave_slot(sequence)
+                self._wait_again(sequence, now)
+
+    def _wait_again(self, sequence: Sequence, now: float) -> None:
+        sequence.status = Status.WAITING
         sequence.preempted_at = now
         self._waiting.add(sequence, self.rank(sequence, now))
 
-    def _vacate(self, sequence: Sequence) -> None:
+    def _leave_slot(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
+        self._free_slots.append(sequence.slot)
+        if any(init.slot == sequence.slot for init in self._draft.init):  # never given to the executor
+            self._draft.init = [init for init in self._draft.init if init.slot != sequence.slot]
+        else:
+            self._freed.append(sequence.slot)
+        sequence.slot = -1
+
+    def _drop_table(self, sequence: Sequence) -> None:
+        """Its KV is given up. What chunks under way compute is no part of the table it will have next."""
         assert sequence.table is not None
+        for items in self._planned.values():
+            items[:] = [(s, work) for s, work in items if s is not sequence or work.sample]
         self._kv.release(sequence.table)
         sequence.table = None
-        self._free_slots.append(sequence.slot)
-        self._freed.append(sequence.slot)
-        sequence.slot = -1
         sequence.scheduled = sequence.committed = 0

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from superinfer.runtime.kv.copies import BlockCopy, LinkUse
 from superinfer.runtime.protocol import SamplingParams, TokenLogprob
 
 
@@ -60,12 +61,16 @@ class StepPlan:
     """One immutable step. `work` is in execution order: decodes first, then prefill chunks.
 
     freed: slots given up before this step (their rows may be overwritten by `init` of the same plan).
+    copies: block copies to start, after the work of earlier plans. waits: ids of copies, of this or earlier plans, that
+        must be over before `work` computes. See docs/duplexkv.md. Work may be empty when copies are all there is.
     """
 
     step: int
     work: tuple[SlotWork, ...]
     init: tuple[SlotInit, ...] = ()
     freed: tuple[int, ...] = ()
+    copies: tuple[BlockCopy, ...] = ()
+    waits: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -80,6 +85,8 @@ class StepResult:
     logprobs: by slot, for those whose SamplingParams ask for them.
     scores: by slot, logprobs of the scored prompt tokens of this chunk, in order.
     elapsed: seconds the executor took.
+    copied, failed_copies: ids of copies that are over and in no result before this; those the plan waits for are in it.
+    link: what became of the link's time since the last result.
     """
 
     step: int
@@ -87,3 +94,6 @@ class StepResult:
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
     scores: dict[int, list[TokenLogprob]] = field(default_factory=dict)
     elapsed: float = 0.0
+    copied: list[int] = field(default_factory=list)
+    failed_copies: list[int] = field(default_factory=list)
+    link: LinkUse = field(default_factory=LinkUse)

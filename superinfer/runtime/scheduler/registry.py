@@ -7,10 +7,11 @@ from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.scheduler.base import Scheduler, SchedulerLimits
 from superinfer.runtime.scheduler.edf import EDF
 from superinfer.runtime.scheduler.fcfs import FCFS
+from superinfer.runtime.scheduler.lru import LRU
 from superinfer.runtime.scheduler.priority import Priority
 from superinfer.runtime.scheduler.sjf import SJF
 
-POLICIES = {policy.name: policy for policy in (FCFS, EDF, SJF, Priority)}
+POLICIES = {policy.name: policy for policy in (FCFS, EDF, SJF, Priority, LRU)}
 
 
 def build_scheduler(policy: str, kv: KVCache, limits: SchedulerLimits) -> Scheduler:

@@ -26,6 +26,8 @@ class Sequence:
     scheduled: positions whose KV some planned step computes; committed: of those, steps that are done.
     in_flight: tokens that planned steps will sample and that are not known yet.
     resume_at: tokens to prefill when it last took a slot; from there on it decodes.
+    let_in: when it last took a slot, and let_in_with how many tokens generated, at which position.
+    rotations: times its KV went to the second tier; its table is then kept, parked, while it waits.
     score_start: score the prompt from this position on instead of generating; None: generate.
     """
 
@@ -39,6 +41,9 @@ class Sequence:
         "id",
         "in_flight",
         "index",
+        "let_in",
+        "let_in_at",
+        "let_in_with",
         "max_tokens",
         "num_prompt",
         "owner",
@@ -48,6 +53,7 @@ class Sequence:
         "program",
         "request_id",
         "resume_at",
+        "rotations",
         "salt",
         "sampling",
         "scheduled",
@@ -99,7 +105,8 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.preempted_at: float | None = None
         self.preempted_s = 0.0
-        self.preemptions = 0
+        self.preemptions = self.rotations = 0
+        self.let_in, self.let_in_with, self.let_in_at = arrival, 0, 0
 
     @property
     def num_output(self) -> int:
@@ -115,6 +122,11 @@ class Sequence:
     def is_prefilling(self) -> bool:
         """Whether its next work is a chunk of known tokens rather than one decode."""
         return self.scheduled < self.resume_at
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether planned work of it has no result yet that a new residency would have to know."""
+        return self.in_flight > 0 or (self.table is not None and self.committed < self.scheduled)
 
     @property
     def wants_more(self) -> bool:
@@ -144,6 +156,7 @@ class Sequence:
             max_tbt_s=self.timeline.max_tbt,
             preempted_s=self.preempted_s,
             preemptions=self.preemptions,
+            rotations=self.rotations,
         )
         if self.slo is None or not self.slo.promises_anything:
             return report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from superinfer.runtime.engine.executor import ExecutorLimits
+from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
 from superinfer.runtime.scheduler.cost import StepLoad, StepRates
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 
@@ -20,6 +20,7 @@ class SimExecutor:
     def __init__(self, rates: StepRates, limits: ExecutorLimits, *, depth: int = 1) -> None:
         self.rates = rates
         self.limits = limits
+        self.tier: TierLimits | None = None
         self.depth = depth
         self._slots: set[int] = set()
         self._done: deque[tuple[StepResult, StepLoad]] = deque()

@@ -78,6 +78,22 @@ def test_eviction_takes_the_oldest_and_children_before_parents():
     assert len(kv.match(tokens_of(5, 6, 3), "", 12)) == 2
 
 
+def test_long_prefixes_are_found_to_the_block_wherever_they_part_or_end():
+    kv = KVCache(1000, PAGE)
+    trunk = list(range(1, 101))
+    kv.release(compute(kv, tokens_of(*trunk, tail=1)))
+    for parts in (0, 1, 15, 16, 17, 31, 32, 50, 99, 100):
+        tokens = tokens_of(*trunk[:parts], *range(500, 540), tail=1)
+        assert len(kv.match(tokens, "", len(tokens) - 1)) == parts
+        kv.release(compute(kv, tokens))
+        found = kv.match(tokens, "", len(tokens) - 1)
+        assert len(found) == parts + 40
+        expected = [tokens[at * PAGE : (at + 1) * PAGE].tobytes() for at in range(parts + 40)]
+        assert [node.key for node in found] == expected
+    kv.clear()
+    assert kv.match(tokens_of(*trunk), "", 400) == []
+
+
 def test_allocation_that_does_not_fit_changes_nothing():
     kv = KVCache(3, PAGE)
     table = compute(kv, tokens_of(1, 2))

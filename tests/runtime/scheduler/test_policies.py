@@ -130,12 +130,14 @@ def test_priority_serves_the_heavier_first_and_equals_in_order():
 
 FAVOURED = {
     "fcfs": {},
+    "lru": {},
     "edf": {"slo": SLO(ttft=0.1)},
     "sjf": {"max_tokens": 1},
     "priority": {"slo": SLO(weight=16.0)},
 }
 SCORNED = {
     "fcfs": {},
+    "lru": {},
     "edf": {},
     "sjf": {"max_tokens": 500},
     "priority": {"slo": SLO(weight=0.5)},

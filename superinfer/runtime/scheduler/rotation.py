@@ -1,0 +1,104 @@
+"""What a scheduler keeps of the second tier: how long a step may wait for copies, load or compute, and the counters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import cast
+
+from superinfer.runtime.kv.cache import BlockTable, Node
+from superinfer.runtime.kv.copies import BlockCopy, LinkUse
+from superinfer.runtime.kv.duplex import DuplexCache
+from superinfer.runtime.kv.tiers import TierNode
+from superinfer.runtime.scheduler.base import TierGauges
+from superinfer.runtime.scheduler.plan import StepPlan, StepResult
+
+# Copies a step may wait for: 8 blocks of 2 MiB are 0.3 ms of PCIe 5, 3 % of a step of 10 ms. Who needs more sits out.
+MAX_WAITS = 8
+# Copies out under way up to which blocks are mirrored: what a step of 512 prompt tokens makes, 1.3 ms of PCIe 5.
+MIRROR_BLOCKS = 32
+SMOOTHING = 0.2  # weight of the newest observation
+
+
+class LoadCost:
+    """Seconds per block of the link and per token of prefill, learnt from results, to choose between the two."""
+
+    def __init__(self) -> None:
+        self.block_s: float | None = None
+        self.token_s: float | None = None
+
+    def observe(self, plan_tokens: int, decodes: int, result: StepResult, blocks_in: int) -> None:
+        """A step of `plan_tokens` tokens, `decodes` of them decodes, and `blocks_in` copies in, is done."""
+        if plan_tokens - decodes > decodes:  # mostly prefill: its time is that of the tokens
+            self.token_s = _smooth(self.token_s, max(0.0, result.elapsed - result.link.stall_s) / plan_tokens)
+        if blocks_in and result.link.in_s:
+            self.block_s = _smooth(self.block_s, result.link.in_s / blocks_in)
+
+    def loads(self, blocks: int, tokens: int, queued: int) -> bool:
+        """Whether to load `blocks` behind `queued` others rather than compute `tokens`. True while not known."""
+        if self.block_s is None or self.token_s is None:
+            return True
+        return (blocks + queued) * self.block_s <= tokens * self.token_s
+
+
+def _smooth(before: float | None, now: float) -> float:
+    return now if before is None else before + SMOOTHING * (now - before)
+
+
+class Rotation:
+    """The second tier as a scheduler sees it. Decides nothing about whom to rotate: that is the policy's."""
+
+    def __init__(self, kv: DuplexCache, *, max_waits: int = MAX_WAITS, mirror_blocks: int = MIRROR_BLOCKS) -> None:
+        self.kv = kv
+        self.cost = LoadCost()
+        self.max_waits = max_waits
+        self.mirror_blocks = mirror_blocks
+        self._link = LinkUse()
+        self._sizes: dict[int, tuple[int, int]] = {}  # by step under way: tokens, decodes
+
+    def worth_loading(self, path: list[Node]) -> list[Node]:
+        """The part of a matched path to share: all of it, or up to its first block that is quicker to compute."""
+        absent = [at for at, node in enumerate(path) if node.block < 0]
+        if not absent:
+            return path
+        tokens = (len(path) - absent[0]) * self.kv.page_size
+        return path if self.cost.loads(len(absent), tokens, self.kv.num_pending_in) else path[: absent[0]]
+
+    def blocks_wanted(self, table: BlockTable | None, path: Seq[Node], total: int) -> int:
+        """Of `num_available`, what a sequence of `total` blocks takes: all but those that others hold in HBM."""
+        nodes = cast(Seq[TierNode], path if table is None else table.nodes)
+        return total - sum(node.holders > 0 for node in nodes)
+
+    def blocks_private(self, table: BlockTable) -> int:
+        """What `num_available` gains when this table is parked."""
+        return len(table.blocks) + len(table.spare) - sum(node.holders > 1 for node in table.nodes)
+
+    def is_lost(self, table: BlockTable) -> bool:
+        """Whether a failed copy took something the table needs."""
+        return self.kv.totals.failed > 0 and not self.kv.is_intact(table)
+
+    def copies_of_plan(self) -> tuple[BlockCopy, ...]:
+        """All copies of the plan being made, with what is mirrored in the background."""
+        self.kv.mirror(self.mirror_blocks)
+        return self.kv.take_copies()
+
+    def planned(self, plan: StepPlan) -> None:
+        """Remember what the plan's result will be judged by."""
+        self._sizes[plan.step] = plan.num_tokens, sum(w.is_decode for w in plan.work)
+
+    def dropped(self, step: int) -> None:
+        """The step failed: it has no result. Its copies are reported with a later one."""
+        self._sizes.pop(step, None)
+
+    def settle(self, result: StepResult) -> bool:
+        """Take in a result's reports. True when running sequences may have lost something."""
+        before = self.kv.totals.blocks_in
+        hurt = self.kv.settle(result.copied, result.failed_copies)
+        tokens, decodes = self._sizes.pop(result.step)
+        self.cost.observe(tokens, decodes, result, self.kv.totals.blocks_in - before)
+        self._link = LinkUse(*(a + b for a, b in zip(self._link, result.link, strict=True)))
+        return hurt
+
+    def gauges(self) -> TierGauges:
+        """For reports."""
+        kv = self.kv
+        return TierGauges(kv.num_dram, kv.num_dram_free, kv.num_dram_pinned, kv.num_pending, kv.totals, self._link)

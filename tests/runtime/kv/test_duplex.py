@@ -1,0 +1,411 @@
+"""The bookkeeping of two tiers: whatever happens, blocks conserve, and no block is in use twice."""
+
+from __future__ import annotations
+
+import random
+from array import array
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from superinfer.runtime.kv.cache import KVCache
+from superinfer.runtime.kv.duplex import DuplexCache, build_cache
+from superinfer.runtime.kv.tiers import TierNode, TierTable
+
+PAGE = 4
+
+
+def tokens_of(*blocks: int, tail: int = 0) -> array:
+    """PAGE tokens for each block number, and `tail` more."""
+    return array("i", [b * 100 + i for b in blocks for i in range(PAGE)] + [9] * tail)
+
+
+def compute(kv: DuplexCache, tokens: array, salt: str = "") -> TierTable:
+    """A table whose KV for `tokens` is computed and committed."""
+    table = kv.open(salt)
+    kv.adopt(table, kv.match(tokens, salt, len(tokens) - 1))
+    assert kv.allocate(table, kv.blocks_for(len(tokens)) - len(table.blocks)) is not None
+    kv.commit(table, tokens, len(tokens))
+    return table
+
+
+def land(kv: DuplexCache, failed: tuple[int, ...] = ()) -> bool:
+    """All pending copies are reported."""
+    kv.take_copies()
+    return kv.settle([id for id in kv._pending if id not in failed], failed)
+
+
+def mirrored(kv: DuplexCache, *blocks: int, salt: str = "") -> None:
+    """A finished sequence whose blocks are in both tiers."""
+    table = compute(kv, tokens_of(*blocks, tail=1), salt)
+    kv.mirror(100)
+    kv.release(table)
+    land(kv)
+
+
+def fill(kv: DuplexCache) -> TierTable:
+    """A table that holds all of HBM that can be had."""
+    table = kv.open("filler")
+    assert kv.allocate(table, kv.num_available) is not None
+    return table
+
+
+# ---------------------------------------------------------------------------- mirroring and finished turns
+
+
+def test_a_mirrored_prefix_survives_in_dram_and_is_loaded():
+    kv = DuplexCache(6, 10, PAGE)
+    mirrored(kv, 1, 2, 3)
+    kv.release(fill(kv))
+    tokens = tokens_of(1, 2, 3, tail=1)
+    path = kv.match(tokens, "", 12)
+    assert [node.block for node in path] == [-1, -1, -1]
+    table = kv.open("")
+    kv.adopt(table, path)
+    assert kv.allocate(table, 1) is not None
+    copies = kv.take_copies()
+    assert [(copy.out, copy.hbm) for copy in copies] == [(False, block) for block in table.blocks[:3]]
+    assert kv.awaits(table) == [copy.id for copy in copies]
+
+
+def test_a_dirty_prefix_is_forgotten_when_hbm_is_wanted():
+    kv = DuplexCache(6, 10, PAGE)
+    kv.release(compute(kv, tokens_of(1, 2, 3, tail=1)))
+    kv.release(fill(kv))
+    assert kv.match(tokens_of(1, 2, 3, tail=1), "", 12) == []
+    assert kv.totals.forgotten == 3
+
+
+def test_salts_do_not_share_in_dram():
+    kv = DuplexCache(6, 10, PAGE)
+    mirrored(kv, 1, 2, salt="a")
+    kv.release(fill(kv))
+    assert kv.match(tokens_of(1, 2, tail=1), "b", 8) == []
+    assert len(kv.match(tokens_of(1, 2, tail=1), "a", 8)) == 2
+
+
+def test_dram_drops_the_oldest_but_gives_a_hit_one_more_round():
+    kv = DuplexCache(8, 4, PAGE)
+    mirrored(kv, 1, 2)
+    mirrored(kv, 3, 4)
+    kv.release(compute(kv, tokens_of(1, 2, tail=1)))  # hit
+    kv.release(compute(kv, tokens_of(3, 4, tail=1), salt="other"))
+    mirrored(kv, 5, 6)
+    kv.release(fill(kv))
+    found = {first: len(kv.match(tokens_of(first, first + 1, tail=1), "", 8)) for first in (1, 3, 5)}
+    assert found == {1: 2, 3: 0, 5: 2}
+
+
+def test_mirroring_keeps_to_its_budget_and_stops_when_dram_is_full_of_parked_blocks():
+    kv = DuplexCache(12, 3, PAGE)
+    table = compute(kv, tokens_of(1, 2, 3))
+    assert kv.park(table, 12)
+    other = compute(kv, tokens_of(4, 5, 6, 7))
+    land(kv)
+    kv.mirror(2)
+    assert kv.take_copies() == ()
+    kv.release(table)
+    kv.mirror(2)
+    assert len(kv.take_copies()) == 2
+    kv.mirror(2)
+    assert kv.take_copies() == ()
+    kv.release(other)
+
+
+# ---------------------------------------------------------------------------- rotation
+
+
+def test_a_rotation_moves_only_what_is_not_mirrored():
+    kv = DuplexCache(8, 10, PAGE)
+    table = compute(kv, tokens_of(1, 2, 3, tail=2))
+    kv.mirror(2)
+    land(kv)
+    tail_block = table.blocks[3]
+    assert kv.park(table, 14)
+    assert [(copy.out, copy.hbm) for copy in kv.take_copies()] == [(True, table.nodes[2].block), (True, tail_block)]
+    assert kv.num_available == 8
+    assert (kv.totals.rotated, kv.totals.rotated_clean) == (4, 2)
+
+
+def test_a_block_given_up_is_waited_for_by_who_gets_it_next():
+    kv = DuplexCache(2, 10, PAGE)
+    table = compute(kv, tokens_of(1, tail=2))
+    assert kv.park(table, 6)
+    outs = {copy.hbm: copy.id for copy in kv.take_copies()}
+    other = kv.open("")
+    assert sorted(kv.allocate(other, 2)) == [0, 1]
+    assert sorted(kv.awaits(other)) == sorted(outs.values())
+    kv.release(other)
+    assert kv.resume(table, 0)
+    loads = kv.take_copies()
+    assert all(outs[copy.hbm] in copy.after for copy in loads)
+
+
+def test_what_is_still_in_hbm_is_not_loaded_again():
+    kv = DuplexCache(8, 10, PAGE)
+    table = compute(kv, tokens_of(1, 2, 3, tail=2))
+    assert kv.park(table, 14)
+    land(kv)
+    other = kv.open("other")
+    assert kv.allocate(other, 6) is not None  # one of three full blocks has to leave
+    assert not kv.resume(table, 0)
+    kv.release(other)
+    assert kv.resume(table, 0)
+    assert len(kv.take_copies()) == 2  # that block, and the tail
+    assert len(table.blocks) == 4
+
+
+def test_a_prefix_that_another_holds_stays_and_costs_nothing():
+    kv = DuplexCache(8, 10, PAGE)
+    first, second = compute(kv, tokens_of(1, 2, 3, tail=1)), compute(kv, tokens_of(1, 2, 4, tail=1))
+    assert kv.park(second, 13)
+    assert kv.num_available == 8 - 4
+    assert [node.block for node in second.nodes[:2]] == first.blocks[:2]
+
+
+def test_without_room_in_dram_a_rotation_changes_nothing():
+    kv = DuplexCache(8, 3, PAGE)
+    table = compute(kv, tokens_of(1, 2, 3, tail=1))
+    before = list(table.blocks)
+    assert not kv.park(table, 13)
+    assert (table.blocks, kv.num_dram_free, kv.num_dram_pinned, kv.take_copies()) == (before, 3, 0, ())
+
+
+def test_a_rotation_takes_the_mirrors_of_running_sequences_when_it_must():
+    kv = DuplexCache(8, 4, PAGE)
+    running = compute(kv, tokens_of(1, 2, 3, 4))
+    kv.mirror(10)
+    land(kv)
+    table = compute(kv, tokens_of(5, 6, 7))
+    assert kv.park(table, 12)
+    assert (kv.num_dram_pinned, kv.num_dram_free) == (3, 0)
+    assert [node.dram >= 0 for node in running.nodes].count(True) == 1
+
+
+# ---------------------------------------------------------------------------- failures
+
+
+def test_a_failed_mirror_leaves_the_block_dirty_and_is_tried_again():
+    kv = DuplexCache(8, 8, PAGE)
+    table = compute(kv, tokens_of(1, 2))
+    kv.mirror(10)
+    assert not land(kv, failed=(1,))
+    assert [node.dram >= 0 for node in table.nodes] == [False, True]
+    kv.mirror(10)
+    assert [copy.hbm for copy in kv.take_copies()] == table.blocks[:1]
+
+
+def test_a_failed_tail_is_known():
+    kv = DuplexCache(8, 8, PAGE)
+    table = compute(kv, tokens_of(1, tail=2))
+    assert kv.park(table, 6)
+    assert land(kv, failed=(2,))
+    assert not kv.is_intact(table)
+
+
+def test_a_failed_load_takes_the_node_and_what_is_under_it_out_of_the_tree():
+    kv = DuplexCache(6, 10, PAGE)
+    mirrored(kv, 1, 2, 3)
+    kv.release(fill(kv))
+    table = compute(kv, tokens_of(1, 2, 3, tail=1))
+    second = [copy.id for copy in kv.take_copies()][1]
+    assert land(kv, failed=(second,))
+    assert not kv.is_intact(table)
+    kv.release(table)
+    assert len(kv.match(tokens_of(1, 2, 3, tail=1), "", 12)) == 1
+
+
+def test_a_failed_load_is_told_to_who_was_parked_meanwhile_and_to_no_other():
+    kv = DuplexCache(4, 10, PAGE)
+    mirrored(kv, 1, 2)
+    kv.release(fill(kv))
+    table = compute(kv, tokens_of(1, 2, tail=1))  # a step under way reads what is being loaded
+    first = kv.take_copies()[0].id
+    assert kv.park(table, 9)
+    filler = fill(kv)  # the node being loaded leaves HBM again
+    assert land(kv, failed=(first,))
+    assert not kv.is_intact(table)
+    assert kv.is_intact(filler)
+
+
+def test_a_copy_that_reads_what_a_failed_one_should_have_written_counts_as_failed():
+    kv = DuplexCache(2, 10, PAGE)
+    table = compute(kv, tokens_of(1, tail=1))
+    assert kv.park(table, 5)
+    kv.release(fill(kv))
+    assert kv.resume(table, 0)
+    out, *_ = (copy for copy in kv.take_copies() if copy.out)
+    kv._drop_dram(table.nodes[0])  # as when a rotation wants the room
+    assert land(kv, failed=(out.id,))
+    assert not kv.is_intact(table)
+    assert kv.totals.failed == 2
+
+
+@pytest.mark.parametrize(("dram", "kind"), [(0, KVCache), (5, DuplexCache)])
+def test_there_is_a_second_tier_only_where_there_are_blocks_for_it(dram, kind):
+    assert type(build_cache(4, dram, PAGE)) is kind
+
+
+def test_a_second_tier_needs_a_block():
+    with pytest.raises(ValueError, match="num_dram=0"):
+        DuplexCache(4, 0, PAGE)
+
+
+# ---------------------------------------------------------------------------- random lives
+
+
+def check_conserved(kv: DuplexCache, tables: list[TierTable]) -> None:
+    """Every block of either pool is free once, or is in exactly one place."""
+    nodes: set[TierNode] = set()
+    stack = [child for root in kv._roots.values() for child in root.children.values()]
+    while stack:
+        node = stack.pop()
+        assert node.alive and (node.block >= 0 or node.dram >= 0), "a node without a place"
+        nodes.add(node)
+        stack += node.children.values()
+    hbm = [n.block for n in nodes if n.block >= 0] + list(kv._free)
+    hbm += [b for t in tables if not t.parked for b in (*t.blocks[len(t.nodes) :], *t.spare)]
+    assert sorted(hbm) == list(range(kv.num_blocks))
+    dram = [n.dram for n in nodes if n.dram >= 0] + list(kv._free_dram) + [d for t in tables for d in t.tail]
+    assert sorted(dram) == list(range(kv.num_dram))
+    parked = {n for t in tables if t.parked for n in t.nodes if n.alive}
+    assert kv._pinned == sum(n.dram >= 0 for n in parked) + sum(len(t.tail) for t in tables)
+    assert set(kv._idle) == {n for n in nodes if n.holders == 0 and n.block >= 0}
+    assert set(kv._mirrors) == {n for n in nodes if n.holders and not n.parked and n.dram >= 0}
+    assert {n for n in nodes if not n.holders and not n.parked and n.dram >= 0} <= set(kv._lru) <= nodes
+    held = {n: sum(n in t.nodes for t in tables if not t.parked) for n in nodes}
+    assert all(n.holders == held[n] for n in nodes)
+
+
+class DuplexLives:
+    """Random operations over a DuplexCache; shared by the state machine and the long run."""
+
+    def __init__(self, kv: DuplexCache) -> None:
+        self.kv = kv
+        self.live: list[tuple[TierTable, array]] = []
+
+    def begin(self, blocks, tail, salt) -> None:
+        kv, tokens = self.kv, tokens_of(*blocks, tail=tail)
+        table = kv.open(salt)
+        kv.adopt(table, kv.match(tokens, salt, len(tokens) - 1))
+        if kv.allocate(table, kv.blocks_for(len(tokens)) - len(table.blocks)) is None:
+            kv.release(table)
+            return
+        self.live.append((table, tokens))
+
+    def commit(self, at, amount) -> None:
+        table, tokens = self.live[at % len(self.live)]
+        if not table.parked:
+            low = len(table.nodes) * PAGE
+            self.kv.commit(table, tokens, low + amount % (len(tokens) - low + 1))
+
+    def rotate(self, at) -> None:
+        table, tokens = self.live[at % len(self.live)]
+        if not table.parked:
+            self.kv.park(table, max(len(table.nodes) * PAGE, len(tokens) - 1))
+        elif self.kv.is_intact(table):
+            self.kv.resume(table, self.kv.blocks_for(len(tokens)) - len(table.nodes) - len(table.tail))
+
+    def end(self, at) -> None:
+        self.kv.release(self.live.pop(at % len(self.live))[0])
+
+    def report(self, choose) -> None:
+        """Some pending copies are over: `choose(id)` gives 0 not yet, 1 done, 2 failed."""
+        kv = self.kv
+        kv.take_copies()
+        fate: dict[int, int] = {}
+        for id, (copy, _) in kv._pending.items():  # one cannot be over before those it comes after
+            early = any(before in kv._pending and not fate.get(before) for before in copy.after)
+            fate[id] = 0 if early else choose(id)
+        hurt = kv.settle([id for id, f in fate.items() if f == 1], [id for id, f in fate.items() if f == 2])
+        if hurt:
+            for table, _ in [pair for pair in self.live if not kv.is_intact(pair[0])]:
+                kv.release(table)
+                self.live = [pair for pair in self.live if pair[0] is not table]
+
+    def finish(self) -> None:
+        while self.live:
+            self.end(0)
+        self.report(lambda id: 1)
+        self.kv.clear()
+        assert (self.kv.num_free, self.kv.num_dram_free) == (self.kv.num_blocks, self.kv.num_dram)
+        assert not (self.kv._roots or self.kv._idle or self.kv._lru or self.kv._mirrors or self.kv._pending)
+        assert not (self.kv._awaited or self.kv._spoiled)
+        assert not (self.kv._busy or self.kv._busy_dram or self.kv.num_dram_pinned)
+
+
+class DuplexMachine(RuleBasedStateMachine):
+    """Sequences begin, grow, commit, rotate, end; copies land late or fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lives = DuplexLives(DuplexCache(10, 8, PAGE))
+
+    @rule(blocks=st.lists(st.integers(0, 2), max_size=4), tail=st.integers(1, PAGE), salt=st.sampled_from(["", "x"]))
+    def begin(self, blocks, tail, salt):
+        self.lives.begin(blocks, tail, salt)
+
+    @precondition(lambda self: self.lives.live)
+    @rule(at=st.integers(0, 9), amount=st.integers(0, 20))
+    def commit(self, at, amount):
+        self.lives.commit(at, amount)
+
+    @precondition(lambda self: self.lives.live)
+    @rule(at=st.integers(0, 9))
+    def rotate(self, at):
+        self.lives.rotate(at)
+
+    @precondition(lambda self: self.lives.live)
+    @rule(at=st.integers(0, 9))
+    def end(self, at):
+        self.lives.end(at)
+
+    @rule(budget=st.integers(0, 5))
+    def mirror(self, budget):
+        self.lives.kv.mirror(budget)
+
+    @rule(fates=st.lists(st.sampled_from([0, 1, 1, 2]), min_size=1, max_size=5))
+    def report(self, fates):
+        self.lives.report(lambda id: fates[id % len(fates)])
+
+    @rule()
+    def clear(self):
+        self.lives.kv.clear()
+
+    @invariant()
+    def conserved(self):
+        check_conserved(self.lives.kv, [table for table, _ in self.lives.live])
+
+    def teardown(self):
+        self.lives.finish()
+
+
+DuplexMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestRandomLives = DuplexMachine.TestCase
+
+
+def test_a_hundred_thousand_operations_with_cancels_and_failures_leak_nothing():
+    rng = random.Random(0)
+    lives = DuplexLives(DuplexCache(48, 64, PAGE))
+    for turn in range(100_000):
+        at = rng.randrange(16)
+        match rng.randrange(8) if lives.live and len(lives.live) < 12 else 7 if not lives.live else 6:
+            case 0 | 1:
+                lives.commit(at, rng.randrange(20))
+            case 2 | 3:
+                lives.rotate(at)
+            case 4:
+                lives.kv.mirror(4)
+            case 5:
+                lives.report(lambda id: rng.choice([0, 1, 1, 1, 2]))
+            case 6:
+                lives.end(at)
+            case _:
+                lives.begin([rng.randrange(3) for _ in range(rng.randrange(5))], 1, rng.choice(["", "x"]))
+        if turn % 500 == 0:
+            check_conserved(lives.kv, [table for table, _ in lives.live])
+    assert min(lives.kv.totals.rotations_in, lives.kv.totals.failed, lives.kv.totals.hits) > 1000
+    assert len(lives.kv._dirty) < 500
+    lives.finish()

@@ -1,0 +1,315 @@
+"""Two tiers: whatever rotates, loads, fails or is cancelled, every sequence gets the tokens it would get alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory_executor import expected_output
+from tiered_executor import TieredMemoryExecutor
+
+from superinfer.runtime.kv.duplex import DuplexCache
+from superinfer.runtime.scheduler.base import SchedulerLimits
+from superinfer.runtime.scheduler.registry import build_scheduler
+from superinfer.runtime.scheduler.sequence import Sequence, Status
+
+PAGE = 4
+
+
+class Bench:
+    """A scheduler over two tiers and a TieredMemoryExecutor in step, with a clock of our own."""
+
+    def __init__(self, blocks=12, dram=40, slots=4, batch_tokens=12, depth=1, policy="lru", quantum=0, **executor):
+        self.kv = DuplexCache(blocks, dram, PAGE, prefix_cache=executor.pop("prefix_cache", True))
+        self.scheduler = build_scheduler(policy, self.kv, SchedulerLimits(slots, batch_tokens, blocks * PAGE))
+        self.scheduler.quantum = quantum
+        self.executor = TieredMemoryExecutor(blocks, dram, PAGE, **executor)
+        self.depth = depth
+        self.now = 0.0
+        self.ids = 0
+        self.outputs: dict[int, list[int]] = {}
+        self.planned: list[int] = []
+        self.plans = []
+
+    def add(self, prompt, max_tokens=5, **kw) -> Sequence:
+        self.ids += 1
+        sequence = Sequence(id=self.ids, prompt=list(prompt), max_tokens=max_tokens, arrival=self.now, **kw)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def step(self) -> bool:
+        self.now += 0.01
+        plan = self.scheduler.plan(self.now)
+        if plan is not None:
+            self.plans.append(plan)
+            try:
+                self.executor.submit(plan)
+                self.planned.append(plan.step)
+            except RuntimeError:
+                self.scheduler.abort(plan.step, self.now)
+        if self.planned and (plan is None or len(self.planned) >= self.depth):
+            self.planned.pop(0)
+            for update in self.scheduler.commit(self.executor.collect(), self.now):
+                self.outputs.setdefault(update.sequence.id, []).extend(update.token_ids)
+            return True
+        return plan is not None
+
+    def run(self, limit=4000):
+        for _ in range(limit):
+            if not self.step():
+                return
+        raise AssertionError("the scheduler does not come to an end")
+
+    def check(self, sequences, max_tokens=None):
+        for sequence in sequences:
+            assert sequence.status is Status.FINISHED
+            if sequence.finish_reason not in ("cancelled", None):
+                prompt = list(sequence.tokens[: sequence.num_prompt])
+                assert self.outputs[sequence.id] == expected_output(prompt, sequence.max_tokens)
+
+    def check_all_given_back(self):
+        kv = self.kv
+        assert kv.num_pending == 0
+        kv.clear()
+        assert (kv.num_free, kv.num_dram_free, kv.num_dram_pinned) == (kv.num_blocks, kv.num_dram, 0)
+        assert sorted(kv._free) == list(range(kv.num_blocks))
+        assert sorted(kv._free_dram) == list(range(kv.num_dram))
+        assert not (kv._roots or kv._idle or kv._lru or kv._mirrors or kv._busy or kv._busy_dram)
+        assert not (kv._awaited or kv._spoiled)
+        counts = self.scheduler.counts()
+        assert (counts.running, counts.waiting) == (0, 0)
+
+
+prompts = st.builds(
+    lambda shared, own: [7] * shared + own,
+    st.integers(0, 14),
+    st.lists(st.integers(0, 3), min_size=1, max_size=12),
+)
+jobs = st.lists(st.tuples(prompts, st.integers(1, 14), st.integers(0, 6)), min_size=2, max_size=10)
+shapes = st.fixed_dictionaries(
+    dict(
+        blocks=st.integers(10, 16),
+        dram=st.integers(1, 60),
+        slots=st.integers(1, 5),
+        batch_tokens=st.integers(5, 20),
+        depth=st.integers(1, 3),
+        policy=st.sampled_from(["lru", "lru", "fcfs"]),
+        quantum=st.sampled_from([0, 0, 1, 3]),
+        prefix_cache=st.sampled_from([True, True, True, False]),
+        seed=st.integers(0, 2**16),
+        eager=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    )
+)
+
+
+def play(bench: Bench, work, max_waits=8, mirror_blocks=32) -> list[Sequence]:
+    rotation = bench.scheduler._rotation
+    rotation.max_waits, rotation.mirror_blocks = max_waits, mirror_blocks
+    sequences = []
+    for prompt, max_tokens, pause in work:
+        sequences.append(bench.add(prompt, max_tokens))
+        for _ in range(pause):
+            bench.step()
+    return sequences
+
+
+@settings(max_examples=400, deadline=None)
+@given(jobs, shapes, st.sampled_from([0, 1, 3, 100]), st.sampled_from([0, 1, 32]))
+def test_tokens_do_not_depend_on_rotation_or_on_when_copies_land(work, shape, max_waits, mirror_blocks):
+    bench = Bench(**shape)
+    sequences = play(bench, work, max_waits, mirror_blocks)
+    bench.run()
+    bench.check(sequences)
+    bench.check_all_given_back()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    jobs,
+    shapes,
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 25)), max_size=6),
+    st.sampled_from([0.0, 0.02, 0.2]),
+    st.sets(st.integers(0, 25), max_size=2),
+)
+def test_failed_copies_failed_steps_and_cancels_disturb_no_other(work, shape, cancels, fails, failing_steps):
+    bench = Bench(**shape)
+    bench.executor.fails = fails
+    if fails > 0.1:  # losing most rotations, a sequence must get a token out of each residency to come to an end
+        bench.scheduler.quantum = 1
+    sequences = play(bench, work)
+    for turn in range(26):
+        for who, when in cancels:
+            if when == turn and who < len(sequences):
+                bench.scheduler.cancel(sequences[who], bench.now)
+        bench.executor.fail_next = turn in failing_steps
+        bench.step()
+    bench.executor.fail_next = False
+    bench.run(20_000)
+    bench.check(sequences)
+    bench.check_all_given_back()
+
+
+# ---------------------------------------------------------------------------- planted faults
+
+
+def _work_does_not_wait(bench, patch):
+    bench.executor.obey_waits = False
+
+
+def _copies_do_not_wait_for_each_other(bench, patch):
+    bench.executor.obey_after = False
+
+
+def _a_block_changes_hands_without_its_pending_copy(bench, patch):
+    patch.setattr(bench.kv, "_busy", type("Forgetful", (dict,), {"__setitem__": lambda *_: None})())
+
+
+def _a_dram_block_changes_hands_without_its_pending_copy(bench, patch):
+    patch.setattr(bench.kv, "_busy_dram", type("Forgetful", (dict,), {"__setitem__": lambda *_: None})())
+
+
+def _a_load_is_not_waited_for_by_who_shares_it(bench, patch):
+    adopt, resume = bench.kv.adopt, bench.kv.resume
+
+    def deaf_adopt(table, path):
+        adopt(table, path)
+        table.awaits = []
+
+    def deaf_resume(table, extra):
+        shared = {node.loading for node in table.nodes}
+        resumed = resume(table, extra)
+        table.awaits = [id for id in table.awaits if id not in shared]
+        return resumed
+
+    patch.setattr(bench.kv, "adopt", deaf_adopt)
+    patch.setattr(bench.kv, "resume", deaf_resume)
+
+
+def _the_tail_stays_behind(bench, patch):
+    park = bench.kv.park
+
+    def forgetful(table, computed):
+        parked = park(table, computed)
+        for copy in [copy for copy in bench.kv._outbox if copy.out and copy.dram in table.tail]:
+            bench.kv._outbox.remove(copy)
+            bench.kv._pop_pending(copy.id)
+        return parked
+
+    patch.setattr(bench.kv, "park", forgetful)
+
+
+def _the_tail_is_freed_in_dram_while_parked(bench, patch):
+    park = bench.kv.park
+
+    def early(table, computed):
+        parked = park(table, computed)
+        if parked:
+            bench.kv._free_dram.extend(table.tail)
+        return parked
+
+    patch.setattr(bench.kv, "park", early)
+
+
+def _parked_blocks_are_not_pinned(bench, patch):
+    pin = bench.kv._pin
+
+    def loose(node):
+        pin(node)
+        if not node.holders:
+            bench.kv._lru[node] = None
+
+    unhold = bench.kv._unhold
+
+    def loose_unhold(node):
+        unhold(node)
+        if node.holders == 0 and node.alive:
+            bench.kv._lru[node] = None
+
+    patch.setattr(bench.kv, "_pin", loose)
+    patch.setattr(bench.kv, "_unhold", loose_unhold)
+    patch.setattr(bench.scheduler._rotation, "is_lost", lambda table: False)
+
+
+def _dirty_blocks_count_as_mirrored(bench, patch):
+    mirror = bench.kv._mirror
+
+    def pretend(node, dram):
+        mirror(node, dram)
+        copy = bench.kv._outbox.pop()
+        bench.kv._pop_pending(copy.id)
+
+    patch.setattr(bench.kv, "_mirror", pretend)
+
+
+def _tokens_of_a_failed_load_are_believed(bench, patch):
+    bench.executor.fails = 0.2
+    patch.setattr(bench.scheduler, "_drop_broken", lambda now: None)
+
+
+def _a_failed_copy_out_counts_as_done(bench, patch):
+    bench.executor.fails = 0.2
+    settle = bench.kv.settle
+    patch.setattr(bench.kv, "settle", lambda copied, failed: settle([*copied, *failed], []))
+
+
+FAULTS = [
+    _work_does_not_wait,
+    _copies_do_not_wait_for_each_other,
+    _a_block_changes_hands_without_its_pending_copy,
+    _a_dram_block_changes_hands_without_its_pending_copy,
+    _a_load_is_not_waited_for_by_who_shares_it,
+    _the_tail_stays_behind,
+    _the_tail_is_freed_in_dram_while_parked,
+    _parked_blocks_are_not_pinned,
+    _dirty_blocks_count_as_mirrored,
+    _tokens_of_a_failed_load_are_believed,
+    _a_failed_copy_out_counts_as_done,
+]
+
+
+def _storm(seed: int, plant=None, patch=None) -> int:
+    """One random schedule that rotates whenever it can, with a `plant`ed fault; AssertionError when anything comes out
+    wrong. Returns how often it rotated."""
+    rng = random.Random(seed)
+    bench = Bench(
+        blocks=rng.randrange(10, 16),
+        dram=rng.choice([6, 14, 40]),
+        slots=rng.randrange(2, 5),
+        batch_tokens=rng.randrange(5, 20),
+        depth=rng.choice([1, 2]),
+        quantum=0,
+        seed=seed,
+        eager=rng.choice([0.0, 0.1, 0.4]),
+    )
+    if plant is not None:
+        plant(bench, patch)
+    work = [
+        (
+            [7] * rng.choice([0, 9, 13]) + [rng.randrange(4) for _ in range(rng.randrange(1, 12))],
+            rng.randrange(1, 14),
+            rng.randrange(3),
+        )
+        for _ in range(8)
+    ]
+    sequences = play(bench, work, max_waits=rng.choice([0, 2, 100]), mirror_blocks=rng.choice([0, 2, 32]))
+    bench.run(600)
+    bench.check(sequences)
+    bench.check_all_given_back()
+    return bench.kv.totals.rotations_out
+
+
+@pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__.strip("_"))
+def test_a_planted_fault_is_caught(plant, monkeypatch):
+    for seed in range(60):
+        try:
+            _storm(seed, plant, monkeypatch)
+        except AssertionError:
+            return
+    raise AssertionError("60 storms did not notice")
+
+
+def test_a_thousand_storms_without_a_fault_change_no_token():
+    rotations = [_storm(seed) for seed in range(1000)]
+    assert sum(rotations) > 10_000, "storms are to rotate"
