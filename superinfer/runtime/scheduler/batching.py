@@ -350,7 +350,8 @@ class BatchScheduler(ABC):
         if work.sample:
             logprob = result.logprobs.get(work.slot)
             return SequenceUpdate(sequence, [sequence.tokens[-1]], [logprob] if logprob is not None else None, reason)
-        if work.score:
+        if work.score and sequence.score_start is not None:
+            sequence.score_start += len(work.score)  # told: a preemption later on does not score them again
             return SequenceUpdate(sequence, [], result.scores[work.slot], reason)
         return SequenceUpdate(sequence, [], None, reason) if reason is not None else None
 

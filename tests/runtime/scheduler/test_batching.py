@@ -260,3 +260,23 @@ def test_a_sequence_alone_comes_back_at_once_after_giving_way_to_itself():
     bench.run()
     assert second.preemptions > 0
     assert bench.outputs[second.id] == expected_output(prompt, 11)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    jobs=st.lists(st.tuples(prompts, st.integers(1, 14), st.booleans()), min_size=2, max_size=8), overlap=st.booleans()
+)
+def test_scores_and_generations_under_pressure_do_not_disturb_each_other(jobs, overlap):
+    bench = Bench(blocks=10, slots=4, batch_tokens=6, overlap=overlap)
+    added = []
+    for prompt, max_tokens, scores in jobs:
+        scores = scores and len(prompt) > 1
+        added.append((prompt, max_tokens, scores, bench.add(prompt, max_tokens, score_start=1 if scores else None)))
+        bench.step()
+    bench.run()
+    for prompt, max_tokens, scores, sequence in added:
+        if scores:
+            assert bench.scores[sequence.id] == [-float(next_token(prompt[:p])) for p in range(1, len(prompt))]
+        else:
+            assert bench.outputs[sequence.id] == expected_output(prompt, max_tokens)
+    bench.check_all_given_back()
