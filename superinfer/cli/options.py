@@ -28,6 +28,12 @@ def _engine_options(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     policy: Annotated[str, typer.Option(help="Scheduling policy.")] = EngineConfig().policy,
     kv_tokens: Annotated[int | None, typer.Option(help="KV pool, in tokens.", show_default="by device")] = None,
+    dram_tokens: Annotated[
+        int, typer.Option(help="Second KV tier in CPU memory, in tokens; 0 is off. Not on a GPU yet.")
+    ] = EngineConfig().dram_tokens,
+    link_gbps: Annotated[
+        float | None, typer.Option(help="Limit of the link between the tiers, GB/s each way.", show_default="none")
+    ] = None,
     page_size: Annotated[int, typer.Option(help="Tokens in a KV block.")] = EngineConfig().page_size,
     max_model_len: Annotated[
         int | None, typer.Option(help="Longest prompt and output together, in tokens.", show_default="by model")
