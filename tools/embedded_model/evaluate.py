@@ -151,7 +151,9 @@ def exact(model: Any, rows: list[Row]) -> list[list[bool]]:
     return [[likeliest[i][a - 1 : b - 1] == r.tokens[a:b] for a, b in r.spans] for i, r in enumerate(rows)]
 
 
-def evaluate(folder: Path, device: str, counts: dict[str, int], kinds: list[str] | None = None) -> dict[str, Any]:
+def evaluate(
+    folder: Path, device: str, counts: dict[str, int], kinds: list[str] | None = None, seed: int = 0
+) -> dict[str, Any]:
     """Figures by split and kind: dialogues, graded turns, exact turns, shares of turns and whole dialogues exact."""
     tokenizer, model = load(folder, device)
     budget = 1 << (13 if device == "cpu" else 17)  # tokens of one forward pass
@@ -159,7 +161,9 @@ def evaluate(folder: Path, device: str, counts: dict[str, int], kinds: list[str]
     for split, count in counts.items():
         figures[split] = {}
         for kind in kinds or KINDS:
-            rows = sorted((row(tokenizer, kind, d) for d in sample(kind, split, count)), key=lambda r: len(r.tokens))
+            rows = sorted(
+                (row(tokenizer, kind, d) for d in sample(kind, split, count, seed)), key=lambda r: len(r.tokens)
+            )
             results: list[list[bool]] = []
             while len(results) < len(rows):
                 rest = rows[len(results) :]
@@ -199,9 +203,11 @@ def main() -> None:
         metavar="N",
         help="also generate for N held-out dialogues per kind; print misses",
     )
+    parser.add_argument("--seed", type=int, default=0, help="which dialogues; one not looked at while choosing weights")
+    parser.add_argument("--splits", nargs="*", default=["heldout", "unseen"], choices=["heldout", "unseen"])
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
-    figures = evaluate(args.folder, args.device, {"heldout": args.count, "unseen": args.count}, args.kinds)
+    figures = evaluate(args.folder, args.device, dict.fromkeys(args.splits, args.count), args.kinds, args.seed)
     for kind in (args.kinds or KINDS) if args.generate else ():
         asked = list(questions(kind, "heldout", args.generate))
         texts = generated(args.folder, args.device, asked)
