@@ -42,6 +42,16 @@ class QueueFullError(SuperinferError):
     code = "queue_full"
 
 
+class OverloadedError(SuperinferError):
+    """The request was refused on arrival because its promise cannot be kept under the load there is.
+
+    retry_after_s: seconds after which another try is worth it, or None.
+    """
+
+    code = "overloaded"
+    retry_after_s: float | None = None
+
+
 class DeadlineMissedError(SuperinferError):
     """An SLO with `on_miss="raise"` was missed."""
 

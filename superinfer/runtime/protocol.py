@@ -15,13 +15,29 @@ import msgspec
 from superinfer.errors import InvalidRequestError, ProtocolError
 from superinfer.runtime.slo import SLO
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 FinishReason = Literal["stop", "length", "deadline", "cancelled", "scored"]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type", tag=True):
     """Base of all wire messages."""
+
+
+class Grammar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the output must look like.
+
+    kind: "json_schema" (source: a JSON schema as JSON text), "json_object" (any JSON object; no source), "regex", or
+        "ebnf" (a grammar as xgrammar reads it).
+    """
+
+    kind: Literal["json_schema", "json_object", "regex", "ebnf"]
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.kind == "json_object") != (not self.source):
+            wanted = "takes no source" if self.kind == "json_object" else "needs a source"
+            raise InvalidRequestError(f"grammar of kind {self.kind!r} {wanted}; it is {self.source!r:.80}")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -37,6 +53,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: end with finish_reason "stop" once one is generated; the id is included in the output.
     ignore_eos: do not end at the model's eos ids.
     logprobs: None for none; k >= 0 returns the chosen token's logprob and the k most likely (at most 20).
+    logit_bias: (token id, bias) pairs, each bias in [-100, 100], added to the logits before anything else.
+    grammar: constrains the output; None: free.
     """
 
     max_tokens: int | None = None
@@ -53,6 +71,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _check_int("max_tokens", self.max_tokens, 1, None, optional=True)
@@ -67,6 +87,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
+        for token_id, bias in self.logit_bias:
+            _check_int("logit_bias token id", token_id, 0, None)
+            _check_float(f"logit_bias of token {token_id}", bias, -100.0, 100.0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
                 f"min_tokens={self.min_tokens} is greater than max_tokens={self.max_tokens}; lower min_tokens"
@@ -102,11 +125,32 @@ class Hello(Message, frozen=True, kw_only=True):
     client: str = ""
 
 
+class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What a caller knows of a request beyond its prompt. The scheduler may use it; outputs never depend on it.
+
+    group: requests made together, with a common prefix: siblings of a fork, choices of a `select`.
+    expected_tokens: how long outputs of this call have been; above 0.
+    keep_s: a later request will extend this one's tokens in about so many seconds, at least 0: its KV is worth keeping
+        until then, in host memory meanwhile if room is wanted. None: nothing is known.
+    """
+
+    group: str = ""
+    expected_tokens: float | None = None
+    keep_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.expected_tokens is not None:
+            _check_float("expected_tokens", self.expected_tokens, 0.0, 1e9, above=True)
+        if self.keep_s is not None:
+            _check_float("keep_s", self.keep_s, 0.0, 1e9)
+
+
 class Generate(Message, frozen=True, kw_only=True):
     """Continue a prompt. `request_id` is unique within the connection.
 
     prompt: token ids, at least one.
     slo: what is left of the promise, as durations from the moment the engine receives this.
+    slo_class: a name under which attainment is counted; "": counted under "default".
     cache_salt: prefixes are shared only between equal salts.
     program: identifier shared by the calls of one program run; a hint for the scheduler.
     """
@@ -115,8 +159,10 @@ class Generate(Message, frozen=True, kw_only=True):
     prompt: list[int]
     sampling: SamplingParams = SamplingParams()
     slo: SLO | None = None
+    slo_class: str = ""
     cache_salt: str = ""
     program: str = ""
+    hints: Hints | None = None
 
 
 class Score(Message, frozen=True, kw_only=True):
@@ -126,8 +172,10 @@ class Score(Message, frozen=True, kw_only=True):
     prompt: list[int]
     start: int
     slo: SLO | None = None
+    slo_class: str = ""
     cache_salt: str = ""
     program: str = ""
+    hints: Hints | None = None
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -209,8 +257,8 @@ class RequestReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """How one sequence went, seen from the engine. Times in seconds since arrival at the engine.
 
     queue_s: arrival until first scheduled. prefill_s: from then to the first token. decode_s: first to last token.
-    preempted_s: part of the above spent without KV after a preemption, or with it in the second tier.
-    rotations: times its KV went to the second tier.
+    preempted_s: part of the above spent without KV after a preemption. rotated_s: part spent with its KV in the second
+        tier, rotations: how often it went there. copy_wait_s: part spent in a slot, waiting for copies.
     met is None where nothing was promised; `why` names the stage that cost most when late.
     """
 
@@ -226,6 +274,8 @@ class RequestReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     preempted_s: float = 0.0
     preemptions: int = 0
     rotations: int = 0
+    rotated_s: float = 0.0
+    copy_wait_s: float = 0.0
     met: bool | None = None
     ttft_met: bool | None = None
     tbt_met: bool | None = None
@@ -255,11 +305,15 @@ class Deltas(Message, frozen=True, kw_only=True):
 
 
 class Failed(Message, frozen=True, kw_only=True):
-    """The request (or, without an id, the message) was refused or lost. `code` as in superinfer.errors."""
+    """The request (or, without an id, the message) was refused or lost. `code` as in superinfer.errors.
+
+    retry_after_s: when it is worth another try, where that is known.
+    """
 
     code: str
     message: str
     request_id: str | None = None
+    retry_after_s: float | None = None
 
 
 class HealthReport(Message, frozen=True, kw_only=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from superinfer.errors import InvalidRequestError
+from superinfer.errors import InvalidRequestError, UnsupportedError
 from superinfer.runtime.protocol import Generate, ModelInfo, SamplingParams, Score
 from superinfer.runtime.scheduler.sequence import Sequence
 
@@ -30,6 +30,8 @@ class Intake:
         if isinstance(request, Score):
             return [self._scored(client, request, now)]
         sampling = request.sampling
+        if sampling.grammar is not None or sampling.logit_bias:
+            raise UnsupportedError("this engine takes no grammar and no logit_bias; leave them out")
         room = self.info.max_model_len - len(request.prompt)
         if sampling.max_tokens is not None and sampling.max_tokens > room:
             raise InvalidRequestError(
