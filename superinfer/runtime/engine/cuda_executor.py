@@ -18,6 +18,7 @@ from superinfer.kernels.paged import AttentionCall, PagedBatch
 from superinfer.kernels.sampling import token_logprobs
 from superinfer.runtime.engine.cuda_batch import ChunkBatch, DecodeBatch, decode_buckets
 from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
+from superinfer.runtime.engine.grammar import GrammarCompiler
 from superinfer.runtime.engine.readback import Marker, Pending
 from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
 from superinfer.runtime.engine.step_inputs import BlockTables
@@ -106,7 +107,8 @@ class CudaExecutor:
         self._tables = BlockTables(limits.num_slots, blocks_per_slot, limits.num_blocks, limits.page_size)
         self._decodes = DecodeBatch(limits, self._tables, self._device)
         self._chunks = ChunkBatch(limits, max_batch_tokens, self._tables, self._device)
-        self._sampling = SamplingState(limits.num_slots, config.vocab_size, self._device)
+        self.grammars = GrammarCompiler(path, config.vocab_size, config.eos_token_ids)
+        self._sampling = SamplingState(limits.num_slots, config.vocab_size, self._device, self.grammars)
         # One slot more than there are: padding rows take their token there.
         self._last_tokens = torch.zeros(limits.num_slots + 1, dtype=torch.int64, device=self._device)
         # Shared by all buckets: of their own, they would keep 1 GB for a vocabulary of 128,000.
@@ -142,6 +144,7 @@ class CudaExecutor:
 
     def close(self) -> None:
         """Results not collected are dropped; the executor cannot be used afterwards."""
+        self.grammars.close()
         self._pending.clear()
         self._buckets.clear()
         self._views.clear()
@@ -254,6 +257,7 @@ class CudaExecutor:
         self._last_tokens.index_copy_(0, self._to_device(slots), sampled.tokens)
         asked = [] if sampled.logprob_rows is None else slots[sampled.logprob_rows].tolist()
         pending.keep_sampled(slots, sampled, [self._sampling.top_logprobs(slot) for slot in asked])
+        self._sampling.told(slots, pending.read_tokens)
 
     def _score(self, hidden: torch.Tensor, rows: np.ndarray, tokens: np.ndarray) -> torch.Tensor:
         """[len(rows)] logprobs, a piece at a time: float32 logits of a long prompt at once would fill gigabytes."""

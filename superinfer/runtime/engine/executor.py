@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+from superinfer.runtime.engine.grammar import GrammarCompiler
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 
 
@@ -33,11 +34,13 @@ class Executor(Protocol):
     `submit` may return before the step has run, so that the next plan can be made meanwhile: up to `depth` steps may
     be submitted and not yet collected. An error of either is the end of that step alone. With a second tier it also
     starts a plan's copies and orders them as docs/duplexkv.md says; without one (`tier` is None) plans bring no copies.
+    `grammars` compiles what requests constrain their output by, before they are planned.
     """
 
     limits: ExecutorLimits
     tier: TierLimits | None
     depth: int
+    grammars: GrammarCompiler
 
     def submit(self, plan: StepPlan) -> None: ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from superinfer.errors import InvalidRequestError, UnsupportedError
+from superinfer.errors import InvalidRequestError
 from superinfer.runtime.protocol import Generate, ModelInfo, SamplingParams, Score
 from superinfer.runtime.scheduler.sequence import Sequence
 
@@ -30,8 +30,7 @@ class Intake:
         if isinstance(request, Score):
             return [self._scored(client, request, now)]
         sampling = request.sampling
-        if sampling.grammar is not None or sampling.logit_bias:
-            raise UnsupportedError("this engine takes no grammar and no logit_bias; leave them out")
+        self._check_constraints(sampling)
         room = self.info.max_model_len - len(request.prompt)
         if sampling.max_tokens is not None and sampling.max_tokens > room:
             raise InvalidRequestError(
@@ -92,6 +91,18 @@ class Intake:
         if low < 0 or high >= self.info.vocab_size:
             raise InvalidRequestError(
                 f"token id {low if low < 0 else high} is not in the vocabulary of {self.info.vocab_size} tokens"
+            )
+
+    def _check_constraints(self, sampling: SamplingParams) -> None:
+        for token_id, _ in sampling.logit_bias:
+            if token_id >= self.info.vocab_size:
+                raise InvalidRequestError(
+                    f"logit_bias token id {token_id} is not in the vocabulary of {self.info.vocab_size} tokens"
+                )
+        if sampling.grammar is not None and (sampling.ignore_eos or sampling.min_tokens):
+            name = f"min_tokens={sampling.min_tokens}" if sampling.min_tokens else "ignore_eos"
+            raise InvalidRequestError(
+                f"{name} contradicts a grammar, which alone says where output may end; leave it out"
             )
 
     def _stop_ids(self, sampling: SamplingParams) -> tuple[int, ...]:

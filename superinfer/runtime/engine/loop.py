@@ -6,7 +6,9 @@ import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 from superinfer.errors import InvalidRequestError, QueueFullError, SuperinferError
 from superinfer.runtime.engine.executor import Executor
@@ -28,11 +30,12 @@ from superinfer.runtime.protocol import (
     ToEngine,
 )
 from superinfer.runtime.scheduler.base import Scheduler
-from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate
+from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
 
 log = logging.getLogger("superinfer.engine")
 
 IDLE_POLL_MS = 200
+COMPILING_POLL_MS = 2  # while nothing computes and a grammar is being compiled
 PULSE_S = 1.0  # how long the requests of a client that has gone may go on at most
 
 
@@ -66,6 +69,7 @@ class EngineLoop:
         self._max_queue = max_queue
         self._live: dict[bytes, dict[str, list[Sequence]]] = defaultdict(dict)  # unfinished: client, request id
         self._num_live = 0
+        self._compiling: list[tuple[Future[Any], list[Sequence]]] = []  # not with the scheduler yet
         self._in_flight: deque[int] = deque()  # steps submitted and not collected, oldest first
         self._counters = Counters()
         self._started = self._turned = self._pulsed = time.monotonic()
@@ -89,12 +93,14 @@ class EngineLoop:
         return self._stop_reason
 
     def _turn(self) -> None:
-        for client, message in self._door.receive(0 if self._num_live else IDLE_POLL_MS):
+        for client, message in self._door.receive(self._poll_ms()):
             self._handle(client, message)
         if self._door.orphaned:
             self.stop("the process that started it ended")
         self._see_to_clients()
         self._turned = now = time.monotonic()
+        if self._compiling:
+            self._add_compiled(now)
         self._publish(self._scheduler.expire(now), now)
         if len(self._in_flight) < self._executor.depth:
             planned = self._start_step(now)
@@ -102,6 +108,11 @@ class EngineLoop:
                 return  # see to messages, then plan the next step while this one runs
         if self._in_flight:
             self._end_step()
+
+    def _poll_ms(self) -> int:
+        if self._compiling and not self._in_flight and self._num_live == sum(len(held) for _, held in self._compiling):
+            return COMPILING_POLL_MS
+        return 0 if self._num_live else IDLE_POLL_MS
 
     def _start_step(self, now: float) -> bool:
         """Plan and submit a step; False when there is nothing to compute."""
@@ -158,19 +169,54 @@ class EngineLoop:
                     f"the engine holds {self._num_live} unfinished sequences of at most {self._max_queue}; "
                     "try again later or raise --max-queue"
                 )
+            grammar = sequences[0].sampling.grammar
+            compiled = self._executor.grammars.request(grammar) if grammar is not None else None
         except SuperinferError as error:
             self._door.send(client, Failed(code=error.code, message=str(error), request_id=request_id))
             return
         self._live[client][request_id] = sequences
         self._num_live += len(sequences)
+        if compiled is not None:
+            self._compiling.append((compiled, list(sequences)))
+            return
         for sequence in sequences:
             self._scheduler.add(sequence)
+
+    def _add_compiled(self, now: float) -> None:
+        """Sequences whose grammar is compiled join the others; those whose grammar cannot be used are told so."""
+        for _, held in self._compiling:
+            for sequence in [s for s in held if _is_expired(s, now)]:
+                held.remove(sequence)
+                self._scheduler.add(sequence)  # which ends it before it is planned
+        for item in [item for item in self._compiling if item[0].done() or not item[1]]:
+            self._compiling.remove(item)
+            compiled, held = item
+            error = compiled.exception() if held else None
+            if error is None:
+                for sequence in held:
+                    self._scheduler.add(sequence)
+                continue
+            for sequence in held:
+                sequence.status = Status.FINISHED
+            if not isinstance(error, SuperinferError):
+                log.error("a grammar could not be compiled", exc_info=error)
+                error = SuperinferError(f"the grammar could not be compiled: {error}")
+            self._fail(held[0].owner, held[0].request_id, error)
+
+    def _end(self, sequence: Sequence, now: float) -> SequenceUpdate | None:
+        """Cancel a sequence, with the scheduler or not there yet. None if it had ended before."""
+        for _, held in self._compiling:
+            if sequence in held:
+                held.remove(sequence)
+                sequence.status, sequence.finish_reason, sequence.finished_at = Status.FINISHED, "cancelled", now
+                return SequenceUpdate(sequence, [], None, "cancelled")
+        return self._scheduler.cancel(sequence, now)
 
     def _cancel(self, client: bytes, message: Cancel) -> None:
         now = time.monotonic()
         sequences = self._live[client].get(message.request_id, [])
         chosen = [s for s in sequences if message.index is None or s.index == message.index]
-        updates = [self._scheduler.cancel(sequence, now) for sequence in chosen]
+        updates = [self._end(sequence, now) for sequence in chosen]
         self._publish([update for update in updates if update is not None], now)
 
     def _see_to_clients(self) -> None:
@@ -184,7 +230,7 @@ class EngineLoop:
         for client in list(self._door.gone):
             for sequences in list(self._live.pop(client, {}).values()):
                 for sequence in sequences:
-                    if self._scheduler.cancel(sequence, now) is not None:
+                    if self._end(sequence, now) is not None:
                         self._num_live -= 1
                         self._counters.cancelled += 1
             self._door.forget(client)
@@ -230,15 +276,18 @@ class EngineLoop:
         sequences = self._scheduler.abort(step, time.monotonic())
         text = f"a step of the engine failed and this request was in it ({error}); try it again"
         for sequence in sequences:
-            requests = self._live[sequence.owner]
-            for sibling in requests.get(sequence.request_id, []):
-                self._scheduler.cancel(sibling, time.monotonic())
-            if sequence.request_id in requests:
-                lost = requests.pop(sequence.request_id)
-                self._num_live -= len(lost)
-                self._counters.failed += len(lost)
-                failed = Failed(code=SuperinferError.code, message=text, request_id=sequence.request_id)
-                self._door.send(sequence.owner, failed)
+            self._fail(sequence.owner, sequence.request_id, SuperinferError(text))
+
+    def _fail(self, client: bytes, request_id: str, error: SuperinferError) -> None:
+        """End all sequences of a request with an error, unless that has been done."""
+        requests = self._live[client]
+        for sibling in requests.get(request_id, []):
+            self._scheduler.cancel(sibling, time.monotonic())
+        if request_id in requests:
+            lost = requests.pop(request_id)
+            self._num_live -= len(lost)
+            self._counters.failed += len(lost)
+            self._door.send(client, Failed(code=error.code, message=str(error), request_id=request_id))
 
     def _retire(self, sequence: Sequence) -> None:
         requests = self._live[sequence.owner]
@@ -288,3 +337,13 @@ class EngineLoop:
             schedule_s_mean=counters.schedule_s / steps,
             tiers=tier_stats(counts.tiers, tier.block_bytes) if counts.tiers is not None and tier is not None else None,
         )
+
+
+def _is_expired(sequence: Sequence, now: float) -> bool:
+    slo = sequence.slo
+    return (
+        slo is not None
+        and slo.deadline is not None
+        and slo.on_miss != "finish"
+        and sequence.arrival + slo.deadline <= now
+    )

@@ -16,6 +16,7 @@ from superinfer.kernels.attention import PagedAttention, layer_views
 from superinfer.kernels.sampling import token_logprobs
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
+from superinfer.runtime.engine.grammar import GrammarCompiler
 from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
 from superinfer.runtime.engine.step_inputs import BlockTables, StepAssembler, StepInputs
 from superinfer.runtime.kv.duplex_cpu import CpuDuplex
@@ -77,7 +78,8 @@ class ModelExecutor:
         self._tables = BlockTables(limits.num_slots, blocks_per_slot, limits.num_blocks, config.num_layers * 2 * page)
         token_bytes = 2 * config.kv_row * weight.dtype.itemsize
         self._assembler = StepAssembler(self._tables, page, token_bytes, weight.dtype, self._device)
-        self._sampling = SamplingState(limits.num_slots, config.vocab_size, self._device)
+        self.grammars = GrammarCompiler(path, config.vocab_size, config.eos_token_ids)
+        self._sampling = SamplingState(limits.num_slots, config.vocab_size, self._device, self.grammars)
         self._last_tokens = torch.zeros(limits.num_slots, dtype=torch.int64, device=self._device)
         self._results: deque[StepResult | Exception] = deque()
 
@@ -105,6 +107,7 @@ class ModelExecutor:
 
     def close(self) -> None:
         """Results not collected are dropped; the executor cannot be used afterwards."""
+        self.grammars.close()
         self._results.clear()
         self._views.clear()
         self.cache = torch.empty(0)
@@ -151,6 +154,7 @@ class ModelExecutor:
         sampled = self._sampling.sample(self._model.logits(hidden), slots)
         self._last_tokens.index_copy_(0, torch.from_numpy(slots).to(self._device), sampled.tokens)
         tokens = sampled.tokens.tolist()
+        self._sampling.told(slots, lambda: tokens)
         result.tokens = dict(zip(slots.tolist(), tokens, strict=True))
         result.logprobs = self._logprobs(sampled, slots, tokens)
 

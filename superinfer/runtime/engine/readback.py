@@ -74,6 +74,13 @@ class Pending:
         """Start the copy of scored tokens' logprobs, [sum of len(work.score)]."""
         self.scored, self.scores = scored, to_host(scores)
 
+    def read_tokens(self) -> list[int]:
+        """The tokens of all rows. Waits for the step, which must have been enqueued whole."""
+        assert self.tokens is not None
+        self.ended.wait()
+        tokens: list[int] = self.tokens.tolist()
+        return tokens
+
     def result(self) -> StepResult:
         """Waits for the step."""
         self.ended.wait()

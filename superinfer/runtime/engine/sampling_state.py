@@ -6,12 +6,15 @@ step loops over requests. The host keeps only what decides which operations a st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from superinfer.kernels import sampling
+from superinfer.runtime.engine.constraints import Constraints
+from superinfer.runtime.engine.grammar import GrammarCompiler
 from superinfer.runtime.protocol import SamplingParams
 from superinfer.runtime.scheduler.plan import SlotInit
 
@@ -19,7 +22,7 @@ from superinfer.runtime.scheduler.plan import SlotInit
 MIN_TEMPERATURE = 1e-5
 
 # What a slot's request needs beyond an argmax. A step does only what some row of it needs.
-DRAWN, FILTERED, PENALIZED, BARRED, LOGPROBS = 1, 2, 4, 8, 16
+DRAWN, FILTERED, PENALIZED, BARRED, LOGPROBS, BIASED, CONSTRAINED = 1, 2, 4, 8, 16, 32, 64
 
 TEMPERATURE, TOP_P, MIN_P, REPETITION, FREQUENCY, PRESENCE = range(6)
 
@@ -35,14 +38,20 @@ class Sampled:
 
 
 class SamplingState:
-    """Parameters, seeds, output counts and stop ids of all slots."""
+    """Parameters, seeds, output counts, biases and stop ids of all slots."""
 
-    def __init__(self, slots: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, slots: int, vocab_size: int, device: torch.device, grammars: GrammarCompiler | None = None
+    ) -> None:
+        """grammars: of the model; without them no request may have one."""
         self._vocab = vocab_size
         self._device = device
         self._floats = torch.ones(slots, 6, dtype=torch.float64, device=device)
         self._top_k = torch.zeros(slots, dtype=torch.int64, device=device)
         self._stop_ids = torch.zeros(slots, 1, dtype=torch.int64, device=device)
+        self._bias_ids = torch.zeros(slots, 1, dtype=torch.int64, device=device)
+        self._biases = torch.zeros(slots, 1, dtype=torch.float32, device=device)
+        self._constraints = Constraints(slots, device, grammars) if grammars is not None else None
         self._prompt_seen: torch.Tensor | None = None
         self._output_counts: torch.Tensor | None = None
 
@@ -77,13 +86,22 @@ class SamplingState:
             | PENALIZED * _has_penalties(params)
             | BARRED * bool(self._min_tokens[slot])
             | LOGPROBS * (params.logprobs is not None)
+            | BIASED * bool(params.logit_bias)
+            | CONSTRAINED * (params.grammar is not None)
         )
+        if params.logit_bias:
+            self._set_biases(slot, params.logit_bias)
+        if params.grammar is not None:
+            assert self._constraints is not None, "a grammar came to an executor without grammars"
+            self._constraints.start(init)
         if self._needs[slot] & PENALIZED:
             self._count_tokens(init)
 
     def release(self, slot: int) -> None:
         """The slot is free. Memory for penalties goes when no live slot uses it."""
         self._needs[slot] = 0
+        if self._constraints is not None:
+            self._constraints.release(slot)
         if self._output_counts is not None and not (self._needs & PENALIZED).any():
             self._prompt_seen = self._output_counts = None
 
@@ -97,6 +115,18 @@ class SamplingState:
             self._stop_ids = torch.cat((self._stop_ids, self._stop_ids[:, -1:].expand(-1, missing)), dim=1)
         ids += [ids[-1]] * -min(missing, 0)
         self._stop_ids[slot] = self._to_device(np.array(ids))
+
+    def _set_biases(self, slot: int, pairs: tuple[tuple[int, float], ...]) -> None:
+        missing = len(pairs) - self._bias_ids.shape[1]
+        if missing > 0:  # a bias of 0 changes nothing
+            self._bias_ids = torch.nn.functional.pad(self._bias_ids, (0, missing))
+            self._biases = torch.nn.functional.pad(self._biases, (0, missing))
+        ids, biases = (
+            np.zeros(self._bias_ids.shape[1], dtype=np.int64),
+            np.zeros(self._biases.shape[1], dtype=np.float32),
+        )
+        ids[: len(pairs)], biases[: len(pairs)] = zip(*pairs, strict=True)
+        self._bias_ids[slot], self._biases[slot] = self._to_device(ids), self._to_device(biases)
 
     def _count_tokens(self, init: SlotInit) -> None:
         shape = (len(self._generated), self._vocab)
@@ -127,10 +157,16 @@ class SamplingState:
         row_needs = self._needs[slots]
         needs = int(np.bitwise_or.reduce(row_needs))
         adjusted = logits
+        if needs & BIASED:
+            adjusted = self._bias(adjusted, index, _rows(row_needs, BIASED))
         if needs & PENALIZED:
             adjusted = self._penalize(adjusted, index, _rows(row_needs, PENALIZED))
         if needs & BARRED:
             adjusted = self._bar_stop_ids(adjusted, index, slots)
+        if needs & CONSTRAINED:
+            adjusted = adjusted.clone()
+            assert self._constraints is not None
+            self._constraints.mask(adjusted, slots, _rows(row_needs, CONSTRAINED))
         if not needs & DRAWN:
             tokens = adjusted.argmax(dim=-1)
         elif (row_needs & DRAWN).all():
@@ -149,6 +185,20 @@ class SamplingState:
         wanted = _rows(row_needs, LOGPROBS)
         rows, most = self._to_device(wanted), int(self._top_logprobs[slots].max())
         return Sampled(tokens, wanted, sampling.token_logprobs(logits[rows], tokens[rows], most))
+
+    def told(self, slots: np.ndarray, read: Callable[[], list[int]]) -> None:
+        """The tokens that `sample` picked for these slots can be had from `read`, once they are known."""
+        rows = _rows(self._needs[slots], CONSTRAINED)
+        if len(rows):
+            assert self._constraints is not None
+            self._constraints.sampled(slots, rows, read)
+
+    def _bias(self, logits: torch.Tensor, index: torch.Tensor, biased: np.ndarray) -> torch.Tensor:
+        rows = self._to_device(biased)
+        who = index[rows]
+        logits = logits.clone()
+        logits[rows] = logits[rows].scatter_add_(1, self._bias_ids[who], self._biases[who])
+        return logits
 
     def _penalize(self, logits: torch.Tensor, index: torch.Tensor, penalized: np.ndarray) -> torch.Tensor:
         assert self._prompt_seen is not None and self._output_counts is not None

@@ -1,0 +1,170 @@
+"""A process that compiles grammars, so that one of them can be given up: the library's calls cannot be interrupted.
+
+`python -m superinfer.runtime.engine.grammar_worker PATH VOCAB_SIZE EOS,IDS` reads Grammars from stdin and answers
+Compiled ones on stdout, each a msgpack frame behind its length (4 bytes). Its memory is limited, and an alarm ends it.
+
+Besides compiling, it walks the grammar: some ambiguous ones compile in no time, and then take seconds per token.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import resource
+import signal
+import struct
+import sys
+import time
+from typing import IO, Any
+
+import msgspec
+import numpy as np
+
+from superinfer.errors import InvalidRequestError, UnsupportedError
+from superinfer.runtime.protocol import Grammar
+
+READY = b"ready"
+COMPILE_S = 10.0  # one grammar, on the wall
+MEMORY_BYTES = 1 << 30  # beyond what the process has once it is ready
+SLOW_CALL_S = 0.05  # CPU time of one call of the matcher: a step of the engine waits for it
+WALK_TOKENS = 160
+WALKS_S = 1.0  # CPU time of all walks; those of a large vocabulary are cut short
+
+
+class CompiledFrame(msgspec.Struct):
+    """Answer to a Grammar: the compiled form, serialized, or why there is none."""
+
+    compiled: str = ""
+    error: str = ""
+
+
+def read_frame(stream: IO[bytes]) -> bytes | None:
+    """None at the end."""
+    head = stream.read(4)
+    return stream.read(struct.unpack("<I", head)[0]) if len(head) == 4 else None
+
+
+def write_frame(stream: IO[bytes], body: bytes) -> None:
+    stream.write(struct.pack("<I", len(body)) + body)
+    stream.flush()
+
+
+def load_tokenizer_info(path: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> Any:
+    """xgrammar's view of the checkpoint's vocabulary. Special tokens have no text: no grammar can allow them as such.
+
+    Raises UnsupportedError where the checkpoint has no tokenizer.json.
+    """
+    import xgrammar
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(os.path.join(path, "tokenizer.json"))
+    except Exception as error:  # the library raises Exception itself
+        raise UnsupportedError(f"grammars need the model's tokenizer.json, which cannot be read: {error}") from None
+    vocabulary = [""] * vocab_size
+    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    for text, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
+        if token_id < vocab_size and token_id not in special and token_id not in eos_token_ids:
+            vocabulary[token_id] = text
+    found = xgrammar.TokenizerInfo._detect_metadata_from_hf(tokenizer.to_str())
+    return xgrammar.TokenizerInfo(
+        vocabulary,
+        vocab_type=found["vocab_type"],
+        vocab_size=vocab_size,
+        stop_token_ids=list(eos_token_ids) or None,
+        add_prefix_space=found["add_prefix_space"],
+    )
+
+
+def compile_grammar(compiler: Any, grammar: Grammar) -> Any:
+    """Raises RuntimeError with the library's words."""
+    match grammar.kind:
+        case "json_schema":
+            return compiler.compile_json_schema(grammar.source, any_whitespace=False)
+        case "json_object":
+            anything = '{"type": "object"}'
+            return compiler.compile_json_schema(anything, strict_mode=False, any_whitespace=False)
+        case "regex":
+            return compiler.compile_regex(grammar.source)
+        case "ebnf":
+            return compiler.compile_grammar(grammar.source)
+
+
+def walk(compiled: Any, vocab_size: int, stop_ids: tuple[int, ...]) -> str:
+    """Why the grammar cannot be used, or "". Follows it along tokens it allows: one kept up, then random ones."""
+    import xgrammar
+
+    mask = np.full((1, -(-vocab_size // 32)), -1, dtype=np.int32)
+    rng, began = random.Random(0), time.thread_time()
+    for way in range(4):
+        matcher = xgrammar.GrammarMatcher(compiled, override_stop_tokens=list(stop_ids) or None)
+        last = -1
+        for _ in range(WALK_TOKENS):
+            if time.thread_time() - began > WALKS_S:
+                return ""
+            before = time.thread_time()
+            matcher.fill_next_token_bitmask(mask, 0)
+            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")[:vocab_size])
+            allowed = allowed[~np.isin(allowed, stop_ids)]
+            if not len(allowed):
+                if last < 0 and not matcher.is_completed():
+                    return "no text of this model's tokens matches it"
+                break
+            if way >= 2 or last not in allowed:
+                last = int(allowed[rng.randrange(len(allowed))] if way else allowed[0])
+            matcher.accept_token(last)
+            if time.thread_time() - before > SLOW_CALL_S:
+                return f"it is too ambiguous: a token takes more than {SLOW_CALL_S * 1e3:.0f} ms to check; simplify it"
+    return ""
+
+
+def plain_words(error: BaseException) -> str:
+    """The library's message without its source files and times."""
+    text = re.sub(r"\[[\d:]+\] \S+?:\d+: ", "", str(error)).strip()
+    text = re.sub(r"^Check failed: \(.*?\) is \w+: ", "", text)
+    return text[:400] or type(error).__name__
+
+
+def answer(compiler: Any, grammar: Grammar, vocab_size: int, stop_ids: tuple[int, ...]) -> CompiledFrame:
+    """Compile and walk."""
+    try:
+        compiled = compile_grammar(compiler, grammar)
+        why = walk(compiled, vocab_size, stop_ids)
+        return CompiledFrame(error=why) if why else CompiledFrame(compiled=compiled.serialize_json())
+    except MemoryError:
+        return CompiledFrame(error="it needs too much memory; make it smaller")
+    except Exception as error:  # whatever the library makes of a malformed grammar
+        return CompiledFrame(error=plain_words(error))
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    import xgrammar
+
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print must not get between the frames
+    path, vocab_size = sys.argv[1], int(sys.argv[2])
+    stop_ids = tuple(int(part) for part in sys.argv[3].split(",") if part)
+    try:
+        info = load_tokenizer_info(path, vocab_size, stop_ids)
+    except InvalidRequestError as error:
+        write_frame(out, str(error).encode())
+        return
+    compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+    resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + MEMORY_BYTES,) * 2)
+    write_frame(out, READY)
+    while (frame := read_frame(sys.stdin.buffer)) is not None:
+        signal.alarm(int(COMPILE_S) + 5)  # should whoever asked be gone
+        reply = answer(compiler, msgspec.msgpack.decode(frame, type=Grammar), vocab_size, stop_ids)
+        signal.alarm(0)
+        write_frame(out, msgspec.msgpack.encode(reply))
+
+
+def _data_bytes() -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData:"))
+
+
+if __name__ == "__main__":
+    main()

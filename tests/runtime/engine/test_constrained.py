@@ -1,0 +1,231 @@
+"""Constrained output through a real engine with the embedded model: text in, text of the wanted form out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+
+import pytest
+import zmq
+
+from superinfer.errors import InvalidRequestError
+from superinfer.runtime import protocol
+from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.engine.grammar import GrammarCompiler
+from superinfer.runtime.engine.grammar_worker import COMPILE_S
+from superinfer.runtime.launch import launch_engine
+from superinfer.runtime.protocol import PROTOCOL_VERSION, Generate, Grammar, Hello, SamplingParams
+from superinfer.runtime.slo import SLO
+from superinfer.runtime.text import TextClient, TextRequest, TextResult
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+SCHEMA = Grammar(kind="json_schema", source=json.dumps(PERSON))
+PHONE = Grammar(kind="regex", source=r"\+[0-9]{2} [0-9]{3}-[0-9]{4}")
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """An engine whose pool is so small that sequences preempt each other."""
+    with launch_engine(EngineConfig(kv_tokens=512, max_batch_size=8, max_batch_tokens=64, threads=1)) as engine:
+        yield engine.address
+
+
+def ask(prompt: str, grammar: Grammar | None = None, **params) -> TextRequest:
+    params = {"max_tokens": 80, "temperature": 1.0, "seed": 1} | params
+    return TextRequest(prompt=prompt, sampling=SamplingParams(grammar=grammar, **params))
+
+
+def run(address: str, *requests: TextRequest, one_by_one: bool = False) -> list[TextResult]:
+    async def all_at_once() -> list[TextResult]:
+        async with await TextClient.connect(address) as client:
+            if one_by_one:
+                return [result for request in requests for result in await client.complete(request)]
+            answers = await asyncio.gather(*(client.complete(request) for request in requests))
+            return [result for results in answers for result in results]
+
+    return asyncio.run(all_at_once())
+
+
+def check_person(text: str) -> None:
+    person = json.loads(text)
+    assert list(person) == ["name", "age", "tags"]
+    assert len(person["name"]) <= 12 and 0 <= person["age"] <= 150 and set(person["tags"]) <= {"a", "b"}
+
+
+def test_output_is_what_the_grammar_says_and_ends_where_it_ends(embedded):
+    hot = dict(temperature=2.0)  # left alone, the model would write anything
+    schema, phone, either, anything = run(
+        embedded,
+        ask("Who?", SCHEMA, **hot),
+        ask("Call", PHONE, **hot),
+        ask("Yes?", Grammar(kind="ebnf", source='root ::= "yes" | "no"'), **hot),
+        ask("{", Grammar(kind="json_object"), temperature=0, max_tokens=120),
+    )
+    check_person(schema.text)
+    assert re.fullmatch(PHONE.source, phone.text)
+    assert either.text in ("yes", "no")
+    assert schema.finish_reason == phone.finish_reason == either.finish_reason == "stop"
+    if anything.finish_reason == "stop":
+        assert isinstance(json.loads(anything.text), dict)
+    assert anything.text.startswith("{")
+
+
+def test_strangers_in_the_batch_and_preemptions_change_nothing(embedded):
+    letters = Grammar(kind="regex", source="[a-z]{160,200}")
+    constrained = [ask(f"Word {i}: " + "x " * 20 * i, letters, seed=i, max_tokens=200) for i in range(4)]
+    free = [ask(f"Tell me {i} " + "y " * 20 * i, seed=i, max_tokens=60, ignore_eos=True) for i in range(4)]
+    together = run(embedded, *constrained, *free)
+    alone = run(embedded, *constrained, *free, one_by_one=True)
+    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+    assert sum(r.report.preemptions for r in together[:4]) > 0, "the pool should have been too small for all"
+    assert all(re.fullmatch(letters.source, result.text) for result in together[:4])
+
+
+def test_every_continuation_of_n_is_constrained(embedded):
+    results = run(embedded, ask("Number:", PHONE, n=4))
+    assert all(re.fullmatch(PHONE.source, result.text) for result in results)
+    assert len({result.text for result in results}) > 1
+
+
+def test_max_tokens_may_cut_an_output_short(embedded):
+    (result,) = run(embedded, ask("Who?", SCHEMA, max_tokens=3))
+    assert result.finish_reason == "length" and result.text.startswith("{")
+
+
+def test_a_stop_token_ends_an_output_only_where_the_grammar_may_end(embedded):
+    letters = Grammar(kind="regex", source="[a-z]{2}[0-9]*")
+    digit = 4  # some token; whatever it is, it may not come before the two letters
+    (result,) = run(embedded, ask("x", letters, stop_token_ids=(digit,)))
+    assert re.match("[a-z]{2}", result.text)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "said"),
+    [
+        (Grammar(kind="json_schema", source='{"type": "unheard-of"}'), "unheard-of"),
+        (
+            Grammar(kind="json_schema", source='{"type": "array", "uniqueItems": true}'),
+            "'uniqueItems' is not supported",
+        ),
+        (Grammar(kind="json_schema", source="{not json"), "not JSON"),
+        (Grammar(kind="regex", source="(a"), "parenthesis"),
+        (Grammar(kind="ebnf", source="root ::= nobody"), "nobody"),
+        (Grammar(kind="regex", source="a" * 200_000), "200000 characters"),
+        (Grammar(kind="regex", source="[^\\s\\S]"), "cannot be used"),
+        (Grammar(kind="regex", source="(a*a*a*a*a*a*)*b"), "too ambiguous"),
+    ],
+)
+def test_a_wrong_grammar_is_refused_with_the_reason_and_harms_nobody(embedded, grammar, said):
+    async def both() -> tuple[object, object]:
+        async with await TextClient.connect(embedded) as client:
+            return await asyncio.gather(
+                client.complete(ask("a", grammar)), client.complete(ask("b", PHONE)), return_exceptions=True
+            )
+
+    refused, served = asyncio.run(both())
+    assert isinstance(refused, InvalidRequestError) and said in str(refused)
+    assert re.fullmatch(PHONE.source, served[0].text)
+
+
+@pytest.mark.parametrize("params", [dict(ignore_eos=True), dict(min_tokens=3)])
+def test_what_contradicts_a_grammar_is_refused(embedded, params):
+    with pytest.raises(InvalidRequestError, match="contradicts a grammar"):
+        run(embedded, ask("a", PHONE, **params))
+
+
+def test_a_grammar_needs_a_source_and_json_object_takes_none():
+    with pytest.raises(InvalidRequestError, match="needs a source"):
+        Grammar(kind="regex")
+    with pytest.raises(InvalidRequestError, match="takes no source"):
+        Grammar(kind="json_object", source="{}")
+
+
+def test_a_request_cancelled_or_expired_while_its_grammar_is_compiled_ends(embedded):
+    slow = Grammar(kind="json_schema", source=json.dumps({"enum": [f"word{i}" * 3 for i in range(2000)]}))
+
+    async def leave() -> None:
+        async with await TextClient.connect(embedded) as client:
+            task = asyncio.create_task(client.complete(ask("a", slow)))
+            late = TextRequest(
+                prompt="b", sampling=SamplingParams(grammar=slow), slo=SLO(deadline=0.02, on_miss="truncate")
+            )
+            hurried = asyncio.create_task(client.complete(late))
+            await asyncio.sleep(0.01)
+            task.cancel()
+            assert (await hurried)[0].finish_reason == "deadline"
+            (answer,) = await client.complete(ask("c", PHONE))  # the engine serves on
+            assert re.fullmatch(PHONE.source, answer.text)
+            stats = await client.client.stats()
+            assert stats.running == stats.waiting == 0
+
+    asyncio.run(leave())
+
+
+def test_a_client_that_leaves_while_compiling_leaves_nothing_behind(embedded):
+    slow = Grammar(kind="json_schema", source=json.dumps({"enum": [f"term{i}" * 3 for i in range(2000)]}))
+
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 1000
+        socket.connect(embedded)
+        socket.send(protocol.encode(Hello(version=PROTOCOL_VERSION)))
+        socket.recv()
+        socket.send(protocol.encode(Generate(request_id="x", prompt=[5], sampling=SamplingParams(grammar=slow))))
+    until = time.monotonic() + 10
+
+    async def health():
+        async with await TextClient.connect(embedded) as client:
+            return await client.client.stats()
+
+    while (stats := asyncio.run(health())).cancelled == 0 or stats.waiting or stats.running:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def test_a_grammar_that_hangs_the_compiler_is_given_up_and_others_are_compiled(embedded):
+    rules = [f"a{i} ::= a{i + 1} a{i + 1} | a{i + 1}" for i in range(60)]
+    evil = ask("a", Grammar(kind="ebnf", source="\n".join(["root ::= a0", *rules, 'a60 ::= "a"'])))
+    began = time.monotonic()
+
+    async def both() -> tuple[object, object]:
+        async with await TextClient.connect(embedded) as client:
+            free = asyncio.create_task(client.complete(ask("b", max_tokens=20)))
+            hung = asyncio.gather(client.complete(evil), return_exceptions=True)
+            await free
+            assert time.monotonic() - began < COMPILE_S, "a request without a grammar waited for one"
+            return (await hung)[0], (await client.complete(ask("c", PHONE)))[0]
+
+    refused, served = asyncio.run(both())
+    assert isinstance(refused, InvalidRequestError) and "simplify it" in str(refused)
+    assert re.fullmatch(PHONE.source, served.text)
+
+
+def test_a_checkpoint_without_a_tokenizer_says_so(random_llama):
+    compiler = GrammarCompiler(str(random_llama), 512, (2,))
+    with pytest.raises(InvalidRequestError, match="tokenizer"):
+        compiler.request(PHONE).result(60)
+    compiler.close()
+
+
+def test_a_logit_bias_makes_a_token_certain_or_impossible(embedded):
+    greedy = dict(temperature=0.0, max_tokens=1, ignore_eos=True)
+    (free,) = run(embedded, ask("2 + 2 =", **greedy))
+    (first,) = free.token_ids
+    (barred,) = run(embedded, ask("2 + 2 =", logit_bias=((first, -100.0),), **greedy))
+    assert barred.token_ids != [first]
+    (forced,) = run(embedded, ask("2 + 2 =", logit_bias=((7, 100.0), (9, 1.0)), **greedy))
+    assert forced.token_ids == [7]
+    with pytest.raises(InvalidRequestError, match="logit_bias token id 99999"):
+        run(embedded, ask("a", logit_bias=((99999, 1.0),)))
+    with pytest.raises(InvalidRequestError, match="logit_bias of token 3"):
+        ask("a", logit_bias=((3, 101.0),))
