@@ -11,6 +11,8 @@ from superinfer.lang.ir import Expr, ExprList, Gen, Number, RoleBegin, RoleEnd, 
 from superinfer.lang.promise import check_slo
 from superinfer.lang.sampling import Sampling
 from superinfer.lang.tools import tool_schema
+from superinfer.lang.typed import Reader, dtype_grammar, json_grammar, regex_grammar
+from superinfer.runtime.protocol import Grammar
 from superinfer.runtime.slo import SLO
 
 _NUMBERS: dict[object, Number] = {int: "int", "int": "int", float: "float", "float": "float"}
@@ -39,38 +41,50 @@ def gen(
     choices: Sequence[str] | None = None,
     choices_method: ChoicesSamplingMethod | None = None,
     regex: str | None = None,
-    json_schema: str | dict[str, Any] | None = None,
+    json_schema: str | dict[str, Any] | type | None = None,
     *,
     slo: SLO | None = None,
 ) -> Expr:
     """Let the model write, and keep it in variable `name` (a list of texts where n > 1).
 
-    What is None is taken from `run`. With `choices` it is `select`. dtype: str; int and float end the text after the
-    first number; bool chooses between True and False; the variable is text in every case.
-    Raises InvalidRequestError for a wrong value and UnsupportedError for what cannot be honoured yet.
+    What is None is taken from `run`. With `choices` it is `select`. Of these at most one is given:
+    regex: the whole output matches it. json_schema: a dict, JSON text, pydantic model or msgspec Struct.
+    dtype: int and float end the text after the first number; bool writes True or False; str a quoted string; the
+    variable is text in these cases. With a pydantic model or a msgspec Struct the variable is an instance.
+    stop_regex: ends the text before the first match, which is searched for as the text grows.
+    Raises InvalidRequestError for a wrong value and UnsupportedError for what cannot be honoured.
     """
     sampling = Sampling(
         max_tokens=max_tokens, min_tokens=min_tokens, n=n, stop=stop, stop_token_ids=stop_token_ids,
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, frequency_penalty=frequency_penalty,
         presence_penalty=presence_penalty, ignore_eos=ignore_eos, return_logprob=return_logprob,
         logprob_start_len=logprob_start_len, top_logprobs_num=top_logprobs_num,
-        return_text_in_logprobs=return_text_in_logprobs,
+        return_text_in_logprobs=return_text_in_logprobs, stop_regex=stop_regex,
     )  # fmt: skip
-    for unsupported, value in (("stop_regex", stop_regex), ("regex", regex), ("json_schema", json_schema)):
-        if value is not None:
-            raise UnsupportedError(f"{unsupported}={value!r:.80} is not supported yet; leave it out")
-    if dtype in (bool, "bool"):
-        choices = choices or ("True", "False")
-    elif dtype not in (None, str, "str") and dtype not in _NUMBERS:
-        raise UnsupportedError(f"dtype={dtype!r} is not supported yet; use str, int, float or bool")
+    grammar, reader = _form(regex, json_schema, dtype)
     if choices is None:
         if choices_method is not None:
             raise InvalidRequestError("choices_method is given without choices")
-        return Gen(_check_name(name), sampling, _NUMBERS.get(dtype), check_slo(slo))
+        number = _NUMBERS.get(dtype) if isinstance(dtype, (type, str)) else None
+        return Gen(_check_name(name), sampling, number, check_slo(slo), grammar, reader)
+    if grammar is not None and dtype not in (str, "str"):
+        raise UnsupportedError("gen() with choices only scores them; leave regex, json_schema and dtype out")
     if sampling != Sampling(temperature=temperature):
         given = [field for field, value in vars(sampling).items() if value is not None and field != "temperature"]
         raise UnsupportedError(f"{given[0]}: gen() with choices only scores them; leave {', '.join(given)} out")
     return select(name, choices, temperature or 0.0, choices_method or token_length_normalized, slo=slo)
+
+
+def _form(regex: str | None, json_schema: object, dtype: object) -> tuple[Grammar | None, Reader | None]:
+    given = {"regex": regex, "json_schema": json_schema, "dtype": dtype}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise InvalidRequestError(f"{' and '.join(names)} both say what the output looks like; give one")
+    if regex is not None:
+        return regex_grammar(regex), None
+    if json_schema is not None:
+        return json_grammar(json_schema), None
+    return dtype_grammar(dtype) if dtype is not None else (None, None)
 
 
 def gen_int(

@@ -13,14 +13,19 @@ from superinfer.lang.loop import language_loop
 from superinfer.runtime.client import AsyncEngineClient
 from superinfer.runtime.config import EMBEDDED, EngineConfig
 from superinfer.runtime.launch import EngineProcess, Progress, launch_engine
-from superinfer.runtime.protocol import ModelInfo, RequestReport, TokenLogprob
+from superinfer.runtime.protocol import Hints, ModelInfo, RequestReport, TokenLogprob
 from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import TextClient, TextDelta, TextRequest
 from superinfer.runtime.tokenization import Tokenizer
 
 
 class Backend(ABC):
-    """Generates and scores. Override `close` where there is something to close."""
+    """Generates and scores. Override `close` where there is something to close.
+
+    takes_grammars: whether SamplingParams.grammar is honoured; calls that need it are refused before they are sent.
+    """
+
+    takes_grammars = False
 
     @abstractmethod
     def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
@@ -28,7 +33,13 @@ class Backend(ABC):
 
     @abstractmethod
     async def score(
-        self, prompt: Sequence[int], start: int, *, slo: SLO | None = None, program: str = ""
+        self,
+        prompt: Sequence[int],
+        start: int,
+        *,
+        slo: SLO | None = None,
+        program: str = "",
+        hints: Hints | None = None,
     ) -> tuple[list[TokenLogprob], RequestReport]:
         """Log probability of each of `prompt[start:]` given all before it; `start` >= 1."""
 
@@ -63,6 +74,8 @@ class Backend(ABC):
 class TextBackend(Backend):
     """A backend on a TextClient that was made on the language's loop."""
 
+    takes_grammars = True
+
     def __init__(self, client: TextClient) -> None:
         self._client: TextClient | None = client
 
@@ -82,9 +95,15 @@ class TextBackend(Backend):
         return self.client.stream(request)
 
     async def score(
-        self, prompt: Sequence[int], start: int, *, slo: SLO | None = None, program: str = ""
+        self,
+        prompt: Sequence[int],
+        start: int,
+        *,
+        slo: SLO | None = None,
+        program: str = "",
+        hints: Hints | None = None,
     ) -> tuple[list[TokenLogprob], RequestReport]:
-        return await self.client.score(prompt, start, slo=slo, program=program)
+        return await self.client.score(prompt, start, slo=slo, program=program, hints=hints)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         return self.client.tokenizer.encode(text, special=special)

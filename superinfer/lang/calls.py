@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from superinfer.errors import InvalidRequestError, OutputError
+import msgspec
+
+from superinfer.errors import InvalidRequestError, OutputError, UnsupportedError
 from superinfer.lang.backend import Backend
 from superinfer.lang.choices import TokenScore, mean
 from superinfer.lang.ir import Gen, Select
 from superinfer.lang.prompt import Prompt
 from superinfer.lang.report import CallWatch
 from superinfer.lang.sampling import Sampling
-from superinfer.runtime.protocol import RequestReport, TokenLogprob
+from superinfer.lang.typed import Reader
+from superinfer.runtime.protocol import Hints, RequestReport, SamplingParams, TokenLogprob
 from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import TextDelta, TextRequest, TextResult
 
@@ -31,7 +35,7 @@ Emit = Callable[[str, dict[str, Any]], None]
 class Answer:
     """What a call made: `value` goes to the variable, `rest` (what was not emitted yet) to the text."""
 
-    value: str | list[str]
+    value: Any
     rest: str
     meta: Any
     finish_reason: str | None
@@ -51,17 +55,18 @@ class Context:
 def spent(gen: Gen | Select) -> Answer:
     """The answer of a call that was not sent, nothing of the program's time being left."""
     n = (gen.sampling.n or 1) if isinstance(gen, Gen) else 1
-    return _answer(
-        [TextResult(index, finish_reason="deadline") for index in range(n)], ["" for _ in range(n)], "", None
-    )
+    nothing = None if isinstance(gen, Gen) and gen.reader is not None else ""
+    results = [TextResult(index, finish_reason="deadline") for index in range(n)]
+    return _answer(results, [nothing] * n, "", None)
 
 
 async def generate(context: Context, gen: Gen, sampling: Sampling, emit: Emit) -> Answer:
     """Generate. Raises like TextClient.stream, and OutputError for a `dtype` that the text is not of."""
     request = TextRequest(
         prompt=context.prompt.text,
-        sampling=sampling.params(),
+        sampling=_params(context.backend, gen, sampling),
         stop=sampling.stop_strings,
+        stop_regex=sampling.stop_patterns,
         slo=context.slo,
         program=context.program,
         add_special=context.prompt.add_special,
@@ -80,8 +85,38 @@ async def generate(context: Context, gen: Gen, sampling: Sampling, emit: Emit) -
         if result.finish_reason is None:  # cut short just now
             result.finish_reason = "stop"
             context.watch.finished(result.index, None)
+    if gen.reader is not None:
+        values = [_read(gen, gen.reader, result) for result in results]
+        return _answer(results, values, "", context.backend, sampling)
     texts = [result.text if gen.number is None else _number(gen, result) for result in results]
     return _answer(results, texts, texts[0] if gen.number is not None else "", context.backend, sampling)
+
+
+def _params(backend: Backend, gen: Gen, sampling: Sampling) -> SamplingParams:
+    """Raises UnsupportedError for a grammar that the backend does not honour.
+
+    A number needs none: the text is cut after it, and OutputError raised where there is no number.
+    """
+    params = sampling.params()
+    if gen.grammar is None or (gen.number is not None and not backend.takes_grammars):
+        return params
+    if not backend.takes_grammars:
+        raise UnsupportedError(
+            f"gen({gen.name!r}): {type(backend).__name__} cannot constrain what the model writes; leave regex, "
+            "json_schema and dtype out, or run it on a superinfer engine"
+        )
+    return msgspec.structs.replace(params, grammar=gen.grammar)
+
+
+def _read(gen: Gen, reader: Reader, result: TextResult) -> Any:
+    """None where the program's time ended before the text did. Raises OutputError."""
+    try:
+        return reader(result.text)
+    except ValueError as error:
+        if result.finish_reason == "deadline":
+            return None
+        cut = " (cut off by max_tokens; raise it)" if result.finish_reason == "length" else ""
+        raise OutputError(f"gen({gen.name!r}) got {result.text!r:.80}{cut}, which cannot be read: {error}") from error
 
 
 def _watch(watch: CallWatch, delta: TextDelta) -> None:
@@ -109,14 +144,18 @@ def _number(gen: Gen, result: TextResult) -> str:
 
 
 def _answer(
-    results: list[TextResult], texts: list[str], rest: str, backend: Backend | None, sampling: Sampling | None = None
+    results: list[TextResult],
+    texts: Sequence[Any],
+    rest: str,
+    backend: Backend | None,
+    sampling: Sampling | None = None,
 ) -> Answer:
     metas = [_meta(result, backend, sampling or Sampling()) for result in results]
     reasons = {result.finish_reason for result in results}
     reason = "deadline" if "deadline" in reasons else results[0].finish_reason
     if len(results) == 1:
         return Answer(texts[0], rest, metas[0], reason)
-    return Answer(texts, rest, metas, reason)
+    return Answer(list(texts), rest, metas, reason)
 
 
 def _meta(result: TextResult, backend: Backend | None, sampling: Sampling) -> dict[str, Any]:
@@ -186,8 +225,10 @@ async def _score_choices(context: Context, select: Select) -> _Scored:
     asks = [(ids, start) for ids in tokens]
     if select.method.requires_unconditional_logprobs:
         asks += [(ids[start:], 1) for ids in tokens if len(ids) - start > 1]
+    hints = Hints(group=uuid.uuid4().hex)  # they share the prompt: whoever comes first computes it for all
     tasks = [
-        asyncio.ensure_future(backend.score(ids, at, slo=context.slo, program=context.program)) for ids, at in asks
+        asyncio.ensure_future(backend.score(ids, at, slo=context.slo, program=context.program, hints=hints))
+        for ids, at in asks
     ]
     try:
         answers = await asyncio.gather(*tasks)

@@ -9,12 +9,13 @@ from typing import Any, Literal
 from superinfer.errors import InvalidRequestError
 from superinfer.lang.choices import ChoicesSamplingMethod
 from superinfer.lang.sampling import Sampling
+from superinfer.lang.typed import REGEX_BOOL as REGEX_BOOL
+from superinfer.lang.typed import REGEX_FLOAT as REGEX_FLOAT
+from superinfer.lang.typed import REGEX_INT as REGEX_INT
+from superinfer.lang.typed import REGEX_STR as REGEX_STR
+from superinfer.lang.typed import Reader
+from superinfer.runtime.protocol import Grammar
 from superinfer.runtime.slo import SLO
-
-REGEX_INT = r"[-+]?[0-9]+[ \n]*"
-REGEX_FLOAT = r"[-+]?[0-9]*\.?[0-9]+[ \n]*"
-REGEX_BOOL = r"(True|False)"
-REGEX_STR = r"\"[\w\d\s]*\""
 
 Number = Literal["int", "float"]
 
@@ -45,12 +46,18 @@ class Text(Expr):
 
 @dataclass(frozen=True, eq=False)
 class Gen(Expr):
-    """One generation. `number`: cut the text after the first number of that kind."""
+    """One generation.
+
+    number: cut the text after the first number of that kind. grammar: what the text must look like. reader: makes the
+    variable's value of the text; None: the text is the value.
+    """
 
     name: str | None
     sampling: Sampling
     number: Number | None = None
     slo: SLO | None = None
+    grammar: Grammar | None = None
+    reader: Reader | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from superinfer.runtime.slo import SLO
 SAMPLING_OPTIONS = (
     "max_new_tokens", "stop", "stop_token_ids", "temperature", "top_p", "top_k", "min_p", "frequency_penalty",
     "presence_penalty", "ignore_eos", "return_logprob", "logprob_start_len", "top_logprobs_num",
-    "return_text_in_logprobs",
+    "return_text_in_logprobs", "stop_regex",
 )  # fmt: skip
 RUN_OPTIONS = (*SAMPLING_OPTIONS, "backend", "deadline", "slo", "stream")
 

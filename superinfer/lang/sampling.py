@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from superinfer.errors import InvalidRequestError, UnsupportedError
 from superinfer.runtime.protocol import SamplingParams
+from superinfer.runtime.stopping import stop_pattern
 
 DEFAULT_MAX_TOKENS = 128
 
@@ -35,6 +36,7 @@ class Sampling:
     logprob_start_len: int | None = None
     top_logprobs_num: int | None = None
     return_text_in_logprobs: bool | None = None
+    stop_regex: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.logprob_start_len not in (None, -1):
@@ -45,11 +47,17 @@ class Sampling:
         for stop in self.stop_strings:
             if not isinstance(stop, str) or not stop:
                 raise InvalidRequestError(f"stop={stop!r} must be a string of at least one character")
+        for pattern in self.stop_patterns:
+            stop_pattern(pattern)
         self.params(default_max_tokens=None)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def stop_patterns(self) -> tuple[str, ...]:
+        return (self.stop_regex,) if isinstance(self.stop_regex, str) else tuple(self.stop_regex or ())
 
     def over(self, defaults: Sampling) -> Sampling:
         """These arguments, and `defaults` where nothing is said."""

@@ -14,6 +14,7 @@ from superinfer.runtime.client import AsyncEngineClient, new_request_id
 from superinfer.runtime.protocol import (
     FinishReason,
     Generate,
+    Hints,
     ModelInfo,
     RequestReport,
     SamplingParams,
@@ -22,6 +23,8 @@ from superinfer.runtime.protocol import (
     TokenLogprob,
 )
 from superinfer.runtime.slo import SLO
+from superinfer.runtime.stopping import Stopper, stop_pattern
+from superinfer.runtime.stopping import split_at_stop as split_at_stop
 from superinfer.runtime.tokenization import Detokenizer, Tokenizer
 
 
@@ -29,7 +32,7 @@ from superinfer.runtime.tokenization import Detokenizer, Tokenizer
 class TextRequest:
     """One prompt, as text (special tokens are parsed, none added: see Tokenizer.encode) or as token ids.
 
-    stop: strings that end the text; the match itself is left out of it.
+    stop: strings that end the text; the match itself is left out of it. stop_regex: regular expressions that do.
     add_special: let the tokenizer add its BOS and the like; False for a rendered chat template.
     skip_special: leave special tokens out of the returned text.
     """
@@ -37,6 +40,7 @@ class TextRequest:
     prompt: str | Sequence[int]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
+    stop_regex: tuple[str, ...] = ()
     slo: SLO | None = None
     cache_salt: str = ""
     program: str = ""
@@ -47,13 +51,15 @@ class TextRequest:
         for stop in self.stop:
             if not isinstance(stop, str) or not stop:
                 raise InvalidRequestError(f"stop={stop!r} must be a string of at least one character")
+        for pattern in self.stop_regex:
+            stop_pattern(pattern)
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
     """New text of continuation `index`. The last delta has finish_reason and report.
 
-    stop: the stop string that ended it, where one did (finish_reason is then "stop").
+    stop: the stop string that ended it, or what matched a stop_regex (finish_reason is then "stop").
     """
 
     index: int
@@ -127,7 +133,9 @@ class TextClient:
             program=request.program,
         )
         readers = [
-            _SequenceReader(self.tokenizer.detokenizer(skip_special=request.skip_special), request.stop)
+            _SequenceReader(
+                self.tokenizer.detokenizer(skip_special=request.skip_special), Stopper(request.stop, request.stop_regex)
+            )
             for _ in range(request.sampling.n)
         ]
         async with contextlib.aclosing(self.client.generate(wire)) as deltas:
@@ -149,7 +157,14 @@ class TextClient:
         return results
 
     async def score(
-        self, prompt: Sequence[int], start: int, *, slo: SLO | None = None, cache_salt: str = "", program: str = ""
+        self,
+        prompt: Sequence[int],
+        start: int,
+        *,
+        slo: SLO | None = None,
+        cache_salt: str = "",
+        program: str = "",
+        hints: Hints | None = None,
     ) -> tuple[list[TokenLogprob], RequestReport]:
         """Log probability of each of `prompt[start:]` given all before it; `start` >= 1."""
         return await self.client.score(
@@ -160,6 +175,7 @@ class TextClient:
                 slo=slo,
                 cache_salt=cache_salt,
                 program=program,
+                hints=hints,
             )
         )
 
@@ -177,10 +193,9 @@ class TextClient:
 class _SequenceReader:
     """Turns one sequence's token deltas into text deltas, holding back what may become a stop string."""
 
-    def __init__(self, detokenizer: Detokenizer, stop: tuple[str, ...]) -> None:
+    def __init__(self, detokenizer: Detokenizer, stopper: Stopper) -> None:
         self._detokenizer = detokenizer
-        self._stop = stop
-        self._held = ""
+        self._stopper = stopper
         self.stopped_by: str | None = None
 
     def read(self, delta: SequenceDelta) -> TextDelta | None:
@@ -190,12 +205,12 @@ class _SequenceReader:
             if not finished:
                 return None
             return TextDelta(delta.index, "", [], None, "stop", self.stopped_by, delta.report)
-        text = self._held + self._detokenizer.push(delta.token_ids)
+        text = self._detokenizer.push(delta.token_ids)
         if finished:
             text += self._detokenizer.flush()
-        text, self._held, self.stopped_by = split_at_stop(text, self._stop)
+        text, self.stopped_by = self._stopper.push(text)
         if finished and self.stopped_by is None:
-            text, self._held = text + self._held, ""
+            text += self._stopper.rest()
         reason = delta.finish_reason if self.stopped_by is None or not finished else "stop"
         if not text and not delta.token_ids and not finished:
             return None
@@ -208,19 +223,3 @@ class _SequenceReader:
             self.stopped_by if finished else None,
             delta.report,
         )
-
-
-def split_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str, str | None]:
-    """(certain text, held-back tail, stop string found). The earliest match wins; it and all after it are dropped.
-
-    The tail is the longest end of `text` that is a beginning of some stop string.
-    """
-    found = [(at, s) for s in stop if (at := text.find(s)) >= 0]
-    if found:
-        at, matched = min(found, key=lambda pair: pair[0])
-        return text[:at], "", matched
-    longest = max((len(s) for s in stop), default=1) - 1
-    for size in range(min(longest, len(text)), 0, -1):
-        if any(s.startswith(text[-size:]) for s in stop):
-            return text[:-size], text[-size:], None
-    return text, "", None

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
-from superinfer.runtime.protocol import RequestReport, TokenLogprob
+from superinfer.runtime.protocol import Hints, RequestReport, TokenLogprob
 from superinfer.runtime.slo import SLO
-from superinfer.runtime.text import TextDelta, TextRequest, split_at_stop
+from superinfer.runtime.stopping import Stopper
+from superinfer.runtime.text import TextDelta, TextRequest
 
 BOS = 1
 MERGED = 1000  # ids of merged tokens begin here
@@ -60,6 +61,7 @@ class ScriptedClient:
         self.report: RequestReport | None = None
         self.requests: list[TextRequest] = []
         self.scored: list[tuple[list[int], int, SLO | None]] = []
+        self.groups: set[str] = set()
         self.cancelled: list[str] = []
         self.open = 0
         self.most_open = 0
@@ -73,8 +75,9 @@ class ScriptedClient:
             await asyncio.sleep(self.token_s)
             for index in range(request.sampling.n):
                 text = self.answer(prompt)
-                text, _, stop = split_at_stop(text + "\0", request.stop)
-                text = text.rstrip("\0")[
+                stopper = Stopper(request.stop, request.stop_regex)
+                text, stop = stopper.push(text)
+                text = (text if stop is not None else text + stopper.rest())[
                     : request.sampling.max_tokens * self.chars_per_token if request.sampling.max_tokens else None
                 ]
                 asked = request.sampling.logprobs is not None
@@ -92,9 +95,17 @@ class ScriptedClient:
                 self.cancelled.append(prompt)
 
     async def score(
-        self, prompt: Sequence[int], start: int, *, slo: SLO | None = None, cache_salt: str = "", program: str = ""
+        self,
+        prompt: Sequence[int],
+        start: int,
+        *,
+        slo: SLO | None = None,
+        cache_salt: str = "",
+        program: str = "",
+        hints: Hints | None = None,
     ) -> tuple[list[TokenLogprob], RequestReport]:
         self.scored.append((list(prompt), start, slo))
+        self.groups.add(hints.group if hints is not None else "")
         self.open += 1
         self.most_open = max(self.most_open, self.open)
         try:

@@ -56,6 +56,27 @@ def test_select_scores_as_the_engine_does(endpoint: RuntimeEndpoint) -> None:
     assert [score[0] for score in scored[1]] == pytest.approx([item.logprob for item in expected], abs=1e-5)
 
 
+@pytest.mark.parametrize("method", [si.token_length_normalized, si.unconditional_likelihood_normalized])
+def test_select_computes_the_shared_prompt_once(
+    talking_engine: EngineProcess, endpoint: RuntimeEndpoint, method
+) -> None:
+    prompt, choices = f"{method!r} of one prompt " + "shared " * 12, [f"{i} is it" for i in range(8)]
+
+    @si.function
+    def program(s):
+        s += prompt + si.select("x", choices, choices_method=method)
+
+    before = stats(talking_engine)
+    assert program.run()["x"] in choices
+    now = stats(talking_engine)
+    computed = (now.prompt_tokens - before.prompt_tokens) - (now.cached_tokens - before.cached_tokens)
+    length, page = len(endpoint.encode(prompt, special=True)), endpoint.info.page_size
+    # Of each choice: its own tokens, what of the prompt fills no block, and for some methods itself without the prompt.
+    tails = sum(len(choice) * 2 + page for choice in choices)
+    assert length <= computed <= length + tails < 2 * length + tails < now.prompt_tokens - before.prompt_tokens
+    assert now.steps - before.steps <= 2 + len(choices)  # rounds: the prompt, then the choices as they come in
+
+
 def test_200_programs_at_once_on_one_connection(endpoint: RuntimeEndpoint) -> None:
     @si.function
     async def program(s, i):

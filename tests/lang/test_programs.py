@@ -198,9 +198,8 @@ def test_what_gen_leaves_open_is_taken_from_run(model: ScriptedClient) -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"regex": "a+"}, "regex"),
-        ({"json_schema": "{}"}, "json_schema"),
-        ({"stop_regex": "a"}, "stop_regex"),
+        ({"choices": ["a"], "regex": "a"}, "regex"),
+        ({"choices": ["a"], "stop_regex": "a"}, "stop_regex"),
         ({"dtype": dict}, "dtype"),
         ({"logprob_start_len": 0}, "logprob_start_len"),
         ({"choices": ["a"], "stop": "x"}, "stop"),
@@ -221,6 +220,15 @@ def test_what_cannot_be_honoured_is_refused_by_name_when_the_expression_is_made(
         ({"slo": 5}, "slo=5"),
         ({"choices": []}, "choices"),
         ({"choices": ["a", ""]}, "choice ''"),
+        ({"regex": "(a"}, r"regex='\(a'"),
+        ({"regex": ""}, "regex=''"),
+        ({"regex": "a", "json_schema": "{}"}, "regex and json_schema"),
+        ({"regex": "a", "dtype": int}, "regex and dtype"),
+        ({"json_schema": "{"}, "json_schema='{'"),
+        ({"json_schema": "[]"}, r"json_schema='\[\]'"),
+        ({"json_schema": int}, "json_schema"),
+        ({"stop_regex": "a)"}, r"stop_regex='a\)'"),
+        ({"stop_regex": "a*"}, r"stop_regex='a\*'"),
     ],
 )
 def test_a_wrong_value_is_refused_when_the_expression_is_made(arguments, shown) -> None:

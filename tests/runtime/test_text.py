@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from superinfer.runtime.text import split_at_stop
+from superinfer.errors import InvalidRequestError
+from superinfer.runtime.stopping import Stopper, split_at_stop
 
 letters = st.text("ab<>", max_size=30)
 stops = st.lists(st.text("ab<>", min_size=1, max_size=4), max_size=3)
@@ -40,3 +43,41 @@ def test_what_is_held_back_could_still_become_a_stop(text, stop):
 
 def test_the_earliest_stop_wins():
     assert split_at_stop("one. two\nthree", ["\n", ". "]) == ("one", "", ". ")
+
+
+patterns = st.lists(st.sampled_from(["a+b", "<[ab]>", "aa|b<", r"(?<=a)<", "b$"]), min_size=1, max_size=3)
+
+
+@given(letters, stops, patterns, st.data())
+def test_stop_expressions_end_a_text_at_the_same_place_in_whatever_pieces_it_comes(text, stop, found, data):
+    def end_of(sizes):
+        stopper, out, at = Stopper(stop, found), "", 0
+        while at < len(text):
+            size = next(sizes)
+            certain, stopped = stopper.push(text[at : at + size])
+            out, at = out + certain, at + size
+            if stopped is not None:
+                return out, stopped
+        return out + stopper.rest(), None
+
+    whole = end_of(iter([len(text) or 1]))
+    assert end_of(data.draw(st.integers(1, 5)) for _ in text) == whole
+    out, stopped = whole
+    if stopped is None:
+        assert out == text
+        assert not any(regex.search(p, text) for p in found) or "$" in "".join(found)
+    else:
+        assert text.startswith(out + stopped)
+        assert stopped in stop or any(regex.fullmatch(p, stopped) for p in [*found, "<"])
+
+
+def test_text_that_cannot_become_a_match_is_given_out_at_once():
+    stopper = Stopper([], [r"\n\n+"])
+    assert stopper.push("one\n") == ("one", None)  # the line's end may be the first of two
+    assert stopper.push("two") == ("\ntwo", None)
+    assert stopper.push("\n\n\nthree") == ("", "\n\n")
+
+
+def test_an_expression_that_backtracks_for_ever_is_given_up():
+    with pytest.raises(InvalidRequestError, match="takes more than"):
+        Stopper([], ["(x|xx)+[^x]y"]).push("x" * 60 + "zz")

@@ -37,7 +37,7 @@ PHONE = Grammar(kind="regex", source=r"\+[0-9]{2} [0-9]{3}-[0-9]{4}")
 @pytest.fixture(scope="module")
 def embedded():
     """An engine whose pool is so small that sequences preempt each other."""
-    with launch_engine(EngineConfig(kv_tokens=512, max_batch_size=8, max_batch_tokens=64, threads=1)) as engine:
+    with launch_engine(EngineConfig(kv_tokens=384, max_batch_size=8, max_batch_tokens=64, threads=1)) as engine:
         yield engine.address
 
 
@@ -82,8 +82,8 @@ def test_output_is_what_the_grammar_says_and_ends_where_it_ends(embedded):
 
 
 def test_strangers_in_the_batch_and_preemptions_change_nothing(embedded):
-    letters = Grammar(kind="regex", source="[a-z]{160,200}")
-    constrained = [ask(f"Word {i}: " + "x " * 20 * i, letters, seed=i, max_tokens=200) for i in range(4)]
+    letters = Grammar(kind="regex", source="[a-z]{90,110}")
+    constrained = [ask(f"Word {i}: " + "x " * 20 * i, letters, seed=i, max_tokens=120) for i in range(4)]
     free = [ask(f"Tell me {i} " + "y " * 20 * i, seed=i, max_tokens=60, ignore_eos=True) for i in range(4)]
     together = run(embedded, *constrained, *free)
     alone = run(embedded, *constrained, *free, one_by_one=True)
