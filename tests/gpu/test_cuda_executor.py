@@ -17,6 +17,16 @@ from superinfer.runtime.protocol import SamplingParams
 from superinfer.runtime.scheduler.plan import StepPlan
 
 TOKENS = 24
+FLOAT32_VARIANTS = [
+    "llama",
+    "llama-7-heads-per-kv-head",
+    "llama-biases",
+    "mistral-window",
+    "qwen2",
+    "qwen2-upper-layers-windowed",
+    "qwen3",
+    "qwen3-alternating-windows",
+]
 
 
 def prompts_of(lengths: list[int], vocab: int = 211) -> list[list[int]]:
@@ -52,7 +62,7 @@ def wide(tmp_path_factory):
     return folder, make_checkpoint(folder, "llama-head-128", **changes)
 
 
-@pytest.mark.parametrize("variant", ["llama", "llama-7-heads-per-kv-head", "llama-biases", "qwen2", "qwen3"])
+@pytest.mark.parametrize("variant", FLOAT32_VARIANTS)
 def test_float32_greedy_tokens_equal_transformers(tmp_path, variant):
     model = make_checkpoint(tmp_path, variant)
     executor = executor_of(tmp_path)

@@ -34,7 +34,7 @@ def kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     heads = dict(SHARED=4, KV_HEADS=8, HEAD_DIM=128, HEADS_2=4)
     paged = {**pointers(kind, "q", "kv", "out"), "scale": "fp32"}
     paged |= pointers(INT, "qo_indptr", "kv_indptr", "kv_indices", "last_page_len")
-    paged |= numbers("page", "block_step", "value_step", "offset_step")
+    paged |= numbers("window", "page", "block_step", "value_step", "offset_step")
     chosen = {**pointers("fp32", "scaled", "out"), "top_k": "*i64", "top_p": "*fp64", **numbers("vocab")}
     return [
         (fused._rms_norm, norm, dict(ADD=True, BLOCK=4096)),

@@ -76,7 +76,7 @@ class ModelExecutor:
         blocks_per_slot = -(-limits.max_model_len // page)
         self._tables = BlockTables(limits.num_slots, blocks_per_slot, limits.num_blocks, config.num_layers * 2 * page)
         token_bytes = 2 * config.kv_row * weight.dtype.itemsize
-        self._assembler = StepAssembler(self._tables, page, token_bytes, weight.dtype, self._device)
+        self._assembler = StepAssembler(self._tables, page, token_bytes, config.windows, weight.dtype, self._device)
         self._sampling = SamplingState(limits.num_slots, config.vocab_size, self._device)
         self._last_tokens = torch.zeros(limits.num_slots, dtype=torch.int64, device=self._device)
         self._results: deque[StepResult | Exception] = deque()
@@ -235,14 +235,8 @@ def resolve_device(config: EngineConfig) -> torch.device:
 
 
 def model_length(config: EngineConfig, model: ModelConfig) -> int:
-    """The longest sequence wanted, in tokens. Raises UnsupportedError where a sliding window would be in use."""
-    wanted_len = min(model.max_position_embeddings, config.max_model_len or model.max_position_embeddings)
-    if model.sliding_window is not None and wanted_len > model.sliding_window:
-        raise UnsupportedError(
-            f"{model.architecture} limits attention to a window of {model.sliding_window} tokens, which is not "
-            f"implemented; set max_model_len to at most {model.sliding_window}"
-        )
-    return wanted_len
+    """The longest sequence wanted, in tokens."""
+    return min(model.max_position_embeddings, config.max_model_len or model.max_position_embeddings)
 
 
 def executor_limits(config: EngineConfig, model: ModelConfig, length: int, pool_tokens: int) -> ExecutorLimits:

@@ -26,7 +26,7 @@ class RopeConfig:
 class ModelConfig:
     """Sizes and switches of a Llama-like decoder.
 
-    sliding_window: tokens a layer may look back, where the checkpoint limits it; None: no limit.
+    windows: by layer, how many tokens a position attends to, itself included; None: all before it.
     dtype: the checkpoint's own.
     """
 
@@ -44,7 +44,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
-    sliding_window: int | None
+    windows: tuple[int | None, ...]
     initializer_range: float
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
@@ -107,7 +107,7 @@ def _from_transformers(architecture: str, hf: Any, eos_token_ids: tuple[int, ...
         tie_word_embeddings=bool(hf.tie_word_embeddings),
         attention_bias=bool(getattr(hf, "attention_bias", False)),
         mlp_bias=bool(getattr(hf, "mlp_bias", False)),
-        sliding_window=_sliding_window(hf),
+        windows=_windows(architecture, hf),
         initializer_range=hf.initializer_range,
         eos_token_ids=eos_token_ids,
         dtype=hf.dtype if isinstance(hf.dtype, torch.dtype) else torch.float32,
@@ -133,13 +133,23 @@ def _rope(hf: Any, head_dim: int) -> RopeConfig:
     return RopeConfig(tuple(inv_freq.tolist()), float(scaling))
 
 
-def _sliding_window(hf: Any) -> int | None:
-    """Mistral limits every layer whenever sliding_window is set; Qwen lists the limited layers in layer_types."""
-    window = getattr(hf, "sliding_window", None)
-    layer_types = getattr(hf, "layer_types", None)
-    if window is None or (layer_types is not None and "sliding_attention" not in layer_types):
-        return None
-    return int(window)
+def _windows(architecture: str, hf: Any) -> tuple[int | None, ...]:
+    """Which layers look back how far. Mistral, Mixtral and Qwen3-MoE limit every layer once sliding_window is set;
+    Qwen2 and Qwen3 name the limited ones in layer_types, which transformers makes of max_window_layers where absent."""
+    unlimited = (None,) * hf.num_hidden_layers
+    window = getattr(hf, "sliding_window", None) if getattr(hf, "use_sliding_window", True) else None
+    if window is None or architecture == "LlamaForCausalLM":  # Llama has none, whatever its config says
+        return unlimited
+    if window < 1:
+        raise ModelLoadError(f"sliding_window={window} must be at least 1, or null for none")
+    if window >= hf.max_position_embeddings:  # reaches back to the first token from everywhere
+        return unlimited
+    if architecture not in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        return (window,) * hf.num_hidden_layers
+    kinds = {"sliding_attention": window, "full_attention": None}
+    if unknown := set(hf.layer_types) - set(kinds):
+        raise UnsupportedError(f"layer_types has {sorted(unknown)}; only {', '.join(kinds)} are supported")
+    return tuple(kinds[kind] for kind in hf.layer_types)
 
 
 def _eos_token_ids(path: Path, hf: Any) -> tuple[int, ...]:

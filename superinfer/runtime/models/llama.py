@@ -1,4 +1,5 @@
-"""Llama 2 and 3 (Touvron et al. 2023, Dubey et al. 2024), and Mistral where its sliding window is not in use."""
+"""Llama 2 and 3 (Touvron et al. 2023, Dubey et al. 2024), and Mistral 7B (Jiang et al. 2023), whose
+sliding window is a matter of attention: `ModelConfig.windows`."""
 
 from __future__ import annotations
 

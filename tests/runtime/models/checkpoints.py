@@ -47,10 +47,27 @@ VARIANTS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         dict(rope_parameters=dict(YARN, original_max_position_embeddings=64, rope_theta=10000.0)),
     ),
     "mistral": (MistralConfig, dict(sliding_window=None)),
+    # Windows shorter than most prompts of the tests, one of them shorter than a block.
+    "mistral-window": (MistralConfig, dict(sliding_window=11)),
+    "mistral-window-of-3": (MistralConfig, dict(sliding_window=3)),
+    "mistral-window-7-heads": (
+        MistralConfig,
+        dict(sliding_window=8, hidden_size=112, num_attention_heads=7, num_key_value_heads=1),
+    ),
     "qwen2": (Qwen2Config, {}),
     "qwen2-tied": (Qwen2Config, dict(tie_word_embeddings=True)),
+    "qwen2-upper-layers-windowed": (Qwen2Config, dict(use_sliding_window=True, sliding_window=9, max_window_layers=1)),
     "qwen3": (Qwen3Config, dict(head_dim=32)),
     "qwen3-biases": (Qwen3Config, dict(head_dim=16, attention_bias=True)),
+    "qwen3-alternating-windows": (
+        Qwen3Config,
+        dict(
+            head_dim=32,
+            use_sliding_window=True,
+            sliding_window=6,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
 }
 
 

@@ -113,6 +113,29 @@ def test_eos_ids_come_from_the_generation_config_if_there_is_one(folder, config,
 
 
 @pytest.mark.parametrize(
+    "variant,changes,expected",
+    [
+        ("mistral", dict(sliding_window=7), (7, 7, 7)),
+        ("mistral", dict(sliding_window=256), (None, None, None)),  # max_position_embeddings: it never limits
+        ("qwen2", dict(sliding_window=7, use_sliding_window=False), (None, None, None)),
+        ("qwen2", dict(sliding_window=7, use_sliding_window=True, max_window_layers=2), (None, None, 7)),
+        ("llama", dict(sliding_window=7), (None, None, None)),  # an unused leftover in some Llama configs
+    ],
+)
+def test_windows_are_read_by_layer(tmp_path, variant, changes, expected):
+    make_checkpoint(tmp_path, variant)
+    edit_config(tmp_path, layer_types=None, **changes)
+    assert load_config(tmp_path).windows == expected
+
+
+def test_a_window_that_sees_nothing_is_refused(tmp_path):
+    make_checkpoint(tmp_path, "mistral")
+    edit_config(tmp_path, sliding_window=0)
+    with pytest.raises(ModelLoadError, match="sliding_window=0 must be at least 1"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
     "changes,match",
     [
         (dict(hidden_act="gelu"), "hidden_act='gelu'"),
