@@ -23,6 +23,18 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """The experts of a mixture. intermediate_size: of one expert. normalize: a token's weights are scaled to sum to 1.
+    layers: those that have experts; the others have a plain feed-forward layer."""
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    normalize: bool
+    layers: frozenset[int]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes and switches of a Llama-like decoder.
 
@@ -45,6 +57,7 @@ class ModelConfig:
     attention_bias: bool
     mlp_bias: bool
     windows: tuple[int | None, ...]
+    moe: MoEConfig | None
     initializer_range: float
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
@@ -86,6 +99,9 @@ def load_config(path: Path) -> ModelConfig:
 
 
 def _from_transformers(architecture: str, hf: Any, eos_token_ids: tuple[int, ...]) -> ModelConfig:
+    if quantization := getattr(hf, "quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UnsupportedError(f"weights quantized by {method} are not supported; take the model's unquantized weights")
     if hf.hidden_act != "silu":
         raise UnsupportedError(f"hidden_act={hf.hidden_act!r} is not supported; only 'silu' is")
     heads, kv_heads = hf.num_attention_heads, hf.num_key_value_heads or hf.num_attention_heads
@@ -108,6 +124,7 @@ def _from_transformers(architecture: str, hf: Any, eos_token_ids: tuple[int, ...
         attention_bias=bool(getattr(hf, "attention_bias", False)),
         mlp_bias=bool(getattr(hf, "mlp_bias", False)),
         windows=_windows(architecture, hf),
+        moe=_moe(architecture, hf),
         initializer_range=hf.initializer_range,
         eos_token_ids=eos_token_ids,
         dtype=hf.dtype if isinstance(hf.dtype, torch.dtype) else torch.float32,
@@ -150,6 +167,25 @@ def _windows(architecture: str, hf: Any) -> tuple[int | None, ...]:
     if unknown := set(hf.layer_types) - set(kinds):
         raise UnsupportedError(f"layer_types has {sorted(unknown)}; only {', '.join(kinds)} are supported")
     return tuple(kinds[kind] for kind in hf.layer_types)
+
+
+def _moe(architecture: str, hf: Any) -> MoEConfig | None:
+    """The mixture of a Mixtral or Qwen3-MoE config; None for all other models."""
+    layers = range(hf.num_hidden_layers)
+    if architecture == "MixtralForCausalLM":
+        experts, intermediate, normalize = hf.num_local_experts, hf.intermediate_size, True
+        sparse = frozenset(layers)
+    elif architecture == "Qwen3MoeForCausalLM":
+        experts, intermediate, normalize = hf.num_experts, hf.moe_intermediate_size, bool(hf.norm_topk_prob)
+        if hf.decoder_sparse_step < 1:
+            raise ModelLoadError(f"decoder_sparse_step={hf.decoder_sparse_step} must be at least 1")
+        dense = set(hf.mlp_only_layers or ())
+        sparse = frozenset(i for i in layers if i not in dense and experts and (i + 1) % hf.decoder_sparse_step == 0)
+    else:
+        return None
+    if sparse and not 1 <= hf.num_experts_per_tok <= experts:
+        raise ModelLoadError(f"num_experts_per_tok={hf.num_experts_per_tok} is not within 1..{experts} experts")
+    return MoEConfig(experts, hf.num_experts_per_tok, intermediate, normalize, sparse)
 
 
 def _eos_token_ids(path: Path, hf: Any) -> tuple[int, ...]:

@@ -14,5 +14,5 @@ class LlamaForCausalLM(CausalLM):
         return Attention(config, layer, qkv_bias=config.attention_bias, out_bias=config.attention_bias)
 
     @staticmethod
-    def make_mlp(config: ModelConfig) -> MLP:
+    def make_mlp(config: ModelConfig, layer: int) -> MLP:
         return MLP(config, bias=config.mlp_bias)

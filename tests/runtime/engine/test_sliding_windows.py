@@ -29,7 +29,7 @@ def executor_of(folder):
     return executor
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "mixtral-tied-window", "qwen3-moe-window"])
 def test_a_prefix_hit_longer_and_shorter_than_the_window_changes_nothing(tmp_path, variant):
     model = make_checkpoint(tmp_path, variant)
     stepper = Stepper(executor_of(tmp_path))
