@@ -27,6 +27,10 @@ def moe_mlp(
     x: [tokens, hidden]. logits: the router's, [tokens, experts]. gate_up: [experts, 2 n, hidden], an expert's gate rows
     before its up rows. down: [experts, hidden, n]. Returns [tokens, hidden] in x's dtype.
     """
+    if x.is_cuda:
+        from superinfer.kernels import fused_moe  # needs triton, which comes with CUDA builds of torch
+
+        return fused_moe.moe_mlp(x, logits, gate_up, down, top_k, normalize)
     weights, experts = route(logits, top_k, normalize)
     # Rows are (token, choice) pairs. Sorted by expert, each expert's are one slice: as few products as experts in use.
     order = experts.flatten().argsort(stable=True)
