@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +17,7 @@ from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
 from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
 from superinfer.runtime.engine.step_inputs import BlockTables, StepAssembler, StepInputs
 from superinfer.runtime.kv.duplex_cpu import CpuDuplex
+from superinfer.runtime.memory import free_memory
 from superinfer.runtime.models.config import ModelConfig, load_config
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import Progress, check_architecture, load_model, resolve_model
@@ -262,18 +261,10 @@ def _pool_tokens(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, m
         return config.kv_tokens
     page = config.page_size
     per_sequence = -(-min(model_len, DEFAULT_SEQUENCE_TOKENS) // page) * page
-    tokens = min(config.max_batch_size * per_sequence, int(_free_memory() * DEFAULT_MEMORY_SHARE) // per_token)
+    free = free_memory(torch.device("cpu"))
+    tokens = min(config.max_batch_size * per_sequence, int(free * DEFAULT_MEMORY_SHARE) // per_token)
     if tokens < page:
         raise ModelLoadError(
-            f"{_free_memory() >> 20} MiB of free memory leave no room for one KV block of {page * per_token} bytes"
+            f"{free >> 20} MiB of free memory leave no room for one KV block of {page * per_token} bytes"
         )
     return tokens
-
-
-def _free_memory() -> int:
-    """Bytes that can be used without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

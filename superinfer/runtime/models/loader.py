@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from superinfer.errors import ModelLoadError, UnsupportedError
 from superinfer.runtime.config import EMBEDDED
+from superinfer.runtime.memory import free_memory
 from superinfer.runtime.models.config import ModelConfig, load_config, read_architecture
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.layers import FusedLinear, RMSNorm
@@ -94,19 +95,17 @@ def load_model(
 
 def _empty_model(cls: type[CausalLM], config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> CausalLM:
     """Parameters without values. Raises ModelLoadError where there is no memory for them."""
-    try:
-        with _default_dtype(dtype), torch.device(device):
-            model = cls(config)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        with _default_dtype(dtype), torch.device("meta"):
+    with _default_dtype(dtype):
+        with torch.device("meta"):
             needed = sum(parameter.nbytes for parameter in cls(config).parameters())
-        raise ModelLoadError(
-            f"the weights take {needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, which {device} has no "
-            "room for; take a smaller model or dtype, or a larger device"
-        ) from error
-    return model.requires_grad_(False).eval()
+        free = free_memory(torch.device(device))
+        if needed > free:
+            raise ModelLoadError(
+                f"the weights take {needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, and {device} has "
+                f"{free / 2**30:.1f} GiB free; take a smaller model or dtype, or a larger device"
+            )
+        with torch.device(device):
+            return cls(config).requires_grad_(False).eval()
 
 
 @contextmanager

@@ -322,7 +322,7 @@ def test_tied_embeddings_that_differ_on_disk_are_not_guessed_at(tmp_path):
 
 def test_a_model_larger_than_memory_is_told_its_size(folder):
     edit_config(folder, intermediate_size=1 << 36)
-    with pytest.raises(ModelLoadError, match=r"weights take 147456\.0 GiB in float32, which cpu has no room for"):
+    with pytest.raises(ModelLoadError, match=r"weights take 147456\.0 GiB in float32, and cpu has .* free"):
         load_model(folder, load_format="dummy")
 
 
