@@ -17,6 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
+# Arguments that change from step to step: Triton would compile a kernel anew for those that 16 divides, while a request
+# waits.
+ANY_COUNT = ["total", "blocks"]
+
 
 class Tiles(NamedTuple):
     """Sizes of the matrix products' tiles: rows of a block, columns of either product, depth of a step."""
@@ -68,7 +72,7 @@ def _route(
     tl.store(experts + here, chosen, mask=choice < TOP_K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _align(
     experts, rows, block_expert, total, blocks, EXPERTS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -110,7 +114,7 @@ def _tile(program, blocks, TILES: tl.constexpr, GROUP: tl.constexpr):
     return first + within % height, within // height
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _gate_up(
     x, weight, out, rows, block_expert, total, blocks, TOP_K: tl.constexpr, HIDDEN: tl.constexpr, SIZE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -141,7 +145,7 @@ def _gate_up(
     tl.store(to, value.to(out.dtype.element_ty), mask=known[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _down(
     x, weight, scales, out, rows, block_expert, total, blocks, HIDDEN: tl.constexpr, SIZE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -206,7 +210,7 @@ def align(chosen: torch.Tensor, experts: int, block: int) -> tuple[torch.Tensor,
     block_expert = torch.empty(blocks, dtype=torch.int32, device=chosen.device)
     _align[(experts,)](
         chosen, rows, block_expert, total, blocks, EXPERTS=experts, BINS=triton.next_power_of_2(experts + 1),
-        CHUNK=min(4096, max(128, triton.next_power_of_2(total))), BLOCK=block, num_warps=4,
+        CHUNK=256 if total <= 1024 else 4096, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return rows, block_expert
 
