@@ -78,14 +78,14 @@ def load_model(
 
     config: from `load_config(path)`, where the caller has it already. dtype: weights are converted to it.
     load_format: "auto" reads the folder's safetensors; "dummy" draws weights from `seed`.
-    on_progress: called with a label and the fraction of tensors loaded, 0..1.
+    on_progress: called with a label and the fraction of tensors loaded, or of parameters drawn, 0..1.
     Raises ModelLoadError naming the file and tensor at fault, UnsupportedError for features not implemented.
     """
     cls = check_architecture(path)
     config = config or load_config(path)
     model = _empty_model(cls, config, dtype, device)
     if load_format == "dummy":
-        _fill_dummy(model, seed)
+        _fill_dummy(model, seed, on_progress)
     elif load_format == "auto":
         _load_weights(model, path, on_progress)
     else:
@@ -234,18 +234,20 @@ def _read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
         raise ModelLoadError(f"{file} is damaged or incomplete ({error}); download it again") from error
 
 
-def _fill_dummy(model: CausalLM, seed: int) -> None:
+def _fill_dummy(model: CausalLM, seed: int, on_progress: Progress | None) -> None:
     """Weights as a fresh model has them; the same for the same seed."""
     # Drawn where the weights lie: 8 billion normals take a GPU a second and a CPU a minute.
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, RMSNorm):
-                parameter.fill_(1.0)
-            elif name == "bias":
-                parameter.zero_()
-            else:
-                _fill_normal(parameter, model.config.initializer_range, generator)
+    places = [(m, name, parameter) for m in model.modules() for name, parameter in m.named_parameters(recurse=False)]
+    for done, (module, name, parameter) in enumerate(places, 1):
+        if isinstance(module, RMSNorm):
+            parameter.fill_(1.0)
+        elif name == "bias":
+            parameter.zero_()
+        else:
+            _fill_normal(parameter, model.config.initializer_range, generator)
+        if on_progress is not None:
+            on_progress("drawing weights", done / len(places))
 
 
 def _fill_normal(parameter: torch.Tensor, deviation: float, generator: torch.Generator) -> None:

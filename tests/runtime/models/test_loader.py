@@ -77,6 +77,14 @@ def test_progress_ends_at_one_and_never_falls(folder):
     assert seen == sorted(seen) and seen[-1] == 1.0 and len(seen) > 10
 
 
+@pytest.mark.parametrize("variant", ["llama", "llama-tied"])
+def test_drawing_weights_shows_its_progress(tmp_path, variant):
+    make_checkpoint(tmp_path, variant)
+    seen = []
+    load_model(tmp_path, load_format="dummy", on_progress=lambda label, fraction: seen.append(fraction))
+    assert seen == sorted(seen) and seen[-1] == 1.0 and len(seen) > 10
+
+
 def test_dummy_weights_need_no_file_and_follow_the_seed(folder):
     (folder / "model.safetensors").unlink()
     one, same, other = (load_model(folder, load_format="dummy", seed=seed) for seed in (1, 1, 2))
