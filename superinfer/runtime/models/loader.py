@@ -239,6 +239,7 @@ def _fill_dummy(model: CausalLM, seed: int, on_progress: Progress | None) -> Non
     # Drawn where the weights lie: 8 billion normals take a GPU a second and a CPU a minute.
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     places = [(m, name, parameter) for m in model.modules() for name, parameter in m.named_parameters(recurse=False)]
+    slow = sum(parameter.numel() for _, _, parameter in places) > DUMMY_PIECE  # else done before it can be read
     for done, (module, name, parameter) in enumerate(places, 1):
         if isinstance(module, RMSNorm):
             parameter.fill_(1.0)
@@ -246,7 +247,7 @@ def _fill_dummy(model: CausalLM, seed: int, on_progress: Progress | None) -> Non
             parameter.zero_()
         else:
             _fill_normal(parameter, model.config.initializer_range, generator)
-        if on_progress is not None:
+        if on_progress is not None and slow:
             on_progress("drawing weights", done / len(places))
 
 
