@@ -11,7 +11,9 @@ BOUND = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 def on_gpu(dtype: torch.dtype, *shape: int, seed: int = 0) -> list[torch.Tensor]:
-    return [t.to(CUDA, dtype) for t in case(*shape, seed=seed)]
+    """Router logits stay float32: rounded they would tie, and which expert of two is picked is nobody's promise."""
+    x, logits, gate_up, down = (t.to(CUDA) for t in case(*shape, seed=seed))
+    return [x.to(dtype), logits, gate_up.to(dtype), down.to(dtype)]
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:

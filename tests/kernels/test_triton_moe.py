@@ -68,7 +68,8 @@ SHAPES = [(1, 4, 2, 48, 24), (5, 3, 3, 40, 72), (33, 8, 2, 80, 40)]
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("tokens,experts,top_k,hidden,size", SHAPES)
 def test_the_layer_equals_the_dense_answer(tokens, experts, top_k, hidden, size, dtype, normalize):
-    x, logits, gate_up, down = (t.to(dtype) for t in case(tokens, experts, hidden, size))
+    x, logits, gate_up, down = case(tokens, experts, hidden, size)
+    x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
     logits[:, 1] += 20.0
     expected = dense_answer(x, logits, gate_up, down, top_k, normalize)
     found = fused_moe.moe_mlp(*(t.to(DEVICE) for t in (x, logits, gate_up, down)), top_k, normalize)
