@@ -8,6 +8,7 @@ let one index tensor, made once per step for layer 0, address every layer, and k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,16 +90,15 @@ class PagedAttention:
         kv_heads: int,
         key_index: torch.Tensor,
         value_index: torch.Tensor,
-        groups: list[AttentionGroup],
+        groups: Sequence[list[AttentionGroup]],
     ) -> None:
         """views: `layer_views` of the cache. key_index, value_index: [tokens] int64 rows this step's tokens are
-        written to. groups: in the order of the tokens."""
+        written to. groups: by layer, in the order of the tokens; layers that see alike share a list."""
         self._views = views
         self._kv_heads = kv_heads
         self._key_index = key_index
         self._value_index = value_index
         self._groups = groups
-        self._split = [group.sequences * group.queries for group in groups]
 
     def rotate_and_attend(
         self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float
@@ -120,7 +120,8 @@ class PagedAttention:
         rows = self._views[layer]
         rows.index_copy_(0, self._key_index, k)
         rows.index_copy_(0, self._value_index, v)
-        if len(self._groups) == 1:
-            return group_attention(q, rows, self._groups[0], self._kv_heads, scale)
-        parts = zip(q.split(self._split), self._groups, strict=True)
+        groups = self._groups[layer]
+        if len(groups) == 1:
+            return group_attention(q, rows, groups[0], self._kv_heads, scale)
+        parts = zip(q.split([group.sequences * group.queries for group in groups]), groups, strict=True)
         return torch.cat([group_attention(part, rows, group, self._kv_heads, scale) for part, group in parts])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -45,28 +46,52 @@ class PagedBatch:
 
 
 class AttentionCall(Protocol):
-    """Causal attention of one batch. `plan` once per step on the host, `run` once per layer."""
+    """Causal attention of one batch. `plan` once per step on the host, `run` once per layer.
+
+    An implementation with a window has each position attend to that many tokens at most, itself included.
+    """
 
     def plan(self, batch: PagedBatch) -> None:
         """Prepare for a batch. In a CUDA graph's replay, `plan` alone feeds the captured `run`s."""
 
-    def run(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        """q: [rows, heads, head_dim]. kv: [blocks, 2, page, kv_heads, head_dim] view. Returns like q."""
+    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0) -> torch.Tensor:
+        """q: [rows, heads, head_dim]. kv: [blocks, 2, page, kv_heads, head_dim] view. layer: whose `kv` is, for
+        implementations that treat layers differently. Returns like q."""
         ...
+
+
+class AttentionByLayer:
+    """Implements `AttentionCall` for models whose layers have windows: one call for each window there is."""
+
+    def __init__(self, windows: Sequence[int | None], make: Callable[[int | None], AttentionCall]) -> None:
+        """windows: by layer, as in ModelConfig. make: the call for layers of one window."""
+        calls = {window: make(window) for window in dict.fromkeys(windows)}
+        self._calls = list(calls.values())
+        self._by_layer = [calls[window] for window in windows]
+
+    def plan(self, batch: PagedBatch) -> None:
+        """See AttentionCall.plan."""
+        for call in self._calls:
+            call.plan(batch)
+
+    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0) -> torch.Tensor:
+        """See AttentionCall.run."""
+        return self._by_layer[layer].run(q, kv, layer)
 
 
 class TorchAttention:
     """The reference: one dense attention per sequence, in float32."""
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float, window: int | None = None) -> None:
         self._scale = scale
+        self._window = window
         self._batch: PagedBatch | None = None
 
     def plan(self, batch: PagedBatch) -> None:
         """See AttentionCall.plan."""
         self._batch = batch
 
-    def run(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0) -> torch.Tensor:
         """See AttentionCall.run."""
         batch = self._batch
         assert batch is not None, "run() before plan()"
@@ -79,8 +104,11 @@ class TorchAttention:
             k, v = kv[blocks].transpose(0, 1).flatten(1, 2)[:, :context].float().repeat_interleave(shared, 2)
             here = slice(rows[s], rows[s + 1])
             queries = rows[s + 1] - rows[s]
-            position = torch.arange(context - queries, context, device=q.device)
-            mask = torch.arange(context, device=q.device) <= position[:, None]
+            position = torch.arange(context - queries, context, device=q.device)[:, None]
+            key = torch.arange(context, device=q.device)
+            mask = key <= position
+            if self._window is not None:
+                mask &= key > position - self._window
             answer = F.scaled_dot_product_attention(
                 q[here].float().transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), mask, scale=self._scale
             )

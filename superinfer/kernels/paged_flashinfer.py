@@ -20,6 +20,11 @@ def workspace_bytes(max_batch: int, heads: int, head_dim: int, multiprocessors: 
     return max(256 << 20, split + (16 << 20))
 
 
+def _window_left(window: int | None) -> int:
+    """FlashInfer counts the tokens before the position itself, and takes -1 for all."""
+    return -1 if window is None else window - 1
+
+
 class FlashInferDecode:
     """One query per sequence, for a fixed number of sequences whose index buffers never move.
 
@@ -28,7 +33,7 @@ class FlashInferDecode:
 
     def __init__(
         self, workspace: torch.Tensor, plans: torch.Tensor, shape: PagedBatch, heads: int, kv_heads: int, head_dim: int,
-        page: int, scale: float, dtype: torch.dtype,
+        page: int, scale: float, dtype: torch.dtype, window: int | None = None,
     ) -> None:  # fmt: skip
         """workspace, plans: uint8 on the device, shared by all calls of a stream. shape: holds the buffers."""
         self._wrapper = BatchDecodeWithPagedKVCacheWrapper(
@@ -42,7 +47,7 @@ class FlashInferDecode:
         )
         self._wrapper.reset_workspace_buffer(workspace, plans)
         self._sizes = (heads, kv_heads, head_dim, page)
-        self._settings = dict(sm_scale=scale, q_data_type=dtype, kv_data_type=dtype)
+        self._settings = dict(window_left=_window_left(window), sm_scale=scale, q_data_type=dtype, kv_data_type=dtype)
         self._planned = False
 
     def plan(self, batch: PagedBatch) -> None:
@@ -56,7 +61,7 @@ class FlashInferDecode:
             self._wrapper.plan(*host, *self._sizes, **self._settings)
             self._planned = True
 
-    def run(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0) -> torch.Tensor:
         """See AttentionCall.run."""
         out: torch.Tensor = self._wrapper.run(q, kv)
         return out
@@ -67,19 +72,21 @@ class FlashInferPrefill:
 
     def __init__(
         self, workspace: torch.Tensor, plans: torch.Tensor, backend: str, heads: int, kv_heads: int, head_dim: int,
-        page: int, scale: float, dtype: torch.dtype,
+        page: int, scale: float, dtype: torch.dtype, window: int | None = None,
     ) -> None:  # fmt: skip
         self._wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=backend)
         self._wrapper.reset_workspace_buffer(workspace, plans)
         self._sizes = (heads, kv_heads, head_dim, page)
-        self._settings = dict(causal=True, sm_scale=scale, q_data_type=dtype, kv_data_type=dtype)
+        self._settings = dict(
+            causal=True, window_left=_window_left(window), sm_scale=scale, q_data_type=dtype, kv_data_type=dtype
+        )
 
     def plan(self, batch: PagedBatch) -> None:
         """See AttentionCall.plan."""
         host = batch.host_qo_indptr, batch.host_kv_indptr, batch.host_kv_indices, batch.host_last_page_len
         self._wrapper.plan(*host, *self._sizes, **self._settings)
 
-    def run(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0) -> torch.Tensor:
         """See AttentionCall.run."""
         out: torch.Tensor = self._wrapper.run(q, kv)
         return out

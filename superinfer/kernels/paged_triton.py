@@ -1,7 +1,7 @@
 """Paged attention in Triton, for what FlashInfer does not take: float32, head sizes of its own choosing, older GPUs.
 
-One program answers a tile of one sequence's queries for one KV head and walks the sequence's whole context, so a
-single long sequence fills few of a GPU's cores; that is the price of being general.
+One program answers a tile of one sequence's queries for one KV head and walks the whole context that they attend to,
+so a single long sequence fills few of a GPU's cores; that is the price of being general.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ import triton.language as tl
 
 from superinfer.kernels.paged import PagedBatch
 
+NO_WINDOW = 1 << 30  # tokens: longer than any context, and far from overflow when subtracted
+LOWEST = tl.constexpr(-1e30)  # below any score, and finite
+
 
 @triton.jit
 def _paged_attention(
-    q, kv, out, qo_indptr, kv_indptr, kv_indices, last_page_len, scale, page, block_step, value_step, offset_step,
+    q, kv, out, qo_indptr, kv_indptr, kv_indices, last_page_len,
+    scale, window, page, block_step, value_step, offset_step,
     SHARED: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEADS_2: tl.constexpr, DIM_2: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -41,11 +45,13 @@ def _paged_attention(
     tile = tl.load(q + at[:, None] + d[None, :], mask=here, other=0.0)
     position = context - queries + query
 
-    maximum = tl.full((QUERIES * HEADS_2,), float("-inf"), tl.float32)
+    # Finite, for a query may see none of the first keys, which only the tile's earlier ones do: -inf - -inf is NaN.
+    maximum = tl.full((QUERIES * HEADS_2,), LOWEST, tl.float32)
     total = tl.zeros((QUERIES * HEADS_2,), tl.float32)
     result = tl.zeros((QUERIES * HEADS_2, DIM_2), tl.float32)
     end = tl.minimum(context, context - queries + first_query + QUERIES)
-    for start in range(0, end, KEYS):
+    begin = tl.maximum(0, context - queries + first_query + 1 - window)
+    for start in range(begin, end, KEYS):
         key = start + tl.arange(0, KEYS)
         known = key < end
         block = tl.load(kv_indices + first_page + key // page, mask=known, other=0).to(tl.int64)
@@ -53,7 +59,8 @@ def _paged_attention(
         here_kv = known[:, None] & inside[None, :]
         k = tl.load(cell[:, None] + d[None, :], mask=here_kv, other=0.0)
         score = tl.dot(tile, tl.trans(k), input_precision="ieee") * scale
-        score = tl.where(key[None, :] <= position[:, None], score, float("-inf"))
+        seen = (key[None, :] <= position[:, None]) & (key[None, :] > position[:, None] - window)
+        score = tl.where(seen, score, float("-inf"))
         higher = tl.maximum(maximum, tl.max(score, axis=1))
         shrink = tl.exp(maximum - higher)
         weight = tl.exp(score - higher[:, None])
@@ -68,15 +75,16 @@ def _paged_attention(
 class TritonAttention:
     """Implements `AttentionCall`; nothing to prepare on the host but the longest query."""
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float, window: int | None = None) -> None:
         self._scale = scale
+        self._window = NO_WINDOW if window is None else window
         self._batch: PagedBatch | None = None
 
     def plan(self, batch: PagedBatch) -> None:
         """See AttentionCall.plan."""
         self._batch = batch
 
-    def run(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0) -> torch.Tensor:
         """See AttentionCall.run."""
         batch = self._batch
         assert batch is not None, "run() before plan()"
@@ -92,7 +100,7 @@ class TritonAttention:
         grid = (batch.sequences, triton.cdiv(batch.longest_query, queries), kv_heads)
         _paged_attention[grid](
             q, kv, out, batch.qo_indptr, batch.kv_indptr, batch.kv_indices, batch.last_page_len,
-            self._scale, kv.shape[2], kv.stride(0), kv.stride(1), kv.stride(2),
+            self._scale, self._window, kv.shape[2], kv.stride(0), kv.stride(1), kv.stride(2),
             SHARED=shared, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
             HEADS_2=heads_2, DIM_2=dim_2, QUERIES=queries, KEYS=32,
         )  # fmt: skip

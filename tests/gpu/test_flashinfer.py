@@ -63,6 +63,25 @@ def test_decode_equals_dense_attention_eagerly_and_in_a_graph_fed_by_plan_alone(
     close(out, dense_answer(second, SCALE))
 
 
+@pytest.mark.parametrize("window", [1, 16, 333])
+@pytest.mark.parametrize("kind", ["decode", "fa2", "fa3"])
+def test_windows_are_those_of_dense_attention(buffers, kind, window):
+    if kind == "fa3" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("fa3 needs a Hopper GPU")
+    from superinfer.kernels.paged_flashinfer import FlashInferDecode, FlashInferPrefill
+
+    queries = (1, 1, 1) if kind == "decode" else (1, 200, 400)
+    case = make_batch(queries, (77, 200, 900), HEADS, KV_HEADS, HEAD_DIM, PAGE, torch.bfloat16, CUDA, seed=5)
+    call = (
+        FlashInferDecode(*buffers, case.batch, *SIZES, window)
+        if kind == "decode"
+        else FlashInferPrefill(*buffers, kind, *SIZES, window)
+    )
+    for _ in range(2):  # decodes are planned another way the second time
+        call.plan(case.batch)
+        close(call.run(case.q, case.cache[:, case.layer]), dense_answer(case, SCALE, window))
+
+
 @pytest.mark.parametrize("backend", ["fa2", "fa3"])
 def test_prefill_chunks_with_a_computed_past_equal_dense_attention(buffers, backend):
     if backend == "fa3" and torch.cuda.get_device_capability()[0] != 9:

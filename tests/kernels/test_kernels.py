@@ -94,7 +94,7 @@ def test_paged_attention_equals_dense_attention_on_every_layer(heads, kv_heads, 
         AttentionGroup(1, chunk, 10, index(key_rows("c", 0, 10)), chunk_mask),
     ]
     written = torch.tensor([row for s, span in new.items() for row in key_rows(s, *span)])
-    attention = PagedAttention(layer_views(cache), kv_heads, written, written + page, groups)
+    attention = PagedAttention(layer_views(cache), kv_heads, written, written + page, [groups] * layers)
 
     for layer in range(layers):
         q = torch.randn(7, heads, head_dim)

@@ -93,6 +93,20 @@ def test_paged_attention_equals_dense_attention(dtype, heads, kv_heads, head_dim
         torch.testing.assert_close(found.cpu().float(), expected, **tolerance(dtype))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # of rows behind the last query, which are not stored
+@pytest.mark.parametrize("window", [1, 5, 40])
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("queries", [(1, 1, 1), (1, 9, 90)])
+def test_paged_attention_looks_no_further_back_than_its_window(queries, heads, window):
+    """Ninety queries of one head fill tiles whose later ones see none of the keys that the first see."""
+    case = make_batch(queries, (6, 9, 100), heads, 2, 16, 4, torch.float32, DEVICE)
+    expected = dense_answer(case, window=window)
+    for call in (TritonAttention(0.3, window), TorchAttention(0.3, window)):
+        call.plan(case.batch)
+        found = call.run(case.q, case.cache[:, case.layer])
+        torch.testing.assert_close(found.cpu(), expected, **tolerance(torch.float32))
+
+
 def test_filters_find_the_threshold_that_a_sort_finds():
     torch.manual_seed(3)
     scaled = sampling.temper(torch.randn(9, 300) * 3, torch.ones(9))

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from superinfer.kernels import filters, fused, paged_triton
+from superinfer.kernels import filters, fused, fused_moe, paged_triton
 
 INT = "i32"
+# What one block of threads may have, A100 and H100: CUDA's programming guide, "Compute Capabilities".
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
 
 
 def pointers(kind: str, *names: str) -> dict[str, str]:
@@ -34,7 +37,7 @@ def kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     heads = dict(SHARED=4, KV_HEADS=8, HEAD_DIM=128, HEADS_2=4)
     paged = {**pointers(kind, "q", "kv", "out"), "scale": "fp32"}
     paged |= pointers(INT, "qo_indptr", "kv_indptr", "kv_indices", "last_page_len")
-    paged |= numbers("page", "block_step", "value_step", "offset_step")
+    paged |= numbers("window", "page", "block_step", "value_step", "offset_step")
     chosen = {**pointers("fp32", "scaled", "out"), "top_k": "*i64", "top_p": "*fp64", **numbers("vocab")}
     return [
         (fused._rms_norm, norm, dict(ADD=True, BLOCK=4096)),
@@ -47,13 +50,44 @@ def kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     ]
 
 
+def expert_kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """Like `kernels`, with the launch options. Shapes of Mixtral 8x7B; tiles of one token, of decodes, of a prefill."""
+    route = {"logits": f"*{kind}", "weights": "*fp32", "experts": "*i32"}
+    align = {**pointers(INT, "experts", "rows", "block_expert"), **numbers("total", "blocks")}
+    lists = {**pointers(INT, "rows", "block_expert"), **numbers("total", "blocks")}
+    made = [
+        (fused_moe._route, route, dict(EXPERTS=8, EXPERTS_2=8, TOP_K=2, TOP_K_2=2, NORMALIZE=True), dict(num_warps=1)),
+        (fused_moe._align, align, dict(EXPERTS=8, BINS=16, CHUNK=4096, BLOCK=128), {}),
+        (fused_moe._combine, pointers(kind, "parts", "out"), dict(HIDDEN=4096, TOP_K=2, BLOCK=2048), {}),
+    ]
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    for tiles in dict.fromkeys(fused_moe.choose_tiles(rows, 8, dtype) for rows in (2, 1000, 16384)):
+        sizes = dict(HIDDEN=4096, SIZE=14336, ROWS=tiles.rows, DEPTH=tiles.depth)
+        options = dict(num_warps=tiles.warps, num_stages=tiles.stages)
+        products = {**pointers(kind, "x", "weight", "out"), **lists}
+        made += [
+            (fused_moe._gate_up, products, dict(sizes, TOP_K=2, COLUMNS=tiles.gate_up_columns), options),
+            (fused_moe._down, {**products, "scales": "*fp32"}, dict(sizes, COLUMNS=tiles.down_columns), options),
+        ]
+    return made
+
+
 def main() -> None:
     for capability, kind in ((80, "fp32"), (90, "bf16")):
         target = GPUTarget("cuda", capability, 32)
-        for kernel, types, constants in kernels(kind):
+        every = [(*parts, {}) for parts in kernels(kind)] + expert_kernels(kind)
+        for kernel, types, constants, options in every:
             signature = {**types, **dict.fromkeys(constants, "constexpr")}
             places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-            made = triton.compile(ASTSource(kernel, signature, places), target=target)
+            # As at a real launch, where tensors start at multiples of 16 bytes: it decides how loads are made.
+            aligned = {
+                (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+                for name, kind_of in types.items()
+                if kind_of.startswith("*")
+            }
+            made = triton.compile(ASTSource(kernel, signature, places, aligned), target=target, options=options)
+            shared = made.metadata.shared
+            assert shared <= SHARED_MEMORY[capability], f"{kernel.__name__} wants {shared} bytes of shared memory"
             print(capability, kind, kernel.__name__, len(made.asm["cubin"]), "bytes")
 
 

@@ -61,13 +61,15 @@ def make_batch(
     return Case(batch, q, cache.to(device), layer, dense, queries)
 
 
-def dense_answer(case: Case, scale: float = 0.3) -> torch.Tensor:
+def dense_answer(case: Case, scale: float = 0.3, window: int | None = None) -> torch.Tensor:
     """[rows, heads, head_dim] float32 on the CPU, computed in float64."""
     rows = []
     heads = case.q.shape[1]
     for q, kv in zip(case.q.cpu().double().split(list(case.queries)), case.dense, strict=True):
         k, v = kv.double().repeat_interleave(heads // kv.shape[2], 2)
         mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        if window is not None:
+            mask = mask.triu(len(k) - len(q) - window + 1)
         score = torch.einsum("qhd,khd->hqk", q, k) * scale
         rows.append(torch.einsum("hqk,khd->qhd", score.masked_fill(~mask, -torch.inf).softmax(-1), v))
     return torch.cat(rows).float()

@@ -7,7 +7,7 @@ import logging
 import torch
 
 from superinfer.errors import ModelLoadError
-from superinfer.kernels.paged import AttentionCall, Choice, PagedBatch, choose_attention
+from superinfer.kernels.paged import AttentionByLayer, AttentionCall, Choice, PagedBatch, choose_attention
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine.cuda_executor import CudaExecutor, DecodeAttention
 from superinfer.runtime.engine.model_executor import executor_limits
@@ -62,22 +62,31 @@ def make_attention(choice: Choice, config: EngineConfig, model: CausalLM) -> tup
     if choice.decode == "triton":
         from superinfer.kernels.paged_triton import TritonAttention
 
-        return lambda _: TritonAttention(scale), TritonAttention(scale)
+        def triton_attention(_: PagedBatch | None = None) -> AttentionCall:
+            return AttentionByLayer(shape.windows, lambda window: TritonAttention(scale, window))
+
+        return triton_attention, triton_attention()
     from superinfer.kernels.paged_flashinfer import PLAN_BYTES, FlashInferDecode, FlashInferPrefill, workspace_bytes
 
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim, config.page_size
     needed = workspace_bytes(config.max_batch_size, shape.num_heads, shape.head_dim, multiprocessors, sizes[1])
     workspace = torch.zeros(needed, dtype=torch.uint8, device=device)
-    # Decodes and chunks of one step are both planned before either runs: each plan has a place of its own.
-    plans = torch.zeros(2, PLAN_BYTES, dtype=torch.uint8, device=device)
+    # Decodes and chunks of one step are all planned before any runs: each plan has a place of its own.
+    place = {window: i for i, window in enumerate(dict.fromkeys(shape.windows))}
+    plans = torch.zeros(2, len(place), PLAN_BYTES, dtype=torch.uint8, device=device)
     backend = choice.prefill.removeprefix("flashinfer-")
-    prefill = FlashInferPrefill(workspace, plans[0], backend, *sizes, scale, dtype)
+
+    def prefill(window: int | None) -> AttentionCall:
+        return FlashInferPrefill(workspace, plans[0, place[window]], backend, *sizes, scale, dtype, window)
 
     def decode(batch: PagedBatch) -> AttentionCall:
-        return FlashInferDecode(workspace, plans[1], batch, *sizes, scale, dtype)
+        return AttentionByLayer(
+            shape.windows,
+            lambda window: FlashInferDecode(workspace, plans[1, place[window]], batch, *sizes, scale, dtype, window),
+        )
 
-    return decode, prefill
+    return decode, AttentionByLayer(shape.windows, prefill)
 
 
 class _NoAttention:

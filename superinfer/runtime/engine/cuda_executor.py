@@ -49,9 +49,9 @@ class SplitAttention:
         kv = self._views[layer]
         q = fused.rope_and_store(qkv, cos, sin, self._places, kv, self._kv_heads)
         if len(self._calls) == 1:
-            return self._calls[0][1].run(q, kv).flatten(1)
+            return self._calls[0][1].run(q, kv, layer).flatten(1)
         parts = zip(q.split([rows for rows, _ in self._calls]), self._calls, strict=True)
-        return torch.cat([call.run(part, kv) for part, (_, call) in parts]).flatten(1)
+        return torch.cat([call.run(part, kv, layer) for part, (_, call) in parts]).flatten(1)
 
 
 @dataclass(slots=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +18,7 @@ from superinfer.runtime.engine.grammar import GrammarCompiler
 from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
 from superinfer.runtime.engine.step_inputs import BlockTables, StepAssembler, StepInputs
 from superinfer.runtime.kv.duplex_cpu import CpuDuplex
+from superinfer.runtime.memory import free_memory
 from superinfer.runtime.models.config import ModelConfig, load_config
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import Progress, check_architecture, load_model, resolve_model
@@ -77,7 +76,7 @@ class ModelExecutor:
         blocks_per_slot = -(-limits.max_model_len // page)
         self._tables = BlockTables(limits.num_slots, blocks_per_slot, limits.num_blocks, config.num_layers * 2 * page)
         token_bytes = 2 * config.kv_row * weight.dtype.itemsize
-        self._assembler = StepAssembler(self._tables, page, token_bytes, weight.dtype, self._device)
+        self._assembler = StepAssembler(self._tables, page, token_bytes, config.windows, weight.dtype, self._device)
         self.grammars = GrammarCompiler(path, config.vocab_size, config.eos_token_ids)
         self._sampling = SamplingState(limits.num_slots, config.vocab_size, self._device, self.grammars)
         self._last_tokens = torch.zeros(limits.num_slots, dtype=torch.int64, device=self._device)
@@ -239,14 +238,8 @@ def resolve_device(config: EngineConfig) -> torch.device:
 
 
 def model_length(config: EngineConfig, model: ModelConfig) -> int:
-    """The longest sequence wanted, in tokens. Raises UnsupportedError where a sliding window would be in use."""
-    wanted_len = min(model.max_position_embeddings, config.max_model_len or model.max_position_embeddings)
-    if model.sliding_window is not None and wanted_len > model.sliding_window:
-        raise UnsupportedError(
-            f"{model.architecture} limits attention to a window of {model.sliding_window} tokens, which is not "
-            f"implemented; set max_model_len to at most {model.sliding_window}"
-        )
-    return wanted_len
+    """The longest sequence wanted, in tokens."""
+    return min(model.max_position_embeddings, config.max_model_len or model.max_position_embeddings)
 
 
 def executor_limits(config: EngineConfig, model: ModelConfig, length: int, pool_tokens: int) -> ExecutorLimits:
@@ -272,18 +265,10 @@ def _pool_tokens(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, m
         return config.kv_tokens
     page = config.page_size
     per_sequence = -(-min(model_len, DEFAULT_SEQUENCE_TOKENS) // page) * page
-    tokens = min(config.max_batch_size * per_sequence, int(_free_memory() * DEFAULT_MEMORY_SHARE) // per_token)
+    free = free_memory(torch.device("cpu"))
+    tokens = min(config.max_batch_size * per_sequence, int(free * DEFAULT_MEMORY_SHARE) // per_token)
     if tokens < page:
         raise ModelLoadError(
-            f"{_free_memory() >> 20} MiB of free memory leave no room for one KV block of {page * per_token} bytes"
+            f"{free >> 20} MiB of free memory leave no room for one KV block of {page * per_token} bytes"
         )
     return tokens
-
-
-def _free_memory() -> int:
-    """Bytes that can be used without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -75,7 +75,7 @@ class StepInputs:
 
     ids, positions, key_index, value_index: [tokens] int64 on the device. ids of decodes are 0 until filled in.
     continued: rows and their slots whose token is the one sampled last in the slot; None when there are none.
-    groups: attention calls, covering the rows in order.
+    groups: by layer, attention calls that cover the rows in order.
     last_rows: the row of each work's last token.
     """
 
@@ -85,7 +85,7 @@ class StepInputs:
     key_index: torch.Tensor
     value_index: torch.Tensor
     continued: tuple[torch.Tensor, torch.Tensor] | None
-    groups: list[AttentionGroup]
+    groups: list[list[AttentionGroup]]
     last_rows: np.ndarray
 
 
@@ -93,11 +93,19 @@ class StepAssembler:
     """Turns work into StepInputs for one cache and device."""
 
     def __init__(
-        self, tables: BlockTables, page: int, token_bytes: int, dtype: torch.dtype, device: torch.device
+        self,
+        tables: BlockTables,
+        page: int,
+        token_bytes: int,
+        windows: Sequence[int | None],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        """token_bytes: key and value of one token in one layer. dtype: of attention masks, the model's."""
+        """token_bytes: key and value of one token in one layer. windows: by layer, as in ModelConfig.
+        dtype: of attention masks, the model's."""
         self._tables = tables
         self._page = page
+        self._windows = windows
         self._dtype = dtype
         self._device = device
         self._group_tokens = max(1, GROUP_BYTES // token_bytes)
@@ -116,9 +124,6 @@ class StepAssembler:
         last_rows = np.cumsum(lengths) - 1
         token_slots = np.repeat(slots, lengths)
         positions = np.arange(len(token_slots)) - np.repeat(last_rows - (ends - 1), lengths)
-        decodes = len(singles)
-        groups = self._decode_groups(slots[:decodes], ends[:decodes])
-        groups += [self._chunk_group(w.slot, w.start, w.length) for w in chunks]
         key_index = self._tables.rows_at(token_slots, positions, self._page)
         return StepInputs(
             work=ordered,
@@ -127,7 +132,7 @@ class StepAssembler:
             key_index=self._to_device(key_index),
             value_index=self._to_device(key_index + self._page),
             continued=self._continued(singles, slots),
-            groups=groups,
+            groups=self._groups_by_layer(slots, ends, chunks),
             last_rows=last_rows,
         )
 
@@ -144,19 +149,39 @@ class StepAssembler:
             return None
         return self._to_device(rows), self._to_device(slots[rows])
 
-    def _decode_groups(self, slots: np.ndarray, contexts: np.ndarray) -> list[AttentionGroup]:
+    def _groups_by_layer(
+        self, slots: np.ndarray, ends: np.ndarray, chunks: list[SlotWork]
+    ) -> list[list[AttentionGroup]]:
+        """Layers of one window share their groups, and so do those whose window nobody has outgrown yet."""
+        longest = int(ends.max())
+        windows = [window if window is not None and window < longest else None for window in self._windows]
+        decodes = len(slots) - len(chunks)
+        made = {}
+        for window in dict.fromkeys(windows):
+            made[window] = self._decode_groups(slots[:decodes], ends[:decodes], window)
+            made[window] += [self._chunk_group(w.slot, w.start, w.length, window) for w in chunks]
+        return [made[window] for window in windows]
+
+    def _decode_groups(self, slots: np.ndarray, ends: np.ndarray, window: int | None) -> list[AttentionGroup]:
         """One group per run of the (ascending) contexts whose padded size stays within GROUP_BYTES."""
+        contexts = ends if window is None else np.minimum(ends, window)
+        starts = None if window is None else ends - contexts
         groups, first = [], 0
         for last in range(len(slots)):
             ends_here = last + 1 == len(slots)
             if ends_here or (last + 2 - first) * contexts[last + 1] > self._group_tokens:
-                groups.append(self._decode_group(slots[first : last + 1], contexts[first : last + 1]))
+                here = slice(first, last + 1)
+                groups.append(self._decode_group(slots[here], contexts[here], None if starts is None else starts[here]))
                 first = last + 1
         return groups
 
-    def _decode_group(self, slots: np.ndarray, contexts: np.ndarray) -> AttentionGroup:
+    def _decode_group(self, slots: np.ndarray, contexts: np.ndarray, starts: np.ndarray | None) -> AttentionGroup:
+        """starts: where each context begins; None: all at 0."""
         longest = int(contexts[-1])
-        rows = self._tables.rows(slots, longest, self._page)
+        if starts is None:
+            rows = self._tables.rows(slots, longest, self._page)
+        else:  # a context shorter than the longest starts at 0, so that none is read beyond the longest sequence
+            rows = self._tables.rows_at(slots[:, None], starts[:, None] + np.arange(longest), self._page)
         mask = None
         if contexts[0] != longest:
             attended = np.arange(longest) < contexts[:, None]
@@ -164,13 +189,17 @@ class StepAssembler:
             mask = self._mask(attended[:, None, None, :])
         return AttentionGroup(len(slots), 1, longest, self._kv_index(rows), mask)
 
-    def _chunk_group(self, slot: int, start: int, length: int) -> AttentionGroup:
-        context = start + length
-        rows = self._kv_index(self._tables.rows(np.array([slot]), context, self._page))
-        if start == 0:
-            return AttentionGroup(1, length, context, rows, causal=True)
-        attended = np.arange(context) <= np.arange(start, context)[:, None]
-        return AttentionGroup(1, length, context, rows, self._mask(attended))
+    def _chunk_group(self, slot: int, start: int, length: int, window: int | None) -> AttentionGroup:
+        end = start + length
+        first = 0 if window is None else max(0, start + 1 - window)
+        keys, queries = np.arange(first, end), np.arange(start, end)[:, None]
+        rows = self._kv_index(self._tables.rows_at(np.array([slot]), keys, self._page))
+        if start == 0 and (window is None or end <= window):
+            return AttentionGroup(1, length, end, rows, causal=True)
+        attended = keys <= queries
+        if window is not None:
+            attended &= keys > queries - window
+        return AttentionGroup(1, length, end - first, rows, self._mask(attended))
 
     def _kv_index(self, key_rows: np.ndarray) -> torch.Tensor:
         both = np.empty((2, key_rows.size), dtype=np.int64)

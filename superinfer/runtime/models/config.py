@@ -23,10 +23,22 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """The experts of a mixture. intermediate_size: of one expert. normalize: a token's weights are scaled to sum to 1.
+    layers: those that have experts; the others have a plain feed-forward layer."""
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    normalize: bool
+    layers: frozenset[int]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes and switches of a Llama-like decoder.
 
-    sliding_window: tokens a layer may look back, where the checkpoint limits it; None: no limit.
+    windows: by layer, how many tokens a position attends to, itself included; None: all before it.
     dtype: the checkpoint's own.
     """
 
@@ -44,7 +56,8 @@ class ModelConfig:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
-    sliding_window: int | None
+    windows: tuple[int | None, ...]
+    moe: MoEConfig | None
     initializer_range: float
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
@@ -86,6 +99,9 @@ def load_config(path: Path) -> ModelConfig:
 
 
 def _from_transformers(architecture: str, hf: Any, eos_token_ids: tuple[int, ...]) -> ModelConfig:
+    if quantization := getattr(hf, "quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UnsupportedError(f"weights quantized by {method} are not supported; take the model's unquantized weights")
     if hf.hidden_act != "silu":
         raise UnsupportedError(f"hidden_act={hf.hidden_act!r} is not supported; only 'silu' is")
     heads, kv_heads = hf.num_attention_heads, hf.num_key_value_heads or hf.num_attention_heads
@@ -107,7 +123,8 @@ def _from_transformers(architecture: str, hf: Any, eos_token_ids: tuple[int, ...
         tie_word_embeddings=bool(hf.tie_word_embeddings),
         attention_bias=bool(getattr(hf, "attention_bias", False)),
         mlp_bias=bool(getattr(hf, "mlp_bias", False)),
-        sliding_window=_sliding_window(hf),
+        windows=_windows(architecture, hf),
+        moe=_moe(architecture, hf),
         initializer_range=hf.initializer_range,
         eos_token_ids=eos_token_ids,
         dtype=hf.dtype if isinstance(hf.dtype, torch.dtype) else torch.float32,
@@ -133,13 +150,42 @@ def _rope(hf: Any, head_dim: int) -> RopeConfig:
     return RopeConfig(tuple(inv_freq.tolist()), float(scaling))
 
 
-def _sliding_window(hf: Any) -> int | None:
-    """Mistral limits every layer whenever sliding_window is set; Qwen lists the limited layers in layer_types."""
-    window = getattr(hf, "sliding_window", None)
-    layer_types = getattr(hf, "layer_types", None)
-    if window is None or (layer_types is not None and "sliding_attention" not in layer_types):
+def _windows(architecture: str, hf: Any) -> tuple[int | None, ...]:
+    """Which layers look back how far. Mistral, Mixtral and Qwen3-MoE limit every layer once sliding_window is set;
+    Qwen2 and Qwen3 name the limited ones in layer_types, which transformers makes of max_window_layers where absent."""
+    unlimited = (None,) * hf.num_hidden_layers
+    window = getattr(hf, "sliding_window", None) if getattr(hf, "use_sliding_window", True) else None
+    if window is None or architecture == "LlamaForCausalLM":  # Llama has none, whatever its config says
+        return unlimited
+    if window < 1:
+        raise ModelLoadError(f"sliding_window={window} must be at least 1, or null for none")
+    if window >= hf.max_position_embeddings:  # reaches back to the first token from everywhere
+        return unlimited
+    if architecture not in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        return (window,) * hf.num_hidden_layers
+    kinds = {"sliding_attention": window, "full_attention": None}
+    if unknown := set(hf.layer_types) - set(kinds):
+        raise UnsupportedError(f"layer_types has {sorted(unknown)}; only {', '.join(kinds)} are supported")
+    return tuple(kinds[kind] for kind in hf.layer_types)
+
+
+def _moe(architecture: str, hf: Any) -> MoEConfig | None:
+    """The mixture of a Mixtral or Qwen3-MoE config; None for all other models."""
+    layers = range(hf.num_hidden_layers)
+    if architecture == "MixtralForCausalLM":
+        experts, intermediate, normalize = hf.num_local_experts, hf.intermediate_size, True
+        sparse = frozenset(layers)
+    elif architecture == "Qwen3MoeForCausalLM":
+        experts, intermediate, normalize = hf.num_experts, hf.moe_intermediate_size, bool(hf.norm_topk_prob)
+        if hf.decoder_sparse_step < 1:
+            raise ModelLoadError(f"decoder_sparse_step={hf.decoder_sparse_step} must be at least 1")
+        dense = set(hf.mlp_only_layers or ())
+        sparse = frozenset(i for i in layers if i not in dense and experts and (i + 1) % hf.decoder_sparse_step == 0)
+    else:
         return None
-    return int(window)
+    if sparse and not 1 <= hf.num_experts_per_tok <= experts:
+        raise ModelLoadError(f"num_experts_per_tok={hf.num_experts_per_tok} is not within 1..{experts} experts")
+    return MoEConfig(experts, hf.num_experts_per_tok, intermediate, normalize, sparse)
 
 
 def _eos_token_ids(path: Path, hf: Any) -> tuple[int, ...]:

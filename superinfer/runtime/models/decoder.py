@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,10 +18,11 @@ from superinfer.runtime.models.layers import (
     RotaryEmbedding,
     StepContext,
 )
+from superinfer.runtime.models.moe import SparseMLP
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, attention: Attention, mlp: MLP) -> None:
+    def __init__(self, config: ModelConfig, attention: Attention, mlp: MLP | SparseMLP) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = attention
@@ -60,13 +63,18 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A decoder with a language-model head. Subclasses override the two `make_` methods where they differ."""
+    """A decoder with a language-model head. Subclasses override the two `make_` methods where they differ.
+
+    checkpoint_names: module name here -> in the checkpoint, where that differs.
+    """
+
+    checkpoint_names: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         layers = [
-            DecoderLayer(config, self.make_attention(config, i), self.make_mlp(config))
+            DecoderLayer(config, self.make_attention(config, i), self.make_mlp(config, i))
             for i in range(config.num_layers)
         ]
         self.model = Decoder(config, layers)
@@ -79,7 +87,7 @@ class CausalLM(nn.Module):
         return Attention(config, layer)
 
     @staticmethod
-    def make_mlp(config: ModelConfig) -> MLP:
+    def make_mlp(config: ModelConfig, layer: int) -> MLP | SparseMLP:
         return MLP(config)
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend) -> torch.Tensor:

@@ -72,6 +72,11 @@ class FusedLinear(Linear):
         super().__init__(inputs, sum(parts.values()), bias)
         self.parts = parts
 
+    def checkpoint_parts(self, kind: str) -> dict[str, torch.Tensor]:
+        """Checkpoint tensors, named beside this module, -> their slice of the parameter `kind`, "weight" or "bias"."""
+        slices = self.get_parameter(kind).split(list(self.parts.values()))
+        return {f"{part}.{kind}": rows for part, rows in zip(self.parts, slices, strict=True)}
+
 
 class RotaryEmbedding(nn.Module):
     def __init__(self, rope: RopeConfig) -> None:

@@ -1,4 +1,5 @@
-"""Llama 2 and 3 (Touvron et al. 2023, Dubey et al. 2024), and Mistral where its sliding window is not in use."""
+"""Llama 2 and 3 (Touvron et al. 2023, Dubey et al. 2024), and Mistral 7B (Jiang et al. 2023), whose
+sliding window is a matter of attention: `ModelConfig.windows`."""
 
 from __future__ import annotations
 
@@ -13,5 +14,5 @@ class LlamaForCausalLM(CausalLM):
         return Attention(config, layer, qkv_bias=config.attention_bias, out_bias=config.attention_bias)
 
     @staticmethod
-    def make_mlp(config: ModelConfig) -> MLP:
+    def make_mlp(config: ModelConfig, layer: int) -> MLP:
         return MLP(config, bias=config.mlp_bias)

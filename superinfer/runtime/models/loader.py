@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,13 +14,16 @@ from safetensors import SafetensorError, safe_open
 
 from superinfer.errors import ModelLoadError, UnsupportedError
 from superinfer.runtime.config import EMBEDDED
+from superinfer.runtime.memory import free_memory
 from superinfer.runtime.models.config import ModelConfig, load_config, read_architecture
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.layers import FusedLinear, RMSNorm
+from superinfer.runtime.models.moe import Experts
 from superinfer.runtime.models.registry import model_class
 
 Progress = Callable[[str, float], None]
 
+DUMMY_PIECE = 1 << 26  # numbers drawn at once, 256 MiB
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -74,21 +78,34 @@ def load_model(
 
     config: from `load_config(path)`, where the caller has it already. dtype: weights are converted to it.
     load_format: "auto" reads the folder's safetensors; "dummy" draws weights from `seed`.
-    on_progress: called with a label and the fraction of tensors loaded, 0..1.
+    on_progress: called with a label and the fraction of tensors loaded, or of parameters drawn, 0..1.
     Raises ModelLoadError naming the file and tensor at fault, UnsupportedError for features not implemented.
     """
     cls = check_architecture(path)
     config = config or load_config(path)
-    with _default_dtype(dtype), torch.device(device):
-        model = cls(config)
-    model.requires_grad_(False).eval()
+    model = _empty_model(cls, config, dtype, device)
     if load_format == "dummy":
-        _fill_dummy(model, seed)
+        _fill_dummy(model, seed, on_progress)
     elif load_format == "auto":
         _load_weights(model, path, on_progress)
     else:
         raise UnsupportedError(f"load_format={load_format!r} is not known; use 'auto' or 'dummy'")
     return model
+
+
+def _empty_model(cls: type[CausalLM], config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> CausalLM:
+    """Parameters without values. Raises ModelLoadError where there is no memory for them."""
+    with _default_dtype(dtype):
+        with torch.device("meta"):
+            needed = sum(parameter.nbytes for parameter in cls(config).parameters())
+        free = free_memory(torch.device(device))
+        if needed > free:
+            raise ModelLoadError(
+                f"the weights take {needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, and {device} has "
+                f"{free / 2**30:.1f} GiB free; take a smaller model or dtype, or a larger device"
+            )
+        with torch.device(device):
+            return cls(config).requires_grad_(False).eval()
 
 
 @contextmanager
@@ -101,54 +118,88 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def checkpoint_targets(model: CausalLM) -> dict[str, torch.Tensor]:
-    """Checkpoint tensor name -> the (slice of a) parameter that holds it."""
-    targets = {}
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a checkpoint's tensor goes: a parameter or a slice of one. fills: the tensors, by their published names,
+    that are then no longer missing."""
+
+    tensor: torch.Tensor
+    fills: tuple[str, ...]
+
+
+def checkpoint_targets(model: CausalLM) -> dict[str, Target]:
+    """Checkpoint tensor name -> where it goes.
+
+    Under the names that models are published with, projections and experts each apart, and under the names of this
+    model's own parameters, which is how transformers 5 writes experts with `save_original_format=False`.
+    """
+    published: dict[str, Target] = {}
+    own: dict[str, Target] = {}
     for path, module in model.named_modules():
+        at = _published_path(path, model)
         for kind, parameter in module.named_parameters(recurse=False):
-            if not isinstance(module, FusedLinear):
-                targets[f"{path}.{kind}"] = parameter
-                continue
-            parent = path.rpartition(".")[0]
-            slices = parameter.split(list(module.parts.values()))
-            targets |= {f"{parent}.{part}.{kind}": s for part, s in zip(module.parts, slices, strict=True)}
+            if isinstance(module, FusedLinear):
+                parts = {
+                    f"{at.rpartition('.')[0]}.{name}": part for name, part in module.checkpoint_parts(kind).items()
+                }
+            elif isinstance(module, Experts):
+                parts = {f"{at}.{name}": part for name, part in module.checkpoint_parts(kind).items()}
+            else:
+                parts = {f"{at}.{kind}": parameter}
+            published |= {name: Target(part, (name,)) for name, part in parts.items()}
+            own[f"{path}.{kind}"] = Target(parameter, tuple(parts))
+    targets = own | published
     if model.config.tie_word_embeddings:
         targets.pop("lm_head.weight", None)
     return targets
 
 
+def _published_path(path: str, model: CausalLM) -> str:
+    return ".".join(model.checkpoint_names.get(name, name) for name in path.split("."))
+
+
 def _load_weights(model: CausalLM, path: Path, on_progress: Progress | None) -> None:
     targets = checkpoint_targets(model)
-    missing = set(targets)
+    missing = {name for target in targets.values() for name in target.fills}
+    total, head = len(missing), None
     for file in _weight_files(path):
         for name, tensor in _read_tensors(file):
-            if _is_redundant(name, model.config):
+            if name.endswith("rotary_emb.inv_freq"):  # old Llamas carry it, although it follows from the config
                 continue
-            if name not in targets:
-                raise ModelLoadError(
-                    f"{file} holds tensor {name!r}, which {model.config.architecture} has no place for; "
-                    "config.json and weights are not of the same model"
-                )
-            target = targets[name]
-            if tensor.shape != target.shape:
-                raise ModelLoadError(
-                    f"{file}: tensor {name!r} is {list(tensor.shape)}, but config.json asks for {list(target.shape)}"
-                )
-            target.copy_(tensor)
-            missing.discard(name)
+            if name == "lm_head.weight" and model.config.tie_word_embeddings:
+                head = tensor
+                continue
+            _fill(targets, name, tensor, file, model.config)
+            missing.difference_update(targets[name].fills)
             if on_progress is not None:
-                on_progress("loading weights", 1.0 - len(missing) / len(targets))
+                on_progress("loading weights", 1.0 - len(missing) / total)
     if missing:
-        names = sorted(missing)
         raise ModelLoadError(
-            f"{path} lacks {len(names)} of {len(targets)} tensors, the first is {names[0]!r}; "
+            f"{path} lacks {len(missing)} of {total} tensors, the first is {min(missing)!r}; "
             "download the checkpoint again, all of its files"
+        )
+    if head is not None and not torch.equal(head.to(model.lm_head.weight), model.lm_head.weight):
+        raise ModelLoadError(
+            f"{path} says tie_word_embeddings=true, but its 'lm_head.weight' is not 'model.embed_tokens.weight'; "
+            "set tie_word_embeddings to false in config.json to use both"
         )
 
 
-def _is_redundant(name: str, config: ModelConfig) -> bool:
-    """Tensors some checkpoints carry although they follow from the config or from another tensor."""
-    return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+def _fill(targets: dict[str, Target], name: str, tensor: torch.Tensor, file: Path, config: ModelConfig) -> None:
+    """Copy one tensor to its place, converting it. Raises ModelLoadError where it has none or does not fit."""
+    if name not in targets:
+        raise ModelLoadError(
+            f"{file} holds tensor {name!r}, which {config.architecture} has no place for; "
+            "config.json and weights are not of the same model"
+        )
+    target = targets[name].tensor
+    if tensor.shape != target.shape:
+        raise ModelLoadError(
+            f"{file}: tensor {name!r} is {list(tensor.shape)}, but config.json asks for {list(target.shape)}"
+        )
+    if not tensor.is_floating_point():
+        raise ModelLoadError(f"{file}: tensor {name!r} holds {tensor.dtype}, which is no weight; is it quantized?")
+    target.copy_(tensor)
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -163,6 +214,8 @@ def _weight_files(path: Path) -> list[Path]:
         return [single]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("weight_map does not name files")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelLoadError(f"{index} is damaged ({type(error).__name__}: {error}); download it again") from error
     for name in names:
@@ -181,16 +234,26 @@ def _read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
         raise ModelLoadError(f"{file} is damaged or incomplete ({error}); download it again") from error
 
 
-def _fill_dummy(model: CausalLM, seed: int) -> None:
+def _fill_dummy(model: CausalLM, seed: int, on_progress: Progress | None) -> None:
     """Weights as a fresh model has them; the same for the same seed."""
     # Drawn where the weights lie: 8 billion normals take a GPU a second and a CPU a minute.
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, RMSNorm):
-                parameter.fill_(1.0)
-            elif name == "bias":
-                parameter.zero_()
-            else:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device=generator.device)
-                parameter.copy_(noise * model.config.initializer_range)
+    places = [(m, name, parameter) for m in model.modules() for name, parameter in m.named_parameters(recurse=False)]
+    slow = sum(parameter.numel() for _, _, parameter in places) > DUMMY_PIECE  # else done before it can be read
+    for done, (module, name, parameter) in enumerate(places, 1):
+        if isinstance(module, RMSNorm):
+            parameter.fill_(1.0)
+        elif name == "bias":
+            parameter.zero_()
+        else:
+            _fill_normal(parameter, model.config.initializer_range, generator)
+        if on_progress is not None and slow:
+            on_progress("drawing weights", done / len(places))
+
+
+def _fill_normal(parameter: torch.Tensor, deviation: float, generator: torch.Generator) -> None:
+    """A piece at a time: stacked experts are gigabytes, and the float32 noise beside them as much again."""
+    flat = parameter.view(-1)
+    for piece in flat.split(DUMMY_PIECE):
+        noise = torch.randn(piece.shape, generator=generator, dtype=torch.float32, device=generator.device)
+        piece.copy_(noise.mul_(deviation))

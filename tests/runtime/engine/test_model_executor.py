@@ -9,7 +9,7 @@ import torch
 from checkpoints import VARIANTS, generate, logprobs, make_checkpoint
 from stepper import Stepper
 
-from superinfer.errors import InvalidRequestError, UnsupportedError
+from superinfer.errors import InvalidRequestError
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine.model_executor import build_executor
 from superinfer.runtime.protocol import SamplingParams
@@ -286,20 +286,3 @@ def test_what_a_client_is_told_of_the_model(llama):
     assert (executor.architecture, executor.dtype, executor.device) == ("LlamaForCausalLM", "float32", "cpu")
     assert executor.path == executor.model_name == str(llama[0])
     assert executor.eos_token_ids == ()
-
-
-def test_a_sliding_window_in_use_is_refused_and_one_out_of_reach_is_not(tmp_path):
-    model = make_checkpoint(tmp_path, "mistral", sliding_window=64)
-    with pytest.raises(UnsupportedError, match=r"window of 64 tokens.*max_model_len to at most 64"):
-        executor_of(tmp_path)
-    stepper = Stepper(executor_of(tmp_path, max_model_len=64))
-    (prompt,) = prompts_of([30])
-    sequence = stepper.add(prompt, room=TOKENS)
-    stepper.run([sequence], TOKENS)
-    assert sequence.output == generate(model, prompt, TOKENS)
-
-
-def test_qwens_sliding_window_is_seen_in_its_layer_types(tmp_path):
-    make_checkpoint(tmp_path, "qwen2", use_sliding_window=True, sliding_window=32, max_window_layers=1)
-    with pytest.raises(UnsupportedError, match="window of 32 tokens"):
-        executor_of(tmp_path)

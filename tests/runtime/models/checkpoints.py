@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 BASE = dict(
     vocab_size=211,
@@ -22,6 +31,8 @@ BASE = dict(
     eos_token_id=None,
     pad_token_id=None,
 )
+MIXTRAL = dict(num_local_experts=5, num_experts_per_tok=2, sliding_window=None)
+QWEN3_MOE = dict(head_dim=16, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=40)
 LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
 YARN = dict(rope_type="yarn", factor=4.0)
 
@@ -47,10 +58,35 @@ VARIANTS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         dict(rope_parameters=dict(YARN, original_max_position_embeddings=64, rope_theta=10000.0)),
     ),
     "mistral": (MistralConfig, dict(sliding_window=None)),
+    # Windows shorter than most prompts of the tests, one of them shorter than a block.
+    "mistral-window": (MistralConfig, dict(sliding_window=11)),
+    "mistral-window-of-3": (MistralConfig, dict(sliding_window=3)),
+    "mistral-window-7-heads": (
+        MistralConfig,
+        dict(sliding_window=8, hidden_size=112, num_attention_heads=7, num_key_value_heads=1),
+    ),
     "qwen2": (Qwen2Config, {}),
     "qwen2-tied": (Qwen2Config, dict(tie_word_embeddings=True)),
+    "qwen2-upper-layers-windowed": (Qwen2Config, dict(use_sliding_window=True, sliding_window=9, max_window_layers=1)),
     "qwen3": (Qwen3Config, dict(head_dim=32)),
     "qwen3-biases": (Qwen3Config, dict(head_dim=16, attention_bias=True)),
+    "qwen3-alternating-windows": (
+        Qwen3Config,
+        dict(
+            head_dim=32,
+            use_sliding_window=True,
+            sliding_window=6,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
+    "mixtral": (MixtralConfig, MIXTRAL),
+    "mixtral-tied-window": (MixtralConfig, dict(MIXTRAL, tie_word_embeddings=True, sliding_window=10)),
+    "mixtral-every-expert": (MixtralConfig, dict(MIXTRAL, num_experts_per_tok=5)),
+    "qwen3-moe": (Qwen3MoeConfig, QWEN3_MOE),
+    "qwen3-moe-normalized": (Qwen3MoeConfig, dict(QWEN3_MOE, norm_topk_prob=True, num_experts_per_tok=1)),
+    "qwen3-moe-second-layers": (Qwen3MoeConfig, dict(QWEN3_MOE, norm_topk_prob=True, decoder_sparse_step=2)),
+    "qwen3-moe-dense-first": (Qwen3MoeConfig, dict(QWEN3_MOE, mlp_only_layers=[0], attention_bias=True)),
+    "qwen3-moe-window": (Qwen3MoeConfig, dict(QWEN3_MOE, use_sliding_window=True, sliding_window=10)),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +77,17 @@ def test_progress_ends_at_one_and_never_falls(folder):
     assert seen == sorted(seen) and seen[-1] == 1.0 and len(seen) > 10
 
 
+@pytest.mark.parametrize("variant", ["llama", "llama-tied"])
+def test_drawing_many_weights_shows_its_progress(tmp_path, variant, monkeypatch):
+    make_checkpoint(tmp_path, variant)
+    seen = []
+    load_model(tmp_path, load_format="dummy", on_progress=lambda label, fraction: seen.append(fraction))
+    assert not seen  # nobody waits for these few
+    monkeypatch.setattr("superinfer.runtime.models.loader.DUMMY_PIECE", 1000)
+    load_model(tmp_path, load_format="dummy", on_progress=lambda label, fraction: seen.append(fraction))
+    assert seen == sorted(seen) and seen[-1] == 1.0 and len(seen) > 10
+
+
 def test_dummy_weights_need_no_file_and_follow_the_seed(folder):
     (folder / "model.safetensors").unlink()
     one, same, other = (load_model(folder, load_format="dummy", seed=seed) for seed in (1, 1, 2))
@@ -84,6 +96,79 @@ def test_dummy_weights_need_no_file_and_follow_the_seed(folder):
     assert not torch.equal(weight, other.model.layers[0].mlp.down_proj.weight)
     assert weight.std().item() == pytest.approx(0.2, rel=0.1)
     assert (one.model.norm.weight == 1).all()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory in use is read from /proc")
+def test_loading_takes_the_memory_of_the_weights_and_no_second_copy(tmp_path):
+    make_checkpoint(tmp_path, hidden_size=256, intermediate_size=4096, num_hidden_layers=6).save_pretrained(
+        tmp_path, max_shard_size="30MB"
+    )
+    (tmp_path / "model.safetensors").unlink()  # of the first save, in one file
+
+    def megabytes() -> float:  # that are the process's own: mapped files do not count
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+        return int(line.split()[1]) / 1024
+
+    before, seen = megabytes(), []
+    model = load_model(tmp_path, on_progress=lambda label, fraction: seen.append(megabytes()))
+    weights = sum(p.nbytes for p in model.parameters()) / 2**20
+    assert weights > 70 and max(seen) - before < weights + 16
+
+
+# ------------------------------------------------------------------------------------------------ experts
+
+
+@pytest.mark.parametrize(
+    "variant,block,names",
+    [("mixtral", "block_sparse_moe", "w1 w3 w2"), ("qwen3-moe", "mlp", "gate_proj up_proj down_proj")],
+)
+def test_experts_are_read_one_by_one_as_checkpoints_hold_them(tmp_path, variant, block, names):
+    make_checkpoint(tmp_path, variant)
+    tensors = load_file(tmp_path / "model.safetensors")
+    at = f"model.layers.1.{block}.experts.3"
+    gate, up, down = (tensors[f"{at}.{name}.weight"] for name in names.split())
+    experts = load_model(tmp_path).model.layers[1].mlp.experts
+    assert torch.equal(experts.gate_up_proj[3], torch.cat((gate, up)))
+    assert torch.equal(experts.down_proj[3], down)
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3-moe-dense-first"])
+def test_experts_may_be_stacked_on_disk_as_transformers_5_can_write_them(tmp_path, variant):
+    make_checkpoint(tmp_path / "apart", variant).save_pretrained(tmp_path / "stacked", save_original_format=False)
+    names = load_file(tmp_path / "stacked" / "model.safetensors")
+    assert "model.layers.1.mlp.experts.gate_up_proj" in names
+    apart, stacked = (load_model(tmp_path / kind).state_dict() for kind in ("apart", "stacked"))
+    assert all(torch.equal(apart[name], stacked[name]) for name in apart)
+
+
+def test_dummy_experts_are_drawn_in_pieces_of_bounded_size(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path, "mixtral")
+    monkeypatch.setattr("superinfer.runtime.models.loader.DUMMY_PIECE", 1000)
+    model = load_model(tmp_path, load_format="dummy", dtype=torch.bfloat16)
+    experts = model.model.layers[2].mlp.experts
+    assert experts.gate_up_proj.float().std().item() == pytest.approx(0.2, rel=0.05)
+    assert len({expert.float().sum().item() for expert in experts.down_proj}) == 5
+
+
+def test_a_missing_expert_is_named(tmp_path):
+    make_checkpoint(tmp_path, "qwen3-moe")
+    edit_weights(tmp_path, lambda t: t.pop("model.layers.2.mlp.experts.4.up_proj.weight"))
+    with pytest.raises(ModelLoadError, match=r"lacks 1 of 84 tensors.*layers\.2\.mlp\.experts\.4\.up_proj"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "variant,changes,match",
+    [
+        ("mixtral", dict(num_experts_per_tok=6), "num_experts_per_tok=6 is not within 1..5 experts"),
+        ("qwen3-moe", dict(decoder_sparse_step=0), "decoder_sparse_step=0 must be at least 1"),
+    ],
+)
+def test_mixtures_that_cannot_be_are_refused(tmp_path, variant, changes, match):
+    make_checkpoint(tmp_path, variant)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(ModelLoadError, match=match):
+        load_config(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- config
@@ -110,6 +195,29 @@ def test_eos_ids_come_from_the_generation_config_if_there_is_one(folder, config,
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
     assert load_config(folder).eos_token_ids == expected
+
+
+@pytest.mark.parametrize(
+    "variant,changes,expected",
+    [
+        ("mistral", dict(sliding_window=7), (7, 7, 7)),
+        ("mistral", dict(sliding_window=256), (None, None, None)),  # max_position_embeddings: it never limits
+        ("qwen2", dict(sliding_window=7, use_sliding_window=False), (None, None, None)),
+        ("qwen2", dict(sliding_window=7, use_sliding_window=True, max_window_layers=2), (None, None, 7)),
+        ("llama", dict(sliding_window=7), (None, None, None)),  # an unused leftover in some Llama configs
+    ],
+)
+def test_windows_are_read_by_layer(tmp_path, variant, changes, expected):
+    make_checkpoint(tmp_path, variant)
+    edit_config(tmp_path, layer_types=None, **changes)
+    assert load_config(tmp_path).windows == expected
+
+
+def test_a_window_that_sees_nothing_is_refused(tmp_path):
+    make_checkpoint(tmp_path, "mistral")
+    edit_config(tmp_path, sliding_window=0)
+    with pytest.raises(ModelLoadError, match="sliding_window=0 must be at least 1"):
+        load_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +256,24 @@ def test_a_hub_name_without_a_network_says_so(monkeypatch):
         resolve_model("nobody/no-such-model")
 
 
+def test_a_hub_name_already_downloaded_needs_no_network(folder, tmp_path_factory, monkeypatch):
+    cache = tmp_path_factory.mktemp("hub")
+    snapshot = cache / "models--someone--small-model" / "snapshots" / "0123abc"
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    (cache / "models--someone--small-model" / "refs").mkdir()
+    (cache / "models--someone--small-model" / "refs" / "main").write_text("0123abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    found = resolve_model("someone/small-model")
+    assert found == snapshot and load_config(found).num_layers == 3
+
+
 def test_an_unknown_architecture_is_named_with_those_supported(folder):
     edit_config(folder, architectures=["GPT2LMHeadModel"])
-    with pytest.raises(ModelLoadError, match="'GPT2LMHeadModel' is not supported; supported: LlamaForCausalLM, Mis"):
+    with pytest.raises(
+        ModelLoadError, match=r"'GPT2LMHeadModel' is not supported; supported: LlamaForCausalLM, Mis.*Mixtral"
+    ):
         load_model(folder)
 
 
@@ -180,6 +303,38 @@ def test_a_truncated_file_is_named(folder):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ModelLoadError, match=r"model\.safetensors is damaged or incomplete"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", b"\x08" + bytes(100)]
+)
+def test_a_file_that_is_no_safetensors_is_named(folder, content):
+    """Empty, the pointer that git leaves without git-lfs, and noise."""
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelLoadError, match=r"model\.safetensors is damaged or incomplete"):
+        load_model(folder)
+
+
+def test_quantized_weights_are_refused_by_name(folder):
+    edit_weights(folder, lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}))
+    with pytest.raises(ModelLoadError, match=r"'model\.norm\.weight' holds torch\.int8.*quantized"):
+        load_model(folder)
+    edit_config(folder, quantization_config=dict(quant_method="fp8"))
+    with pytest.raises(UnsupportedError, match="quantized by fp8 are not supported"):
+        load_model(folder)
+
+
+def test_tied_embeddings_that_differ_on_disk_are_not_guessed_at(tmp_path):
+    make_checkpoint(tmp_path, "llama-tied")
+    edit_weights(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    with pytest.raises(ModelLoadError, match=r"tie_word_embeddings=true, but its 'lm_head.weight' is not"):
+        load_model(tmp_path)
+
+
+def test_a_model_larger_than_memory_is_told_its_size(folder):
+    edit_config(folder, intermediate_size=1 << 36)
+    with pytest.raises(ModelLoadError, match=r"weights take 147456\.0 GiB in float32, and cpu has .* free"):
+        load_model(folder, load_format="dummy")
 
 
 def test_a_missing_tensor_is_named(folder):
@@ -212,6 +367,7 @@ def test_a_missing_shard_and_a_damaged_index_are_named(tmp_path):
     shard.unlink()
     with pytest.raises(ModelLoadError, match=f"{shard.name}.*does not exist"):
         load_model(tmp_path / "many")
-    (tmp_path / "many" / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ModelLoadError, match=r"index.json is damaged"):
-        load_model(tmp_path / "many")
+    for text in ("{}", "[", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'):
+        (tmp_path / "many" / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ModelLoadError, match=r"index.json is damaged"):
+            load_model(tmp_path / "many")
