@@ -16,6 +16,7 @@ from superinfer.runtime.kv.cache import KVCache, Node
 from superinfer.runtime.kv.copies import BlockCopy
 from superinfer.runtime.kv.duplex import DuplexCache
 from superinfer.runtime.protocol import FinishReason
+from superinfer.runtime.scheduler import stages
 from superinfer.runtime.scheduler.base import SchedulerCounts, SchedulerLimits
 from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan, StepResult
 from superinfer.runtime.scheduler.queue import WaitingQueue
@@ -31,6 +32,7 @@ class Draft:
     """A plan being made. budget: tokens left. waits: copies its work depends on; `patient`: however many they are."""
 
     budget: int
+    now: float = 0.0
     work: dict[Sequence, SlotWork] = field(default_factory=dict)
     init: list[SlotInit] = field(default_factory=list)
     waits: set[int] = field(default_factory=set)
@@ -114,7 +116,7 @@ class BatchScheduler(ABC):
 
     def plan(self, now: float) -> StepPlan | None:
         """See Scheduler.plan."""
-        draft = self._draft = Draft(self._limits.max_batch_tokens)
+        draft = self._draft = Draft(self._limits.max_batch_tokens, now)
         self._make_room(now)
         prefills = [s for s in self._running if s.scheduled < s.resume_at]
         # Every decode takes one token of the budget before any prefill chunk takes the rest.
@@ -220,10 +222,14 @@ class BatchScheduler(ABC):
 
     def _can_wait(self, sequence: Sequence) -> bool:
         """Whether this step may wait for the copies the sequence needs: few enough, with those it waits for anyway."""
-        if self._rotation is None or sequence.table is None or self._draft.patient:
+        if self._rotation is None or sequence.table is None:
             return True
-        awaits = self._rotation.kv.awaits(sequence.table)
-        return not awaits or len(self._draft.waits.union(awaits)) <= self._rotation.max_waits
+        awaits, draft = self._rotation.kv.awaits(sequence.table), self._draft
+        if awaits and not draft.patient and len(draft.waits.union(awaits)) > self._rotation.max_waits:
+            sequence.stages.enter(stages.COPY_WAIT, draft.now)
+            return False
+        sequence.stages.work(draft.now)
+        return True
 
     def _admit(self, now: float) -> None:
         """Let waiting sequences in, in order, while slots, blocks and the token budget last."""
@@ -278,12 +284,11 @@ class BatchScheduler(ABC):
         sequence.resume_at = sequence.compute_length
         sequence.let_in, sequence.let_in_with, sequence.let_in_at = now, sequence.num_output, sequence.scheduled
         self._running.append(sequence)
+        sequence.stages.work(now)
         if sequence.first_scheduled is None:
             sequence.first_scheduled = now
             sequence.cached = sequence.scheduled
-        if sequence.preempted_at is not None:
-            sequence.preempted_s += now - sequence.preempted_at
-            sequence.preempted_at = None
+        sequence.preempted_at = None
         tokens = sequence.tokens
         return SlotInit(
             slot=sequence.slot,
@@ -322,7 +327,11 @@ class BatchScheduler(ABC):
         if self._rotation is not None and self._rotation.settle(result):
             self._drop_broken(now)
         updates = []
-        for sequence, work in self._planned.pop(result.step):
+        planned = self._planned.pop(result.step)
+        if result.link.stall_s > 0.0:
+            for sequence, _ in planned:
+                sequence.stages.stalled(result.link.stall_s, now)
+        for sequence, work in planned:
             if work.sample:
                 sequence.in_flight -= 1
             if sequence.status is Status.FINISHED:
@@ -330,6 +339,8 @@ class BatchScheduler(ABC):
             if work.sample:
                 sequence.tokens.append(result.tokens[work.slot])
                 sequence.timeline.tokens(1, now - sequence.arrival)
+                if sequence.timeline.count == 1:
+                    sequence.stages.first_token(now)
             if sequence.table is not None:
                 sequence.committed = work.start + work.length
             if sequence.status is Status.RUNNING and sequence.table is not None:
@@ -389,6 +400,7 @@ class BatchScheduler(ABC):
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
         sequence.finished_at = now
+        sequence.stages.end(now)
 
     def _preempt(self, sequence: Sequence, now: float) -> None:
         """Room is needed: the sequence gives up its slot and blocks, to the second tier if there is room."""
@@ -400,7 +412,7 @@ class BatchScheduler(ABC):
         sequence.preemptions += 1
         self._leave_slot(sequence)
         self._drop_table(sequence)
-        self._wait_again(sequence, now)
+        self._wait_again(sequence, now, stages.PREEMPTED)
 
     def _rotate_out(self, sequence: Sequence, now: float) -> bool:
         """The sequence's KV goes to the second tier; False when there is none, or it is full."""
@@ -410,7 +422,7 @@ class BatchScheduler(ABC):
             return False
         sequence.rotations += 1
         self._leave_slot(sequence)
-        self._wait_again(sequence, now)
+        self._wait_again(sequence, now, stages.ROTATED)
         return True
 
     def _undraft(self, sequence: Sequence) -> None:
@@ -433,9 +445,11 @@ class BatchScheduler(ABC):
             self._drop_table(sequence)
             if sequence.status is Status.RUNNING:
                 self._leave_slot(sequence)
-                self._wait_again(sequence, now)
+                self._wait_again(sequence, now, stages.PREEMPTED)
+            sequence.stages.enter(stages.PREEMPTED, now)
 
-    def _wait_again(self, sequence: Sequence, now: float) -> None:
+    def _wait_again(self, sequence: Sequence, now: float, stage: str) -> None:
+        sequence.stages.enter(stage, now)
         sequence.status = Status.WAITING
         sequence.preempted_at = now
         self._waiting.add(sequence, self.rank(sequence, now))
