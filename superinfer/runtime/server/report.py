@@ -15,12 +15,12 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Token counts; a prompt counts once however many choices it has."""
+    """Token counts; a prompt counts once however many choices it has. Details are known at the end."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
+    prompt_tokens_details: PromptTokensDetails | msgspec.UnsetType = msgspec.UNSET
 
 
 class SloReport(msgspec.Struct, frozen=True):
