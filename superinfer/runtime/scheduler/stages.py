@@ -11,14 +11,15 @@ ROTATED, COPY_WAIT, PREEMPTED = "rotated out", "copy wait", "preempted"
 class StageClock:
     """One sequence's stages. Times are seconds on the engine's monotonic clock.
 
-    stage, since: the one it is in. seconds: by stage, of those that are over. before: `seconds` up to the first token.
-    watch: told of each stage as it ends, with its begin and end.
+    stage: the one it is in. seconds: by stage, up to `since`. before: `seconds` up to the first token.
+    watch: told of each stage as it ends, with its begin and end; and of "" once all is over.
     """
 
-    __slots__ = ("_working", "before", "seconds", "since", "stage", "watch")
+    __slots__ = ("_entered", "_working", "before", "seconds", "since", "stage", "watch")
 
     def __init__(self, arrival: float) -> None:
-        self.stage, self.since = QUEUE, arrival
+        self.stage = QUEUE
+        self.since = self._entered = arrival
         self.seconds: dict[str, float] = {}
         self.before: dict[str, float] | None = None
         self.watch: Callable[[str, float, float], None] | None = None
@@ -28,7 +29,7 @@ class StageClock:
         """From now on it is in `stage`."""
         if stage != self.stage:
             self._close(now)
-            self.stage = stage
+            self._change(stage, now)
 
     def work(self, now: float) -> None:
         """From now on it computes, or could: prefill up to its first token, decode afterwards."""
@@ -40,7 +41,7 @@ class StageClock:
         self.before = dict(self.seconds)
         self._working = DECODE
         if self.stage == PREFILL:
-            self.stage = DECODE
+            self._change(DECODE, now)
 
     def stalled(self, seconds: float, now: float) -> None:
         """Of the time it computed, the last step waited `seconds` for copies."""
@@ -53,6 +54,9 @@ class StageClock:
     def end(self, now: float) -> None:
         """It is over."""
         self._close(now)
+        self._change(self.stage, now)
+        if self.watch is not None:
+            self.watch("", now, now)
 
     def so_far(self, now: float) -> dict[str, float]:
         """Seconds by stage up to `now`, the stage it is in included."""
@@ -60,6 +64,9 @@ class StageClock:
 
     def _close(self, now: float) -> None:
         self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + now - self.since
-        if self.watch is not None:
-            self.watch(self.stage, self.since, now)
         self.since = now
+
+    def _change(self, stage: str, now: float) -> None:
+        if self.watch is not None:
+            self.watch(self.stage, self._entered, now)
+        self.stage, self._entered = stage, now

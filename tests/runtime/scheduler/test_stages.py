@@ -72,8 +72,10 @@ def test_the_stages_sum_to_the_whole(work, policy, dram, max_waits, eager, fails
         assert (report.rotated_s > 0) == (report.rotations > 0)
         assert (report.preempted_s > 0) <= (report.preemptions > 0)
         assert bool(report.why) == (report.met is False)
-        ends = [sequence.arrival] + [end for _, _, end in spans[sequence.id]]
-        assert [begin for _, begin, _ in spans[sequence.id]] == ends[:-1] and ends[-1] == sequence.finished_at
+        *told, over = spans[sequence.id]
+        ends = [sequence.arrival] + [end for _, _, end in told]
+        assert [begin for _, begin, _ in told] == ends[:-1] and ends[-1] == sequence.finished_at
+        assert over == ("", sequence.finished_at, sequence.finished_at)
 
 
 def test_rotation_and_waiting_for_copies_are_told_apart_from_computing():
