@@ -48,7 +48,7 @@ def environment(command: str) -> dict[str, Any]:
         # An exported tree has no .git; whoever exported it says what it is.
         "commit": os.environ.get("SUPERINFER_COMMIT") or _git("rev-parse", "--short", "HEAD"),
         "changed_files": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "device": {"cpu": _cpu_name(), "cores": os.cpu_count(), "python": platform.python_version(), **_gpu()},
+        "device": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version(), **_gpu()},
         "versions": _versions(),
     }
 
@@ -88,7 +88,8 @@ def _git(*arguments: str) -> str:
         return ""
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """As the system names it."""
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
