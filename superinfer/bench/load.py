@@ -8,7 +8,7 @@ import gc
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -25,13 +25,12 @@ LATE_S = 0.01  # the same, of the 99th percentile of its delay
 
 @dataclass(frozen=True)
 class Asking:
-    """What each request says. priority: "" or "edf". fields: added to every body as they are."""
+    """What each request says. priority: "" or "edf"."""
 
     server: Server
     ignore_eos: bool = True
     send_slo: bool = False
     priority: str = ""
-    fields: dict[str, Any] = field(default_factory=dict)
 
     def body(self, prompt: list[int], job: Job) -> bytes:
         """The JSON of one request."""
@@ -45,7 +44,6 @@ class Asking:
             "temperature": 0,
             "stream": True,
             "stream_options": stream_options,
-            **self.fields,
         }
         if self.ignore_eos:
             asked["ignore_eos"] = True

@@ -93,7 +93,10 @@ def run_demo(config: EngineConfig, address: str, options: DemoOptions) -> None:
             names = runpy.run_path(str(folder / example.file))
             state = names[example.program].run(*example.arguments(names), backend=backend)
             reports.append(state.slo_report())
-        measured = asyncio.run(measure_speed(found)) if options.overload_s and not address else None
+        measured = None
+        if options.overload_s and not address:
+            with console.status("measuring this machine's speed"):
+                measured = asyncio.run(measure_speed(found))
     console.print()
     console.print(table_of(reports))
     if measured is not None and measured[1].device == "cpu":
