@@ -32,7 +32,6 @@ class Draft:
     """A plan being made. budget: tokens left. waits: copies its work depends on; `patient`: however many they are."""
 
     budget: int
-    now: float = 0.0
     work: dict[Sequence, SlotWork] = field(default_factory=dict)
     init: list[SlotInit] = field(default_factory=list)
     waits: set[int] = field(default_factory=set)
@@ -116,7 +115,7 @@ class BatchScheduler(ABC):
 
     def plan(self, now: float) -> StepPlan | None:
         """See Scheduler.plan."""
-        draft = self._draft = Draft(self._limits.max_batch_tokens, now)
+        draft = self._draft = Draft(self._limits.max_batch_tokens)
         self._make_room(now)
         prefills = [s for s in self._running if s.scheduled < s.resume_at]
         # Every decode takes one token of the budget before any prefill chunk takes the rest.
@@ -130,8 +129,20 @@ class BatchScheduler(ABC):
             self._admit(now)
         if not draft.work and self._rotation is not None:
             self._wait_with_first(now)
+        self._note_copy_waits(draft, now)
         self._draft = Draft(0)
         return self._finish_plan(draft)
+
+    def _note_copy_waits(self, draft: Draft, now: float) -> None:
+        """Who has a slot and no work in this plan for want of copies is waiting for them; the others are not."""
+        if self._rotation is None:
+            return
+        for sequence in self._running:
+            waits = sequence not in draft.work and sequence.table and self._rotation.kv.awaits(sequence.table)
+            if waits:
+                sequence.stages.enter(stages.COPY_WAIT, now)
+            else:
+                sequence.stages.work(now)
 
     def _wait_with_first(self, now: float) -> None:
         """All that run wait for copies: the step waits with the first of them."""
@@ -222,14 +233,10 @@ class BatchScheduler(ABC):
 
     def _can_wait(self, sequence: Sequence) -> bool:
         """Whether this step may wait for the copies the sequence needs: few enough, with those it waits for anyway."""
-        if self._rotation is None or sequence.table is None:
+        if self._rotation is None or sequence.table is None or self._draft.patient:
             return True
-        awaits, draft = self._rotation.kv.awaits(sequence.table), self._draft
-        if awaits and not draft.patient and len(draft.waits.union(awaits)) > self._rotation.max_waits:
-            sequence.stages.enter(stages.COPY_WAIT, draft.now)
-            return False
-        sequence.stages.work(draft.now)
-        return True
+        awaits = self._rotation.kv.awaits(sequence.table)
+        return not awaits or len(self._draft.waits.union(awaits)) <= self._rotation.max_waits
 
     def _admit(self, now: float) -> None:
         """Let waiting sequences in, in order, while slots, blocks and the token budget last."""

@@ -24,13 +24,12 @@ class Status(Enum):
 class Sequence:
     """One continuation of one request (or one prompt to score). Times are seconds on the engine's monotonic clock.
 
-    tokens: prompt and generated ids. num_prompt: how many of them are the prompt.
+    tokens: prompt and generated ids. num_prompt: how many of them are the prompt. stages: where its time goes.
     scheduled: positions whose KV some planned step computes; committed: of those, steps that are done.
     in_flight: tokens that planned steps will sample and that are not known yet.
     resume_at: tokens to prefill when it last took a slot; from there on it decodes.
     let_in: when it last took a slot, and let_in_with how many tokens generated, at which position.
     rotations: times its KV went to the second tier; its table is then kept, parked, while it waits.
-    stages: where its time goes.
     score_start: score the prompt from this position on instead of generating; None: generate.
     """
 
