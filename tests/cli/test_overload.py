@@ -5,6 +5,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,10 +72,13 @@ def test_the_picture_has_every_request_stage_and_figure():
     assert sum("some <policy>: first token in time 50%, every token in time 50%" in (t or "") for t, _ in texts) == 2
 
 
-def test_the_demo_ends_with_both_figures_and_a_picture(run: Run, tiny_checkpoint: Path, tmp_path: Path):
+def test_the_demo_ends_with_both_figures_and_a_picture(
+    start: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
+):
     path = tmp_path / "demo.svg"
     tiny = ("--model", str(tiny_checkpoint), "--load-format", "dummy", "--device", "cpu", "--threads", "1")
-    status, out, err = run("demo", *tiny, "--overload", "0.5", "--against", "lru", "--picture", str(path))
+    command = start("demo", *tiny, "--overload", "0.5", "--against", "lru", "--picture", str(path))
+    status, out, err = command.end(200)
     assert status == 0, err
     table = out[out.index("The same overload under two policies") :]
     lines = [line.split() for line in table.splitlines() if line.strip().startswith(("fcfs", "lru"))]

@@ -138,8 +138,8 @@ class BatchScheduler(ABC):
         if self._rotation is None:
             return
         for sequence in self._running:
-            waits = sequence not in draft.work and sequence.table and self._rotation.kv.awaits(sequence.table)
-            if waits:
+            table = sequence.table
+            if table is not None and sequence not in draft.work and self._rotation.kv.awaits(table):
                 sequence.stages.enter(stages.COPY_WAIT, now)
             else:
                 sequence.stages.work(now)
