@@ -1,7 +1,9 @@
-"""`superinfer demo`: two example programs with deadlines, their tokens as they come, and which promises were kept."""
+"""`superinfer demo`: two example programs with deadlines, their tokens as they come, and which promises were kept; then
+one overload under two policies."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import runpy
 from collections.abc import AsyncGenerator, Callable
@@ -16,11 +18,27 @@ from rich.table import Table
 from rich.text import Text
 
 import superinfer
-from superinfer.cli.engines import CONNECT_TIMEOUT_S, engine_address
-from superinfer.errors import SuperinferError
+from superinfer.bench.record import check_writable
+from superinfer.cli.engines import CONNECT_TIMEOUT_S, engine_address, start_progress
+from superinfer.cli.overload import (
+    BASELINE,
+    DEADLINE_POLICY,
+    Glance,
+    Overload,
+    PolicyRun,
+    Speed,
+    measure_speed,
+    plan_overload,
+    run_policy,
+)
+from superinfer.cli.overload_picture import save_picture
+from superinfer.cli.overload_view import OverloadView, explain, results
+from superinfer.errors import InvalidRequestError, SuperinferError
 from superinfer.lang.backend import RuntimeEndpoint
 from superinfer.lang.report import CallReport, SLOReport
 from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.protocol import ModelInfo
+from superinfer.runtime.scheduler.registry import POLICIES
 from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import TextDelta, TextRequest
 
@@ -42,8 +60,26 @@ EXAMPLES = (
 )
 
 
-def run_demo(config: EngineConfig, address: str) -> None:
-    """Run both. Raises what starting or reaching an engine raises, and what a program raises."""
+@dataclass(frozen=True)
+class DemoOptions:
+    """overload_s: about how long each overloaded run takes, 0: none. policy: the one beside fcfs. picture: an SVG."""
+
+    overload_s: float = 10.0
+    policy: str = DEADLINE_POLICY
+    picture: Path = Path("superinfer-demo.svg")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overload_s <= 600:
+            raise InvalidRequestError(f"overload={self.overload_s} must be from 0 to 600 seconds")
+        if self.policy not in POLICIES:
+            known = ", ".join(sorted(POLICIES))
+            raise InvalidRequestError(f"policy {self.policy!r} is unknown; choose one of {known}")
+        check_writable(self.picture)
+
+
+def run_demo(config: EngineConfig, address: str, options: DemoOptions) -> None:
+    """Run both programs, then the overload. Raises what starting or reaching an engine raises, and what a program
+    raises."""
     console = Console(highlight=False)
     folder = examples_folder()
     reports: list[SLOReport] = []
@@ -57,9 +93,44 @@ def run_demo(config: EngineConfig, address: str) -> None:
             names = runpy.run_path(str(folder / example.file))
             state = names[example.program].run(*example.arguments(names), backend=backend)
             reports.append(state.slo_report())
+        measured = None
+        if options.overload_s and not address:
+            with console.status("measuring this machine's speed"):
+                measured = asyncio.run(measure_speed(found))
     console.print()
     console.print(table_of(reports))
+    if measured is not None and measured[1].device == "cpu":
+        show_overload(console, config, *measured, options)
+    elif options.overload_s:
+        why = f"the engine at {address} is not ours to overload" if address else "it is shown on the CPU only"
+        console.print(f"[dim]No overload: {why}[/dim]")
     console.print("[dim]Your own: superinfer run FILE, superinfer chat, superinfer serve[/dim]")
+
+
+def show_overload(console: Console, config: EngineConfig, speed: Speed, info: ModelInfo, options: DemoOptions) -> None:
+    """Both runs, then both figures and a picture."""
+    overload = plan_overload(
+        speed,
+        info.vocab_size,
+        seconds=options.overload_s,
+        page_size=config.page_size,
+        max_model_len=info.max_model_len,
+    )
+    console.print(f"\n[bold]An overload, twice[/bold] [dim]({explain(overload)})[/dim]")
+    runs = [_overloaded(console, config, overload, policy) for policy in (BASELINE, options.policy)]
+    console.print(results(runs))
+    path = save_picture(options.picture, overload, runs)
+    console.print("Every request of both runs, as a picture:", str(path.absolute()), soft_wrap=True)
+
+
+def _overloaded(console: Console, config: EngineConfig, overload: Overload, policy: str) -> PolicyRun:
+    with start_progress(f"starting an engine with {policy}") as progress, OverloadView(console, policy) as view:
+
+        def look(glance: Glance) -> None:
+            progress.close()
+            view(glance)
+
+        return run_policy(config, overload, policy, look, progress)
 
 
 def examples_folder() -> Path:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from superinfer.bench.commands import app as bench
 from superinfer.cli.options import EngineAddress, with_engine_options
 from superinfer.errors import InvalidRequestError, SuperinferError
 from superinfer.runtime.config import EngineConfig
@@ -46,6 +47,7 @@ app = typer.Typer(
 
 
 app.command()(simulate)
+app.add_typer(bench, name="bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -84,11 +86,21 @@ def _top(
 
 @app.command()
 @with_engine_options
-def demo(config: EngineConfig, engine: EngineAddress = "") -> None:
-    """Run two example programs with deadlines; show their tokens as they stream, then what was kept of each promise."""
-    from superinfer.cli.demo import run_demo
+def demo(
+    config: EngineConfig,
+    engine: EngineAddress = "",
+    overload: Annotated[float, typer.Option(help="Seconds of each overloaded run; 0 leaves them out.")] = 10.0,
+    against: Annotated[
+        str, typer.Option(help="Policy to compare with fcfs.", show_default="the one for deadlines")
+    ] = "",
+    picture: Annotated[Path, typer.Option(help="Where to save a picture of both runs.")] = Path("superinfer-demo.svg"),
+) -> None:
+    """Run two example programs with deadlines, then one overload under two policies, and show which promises were
+    kept."""
+    from superinfer.cli.demo import DemoOptions, run_demo
+    from superinfer.cli.overload import DEADLINE_POLICY
 
-    run_demo(config, engine)
+    run_demo(config, engine, DemoOptions(overload, against or DEADLINE_POLICY, picture))
 
 
 @app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})

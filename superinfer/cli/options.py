@@ -42,6 +42,9 @@ def _engine_options(
     max_batch_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = EngineConfig().max_batch_tokens,
     max_queue: Annotated[int, typer.Option(help="Unfinished sequences held at most.")] = EngineConfig().max_queue,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.", show_default="all cores")] = None,
+    trace: Annotated[
+        str, typer.Option(metavar="FILE", help="Write the engine's steps, copies and requests for ui.perfetto.dev.")
+    ] = "",
     load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights.")] = "auto",
 ) -> EngineConfig:
     import msgspec

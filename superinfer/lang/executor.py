@@ -320,14 +320,15 @@ class StreamExecutor:
         promise = promises.for_call(expr.slo, self.run.clock())
         watch.slo = promise.slo
         context = calls.Context(self.run.backend, prompt, promise.slo, self.run.id, watch)
-        rows = self.run.ledger.rows
+        ledger, rows = self.run.ledger, self.run.ledger.rows
         try:
             answer = await self._answer(context, expr, promise, variable)
         except BaseException as error:
             told = self.error if isinstance(error, asyncio.CancelledError) and self.error is not None else error
-            rows.append(watch.report(error=told, why="budget" if promise.spent else ""))
+            rows.append(watch.report(error=told, why="budget" if promise.spent else "", began=ledger.started))
             raise
-        rows.append(watch.report(answer.finish_reason, why="budget" if promise.spent else ""))
+        why = "budget" if promise.spent else ""
+        rows.append(watch.report(answer.finish_reason, why=why, began=ledger.started))
         self._say(answer.rest, answer.meta, variable)
         variable.set(answer.value, answer.meta)
 

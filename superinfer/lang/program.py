@@ -22,6 +22,7 @@ from superinfer.lang.options import RUN_OPTIONS, RunOptions
 from superinfer.lang.promise import Promises, check_deadline, check_slo
 from superinfer.lang.report import Ledger
 from superinfer.lang.state import ProgramState, inside_run
+from superinfer.lang.trace import ProgramTrace
 from superinfer.runtime.slo import SLO
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -49,6 +50,7 @@ class Function:
         self.slo = check_slo(slo)
         self.bound = dict(bound or {})
         self.is_async = inspect.iscoroutinefunction(func)
+        self._last: Ledger | None = None
         self._signature = inspect.signature(func)
         parameters = list(self._signature.parameters)
         if not parameters:
@@ -64,6 +66,11 @@ class Function:
             if name not in self.arg_names:
                 raise InvalidRequestError(f"program {self.name} has no argument {name!r}; it has {self.arg_names}")
         return Function(self.func, deadline=self.deadline, slo=self.slo, bound={**self.bound, **arguments})
+
+    @property
+    def last_trace(self) -> ProgramTrace | None:
+        """The calls of the run that was started last, those that have ended by now; None before the first."""
+        return ProgramTrace(self._last.report()) if self._last is not None else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`run`; inside another program, with its state as first argument, the same state is continued."""
@@ -137,13 +144,15 @@ class Function:
         for slo, deadline in ((self.slo, self.deadline), (options.slo, options.deadline)):
             promises = promises.within(slo, deadline, now=now)
         deadlines = [d for d in (self.deadline, options.deadline) if d is not None]
+        ledger = Ledger(self.name, min(deadlines, default=None))
         run = Run(
             resolve_backend(options.backend),
             options.sampling,
-            Ledger(self.name, min(deadlines, default=None)),
+            ledger,
             is_async=self.is_async,
             stream=stream,
         )
+        self._last = ledger
         return ProgramState(run.root, promises)
 
     def _body(self, state: ProgramState, arguments: Arguments) -> None:

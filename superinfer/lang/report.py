@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from superinfer.runtime.protocol import RequestReport
-from superinfer.runtime.slo import SLO, TokenTimeline
+from superinfer.runtime.slo import SLO, TokenTimeline, why_late_at_client
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,24 +16,29 @@ class CallReport:
 
     path: fork and variable scopes around the call, outermost first.
     slo: as sent with the call; its deadline is at most what the program had left then.
-    queue_s, prefill_s, decode_s, preempted_s: the engine's own account (see RequestReport).
-    met: None where nothing was promised. why: what cost most when late: a stage the engine names, "client" where the
-        engine kept the promise and the text came late all the same, "budget" where nothing was left to begin with,
-        "error" where the call failed.
+    started_s: after the program began.
+    queue_s, prefill_s, rotated_s, copy_wait_s, preempted_s, decode_s: the engine's own account (see RequestReport).
+    client_s: the rest of e2e_s, spent outside the engine.
+    met: None where nothing was promised. why: what cost most when late (slo.why_late_at_client), "budget" where nothing
+        was left to begin with, "error" where the call failed.
     error: type and text of what ended the call, "" for none.
     """
 
     call: str
     path: tuple[str, ...] = ()
     slo: SLO | None = None
+    started_s: float = 0.0
     ttft_s: float | None = None
     e2e_s: float = 0.0
     max_tbt_s: float | None = None
     output_tokens: int = 0
     queue_s: float | None = None
     prefill_s: float | None = None
-    decode_s: float | None = None
+    rotated_s: float | None = None
+    copy_wait_s: float | None = None
     preempted_s: float | None = None
+    decode_s: float | None = None
+    client_s: float | None = None
     met: bool | None = None
     why: str = ""
     finish_reason: str | None = None
@@ -69,39 +74,27 @@ class SLOReport:
         return all(verdicts) if verdicts else None
 
     def __str__(self) -> str:
-        head = (
-            "call",
-            "promised",
-            "ttft",
-            "max tbt",
-            "e2e",
-            "queue",
-            "prefill",
-            "decode",
-            "preempted",
-            "met",
-            "why late",
-        )
+        head = ("call", "promised", "ttft", "max tbt", "e2e", *(name for name, _ in _STAGES), "met", "why late")
         lines = [_cells(row) for row in self.rows]
         program = self.program
         promised = "" if program.deadline_s is None else f"deadline {_seconds(program.deadline_s)}"
         late = "" if program.met is not False else f"by {_seconds(program.elapsed_s - (program.deadline_s or 0.0))}"
-        lines.append(
-            (
-                f"= {program.name}",
-                promised,
-                "",
-                "",
-                _seconds(program.elapsed_s),
-                "",
-                "",
-                "",
-                "",
-                _yes(program.met),
-                late,
-            )
-        )
+        nothing = ("",) * len(_STAGES)
+        elapsed = _seconds(program.elapsed_s)
+        lines.append((f"= {program.name}", promised, "", "", elapsed, *nothing, _yes(program.met), late))
         return _table(head, lines)
+
+
+# Columns of the table, and the rows' figures in them.
+_STAGES = (
+    ("queue", "queue_s"),
+    ("prefill", "prefill_s"),
+    ("rotated", "rotated_s"),
+    ("copy wait", "copy_wait_s"),
+    ("preempted", "preempted_s"),
+    ("decode", "decode_s"),
+    ("client", "client_s"),
+)
 
 
 def _cells(row: CallReport) -> tuple[str, ...]:
@@ -109,7 +102,7 @@ def _cells(row: CallReport) -> tuple[str, ...]:
         "/".join((*row.path, row.call)),
         _promised(row.slo),
         *(_seconds(value) for value in (row.ttft_s, row.max_tbt_s, row.e2e_s)),
-        *(_seconds(value) for value in (row.queue_s, row.prefill_s, row.decode_s, row.preempted_s)),
+        *(_seconds(getattr(row, field)) for _, field in _STAGES),
         _yes(row.met),
         f"{row.why} {row.error.partition(':')[0]}".strip(),
     )
@@ -171,39 +164,54 @@ class CallWatch:
         if engine is not None and (self.engine is None or engine.e2e_s > self.engine.e2e_s):
             self.engine = engine
 
-    def report(self, finish_reason: str | None = None, error: BaseException | None = None, why: str = "") -> CallReport:
-        """The row of this call, as ended now."""
+    def report(
+        self,
+        finish_reason: str | None = None,
+        error: BaseException | None = None,
+        why: str = "",
+        began: float | None = None,
+    ) -> CallReport:
+        """The row of this call, as ended now. began: when its program did, on this watch's clock."""
         e2e, engine, lines = self.now(), self.engine, self.timelines
         met = self._met(e2e, failed=error is not None)
         if met is False and not why:
-            why = engine.why if engine is not None and engine.met is False else "client" if error is None else "error"
+            why = "error" if error is not None else self._why(e2e)
         firsts = [line.first for line in lines.values() if line.first is not None]
         gaps = [line.max_tbt for line in lines.values() if line.count > 1]
         return CallReport(
             call=self.call,
             path=self.path,
             slo=self.slo,
+            started_s=self.started - began if began is not None else 0.0,
             ttft_s=max(firsts, default=None),
             e2e_s=e2e,
             max_tbt_s=max(gaps, default=None),
             output_tokens=sum(line.count for line in lines.values()),
-            queue_s=engine.queue_s if engine else None,
-            prefill_s=engine.prefill_s if engine else None,
-            decode_s=engine.decode_s if engine else None,
-            preempted_s=engine.preempted_s if engine else None,
+            **{field: getattr(engine, field) for _, field in _STAGES[:-1] if engine is not None},
+            client_s=e2e - engine.e2e_s if engine else None,
             met=met,
             why=why if met is False else "",
             finish_reason=finish_reason,
             error=f"{type(error).__name__}: {error}" if error is not None else "",
         )
 
+    def _why(self, e2e: float) -> str:
+        """What made it late, of a call that did not fail."""
+        verdicts = [line.verdict(self.ended.get(index, e2e)) for index, line in self._lines().items()]
+        lateness = max(verdict.lateness for verdict in verdicts)
+        if self.engine is None:
+            return "client"
+        return why_late_at_client(lateness, self.engine.lateness_s, self.engine.why)
+
     def _met(self, e2e: float, failed: bool) -> bool | None:
         if self.slo is None or not self.slo.promises_anything:
             return None
         if failed:
             return False
-        lines = self.timelines or {0: TokenTimeline(self.slo)}
-        return all(line.verdict(self.ended.get(index, e2e)).met for index, line in lines.items())
+        return all(line.verdict(self.ended.get(index, e2e)).met for index, line in self._lines().items())
+
+    def _lines(self) -> dict[int, TokenTimeline]:
+        return self.timelines or {0: TokenTimeline(self.slo)}
 
 
 class Ledger:

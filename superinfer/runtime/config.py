@@ -30,6 +30,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     load_format: "auto" reads safetensors; "dummy" makes random weights from the config alone.
     seed: of everything random in the engine.
     threads: torch CPU threads; None: all cores.
+    trace: file for a trace of steps, copies and requests, see docs/tracing.md; "": none.
     """
 
     model: str = EMBEDDED
@@ -49,6 +50,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     load_format: Literal["auto", "dummy"] = "auto"
     seed: int = 0
     threads: int | None = None
+    trace: str = ""
 
     def __post_init__(self) -> None:
         for name in ("page_size", "max_batch_size", "max_batch_tokens", "max_queue"):

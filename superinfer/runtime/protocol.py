@@ -256,10 +256,11 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 class RequestReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How one sequence went, seen from the engine. Times in seconds since arrival at the engine.
 
-    queue_s: arrival until first scheduled. prefill_s: from then to the first token. decode_s: first to last token.
-    preempted_s: part of the above spent without KV after a preemption. rotated_s: part spent with its KV in the second
-        tier, rotations: how often it went there. copy_wait_s: part spent in a slot, waiting for copies.
-    met is None where nothing was promised; `why` names the stage that cost most when late.
+    Six figures are a stage each and sum to e2e_s:
+    queue_s: arrival until first scheduled. prefill_s: computing up to the first token. decode_s: computing after it.
+    rotated_s: with its KV in the second tier, where it went `rotations` times. copy_wait_s: in a slot, waiting for
+    copies. preempted_s: without KV after one of `preemptions`; computing it anew is prefill or decode.
+    met is None where nothing was promised; `why` names the stage that cost most when late (slo.why_late).
     """
 
     prompt_tokens: int

@@ -8,6 +8,7 @@ last token is due at `deadline`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -143,3 +144,40 @@ class TokenTimeline:
             deadline_met=deadline_met,
             lateness=max(ttft_lag, self._lag, deadline_lag),
         )
+
+
+STAGES = ("queue", "prefill", "rotated out", "copy wait", "preempted", "decode", "client")
+
+
+def why_late(
+    verdict: Verdict, slo: SLO | None, tokens: int, before: Mapping[str, float], after: Mapping[str, float]
+) -> str:
+    """The stage that cost most of what made a request late; "" for one that was not.
+
+    tokens: how many it has. before, after: seconds by stage, up to its first token and from then on. What was promised
+    to take its time costs nothing: stages before a first token that came in time, and decoding at the promised pace.
+    """
+    if verdict.met or slo is None:
+        return ""
+    cost = dict.fromkeys(STAGES, 0.0)
+    if not (verdict.ttft_met and verdict.deadline_met):
+        for stage, seconds in before.items():
+            cost[stage] += seconds
+    if not (verdict.tbt_met and verdict.deadline_met):
+        for stage, seconds in after.items():
+            cost[stage] += seconds
+        if slo.tbt is not None and verdict.deadline_met:
+            cost["decode"] -= (tokens - 1) * slo.tbt
+    worst = max(cost, key=lambda stage: cost[stage])
+    return worst if cost[worst] > 0 else "decode"  # on pace as a whole, late for a token in between
+
+
+def why_late_at_client(lateness: float, engine_lateness: float | None, engine_why: str) -> str:
+    """Why a request that its caller saw `lateness` seconds late was: the engine's own reason, or "client".
+
+    engine_lateness: as the engine saw it (None: not known, negative: kept). What lies outside the engine is to blame
+    where it added more than the engine did.
+    """
+    if not engine_why or engine_lateness is None:
+        return engine_why or "client"
+    return "client" if lateness - engine_lateness > max(0.0, engine_lateness) else engine_why

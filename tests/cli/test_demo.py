@@ -22,6 +22,7 @@ def test_both_examples_run_and_every_call_is_in_the_table(run: Run, tiny_engine:
     assert "shop_assistant" in table and "summarise" in table
     assert table.count("deadline") == 9, "every call inherits one, both programs have one"
     assert table.count(" met") + table.count(" missed") >= 9
+    assert "not ours to overload" in out
 
 
 def test_the_openai_example_streams_and_reports(tiny_engine: Any, start: Callable[..., Any]) -> None:

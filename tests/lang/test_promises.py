@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import time
 
 import pytest
@@ -175,6 +177,49 @@ def test_the_report_tells_what_was_measured(model: ScriptedClient) -> None:
     assert (row.met, row.why, row.output_tokens, report.met) == (True, "", 4, True)
     assert row.slo.ttft == 5.0 and 19 < row.slo.deadline <= 20.0
     assert report.program.finished and report.program.elapsed_s >= row.e2e_s
+
+
+def test_the_table_shows_where_the_time_went(model: ScriptedClient) -> None:
+    model.token_s = 0.03
+    model.report = make_report(
+        queue_s=0.5, prefill_s=0.02, rotated_s=0.25, copy_wait_s=0.01, decode_s=0.22, e2e_s=1.0, met=False,
+        lateness_s=0.4, why="queue",
+    )  # fmt: skip
+
+    @si.function
+    def program(s):
+        s += si.gen("x", slo=si.SLO(ttft=0.0001))
+
+    report = program.run().slo_report()
+    (row,) = report.rows
+    assert (row.rotated_s, row.copy_wait_s, row.why) == (0.25, 0.01, "queue")
+    assert row.client_s == pytest.approx(row.e2e_s - 1.0)
+    head, line, _ = str(report).splitlines()
+    shown = dict(zip(re.split(r"  +", head), re.split(r"  +", line), strict=False))
+    assert (shown["queue"], shown["rotated"], shown["copy wait"]) == ("500 ms", "250 ms", "10 ms")
+
+
+def test_the_last_run_can_be_traced(model: ScriptedClient, tmp_path) -> None:
+    @si.function(deadline=20.0)
+    def program(s):
+        s += si.gen("first", slo=si.SLO(ttft=5.0))
+        for branch in s.fork(2):
+            branch += si.gen("branch")
+        s += si.gen("last")
+
+    assert program.last_trace is None
+    report = program.run().slo_report()
+    events = json.loads(program.last_trace.save(tmp_path / "trace.json").read_text())["traceEvents"]
+    calls = {(e["tid"], e["name"]): e for e in events if e["ph"] == "X"}
+    assert [name for _, name in sorted(calls)] == ["program", "first", "last", "branch", "branch"]
+    for row in report.rows:
+        (found,) = [e for e in calls.values() if e["ts"] == pytest.approx(row.started_s * 1e6, abs=1)]
+        assert found["name"] == row.call and found["dur"] == pytest.approx(row.e2e_s * 1e6, abs=1)
+        assert calls[(0, "program")]["dur"] >= found["ts"] + found["dur"]
+    first = next(e for e in calls.values() if e["name"] == "first")
+    assert first["args"]["slo"]["ttft"] == 5.0 and first["args"]["met"] is True
+    with pytest.raises(si.InvalidRequestError, match="nowhere"):
+        program.last_trace.save(tmp_path / "nowhere" / "trace.json")
 
 
 def test_late_is_explained_by_the_engine_else_laid_at_the_clients_door(model: ScriptedClient) -> None:

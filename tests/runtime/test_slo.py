@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from superinfer.runtime.slo import SLO, TokenTimeline
+from superinfer.runtime.slo import SLO, TokenTimeline, why_late, why_late_at_client
 
 
 @pytest.mark.parametrize("field", ["ttft", "tbt", "deadline", "weight"])
@@ -81,3 +81,42 @@ def test_the_running_verdict_agrees_with_the_definition(ttft, tbt, gaps):
     assert verdict.tbt_met == all(at <= ttft + k * tbt for k, at in enumerate(times))
     assert verdict.ttft_met == (times[0] <= ttft)
     assert verdict.lateness == pytest.approx(max(at - ttft - k * tbt for k, at in enumerate(times)))
+
+
+def blamed(slo: SLO, times: list[float], before: dict[str, float], after: dict[str, float]) -> str:
+    timeline = TokenTimeline(slo)
+    for at in times:
+        timeline.tokens(1, at)
+    return why_late(timeline.verdict(times[-1]), slo, len(times), before, after)
+
+
+def test_what_was_promised_to_take_its_time_is_not_blamed():
+    slo = SLO(ttft=1.0, tbt=0.1)
+    on_pace = [3.0 + 0.1 * k for k in range(200)]  # 3 s late all along, 20 s of decoding
+    assert blamed(slo, on_pace, {"queue": 2.5, "prefill": 0.5}, {"decode": 19.9}) == "queue"
+    paused = [0.9] + [1.0 + 0.1 * k + 2.0 for k in range(1, 100)]
+    assert blamed(slo, paused, {"queue": 0.8, "prefill": 0.1}, {"decode": 9.9, "rotated out": 2.1}) == "rotated out"
+    slow = [0.9] + [1.0 + 0.2 * k for k in range(1, 100)]
+    assert blamed(slo, slow, {"queue": 0.8, "prefill": 0.1}, {"decode": 19.9}) == "decode"
+
+
+def test_a_deadline_blames_what_took_longest():
+    slo = SLO(deadline=2.0)
+    assert blamed(slo, [1.5, 2.5], {"queue": 1.4, "prefill": 0.1}, {"decode": 0.5, "copy wait": 0.5}) == "queue"
+
+
+def test_a_kept_promise_blames_nobody():
+    assert blamed(SLO(ttft=1.0), [0.5, 9.0], {"queue": 0.5}, {"decode": 8.5}) == ""
+
+
+@pytest.mark.parametrize(
+    ("seen", "engine", "why", "blamed"),
+    [
+        (0.5, -0.2, "", "client"),  # the engine kept it
+        (0.5, None, "", "client"),  # the engine said nothing
+        (0.5, 0.4, "queue", "queue"),
+        (5.0, 0.4, "queue", "client"),  # most of the lateness came afterwards
+    ],
+)
+def test_the_client_is_blamed_for_what_the_engine_did_not_see(seen, engine, why, blamed):
+    assert why_late_at_client(seen, engine, why) == blamed

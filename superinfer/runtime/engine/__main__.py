@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 
 import msgspec
 
@@ -21,6 +22,7 @@ from superinfer.runtime.launch import StartReport
 from superinfer.runtime.protocol import ModelInfo
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.registry import POLICIES, build_scheduler
+from superinfer.runtime.tracing import TraceRecorder
 
 
 def main() -> int:
@@ -77,6 +79,7 @@ def build_engine(config: EngineConfig, reporter: StartReporter, lifeline_fd: int
     """An engine ready to run, bound to its address, which is returned too. Raises SuperinferError."""
     if config.policy not in POLICIES:  # before minutes of loading, not after
         raise InvalidRequestError(f"policy {config.policy!r} is unknown; choose one of {', '.join(sorted(POLICIES))}")
+    trace = TraceRecorder(config.trace, time.monotonic()) if config.trace else None
     from superinfer.runtime.engine.model_executor import build_executor  # imports torch: after the cheap checks
 
     executor = build_executor(config, reporter.progress)
@@ -101,7 +104,7 @@ def build_engine(config: EngineConfig, reporter: StartReporter, lifeline_fd: int
         config.policy, kv, SchedulerLimits(limits.num_slots, config.max_batch_tokens, limits.max_model_len)
     )
     door = FrontDoor(config.address, info, lifeline_fd)
-    return EngineLoop(door, Intake(info, config.seed), scheduler, executor, config.max_queue), door.address
+    return EngineLoop(door, Intake(info, config.seed), scheduler, executor, config.max_queue, trace), door.address
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from superinfer.runtime.protocol import (
 )
 from superinfer.runtime.scheduler.base import Scheduler
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
+from superinfer.runtime.tracing import TraceRecorder
 
 log = logging.getLogger("superinfer.engine")
 
@@ -60,13 +61,20 @@ class EngineLoop:
     """Ties the front door, the scheduler and the executor together. One thread; `stop` may be called from a signal."""
 
     def __init__(
-        self, door: FrontDoor, intake: Intake, scheduler: Scheduler, executor: Executor, max_queue: int
+        self,
+        door: FrontDoor,
+        intake: Intake,
+        scheduler: Scheduler,
+        executor: Executor,
+        max_queue: int,
+        trace: TraceRecorder | None = None,
     ) -> None:
         self._door = door
         self._intake = intake
         self._scheduler = scheduler
         self._executor = executor
         self._max_queue = max_queue
+        self._trace = trace
         self._live: dict[bytes, dict[str, list[Sequence]]] = defaultdict(dict)  # unfinished: client, request id
         self._num_live = 0
         self._compiling: list[tuple[Future[Any], list[Sequence]]] = []  # not with the scheduler yet
@@ -90,6 +98,8 @@ class EngineLoop:
         finally:
             self._door.close(self._stop_reason)
             self._executor.close()
+            if self._trace is not None:
+                self._trace.close(time.monotonic())
         return self._stop_reason
 
     def _turn(self) -> None:
@@ -117,7 +127,10 @@ class EngineLoop:
     def _start_step(self, now: float) -> bool:
         """Plan and submit a step; False when there is nothing to compute."""
         plan = self._scheduler.plan(now)
-        self._counters.schedule_s += time.monotonic() - now
+        planned = time.monotonic()
+        self._counters.schedule_s += planned - now
+        if self._trace is not None:
+            self._trace.planned(plan, now, planned)
         if plan is None:
             return False
         try:
@@ -140,7 +153,11 @@ class EngineLoop:
         self._counters.steps += 1
         self._counters.step_s += result.elapsed
         updates = self._scheduler.commit(result, now)
-        self._counters.schedule_s += time.monotonic() - now
+        committed = time.monotonic()
+        self._counters.schedule_s += committed - now
+        if self._trace is not None:
+            self._trace.finished(result, now, committed)
+            self._trace.gauges(self._scheduler.counts(), committed)
         self._publish(updates, now)
 
     # ------------------------------------------------------------------ messages
@@ -176,6 +193,9 @@ class EngineLoop:
             return
         self._live[client][request_id] = sequences
         self._num_live += len(sequences)
+        if self._trace is not None:
+            for sequence in sequences:
+                self._trace.follow(sequence)
         if compiled is not None:
             self._compiling.append((compiled, list(sequences)))
             return
@@ -198,6 +218,7 @@ class EngineLoop:
                 continue
             for sequence in held:
                 sequence.status = Status.FINISHED
+                sequence.stages.end(now)
             if not isinstance(error, SuperinferError):
                 log.error("a grammar could not be compiled", exc_info=error)
                 error = SuperinferError(f"the grammar could not be compiled: {error}")
@@ -209,6 +230,7 @@ class EngineLoop:
             if sequence in held:
                 held.remove(sequence)
                 sequence.status, sequence.finish_reason, sequence.finished_at = Status.FINISHED, "cancelled", now
+                sequence.stages.end(now)
                 return SequenceUpdate(sequence, [], None, "cancelled")
         return self._scheduler.cancel(sequence, now)
 
@@ -274,6 +296,8 @@ class EngineLoop:
         """A step failed: its requests get the error, all others go on."""
         log.error("step %d failed", step, exc_info=error)
         sequences = self._scheduler.abort(step, time.monotonic())
+        if self._trace is not None:
+            self._trace.lost(step, time.monotonic())
         text = f"a step of the engine failed and this request was in it ({error}); try it again"
         for sequence in sequences:
             self._fail(sequence.owner, sequence.request_id, SuperinferError(text))

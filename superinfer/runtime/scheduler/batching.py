@@ -16,6 +16,7 @@ from superinfer.runtime.kv.cache import KVCache, Node
 from superinfer.runtime.kv.copies import BlockCopy
 from superinfer.runtime.kv.duplex import DuplexCache
 from superinfer.runtime.protocol import FinishReason
+from superinfer.runtime.scheduler import stages
 from superinfer.runtime.scheduler.base import SchedulerCounts, SchedulerLimits
 from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan, StepResult
 from superinfer.runtime.scheduler.queue import WaitingQueue
@@ -128,8 +129,20 @@ class BatchScheduler(ABC):
             self._admit(now)
         if not draft.work and self._rotation is not None:
             self._wait_with_first(now)
+        self._note_copy_waits(draft, now)
         self._draft = Draft(0)
         return self._finish_plan(draft)
+
+    def _note_copy_waits(self, draft: Draft, now: float) -> None:
+        """Who has a slot and no work in this plan for want of copies is waiting for them; the others are not."""
+        if self._rotation is None:
+            return
+        for sequence in self._running:
+            table = sequence.table
+            if table is not None and sequence not in draft.work and self._rotation.kv.awaits(table):
+                sequence.stages.enter(stages.COPY_WAIT, now)
+            else:
+                sequence.stages.work(now)
 
     def _wait_with_first(self, now: float) -> None:
         """All that run wait for copies: the step waits with the first of them."""
@@ -278,12 +291,11 @@ class BatchScheduler(ABC):
         sequence.resume_at = sequence.compute_length
         sequence.let_in, sequence.let_in_with, sequence.let_in_at = now, sequence.num_output, sequence.scheduled
         self._running.append(sequence)
+        sequence.stages.work(now)
         if sequence.first_scheduled is None:
             sequence.first_scheduled = now
             sequence.cached = sequence.scheduled
-        if sequence.preempted_at is not None:
-            sequence.preempted_s += now - sequence.preempted_at
-            sequence.preempted_at = None
+        sequence.preempted_at = None
         tokens = sequence.tokens
         return SlotInit(
             slot=sequence.slot,
@@ -322,7 +334,11 @@ class BatchScheduler(ABC):
         if self._rotation is not None and self._rotation.settle(result):
             self._drop_broken(now)
         updates = []
-        for sequence, work in self._planned.pop(result.step):
+        planned = self._planned.pop(result.step)
+        if result.link.stall_s > 0.0:
+            for sequence, _ in planned:
+                sequence.stages.stalled(result.link.stall_s, now)
+        for sequence, work in planned:
             if work.sample:
                 sequence.in_flight -= 1
             if sequence.status is Status.FINISHED:
@@ -330,6 +346,8 @@ class BatchScheduler(ABC):
             if work.sample:
                 sequence.tokens.append(result.tokens[work.slot])
                 sequence.timeline.tokens(1, now - sequence.arrival)
+                if sequence.timeline.count == 1:
+                    sequence.stages.first_token(now)
             if sequence.table is not None:
                 sequence.committed = work.start + work.length
             if sequence.status is Status.RUNNING and sequence.table is not None:
@@ -389,6 +407,7 @@ class BatchScheduler(ABC):
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
         sequence.finished_at = now
+        sequence.stages.end(now)
 
     def _preempt(self, sequence: Sequence, now: float) -> None:
         """Room is needed: the sequence gives up its slot and blocks, to the second tier if there is room."""
@@ -400,7 +419,7 @@ class BatchScheduler(ABC):
         sequence.preemptions += 1
         self._leave_slot(sequence)
         self._drop_table(sequence)
-        self._wait_again(sequence, now)
+        self._wait_again(sequence, now, stages.PREEMPTED)
 
     def _rotate_out(self, sequence: Sequence, now: float) -> bool:
         """The sequence's KV goes to the second tier; False when there is none, or it is full."""
@@ -410,7 +429,7 @@ class BatchScheduler(ABC):
             return False
         sequence.rotations += 1
         self._leave_slot(sequence)
-        self._wait_again(sequence, now)
+        self._wait_again(sequence, now, stages.ROTATED)
         return True
 
     def _undraft(self, sequence: Sequence) -> None:
@@ -433,9 +452,11 @@ class BatchScheduler(ABC):
             self._drop_table(sequence)
             if sequence.status is Status.RUNNING:
                 self._leave_slot(sequence)
-                self._wait_again(sequence, now)
+                self._wait_again(sequence, now, stages.PREEMPTED)
+            sequence.stages.enter(stages.PREEMPTED, now)
 
-    def _wait_again(self, sequence: Sequence, now: float) -> None:
+    def _wait_again(self, sequence: Sequence, now: float, stage: str) -> None:
+        sequence.stages.enter(stage, now)
         sequence.status = Status.WAITING
         sequence.preempted_at = now
         self._waiting.add(sequence, self.rank(sequence, now))

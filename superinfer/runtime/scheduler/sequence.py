@@ -10,7 +10,9 @@ import msgspec
 
 from superinfer.runtime.kv.cache import BlockTable
 from superinfer.runtime.protocol import FinishReason, RequestReport, SamplingParams, TokenLogprob
-from superinfer.runtime.slo import SLO, TokenTimeline
+from superinfer.runtime.scheduler import stages
+from superinfer.runtime.scheduler.stages import StageClock
+from superinfer.runtime.slo import SLO, TokenTimeline, why_late
 
 
 class Status(Enum):
@@ -22,7 +24,7 @@ class Status(Enum):
 class Sequence:
     """One continuation of one request (or one prompt to score). Times are seconds on the engine's monotonic clock.
 
-    tokens: prompt and generated ids. num_prompt: how many of them are the prompt.
+    tokens: prompt and generated ids. num_prompt: how many of them are the prompt. stages: where its time goes.
     scheduled: positions whose KV some planned step computes; committed: of those, steps that are done.
     in_flight: tokens that planned steps will sample and that are not known yet.
     resume_at: tokens to prefill when it last took a slot; from there on it decodes.
@@ -48,7 +50,6 @@ class Sequence:
         "num_prompt",
         "owner",
         "preempted_at",
-        "preempted_s",
         "preemptions",
         "program",
         "request_id",
@@ -61,6 +62,7 @@ class Sequence:
         "seed",
         "slo",
         "slot",
+        "stages",
         "status",
         "stop_ids",
         "table",
@@ -95,6 +97,7 @@ class Sequence:
         self.max_tokens, self.seed, self.stop_ids, self.score_start = max_tokens, seed, stop_ids, score_start
         self.arrival = arrival
         self.timeline = TokenTimeline(slo)
+        self.stages = StageClock(arrival)
         self.status = Status.WAITING
         self.slot = -1
         self.table: BlockTable | None = None
@@ -104,7 +107,6 @@ class Sequence:
         self.finished_at: float | None = None
         self.finish_reason: FinishReason | None = None
         self.preempted_at: float | None = None
-        self.preempted_s = 0.0
         self.preemptions = self.rotations = 0
         self.let_in, self.let_in_with, self.let_in_at = arrival, 0, 0
 
@@ -138,44 +140,38 @@ class Sequence:
     def report(self, now: float) -> RequestReport:
         """How it went, as of `now`."""
         end = self.finished_at if self.finished_at is not None else now
-        started = self.first_scheduled if self.first_scheduled is not None else end
-        first = self.timeline.first
-        queue_s = started - self.arrival
-        prefill_s = (self.arrival + first if first is not None else end) - started
         e2e_s = end - self.arrival
-        stages = {"queue": queue_s, "prefill": prefill_s, "decode": e2e_s - queue_s - prefill_s}
+        spent = self.stages.seconds if self.finished_at is not None else self.stages.so_far(now)
         report = RequestReport(
             prompt_tokens=self.num_prompt,
             cached_tokens=self.cached,
             output_tokens=self.num_output,
-            queue_s=queue_s,
-            prefill_s=prefill_s,
-            decode_s=stages["decode"],
+            queue_s=spent.get(stages.QUEUE, 0.0),
+            prefill_s=spent.get(stages.PREFILL, 0.0),
+            decode_s=spent.get(stages.DECODE, 0.0),
             e2e_s=e2e_s,
-            ttft_s=first,
+            ttft_s=self.timeline.first,
             max_tbt_s=self.timeline.max_tbt,
-            preempted_s=self.preempted_s,
+            preempted_s=spent.get(stages.PREEMPTED, 0.0),
             preemptions=self.preemptions,
             rotations=self.rotations,
+            rotated_s=spent.get(stages.ROTATED, 0.0),
+            copy_wait_s=spent.get(stages.COPY_WAIT, 0.0),
         )
         if self.slo is None or not self.slo.promises_anything:
             return report
-        return _with_verdict(report, self.timeline, e2e_s, stages | {"preempted": self.preempted_s})
-
-
-def _with_verdict(
-    report: RequestReport, timeline: TokenTimeline, e2e_s: float, stages: dict[str, float]
-) -> RequestReport:
-    verdict = timeline.verdict(e2e_s)
-    return msgspec.structs.replace(
-        report,
-        met=verdict.met,
-        ttft_met=verdict.ttft_met,
-        tbt_met=verdict.tbt_met,
-        deadline_met=verdict.deadline_met,
-        lateness_s=verdict.lateness,
-        why="" if verdict.met else max(stages, key=lambda stage: stages[stage]),
-    )
+        verdict = self.timeline.verdict(e2e_s)
+        before = self.stages.before if self.stages.before is not None else spent
+        after = {stage: seconds - before.get(stage, 0.0) for stage, seconds in spent.items()}
+        return msgspec.structs.replace(
+            report,
+            met=verdict.met,
+            ttft_met=verdict.ttft_met,
+            tbt_met=verdict.tbt_met,
+            deadline_met=verdict.deadline_met,
+            lateness_s=verdict.lateness,
+            why=why_late(verdict, self.slo, self.num_output, before, after),
+        )
 
 
 class SequenceUpdate(NamedTuple):

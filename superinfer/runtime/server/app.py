@@ -94,7 +94,8 @@ def create_app(text: TextClient, *, model_name: str = "") -> FastAPI:
             raise bad_request(message, param="n")
         requests = [_text_request(request, prompt, sampling, text) for prompt in prompts]
         tally = Tally(choices, sampling.n, slo=request.slo is not None)
-        writer = CompletionWriter(request, text.tokenizer, tally, choices=choices)
+        prompt_tokens = sum(map(len, prompts))
+        writer = CompletionWriter(request, text.tokenizer, tally, choices=choices, prompt_tokens=prompt_tokens)
         return await _answer(http, text, requests, writer, stream=bool(request.stream))
 
     return app

@@ -99,14 +99,19 @@ class CompletionAnswer(msgspec.Struct, frozen=True, kw_only=True):
 class CompletionWriter:
     """Writes one answer: `chunks` as it streams, or `whole` at its end."""
 
-    def __init__(self, request: CompletionRequest, tokenizer: Tokenizer, tally: Tally, *, choices: int) -> None:
+    def __init__(
+        self, request: CompletionRequest, tokenizer: Tokenizer, tally: Tally, *, choices: int, prompt_tokens: int = 0
+    ) -> None:
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = request.model
         self._top = request.logprobs or 0
         self._tokenizer = tokenizer
         self._tally = tally
-        self._usage = bool(request.stream_options and request.stream_options.include_usage)
+        options = request.stream_options
+        self._usage = bool(options and options.include_usage)
+        self._continuous = bool(options and options.continuous_usage_stats)
+        self._prompt_tokens, self._output_tokens = prompt_tokens, 0
         self._offsets = [0] * choices
 
     def chunks(self, delta: TextDelta) -> Iterator[bytes]:
@@ -115,13 +120,21 @@ class CompletionWriter:
         reason = None
         if delta.finish_reason is not None:
             reason = self._tally.finish(delta.index, delta.finish_reason, delta.report)
-        elif not delta.text and logprobs is None:
+        elif not delta.text and logprobs is None and not self._continuous:
             return
         slo = self._tally.slo() if reason and self._tally.complete else UNSET
         choice = CompletionChoice(index=delta.index, text=delta.text, logprobs=logprobs, finish_reason=reason)
-        yield self._encode([choice], None if self._usage else UNSET, slo)
+        yield self._encode([choice], self._so_far(delta), slo)
         if reason and self._tally.complete and self._usage:
             yield self._encode([], self._tally.usage(), slo)
+
+    def _so_far(self, delta: TextDelta) -> Usage | Unset | None:
+        """What a chunk with a choice says of usage."""
+        self._output_tokens += len(delta.token_ids)
+        if self._continuous:
+            total = self._prompt_tokens + self._output_tokens
+            return Usage(self._prompt_tokens, self._output_tokens, total)
+        return None if self._usage else UNSET
 
     def whole(self, results: list[TextResult]) -> bytes:
         """The answer of an unstreamed request."""

@@ -15,12 +15,12 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Token counts; a prompt counts once however many choices it has."""
+    """Token counts; a prompt counts once however many choices it has. Details are known at the end."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
+    prompt_tokens_details: PromptTokensDetails | msgspec.UnsetType = msgspec.UNSET
 
 
 class SloReport(msgspec.Struct, frozen=True):
@@ -28,7 +28,8 @@ class SloReport(msgspec.Struct, frozen=True):
 
     Of several choices: `met` says whether all met it, the rest is of the one that was latest.
     truncated: the deadline passed and `on_miss="truncate"` ended the answer there.
-    why: the stage that cost most, where it was missed.
+    queue_ms .. preempted_ms: a stage each, see RequestReport; they sum to e2e_ms. lateness_ms: the worst lag behind
+    the promise, negative where it was kept. why: the stage that cost most, where it was missed.
     """
 
     met: bool | None
@@ -38,6 +39,10 @@ class SloReport(msgspec.Struct, frozen=True):
     queue_ms: float
     prefill_ms: float
     decode_ms: float
+    rotated_ms: float
+    copy_wait_ms: float
+    preempted_ms: float
+    lateness_ms: float | None
     truncated: bool
     why: str
 
@@ -94,6 +99,10 @@ class Tally:
             queue_ms=_ms(worst.queue_s),
             prefill_ms=_ms(worst.prefill_s),
             decode_ms=_ms(worst.decode_s),
+            rotated_ms=_ms(worst.rotated_s),
+            copy_wait_ms=_ms(worst.copy_wait_s),
+            preempted_ms=_ms(worst.preempted_s),
+            lateness_ms=None if worst.lateness_s is None else _ms(worst.lateness_s),
             truncated=self._truncated,
             why=worst.why,
         )

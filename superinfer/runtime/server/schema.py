@@ -23,6 +23,13 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     include_obfuscation: bool | None = None
 
 
+class CompletionStreamOptions(StreamOptions, frozen=True, forbid_unknown_fields=True):
+    """continuous_usage_stats: every chunk holds the usage so far, and one comes for every token, text or none, so that
+    tokens can be counted as they come."""
+
+    continuous_usage_stats: bool | None = None
+
+
 class SloFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An SLO in milliseconds; see superinfer.SLO, which is in seconds."""
 
@@ -103,6 +110,7 @@ class CompletionRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields
 
     prompt: str | list[Any]
     logprobs: int | None = None
+    stream_options: CompletionStreamOptions | None = None
 
 
 # Documented parameters that have no field above, with the values that ask for nothing: these pass, others are refused.

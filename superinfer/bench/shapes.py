@@ -1,0 +1,73 @@
+"""Checkpoints without weights: a config of a published model's sizes, for engines that make random ones."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from superinfer.errors import InvalidRequestError
+from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.sim.shapes import ModelShape, shape_of
+
+_COMMON = {
+    "dtype": "bfloat16",
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Sizes and constants of each model's published config.json.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    },
+    "qwen2.5-32b": {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 5120,
+        "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40, "num_key_value_heads": 8,
+        "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+    },
+    "mixtral-8x7b": {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+}  # fmt: skip
+
+
+def write_shape(name: str, folder: Path, layers: int | None = None) -> Path:
+    """A folder with the config of CONFIGS[name], of `layers` layers where given."""
+    config = _COMMON | CONFIGS[name]
+    if layers is not None:
+        config["num_hidden_layers"] = layers
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@contextlib.contextmanager
+def engine_of_shape(config: EngineConfig, layers: int | None) -> Iterator[tuple[EngineConfig, ModelShape]]:
+    """Settings of the engine to measure, and its model's shape. A model named in CONFIGS gets random weights.
+
+    layers: of such a model, fewer than it has, where memory asks for it. Raises InvalidRequestError.
+    """
+    if layers is not None and config.model not in CONFIGS:
+        raise InvalidRequestError(f"--layers is for {', '.join(CONFIGS)}, not for model {config.model!r}")
+    if layers is not None and layers < 1:
+        raise InvalidRequestError(f"layers={layers} must be at least 1")
+    if config.model not in CONFIGS:
+        yield config, shape_of(config.model)
+        return
+    with tempfile.TemporaryDirectory(prefix="superinfer-shape-") as folder:
+        path = write_shape(config.model, Path(folder), layers)
+        shape = shape_of(config.model)
+        shape = shape._replace(layers=layers if layers is not None else shape.layers)
+        yield msgspec.structs.replace(config, model=str(path), load_format="dummy"), shape

@@ -1,0 +1,200 @@
+"""A trace of steps, copies and requests for ui.perfetto.dev, as Chrome trace events. Pure Python; time is an argument.
+
+The engine and the simulator tell a `TraceRecorder` the same things at the same places, each on its own clock. Events
+are written as they come and no more than `max_events` of them: a trace that was cut off, or whose writer was killed,
+can still be opened. See docs/tracing.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from superinfer.errors import InvalidRequestError
+from superinfer.runtime.scheduler.base import SchedulerCounts
+from superinfer.runtime.scheduler.plan import StepPlan, StepResult
+from superinfer.runtime.scheduler.sequence import Sequence
+
+MAX_EVENTS = 300_000  # about 45 MB
+ENGINE, REQUESTS = 1, 2  # processes of the trace
+STEPS, SCHEDULER, COPIES_IN, COPIES_OUT = 1, 2, 3, 4  # threads of ENGINE
+
+_NAMES = {
+    STEPS: "steps",
+    SCHEDULER: "scheduler",
+    COPIES_IN: "copies in (DRAM to HBM)",
+    COPIES_OUT: "copies out (HBM to DRAM)",
+}
+
+
+class _Step(NamedTuple):
+    """A step under way. begun: when it was handed to the executor."""
+
+    begun: float
+    tokens: int
+    decodes: int
+    prefill_tokens: int
+    waits: int
+
+
+class TraceRecorder:
+    """Times are seconds on one clock of the caller's, which begins at `origin`."""
+
+    def __init__(self, path: str | Path, origin: float, *, max_events: int = MAX_EVENTS) -> None:
+        """Raises InvalidRequestError where the file cannot be written."""
+        try:
+            self._file = open(path, "wb")  # noqa: SIM115 - it stays open as long as the recorder
+        except OSError as error:
+            raise InvalidRequestError(f"the trace {str(path)!r} cannot be written: {error.strerror}") from None
+        self._origin = origin
+        self._left = max_events
+        self._encode = msgspec.json.Encoder().encode
+        self._steps: dict[int, _Step] = {}
+        self._copies: dict[int, tuple[bool, float]] = {}  # under way: out?, when started
+        self._free_at = {STEPS: origin, COPIES_IN: origin, COPIES_OUT: origin}
+        self._followed: set[int] = set()
+        self._file.write(b"[\n")
+        for pid, name in ((ENGINE, "engine"), (REQUESTS, "requests")):
+            self._write({"ph": "M", "pid": pid, "name": "process_name", "args": {"name": name}})
+        for tid, name in _NAMES.items():
+            self._write({"ph": "M", "pid": ENGINE, "tid": tid, "name": "thread_name", "args": {"name": name}})
+            order = {"sort_index": tid}
+            self._write({"ph": "M", "pid": ENGINE, "tid": tid, "name": "thread_sort_index", "args": order})
+
+    # ------------------------------------------------------------------ what happens
+
+    def follow(self, sequence: Sequence) -> None:
+        """From now on, draw the stages of a sequence, which has just arrived."""
+        if self._left <= 0:
+            return
+        slo = msgspec.to_builtins(sequence.slo) if sequence.slo is not None else {}
+        told = {"prompt_tokens": sequence.num_prompt, "max_tokens": sequence.max_tokens, "slo": slo}
+        self._followed.add(sequence.id)
+        self._async("b", f"request {sequence.id}", sequence.id, sequence.arrival, told)
+        sequence.stages.watch = partial(self._stage, sequence)
+
+    def planned(self, plan: StepPlan | None, begin: float, end: float) -> None:
+        """The scheduler planned from `begin` to `end`, and then handed the step to the executor."""
+        if plan is None or self._left <= 0:
+            return
+        self._slice(SCHEDULER, "plan", begin, end, {"step": plan.step})
+        decodes = sum(work.is_decode for work in plan.work)
+        tokens = plan.num_tokens
+        self._steps[plan.step] = _Step(end, tokens, decodes, tokens - decodes, len(plan.waits))
+        for copy in plan.copies:
+            self._copies[copy.id] = (copy.out, end)
+
+    def finished(self, result: StepResult, now: float, committed: float) -> None:
+        """A step's result came at `now` and was taken in until `committed`."""
+        step = self._steps.pop(result.step, None)
+        if step is None or self._left <= 0:
+            return
+        kind = "mixed" if step.decodes and step.prefill_tokens else "decode" if step.decodes else "prefill"
+        told = {
+            "step": result.step,
+            "tokens": step.tokens,
+            "decodes": step.decodes,
+            "prefill_tokens": step.prefill_tokens,
+            "executor_ms": result.elapsed * 1e3,
+            "waited_for_copies": step.waits,
+            "stall_ms": result.link.stall_s * 1e3,
+        }
+        self._in_turn(STEPS, kind if step.tokens else "copies only", step.begun, now, told)
+        self._copies_over(result, now)
+        self._slice(SCHEDULER, "commit", now, committed, {"step": result.step})
+
+    def lost(self, step: int, now: float) -> None:
+        """A step failed."""
+        known = self._steps.pop(step, None)
+        if known is not None:
+            self._in_turn(STEPS, "failed", known.begun, now, {"step": step, "tokens": known.tokens})
+
+    def gauges(self, counts: SchedulerCounts, now: float) -> None:
+        """Draw the counts as lines over time."""
+        self._counter("sequences", now, {"running": counts.running, "waiting": counts.waiting})
+        self._counter("HBM blocks free", now, {"free": counts.blocks_free})
+        if counts.tiers is not None:
+            self._counter("DRAM blocks", now, {"free": counts.tiers.dram_free, "rotated out": counts.tiers.dram_pinned})
+
+    def close(self, now: float) -> None:
+        """End what is open and close the file. Safe to call twice."""
+        if self._file.closed:
+            return
+        self._end_requests(now)
+        self._file.write(b'{"ph":"M","pid":1,"name":"process_sort_index","args":{"sort_index":0}}\n]\n')
+        self._file.close()
+
+    # ------------------------------------------------------------------ how it is drawn
+
+    def _copies_over(self, result: StepResult, now: float) -> None:
+        """One slice for each direction: from when the first of these copies could begin, to the report that they are
+        over. A direction's copies go one after another, so a slice begins where the last one ended."""
+        failed = set(result.failed_copies)
+        for out, tid, busy in ((False, COPIES_IN, result.link.in_s), (True, COPIES_OUT, result.link.out_s)):
+            ids = [id for id in (*result.copied, *failed) if self._copies.get(id, (not out, 0.0))[0] == out]
+            if not ids:
+                continue
+            begun = min(self._copies.pop(id)[1] for id in ids)
+            told = {"blocks": len(ids), "failed": len(failed.intersection(ids)), "ids": _range(ids)}
+            self._in_turn(tid, "copy", begun, now, {**told, "link_busy_ms": busy * 1e3})
+
+    def _stage(self, sequence: Sequence, stage: str, begin: float, end: float) -> None:
+        id = sequence.id
+        if id not in self._followed:
+            return
+        if not stage:
+            self._followed.discard(id)
+            told = {"output_tokens": sequence.num_output, "finish_reason": sequence.finish_reason}
+            self._async("e", f"request {id}", id, end, told)
+        elif end > begin:
+            self._async("b", stage, id, begin)
+            self._async("e", stage, id, end)
+
+    def _async(self, kind: str, name: str, id: int, at: float, args: dict[str, Any] | None = None) -> None:
+        event = {"ph": kind, "cat": "request", "name": name, "id": id, "pid": REQUESTS, "tid": 0, "ts": self._us(at)}
+        self._write(event | ({"args": args} if args else {}), at)
+
+    def _in_turn(self, tid: int, name: str, begin: float, end: float, args: dict[str, Any]) -> None:
+        """A slice on a track that has one at a time: it begins when the one before it ended."""
+        begin = max(begin, self._free_at[tid])
+        self._free_at[tid] = end
+        self._slice(tid, name, begin, end, args)
+
+    def _slice(self, tid: int, name: str, begin: float, end: float, args: dict[str, Any]) -> None:
+        event = {"ph": "X", "pid": ENGINE, "tid": tid, "name": name, "ts": self._us(begin), "args": args}
+        self._write({**event, "dur": round(max(0.0, end - begin) * 1e6, 3)}, end)
+
+    def _counter(self, name: str, at: float, values: dict[str, int]) -> None:
+        self._write({"ph": "C", "pid": ENGINE, "name": name, "ts": self._us(at), "args": values}, at)
+
+    def _us(self, at: float) -> float:
+        return round((at - self._origin) * 1e6, 3)
+
+    def _write(self, event: dict[str, Any], at: float = 0.0) -> None:
+        if self._left <= 0 or self._file.closed:
+            return
+        self._left -= 1
+        self._file.write(self._encode(event) + b",\n")
+        if self._left == 0:
+            full = {"ph": "i", "s": "g", "pid": ENGINE, "tid": STEPS, "name": "the trace is full", "ts": self._us(at)}
+            self._file.write(self._encode(full) + b",\n")
+            self._end_requests(at)
+            self._steps.clear()
+            self._copies.clear()
+
+    def _end_requests(self, now: float) -> None:
+        """Those that still run end here for the trace, beyond its limit: a slice without an end cannot be drawn."""
+        for id in sorted(self._followed):
+            event = {"ph": "e", "cat": "request", "name": f"request {id}", "id": id, "pid": REQUESTS, "tid": 0}
+            self._file.write(self._encode({**event, "ts": self._us(now)}) + b",\n")
+        self._followed.clear()
+
+
+def _range(ids: Iterable[int]) -> str:
+    """Ids of copies, as first … last."""
+    found = sorted(ids)
+    return f"{found[0]}" if len(found) == 1 else f"{found[0]} … {found[-1]}"

@@ -1,0 +1,147 @@
+"""The trace of an engine: whole, bounded, and drawn from what really happened."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiered_executor import TieredMemoryExecutor
+
+from superinfer.errors import InvalidRequestError
+from superinfer.runtime.client import EngineClient, new_request_id
+from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.kv.duplex import DuplexCache
+from superinfer.runtime.launch import launch_engine
+from superinfer.runtime.protocol import Generate, SamplingParams
+from superinfer.runtime.scheduler.base import SchedulerLimits
+from superinfer.runtime.scheduler.registry import build_scheduler
+from superinfer.runtime.scheduler.sequence import Sequence
+from superinfer.runtime.tracing import TraceRecorder
+
+PAGE = 4
+Event = dict[str, Any]
+
+
+def play(path: Path, prompts: list[list[int]], **recorder: Any) -> tuple[list[Sequence], list[Any]]:
+    """A small engine with two tiers in virtual time, recorded. Returns its sequences and plans."""
+    kv = DuplexCache(10, 40, PAGE)
+    scheduler = build_scheduler("lru", kv, SchedulerLimits(3, 12, 10 * PAGE))
+    scheduler.quantum = 1  # type: ignore[attr-defined]
+    executor = TieredMemoryExecutor(10, 40, PAGE, seed=1)
+    trace = TraceRecorder(path, 100.0, **recorder)
+    now, plans = 100.0, []
+    sequences = [Sequence(id=at, prompt=p, max_tokens=9, arrival=now) for at, p in enumerate(prompts)]
+    for sequence in sequences:
+        trace.follow(sequence)
+        scheduler.add(sequence)
+    while (plan := scheduler.plan(now)) is not None:
+        plans.append(plan)
+        trace.planned(plan, now, now + 0.001)
+        executor.submit(plan)
+        now += 0.01
+        result = executor.collect()
+        scheduler.commit(result, now)
+        trace.finished(result, now, now + 0.001)
+        trace.gauges(scheduler.counts(), now)
+        now += 0.002
+    trace.close(now)
+    return sequences, plans
+
+
+def check_nesting(events: list[Event]) -> dict[int, list[Event]]:
+    """Async events of each request: every begin has its end, and stages lie inside their request, none over another."""
+    by_request: dict[int, list[Event]] = defaultdict(list)
+    for event in events:
+        if event["ph"] in "be":
+            by_request[event["id"]].append(event)
+    for id, found in by_request.items():
+        assert [e["name"] for e in found].count(f"request {id}") == 2
+        outer = [e["ts"] for e in found if e["name"] == f"request {id}"]
+        stages = [e for e in found if e["name"] != f"request {id}"]
+        ends = outer[0]
+        for begin, end in zip(stages[::2], stages[1::2], strict=True):
+            assert (begin["ph"], end["ph"], begin["name"]) == ("b", "e", end["name"])
+            assert ends <= begin["ts"] <= end["ts"] <= outer[1]
+            ends = end["ts"]
+    return by_request
+
+
+def check_tracks(events: list[Event]) -> None:
+    """On each track one slice at a time."""
+    tracks: dict[int, list[Event]] = defaultdict(list)
+    for event in events:
+        if event["ph"] == "X":
+            tracks[event["tid"]].append(event)
+    for slices in tracks.values():
+        slices.sort(key=lambda e: e["ts"])
+        for one, other in itertools.pairwise(slices):
+            assert one["ts"] + one["dur"] <= other["ts"] + 0.01
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=20), min_size=1, max_size=6))
+def test_a_trace_holds_every_step_copy_and_stage(tmp_path, prompts):
+    path = tmp_path / "trace.json"
+    sequences, plans = play(path, prompts)
+    events = json.loads(path.read_text())
+    check_tracks(events)
+    requests = check_nesting(events)
+    for sequence in sequences:
+        spent: dict[str, float] = defaultdict(float)
+        found = [e for e in requests[sequence.id] if not e["name"].startswith("request")]
+        for begin, end in zip(found[::2], found[1::2], strict=True):
+            spent[begin["name"]] += (end["ts"] - begin["ts"]) / 1e6
+        assert spent == pytest.approx({k: v for k, v in sequence.stages.seconds.items() if v > 0}, abs=1e-6)
+    slices = [e for e in events if e["ph"] == "X"]
+    steps = [e for e in slices if "executor_ms" in e["args"]]
+    assert [e["args"]["step"] for e in steps] == [plan.step for plan in plans]
+    assert [e["args"]["tokens"] for e in steps] == [plan.num_tokens for plan in plans]
+    copied = sum(e["args"]["blocks"] for e in slices if e["name"] == "copy")
+    assert copied == sum(len(plan.copies) for plan in plans) - _unreported(events, plans)
+
+
+def _unreported(events: list[Event], plans: list[Any]) -> int:
+    """Copies that the last result came too early for."""
+    reported = sum(e["args"]["blocks"] for e in events if e.get("name") == "copy")
+    left = sum(len(plan.copies) for plan in plans) - reported
+    assert 0 <= left <= len(plans[-1].copies)
+    return left
+
+
+def test_a_trace_stops_growing_and_stays_whole(tmp_path):
+    path = tmp_path / "trace.json"
+    play(path, [[1, 2, 3], [3, 2, 1, 0]], max_events=40)
+    events = json.loads(path.read_text())
+    assert len(events) <= 40 + 5 and any(e["name"] == "the trace is full" for e in events)
+    check_nesting(events)
+
+
+def test_what_cannot_be_written_is_said_before_the_engine_starts(tmp_path):
+    with pytest.raises(InvalidRequestError, match="nowhere"):
+        launch_engine(EngineConfig(trace=str(tmp_path / "nowhere" / "trace.json")))
+
+
+def test_an_engine_writes_a_trace_of_its_requests(random_llama, tmp_path):
+    path = tmp_path / "trace.json"
+    config = EngineConfig(
+        model=str(random_llama), kv_tokens=64, dram_tokens=512, max_batch_size=4, policy="lru", trace=str(path)
+    )
+    sampling = SamplingParams(max_tokens=40, ignore_eos=True)
+    with launch_engine(config) as engine, EngineClient(engine.address) as client:
+        streams = [
+            client.generate(Generate(request_id=new_request_id(), prompt=[at, 5, 6], sampling=sampling))
+            for at in range(2)
+        ]
+        for stream in streams:
+            list(stream)
+    events = json.loads(path.read_text())
+    check_tracks(events)
+    assert len(check_nesting(events)) == 2
+    names = {e["name"] for e in events}
+    assert {"plan", "commit", "prefill", "decode", "sequences", "DRAM blocks"} <= names
