@@ -87,7 +87,7 @@ class ClientDelay:
 
 
 async def probe(streams: OpenAIStreams, server: Server, asking: Asking, prompt: list[int]) -> Server:
-    """The server with `counts` set: whether it takes `continuous_usage_stats`. Raises InvalidRequestError, with the
+    """The server with `counts` set: whether it heeds `continuous_usage_stats`. Raises InvalidRequestError, with the
     server's words, if it takes this kind of request in neither form."""
     refused = ""
     for counts in (True, False):
@@ -97,7 +97,7 @@ async def probe(streams: OpenAIStreams, server: Server, asking: Asking, prompt: 
         body = replace(asking, server=server).body(prompt, job)
         await streams.stream(body, sample, time.perf_counter(), time.perf_counter)
         if not sample.error:
-            return server
+            return replace(server, counts=sample.counted)
         refused = f"{sample.error}: {sample.detail}"
         if not sample.error.startswith("HTTP 4"):
             break

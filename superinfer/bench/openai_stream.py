@@ -58,7 +58,8 @@ class Sample:
     """One request and what came of it. due: when it arrives, seconds after the run's start; the others are after `due`.
 
     sent: when it was handed to the connection. timeline: its tokens. gaps: between arrivals, each of one token or more.
-    finished: its end, good or bad. error: the kind of failure, "" for none; detail: its words.
+    finished: its end, good or bad. counted: whether its chunks said how many tokens there were.
+    error: the kind of failure, "" for none; detail: its words.
     """
 
     due: float
@@ -71,6 +72,7 @@ class Sample:
     finished: float | None = None
     finish_reason: str | None = None
     tokens: int = 0
+    counted: bool = False
     error: str = ""
     detail: str = ""
     engine: EngineSlo | None = None
@@ -206,6 +208,7 @@ def _take(chunk: _Chunk, sample: Sample, now: float) -> None:
         sample.finish_reason = choice.finish_reason or sample.finish_reason
         # A last chunk may hold nothing but the reason; without a count, each chunk with text is a token.
         new = chunk.usage.completion_tokens - sample.tokens if chunk.usage is not None else int(bool(choice.text))
+        sample.counted |= chunk.usage is not None
         if new > 0:
             timeline = sample.timeline
             if timeline.last is not None:

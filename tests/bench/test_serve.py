@@ -106,6 +106,24 @@ def test_a_server_that_does_not_count_is_asked_without_and_its_last_chunk_believ
     assert (sample.error, sample.tokens, sample.timeline.count) == ("", 5, 5)
 
 
+def test_a_server_that_takes_the_option_and_does_not_heed_it_is_known_not_to_count():
+    async def deaf(body: dict[str, Any], stream: Stream) -> None:
+        stream.begin()
+        await stream.token()
+        await stream.event({"choices": [], "usage": {"completion_tokens": 1}})
+        await stream.end()
+
+    async def ask(url: str) -> bool:
+        async with OpenAIStreams(url) as streams:
+            known = await streams.describe("")
+            return (await probe(streams, known, Asking(known), [1])).counts
+
+    with ScriptedServer(answer=deaf) as server:
+        assert not asyncio.run(ask(server.url))
+        server.answer = steady
+        assert asyncio.run(ask(server.url))
+
+
 async def _refuses(body: dict[str, Any], stream: Stream) -> None:
     await stream.refuse(429, {"error": {"message": "queue full"}})
 
