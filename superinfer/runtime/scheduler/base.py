@@ -60,7 +60,10 @@ class TierGauges(NamedTuple):
 
 
 class SchedulerCounts(NamedTuple):
-    """running, waiting: sequences now. preemptions: since start. blocks_*: of the HBM pool. tiers: with DRAM only."""
+    """running, waiting: sequences now; rotated: of the waiting, those whose KV is in DRAM. preemptions: since start.
+
+    blocks_*: of the HBM pool. tiers: with DRAM only.
+    """
 
     running: int
     waiting: int
@@ -69,3 +72,4 @@ class SchedulerCounts(NamedTuple):
     blocks_free: int
     blocks_cached: int
     tiers: TierGauges | None = None
+    rotated: int = 0

@@ -108,6 +108,7 @@ class BatchScheduler(ABC):
             kv.num_free,
             kv.num_cached,
             self._rotation.gauges() if self._rotation is not None else None,
+            sum(sequence.table is not None for sequence in self._waiting) if self._rotation is not None else 0,
         )
 
     # ------------------------------------------------------------------ plan

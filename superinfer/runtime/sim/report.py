@@ -11,7 +11,7 @@ import msgspec
 from rich.table import Table
 
 from superinfer.errors import UnsupportedError
-from superinfer.runtime.sim.simulate import SimResult
+from superinfer.runtime.sim.simulate import Movement, SimResult
 
 
 class Point(msgspec.Struct, frozen=True):
@@ -26,7 +26,7 @@ def table(points: Many[Point], title: str = "") -> Table:
     shown = Table(title=title or None)
     for name in (
         "policy", "req/s", "TTFT p50", "p99", "TTFT met", "all met", "goodput/s", "TPOT", "TBT p99", "tok/s",
-        "preempted", "plan p50", "sim req/s",
+        "preempted", "rotated", "GB/s in", "out", "stall", "plan p50", "sim req/s",
     ):  # fmt: skip
         shown.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     for rate, result in ((point.rate, point.result) for point in points):
@@ -42,6 +42,7 @@ def table(points: Many[Point], title: str = "") -> Table:
             _seconds(result.tbt.p99),
             f"{result.tokens_per_s:,.0f}",
             f"{result.preemptions:,}",
+            *_moved(result.moved),
             f"{result.plan_ms.p50:.2f} ms",
             f"{result.requests_per_wall_s:.0f}",
         )
@@ -96,6 +97,13 @@ def _seconds(value: float) -> str:
     if math.isnan(value):
         return "–"
     return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms"
+
+
+def _moved(moved: Movement | None) -> list[str]:
+    if moved is None:
+        return ["–"] * 4
+    rates = f"{moved.gbps_in:.1f}", f"{moved.gbps_out:.1f}"
+    return [f"{moved.rotations_out:,}", *rates, f"{100 * moved.stall_share:.1f} %"]
 
 
 def _percent(share: float | None) -> str:
