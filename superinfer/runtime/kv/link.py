@@ -69,6 +69,13 @@ class VirtualLink:
             self._next_event(math.inf)
         return max([now, *(self._over[id] for id in wanted if id in self._over)])
 
+    def next_over_at(self, now: float) -> float:
+        """When the next copy is over, at least `now`; `now` when none is under way. As with `over_at`, wait until then."""
+        self._pass_time(now)
+        while self._queued and not self._sent:
+            self._next_event(math.inf)
+        return max(now, self._sent[0][0]) if self._sent else now
+
     def finished(self, now: float) -> list[BlockCopy]:
         """Copies that are over by `now` and were not given before, in the order in which they ended."""
         self._pass_time(now)

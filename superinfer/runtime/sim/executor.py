@@ -83,6 +83,8 @@ class SimExecutor:
                 raise RuntimeError(f"step {plan.step} moves blocks, and there is one tier only")
             return start
         self._link.start(plan.copies, start)
+        if not plan.work and not plan.waits:  # all there is to do is to see the copies end
+            return self._link.next_over_at(start)
         return self._link.over_at(plan.waits, start) if plan.waits else start
 
     def _copied(self, end: float, stall_s: float) -> tuple[list[int], LinkUse]:
