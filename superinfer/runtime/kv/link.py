@@ -70,7 +70,7 @@ class VirtualLink:
         return max([now, *(self._over[id] for id in wanted if id in self._over)])
 
     def next_over_at(self, now: float) -> float:
-        """When the next copy is over, at least `now`; `now` when none is under way. As with `over_at`, wait until then."""
+        """When the next copy is over, at least `now`; `now` if none is under way. To be waited for, as `over_at`."""
         self._pass_time(now)
         while self._queued and not self._sent:
             self._next_event(math.inf)

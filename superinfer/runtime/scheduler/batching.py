@@ -17,6 +17,7 @@ from superinfer.runtime.kv.copies import BlockCopy
 from superinfer.runtime.kv.duplex import DuplexCache
 from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler.base import SchedulerCounts, SchedulerLimits
+from superinfer.runtime.scheduler.cost import StepCost, StepLoad, StepRates
 from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan, StepResult
 from superinfer.runtime.scheduler.queue import WaitingQueue
 from superinfer.runtime.scheduler.rotation import Rotation
@@ -28,14 +29,36 @@ MAX_LOOKED_AT = 256
 
 @dataclass(slots=True)
 class Draft:
-    """A plan being made. budget: tokens left. waits: copies its work depends on; `patient`: however many they are."""
+    """A plan being made. budget: tokens left. waits: copies its work depends on; `patient`: however many they are.
+
+    decodes, kv_read, prefill, pairs: what its work comes to, as in a `StepLoad`.
+    """
 
     budget: int
+    decodes: int = 0
+    kv_read: int = 0
+    prefill: int = 0
+    pairs: float = 0.0
     work: dict[Sequence, SlotWork] = field(default_factory=dict)
     init: list[SlotInit] = field(default_factory=list)
     waits: set[int] = field(default_factory=set)
     preempted: bool = False
     patient: bool = False
+
+    @property
+    def load(self) -> StepLoad:
+        """What the work comes to."""
+        return StepLoad(self.prefill + self.decodes, self.decodes, self.kv_read, self.pairs)
+
+    def count(self, item: SlotWork, sign: int = 1) -> None:
+        """Count a prefill chunk's or a decode's load in, or out with -1."""
+        if item.tokens:
+            self.prefill += sign * item.length
+            self.kv_read += sign * item.start
+            self.pairs += sign * item.length * (item.start + (item.length + 1) / 2)
+        else:
+            self.decodes += sign
+            self.kv_read += sign * (item.start + 1)
 
 
 class BatchScheduler(ABC):
@@ -43,7 +66,8 @@ class BatchScheduler(ABC):
 
     name = ""
 
-    def __init__(self, kv: KVCache, limits: SchedulerLimits) -> None:
+    def __init__(self, kv: KVCache, limits: SchedulerLimits, cost: StepCost | None = None) -> None:
+        self.cost = cost if cost is not None else StepCost(StepRates.unknown())
         self._kv = kv
         self._rotation = Rotation(kv) if isinstance(kv, DuplexCache) else None
         self._draft = Draft(0)
@@ -54,6 +78,7 @@ class BatchScheduler(ABC):
         self._freed: list[int] = []
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._planned: dict[int, list[tuple[Sequence, SlotWork]]] = {}
+        self._loads: dict[int, StepLoad] = {}
         self._step = 0
         self._preemptions = 0
 
@@ -154,6 +179,7 @@ class BatchScheduler(ABC):
                 draft.waits = {self._rotation.kv.oldest_pending}
         self._step += 1
         self._planned[self._step] = list(draft.work.items())
+        self._loads[self._step] = draft.load
         freed, self._freed = tuple(self._freed), []
         plan = StepPlan(
             self._step, tuple(draft.work.values()), tuple(draft.init), freed, copies, tuple(sorted(draft.waits))
@@ -196,6 +222,8 @@ class BatchScheduler(ABC):
             sequence.in_flight += 1
             draft.work[sequence] = SlotWork(sequence.slot, start, 1, (), new_blocks, True)
             draft.budget -= 1
+            draft.decodes += 1
+            draft.kv_read += start + 1
 
     def _continue(self, sequence: Sequence, now: float) -> None:
         """The next chunk of a running sequence's prefill, unless it loses its own place for want of room."""
@@ -313,13 +341,17 @@ class BatchScheduler(ABC):
             draft.waits.update(self._rotation.kv.awaits(table))
         new_blocks = tuple(table.blocks[table.sent :])
         table.sent = len(table.blocks)
-        draft.work[sequence] = SlotWork(sequence.slot, start, length, tokens, new_blocks, sample, score)
+        draft.work[sequence] = item = SlotWork(sequence.slot, start, length, tokens, new_blocks, sample, score)
+        draft.count(item)
         draft.budget -= length
 
     # ------------------------------------------------------------------ results
 
     def commit(self, result: StepResult, now: float) -> list[SequenceUpdate]:
         """See Scheduler.commit."""
+        load = self._loads.pop(result.step)
+        if load.tokens:
+            self.cost.observe(load, result.elapsed - result.link.stall_s)
         if self._rotation is not None and self._rotation.settle(result):
             self._drop_broken(now)
         updates = []
@@ -370,6 +402,7 @@ class BatchScheduler(ABC):
         lost = []
         if self._rotation is not None:
             self._rotation.dropped(step)
+        self._loads.pop(step, None)
         for sequence, work in self._planned.pop(step, []):
             if work.sample:
                 sequence.in_flight -= 1
@@ -420,6 +453,7 @@ class BatchScheduler(ABC):
         if item is not None:
             sequence.scheduled = item.start
             sequence.in_flight -= item.sample
+            self._draft.count(item, -1)
 
     def _drop_broken(self, now: float) -> None:
         """A copy failed: who holds what is lost starts again, and what it has under way is not believed."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import msgspec
 
 from superinfer.runtime.kv.cache import BlockTable
-from superinfer.runtime.protocol import FinishReason, RequestReport, SamplingParams, TokenLogprob
+from superinfer.runtime.protocol import FinishReason, Hints, RequestReport, SamplingParams, TokenLogprob
 from superinfer.runtime.slo import SLO, TokenTimeline
 
 
@@ -28,6 +28,8 @@ class Sequence:
     resume_at: tokens to prefill when it last took a slot; from there on it decodes.
     let_in: when it last took a slot, and let_in_with how many tokens generated, at which position.
     rotations: times its KV went to the second tier; its table is then kept, parked, while it waits.
+    slo_class: under which its promise is counted. hints: what its caller knows of it.
+    row, kept: a policy's own: its row in a table, and whether its promise is to be kept.
     score_start: score the prompt from this position on instead of generating; None: generate.
     """
 
@@ -38,9 +40,11 @@ class Sequence:
         "finish_reason",
         "finished_at",
         "first_scheduled",
+        "hints",
         "id",
         "in_flight",
         "index",
+        "kept",
         "let_in",
         "let_in_at",
         "let_in_with",
@@ -54,12 +58,14 @@ class Sequence:
         "request_id",
         "resume_at",
         "rotations",
+        "row",
         "salt",
         "sampling",
         "scheduled",
         "score_start",
         "seed",
         "slo",
+        "slo_class",
         "slot",
         "status",
         "stop_ids",
@@ -85,6 +91,8 @@ class Sequence:
         seed: int = 0,
         stop_ids: tuple[int, ...] = (),
         score_start: int | None = None,
+        slo_class: str = "",
+        hints: Hints | None = None,
     ) -> None:
         self.id = id
         self.request_id, self.index, self.owner = request_id, index, owner
@@ -92,6 +100,7 @@ class Sequence:
         self.num_prompt = len(prompt)
         self.sampling = sampling or SamplingParams()
         self.slo, self.salt, self.program = slo, salt, program
+        self.slo_class, self.hints = slo_class, hints
         self.max_tokens, self.seed, self.stop_ids, self.score_start = max_tokens, seed, stop_ids, score_start
         self.arrival = arrival
         self.timeline = TokenTimeline(slo)
@@ -107,6 +116,7 @@ class Sequence:
         self.preempted_s = 0.0
         self.preemptions = self.rotations = 0
         self.let_in, self.let_in_with, self.let_in_at = arrival, 0, 0
+        self.row, self.kept = -1, False
 
     @property
     def num_output(self) -> int:

@@ -161,9 +161,8 @@ def simulate(jobs: Many[Job], profile: HardwareProfile, shape: ModelShape, confi
     )
     tier = _tier(config, shape)
     kv = build_cache(num_blocks, tier.num_blocks if tier else 0, config.page_size, prefix_cache=config.prefix_cache)
-    scheduler = build_scheduler(
-        config.policy, kv, SchedulerLimits(limits.num_slots, config.max_batch_tokens, limits.max_model_len)
-    )
+    batch = SchedulerLimits(limits.num_slots, config.max_batch_tokens, limits.max_model_len)
+    scheduler = build_scheduler(config.policy, kv, batch, StepCost(rates))
     link = _link(profile, tier.block_bytes) if tier else None
     executor = SimExecutor(rates, limits, depth=config.depth, tier=tier, link=link)
     run = _Run(scheduler, executor, StepCost(rates))
