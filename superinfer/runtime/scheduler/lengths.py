@@ -14,12 +14,11 @@ UNKNOWN = 256.0  # tokens, while no answer at all has ended: a paragraph
 
 
 class Lengths:
-    """The last HISTORY output lengths of one kind of request, sorted, with what is left of those beyond each length."""
+    """The last HISTORY output lengths of one kind of request."""
 
     def __init__(self) -> None:
         self._in_order: deque[int] = deque()
         self._sorted: list[int] = []
-        self._table: tuple[np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self._sorted)
@@ -31,25 +30,30 @@ class Lengths:
             del self._sorted[bisect_right(self._sorted, oldest) - 1]
         self._in_order.append(length)
         insort(self._sorted, length)
-        self._table = None
 
     def median(self) -> float:
         """Of the lengths. Must not be empty."""
         half = len(self._sorted) // 2
         return float(self._sorted[half] if len(self._sorted) % 2 else sum(self._sorted[half - 1 : half + 1]) / 2)
 
-    def remaining(self, produced: np.ndarray) -> np.ndarray:
-        """Tokens to come, at least 1: the mean over the answers that were longer than `produced`, less that.
+    def remaining(self, produced: np.ndarray, live: np.ndarray) -> np.ndarray:
+        """Expected tokens to come, at least 1, of requests that have produced so many; `live`: of all not ended.
 
-        Beyond the longest one seen, as many again as have been produced: nothing is known there but that it is long.
+        Answers that ended lately are the short ones of their time; the long ones are still under way. So those under
+        way count, as longer than they are by now: the Kaplan-Meier estimate of how many reach each length. Beyond the
+        longest answer seen, tokens come with the chance of an end that all of them had (an exponential tail).
         """
-        if self._table is None:
-            lengths = np.array(self._sorted, dtype=float)
-            counts = np.arange(len(lengths), 0, -1)
-            self._table = lengths, np.append(lengths[::-1].cumsum()[::-1] / counts, np.nan)
-        lengths, means = self._table
-        beyond = means[np.searchsorted(lengths, produced, side="right")] - produced
-        return np.maximum(1.0, np.where(np.isnan(beyond), produced, beyond))
+        ends = np.array(self._sorted, dtype=float)
+        at_risk = np.arange(len(ends), 0, -1) + (len(live) - np.searchsorted(np.sort(live), ends))
+        share = np.cumprod(1.0 - 1.0 / at_risk)  # that goes on beyond each end
+        tail = (ends.sum() + float(live.sum())) / len(ends)
+        steps = np.diff(ends, append=ends[-1])
+        ahead = (share * steps)[::-1].cumsum()[::-1] + share[-1] * tail  # token-shares beyond each end
+        before = np.searchsorted(ends, produced, side="right")  # ends that are not beyond what has been produced
+        first = np.append(ends, 0.0)[before] - produced  # to the next end; of those beyond all, not used
+        reached = np.concatenate([[1.0], share])[before]
+        beyond = first + np.append(ahead, 0.0)[before] / np.maximum(reached, 1e-9)
+        return np.maximum(1.0, np.where(before == len(ends), tail, beyond))
 
 
 class LengthPredictor:
@@ -84,11 +88,8 @@ class LengthPredictor:
         kind = self.kind(kinds)
         return float(max_tokens) if kind is None else min(self._kinds[kind].median(), float(max_tokens))
 
-    def remaining(self, kind: str | None, produced: np.ndarray) -> np.ndarray:
-        """Tokens that requests of a kind (as `kind` gave it) have still to come, of how many they have produced."""
-        known = self._kinds.get(kind) if kind is not None else None
-        if known is None or len(known) < ENOUGH:
-            known = self._kinds[""]
-        if len(known) < ENOUGH:
+    def remaining(self, kind: str | None, produced: np.ndarray, live: np.ndarray) -> np.ndarray:
+        """Tokens to come of requests of a kind (as `kind` gave it). See `Lengths.remaining`."""
+        if kind is None:
             return np.maximum(UNKNOWN - produced, np.maximum(1.0, produced))
-        return known.remaining(produced)
+        return self._kinds[kind].remaining(produced, live)

@@ -12,11 +12,12 @@ from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.batching import MAX_LOOKED_AT, BatchScheduler, Draft
 from superinfer.runtime.scheduler.cost import StepCost, UnitCosts
+from superinfer.runtime.scheduler.forecast import Forecast
 from superinfer.runtime.scheduler.lengths import LengthPredictor
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 from superinfer.runtime.scheduler.roster import Roster
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
-from superinfer.runtime.scheduler.triage import Demand, Verdicts, triage
+from superinfer.runtime.scheduler.triage import FIRST_TOKEN, HORIZONS, NOTHING, Demand, Verdicts, triage
 
 TRIAGE_S = 0.05  # how old a triage may be: a few steps
 LEFTOVER_SHARE = 0.05  # of the machine's time, for leftovers however much is promised to others: nobody starves
@@ -40,10 +41,12 @@ class Rota(BatchScheduler):
         self._looked = -math.inf  # when the last triage was
         self._arrived = False  # somebody, since
         self._units = self.cost.units()
-        self._verdicts = Verdicts(np.zeros(0, dtype=bool), 0.0, 0.0, 0.0)
+        self._forecast = Forecast()
+        self._verdicts: Verdicts = NOTHING
         self._victims: list[tuple[float, Sequence]] = []  # kept residents: due of their next token, soonest first
         self._tightest = math.inf  # pace of the kept residents that promise most
         self._promised = 0  # kept sequences
+        self._mean_output = 1.0  # tokens that a request without any is expected to have
         self._credit = 0.0  # seconds of machine time that leftovers may use now
         self._planned_at = 0.0
         self._step_s = 0.02  # smoothed: a step's time, and its matmuls'
@@ -58,6 +61,8 @@ class Rota(BatchScheduler):
             path = self._kv.match(sequence.tokens, sequence.salt, len(sequence.tokens) - 1)
             known = len(path) * self._kv.page_size
         self._roster.add(sequence, len(sequence.tokens) - known)
+        if sequence.kept:
+            self._forecast.saw(sequence, len(sequence.tokens) - known)
         self._arrived = True
         super().add(sequence)
 
@@ -274,6 +279,8 @@ class Rota(BatchScheduler):
         live = np.flatnonzero(roster.live)
         left = self._left(live)
         roster.left[live] = left
+        name = self._lengths.kind(())
+        self._mean_output = float(self._lengths.remaining(name, np.zeros(1), roster.produced[live])[0])
         due, pace = roster.due(live, left, self._step_s)
         due -= now
         resident = np.zeros(len(roster.live), dtype=bool)
@@ -283,23 +290,50 @@ class Rota(BatchScheduler):
         roster.late[live] |= (due < prefill_s + link_s) & ~(resident[live] & (prefill_s == 0.0))
         is_promised = np.isfinite(due) & ~roster.late[live]
         mine = live[is_promised]
-        token_s = self._token_s(units, roster.context[live], is_promised)
-        demand = Demand(due, pace, left, prefill_s, token_s, link_s, roster.weight[live])
-        self._verdicts = triage(Demand(*(field[is_promised] for field in demand)), 1.0 - LEFTOVER_SHARE)
+        produced = roster.produced[live]
+        token_s = self._token_s(units, roster.context[live] + left / 2, is_promised)
+        first = np.where((produced == 0) & np.isfinite(roster.base[live]), FIRST_TOKEN, 0.0)
+        demand = Demand(due, pace, left, prefill_s, token_s, link_s, roster.weight[live], first)
+        demand = self._with_foreseen(Demand(*(field[is_promised] for field in demand)), now)
+        self._verdicts = verdicts = triage(demand, 1.0 - LEFTOVER_SHARE)
         kept = np.zeros(len(roster.live), dtype=bool)
-        kept[mine] = self._verdicts.kept
+        kept[mine] = np.where(produced[is_promised] > 0, verdicts.streams[: len(mine)], verdicts.prefills[: len(mine)])
         self._promised = int(kept.sum())
         self._mark(live, kept, now)
         self._order_victims(live, due + now, kept & resident, pace)
+
+    def _with_foreseen(self, demand: Demand, now: float) -> Demand:
+        """With what will ask for its part soon."""
+        ahead = self._forecast.ahead(now, float(HORIZONS[-1]))
+        if ahead is None or not len(demand.due):
+            return demand
+        output = np.minimum(ahead.most, self._mean_output)
+        stream, end = ahead.at + ahead.ttft, ahead.at + ahead.deadline - output * self._step_s
+        token_s = self._token_s(self._units, ahead.prompt + output / 2, np.ones(len(ahead.at), dtype=bool))
+        times = ahead.times
+        more = Demand(
+            np.minimum(stream, end),
+            np.where(end < stream, self._step_s, ahead.pace),
+            output,
+            self._units.prefill_s(ahead.prompt) * times,
+            token_s * times,
+            np.zeros(len(token_s)),
+            ahead.weight * times,
+            np.where(np.isfinite(ahead.ttft), FIRST_TOKEN, 0.0),
+        )
+        return Demand(*(np.concatenate(pair) for pair in zip(demand, more, strict=True)))
 
     def _left(self, rows: np.ndarray) -> np.ndarray:
         """Tokens still to come of each row, at least 1, at most what max_tokens leaves."""
         roster = self._roster
         produced, kinds = roster.produced[rows], roster.kind[rows]
         left = np.empty(len(rows))
-        for kind in np.unique(kinds):
-            mine = kinds == kind
-            left[mine] = self._lengths.remaining(self._lengths.kind(roster.kinds[kind]), produced[mine])
+        resolved: dict[str | None, list[int]] = {}
+        for kind in np.unique(kinds).tolist():
+            resolved.setdefault(self._lengths.kind(roster.kinds[kind]), []).append(kind)
+        for name, members in resolved.items():
+            mine = np.isin(kinds, members) if len(resolved) > 1 else slice(None)
+            left[mine] = self._lengths.remaining(name, produced[mine], produced if name == "" else produced[mine])
         expected = roster.expected[rows]
         left = np.where(expected > produced, expected - produced, left)
         return np.clip(left, 1.0, np.maximum(1.0, roster.most[rows] - produced))
