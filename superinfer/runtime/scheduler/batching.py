@@ -252,7 +252,7 @@ class BatchScheduler(ABC):
         if self._rotation is None or sequence.table is None or self._draft.patient:
             return True
         awaits = self._rotation.kv.awaits(sequence.table)
-        return not awaits or len(self._draft.waits.union(awaits)) <= self._rotation.max_waits
+        return not awaits or self._rotation.can_wait(awaits, self._draft.waits)
 
     def _admit(self, now: float) -> None:
         """Let waiting sequences in, in order, while slots, blocks and the token budget last."""

@@ -9,6 +9,7 @@ import numpy as np
 from superinfer.runtime.scheduler.sequence import Sequence
 
 REMEMBERED = 512  # arrivals
+RECENT_S = 5.0  # how often requests come is taken from the last seconds; what they are like, from all remembered
 LEAST_S = 1.0  # seconds to have seen before anything is foreseen
 
 
@@ -57,4 +58,6 @@ class Forecast:
         if not len(mine):
             return None
         stretch = seconds / window
-        return Foreseen(stretch, (mine[:, 0] - (now - window)) * stretch, *mine[:, 1:].T)
+        recent = min(window, RECENT_S)
+        faster = float((mine[:, 0] > now - recent).sum()) / recent / (len(mine) / window)
+        return Foreseen(stretch * faster, (mine[:, 0] - (now - window)) * stretch, *mine[:, 1:].T)

@@ -205,17 +205,23 @@ class Rota(BatchScheduler):
                 break
             if sequence.kept or sequence.is_under_way:
                 continue
-            if not self._has_room(sequence):
-                break
             path = self._cached_path(sequence)
             if sequence.table is None and self._kv.is_being_computed(sequence.tokens, sequence.salt, path):
                 continue
+            if not self._has_room(sequence) and not (
+                not admitted and self._is_for_free(sequence) and self._displace(sequence, path, 0.0, now)
+            ):
+                break
             if not self._reserve(sequence, path):
                 break
             self._let_in(sequence, now)
             admitted.append(sequence)
         for sequence in admitted:
             self._waiting.remove(sequence)
+
+    def _is_for_free(self, sequence: Sequence) -> bool:
+        """Whether a prompt can be computed while the step reads the weights anyway, as its decodes alone do not."""
+        return sequence.table is None and self._units.token_s * self._draft.decodes < self._units.weights_s / 2
 
     def _let_in(self, sequence: Sequence, now: float) -> None:
         self._draft.init.append(self._start(sequence, now))
@@ -238,6 +244,8 @@ class Rota(BatchScheduler):
         missing -= self._kv.num_available
         chosen: list[Sequence] = []
         leftovers = sorted((s for s in self._running if not s.kept), key=lambda s: (-s.arrival, s.id))
+        if not first.kept:
+            leftovers = []
         worth = now + max(0.0, slack) + TURNS * self._kv.num_blocks * self._block_s()
         ahead = (s for due, s in reversed(self._victims) if due > worth)
         for victim in (*leftovers, *ahead):

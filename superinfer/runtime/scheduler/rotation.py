@@ -14,6 +14,8 @@ from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 
 # Copies a step may wait for: 8 blocks of 2 MiB are 0.3 ms of PCIe 5, 3 % of a step of 10 ms. Who needs more sits out.
 MAX_WAITS = 8
+# And copies planned before these that may still be under way: with those mirrored in the background, 2 ms of PCIe 5.
+MAX_AHEAD = 48
 # Copies out under way up to which blocks are mirrored: what a step of 512 prompt tokens makes, 1.3 ms of PCIe 5.
 MIRROR_BLOCKS = 32
 SMOOTHING = 0.2  # weight of the newest observation
@@ -51,9 +53,16 @@ class Rotation:
         self.kv = kv
         self.cost = LoadCost()
         self.max_waits = max_waits
+        self.max_ahead = MAX_AHEAD
         self.mirror_blocks = mirror_blocks
         self._link = LinkUse()
         self._sizes: dict[int, tuple[int, int]] = {}  # by step under way: tokens, decodes
+
+    def can_wait(self, awaits: list[int], others: set[int]) -> bool:
+        """Whether a step may wait for these copies, beside `others`: they are few, and few are before them."""
+        if len(others.union(awaits)) > self.max_waits:
+            return False
+        return max(awaits) - self.kv.oldest_pending <= self.max_ahead
 
     def worth_loading(self, path: list[Node]) -> list[Node]:
         """The part of a matched path to share: all of it, or up to its first block that is quicker to compute."""
