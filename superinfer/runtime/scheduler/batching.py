@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -258,7 +259,7 @@ class BatchScheduler(ABC):
         """Let waiting sequences in, in order, while slots, blocks and the token budget last."""
         draft = self._draft
         admitted: list[Sequence] = []
-        for sequence in islice(self._waiting, MAX_LOOKED_AT):
+        for sequence in islice(self._candidates(), MAX_LOOKED_AT):
             if draft.budget <= 0 or not self._free_slots:
                 break
             if sequence.is_under_way:  # preempted while a step of its own was: its token is not known yet
@@ -274,6 +275,10 @@ class BatchScheduler(ABC):
                 self._work(sequence, min(draft.budget, sequence.resume_at - sequence.scheduled))
         for sequence in admitted:
             self._waiting.remove(sequence)
+
+    def _candidates(self) -> Iterable[Sequence]:
+        """Who may be let in, in order: all that wait, unless a policy holds some back though there is room."""
+        return self._waiting
 
     def _cached_path(self, sequence: Sequence) -> list[Node]:
         """What of a sequence's prefix is cached and worth using. Empty for a rotated-out one: it has its own."""

@@ -1,19 +1,34 @@
-"""Policies by name."""
+"""Policies by name. Imports one only when it is built: help texts name them all, and some need NumPy."""
 
 from __future__ import annotations
 
-from superinfer.errors import InvalidRequestError
-from superinfer.runtime.kv.cache import KVCache
-from superinfer.runtime.scheduler.base import Scheduler, SchedulerLimits
-from superinfer.runtime.scheduler.cost import StepCost
-from superinfer.runtime.scheduler.edf import EDF
-from superinfer.runtime.scheduler.fcfs import FCFS
-from superinfer.runtime.scheduler.lru import LRU
-from superinfer.runtime.scheduler.priority import Priority
-from superinfer.runtime.scheduler.rota import Rota
-from superinfer.runtime.scheduler.sjf import SJF
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-POLICIES = {policy.name: policy for policy in (FCFS, EDF, SJF, Priority, LRU, Rota)}
+from superinfer.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from superinfer.runtime.kv.cache import KVCache
+    from superinfer.runtime.scheduler.base import Scheduler, SchedulerLimits
+    from superinfer.runtime.scheduler.batching import BatchScheduler
+    from superinfer.runtime.scheduler.cost import StepCost
+
+# Module in this package, and class.
+POLICIES = {
+    "fcfs": ("fcfs", "FCFS"),
+    "edf": ("edf", "EDF"),
+    "sjf": ("sjf", "SJF"),
+    "priority": ("priority", "Priority"),
+    "lru": ("lru", "LRU"),
+    "lvf-time": ("lvf_time", "LVFTime"),
+    "rota": ("rota", "Rota"),
+}
+
+
+def check_policy(policy: str) -> None:
+    """Raises InvalidRequestError for a name nobody has."""
+    if policy not in POLICIES:
+        raise InvalidRequestError(f"policy {policy!r} is unknown; choose one of {', '.join(sorted(POLICIES))}")
 
 
 def build_scheduler(policy: str, kv: KVCache, limits: SchedulerLimits, cost: StepCost | None = None) -> Scheduler:
@@ -21,7 +36,7 @@ def build_scheduler(policy: str, kv: KVCache, limits: SchedulerLimits, cost: Ste
 
     Raises InvalidRequestError for a name nobody has.
     """
-    found = POLICIES.get(policy)
-    if found is None:
-        raise InvalidRequestError(f"policy {policy!r} is unknown; choose one of {', '.join(sorted(POLICIES))}")
+    check_policy(policy)
+    module, name = POLICIES[policy]
+    found: type[BatchScheduler] = getattr(import_module(f"{__package__}.{module}"), name)
     return found(kv, limits, cost)

@@ -9,6 +9,7 @@ import numpy as np
 from superinfer.runtime.scheduler.sequence import Sequence
 
 COLUMNS = (
+    "arrival",
     "base",  # when token 0 is due, s; inf: nothing is promised
     "pace",  # from one token's due time to the next one's, s; inf: only the first is promised
     "deadline",  # s; inf: none
@@ -30,6 +31,7 @@ class Roster:
     late: its promise is broken for good. kept: as its sequence's. kind: index into `kinds`, of its length predictor.
     """
 
+    arrival: np.ndarray
     base: np.ndarray
     pace: np.ndarray
     deadline: np.ndarray
@@ -61,7 +63,7 @@ class Roster:
         row = sequence.row = self._free.pop()
         slo = sequence.slo
         self.base[row] = self.pace[row] = self.deadline[row] = math.inf
-        self.weight[row] = 1.0
+        self.arrival[row], self.weight[row] = sequence.arrival, 1.0
         if slo is not None:
             self.weight[row] = slo.weight
             if slo.ttft is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
@@ -23,6 +24,7 @@ TRIAGE_S = 0.05  # how old a triage may be: a few steps
 LEFTOVER_SHARE = 0.05  # of the machine's time, for leftovers however much is promised to others: nobody starves
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
 PATIENCE_S = 30.0  # a leftover that has waited so long may displace others
+PRESSING_STEPS = 8  # steps before its work must begin, somebody's KV is given up for a kept request, without DRAM
 BLOCK_S = 50e-6  # seconds a block takes over the link, until one has: 2 MiB over PCIe 5
 SMOOTHING = 0.1  # weight of the newest step
 
@@ -46,6 +48,7 @@ class Rota(BatchScheduler):
         self._victims: list[tuple[float, Sequence]] = []  # kept residents: due of their next token, soonest first
         self._tightest = math.inf  # pace of the kept residents that promise most
         self._promised = 0  # kept sequences
+        self._aged: Sequence | None = None  # a leftover that has waited long enough: served before all others
         self._mean_output = 1.0  # tokens that a request without any is expected to have
         self._credit = 0.0  # seconds of machine time that leftovers may use now
         self._planned_at = 0.0
@@ -68,6 +71,8 @@ class Rota(BatchScheduler):
 
     def rank(self, sequence: Sequence, now: float) -> tuple[float, ...]:
         """Kept before leftovers; the kept by when their work must begin, the others by age."""
+        if sequence is self._aged:
+            return (-1.0, 0.0, sequence.id)
         if not sequence.kept:
             return (1.0, sequence.arrival, sequence.id)
         return (0.0, self._start_by(sequence), sequence.id)
@@ -177,7 +182,7 @@ class Rota(BatchScheduler):
                 break
             if sequence.is_under_way:
                 continue
-            start_by = self._start_by(sequence)
+            start_by = self._start_by(sequence) if sequence is not self._aged else now
             is_back = sequence.table is not None
             if is_back and start_by > now + 2 * self._step_s and not self._has_room(sequence):
                 continue
@@ -237,31 +242,42 @@ class Rota(BatchScheduler):
         """Make room for `first`, whose work must begin in `slack` seconds: leftovers go, the latest first, then kept
         streams that are further ahead by more than a rotation is worth. False, and nothing done, if that is not enough.
         """
-        rotation = self._rotation
-        if rotation is None:
-            return False
-        missing = rotation.blocks_wanted(first.table, path, self._kv.blocks_for(first.compute_length))
-        missing -= self._kv.num_available
+        if self._rotation is None and slack > PRESSING_STEPS * self._step_s:
+            return False  # who goes would have to be computed again
+        missing = self._kv.blocks_for(first.compute_length) - self._kv.num_available
+        missing -= sum(node.holders > 0 for node in (path if first.table is None else first.table.nodes))
         chosen: list[Sequence] = []
-        leftovers = sorted((s for s in self._running if not s.kept), key=lambda s: (-s.arrival, s.id))
-        if not first.kept:
-            leftovers = []
-        worth = now + max(0.0, slack) + TURNS * self._kv.num_blocks * self._block_s()
-        ahead = (s for due, s in reversed(self._victims) if due > worth)
-        for victim in (*leftovers, *ahead):
+        for victim in self._by_dispensability(first, slack, now):
             if missing <= 0 and (chosen or self._free_slots):
                 break
-            if victim.status is not Status.RUNNING or victim.table is None or victim.is_prefilling:
+            if victim.status is not Status.RUNNING or victim.table is None or victim is self._aged:
+                continue
+            if victim.kept and victim.is_prefilling:
                 continue
             chosen.append(victim)
-            missing -= rotation.blocks_private(victim.table)
-        if missing > 0:
+            missing -= self._kv.blocks_private(victim.table)
+        if missing > 0 or not (chosen or self._free_slots):
             return False
         for victim in chosen:
             self._undraft(victim)
             if not self._rotate_out(victim, now):
-                return False
+                if victim.kept:
+                    return False
+                self._preempt(victim, now)
         return True
+
+    def _by_dispensability(self, first: Sequence, slack: float, now: float) -> Iterator[Sequence]:
+        """Who may make room for `first`: leftovers, then, with a second tier, kept streams far enough ahead."""
+        if first.kept:
+            yield from sorted((s for s in self._running if not s.kept), key=lambda s: (-s.arrival, s.id))
+        if self._rotation is None:
+            return
+        worth = now + max(0.0, slack) + TURNS * self._kv.num_blocks * self._block_s()
+        for due, victim in reversed(self._victims):
+            if due <= worth:
+                return
+            if victim.kept:
+                yield victim
 
     def _block_s(self) -> float:
         """Seconds a block takes over the link."""
@@ -359,6 +375,10 @@ class Rota(BatchScheduler):
         """Tell sequences whether they are kept; who waits moves to its place in the queue."""
         sequences = self._roster.sequences
         flags = self._roster.kept
+        if self._aged is None or self._aged.status is Status.FINISHED:
+            self._aged = self._longest_waiting(rows, kept, now)
+        if self._aged is not None:
+            kept[self._aged.row] = True
         for row in rows[kept[rows] != flags[rows]].tolist():
             sequence = sequences[row]
             assert sequence is not None
@@ -366,6 +386,20 @@ class Rota(BatchScheduler):
             if sequence.status is Status.WAITING:
                 self._waiting.remove(sequence)
                 self._waiting.add(sequence, self.rank(sequence, now))
+
+    def _longest_waiting(self, rows: np.ndarray, kept: np.ndarray, now: float) -> Sequence | None:
+        """The leftover whose turn it is, however much is promised to others: the oldest, if it waits since long."""
+        roster = self._roster
+        old = rows[~kept[rows] & (roster.arrival[rows] <= now - PATIENCE_S)]
+        if not len(old):
+            return None
+        sequence = roster.sequences[old[np.argmin(roster.arrival[old])]]
+        assert sequence is not None
+        if sequence.status is Status.WAITING:  # to the front
+            self._waiting.remove(sequence)
+            self._aged = sequence
+            self._waiting.add(sequence, self.rank(sequence, now))
+        return sequence
 
     def _order_victims(self, rows: np.ndarray, due: np.ndarray, candidates: np.ndarray, pace: np.ndarray) -> None:
         sequences = self._roster.sequences

@@ -77,10 +77,6 @@ class Rotation:
         nodes = cast(Seq[TierNode], path if table is None else table.nodes)
         return total - sum(node.holders > 0 for node in nodes)
 
-    def blocks_private(self, table: BlockTable) -> int:
-        """What `num_available` gains when this table is parked."""
-        return len(table.blocks) + len(table.spare) - sum(node.holders > 1 for node in table.nodes)
-
     def is_lost(self, table: BlockTable) -> bool:
         """Whether a failed copy took something the table needs."""
         return self.kv.totals.failed > 0 and not self.kv.is_intact(table)
