@@ -458,7 +458,10 @@ class BatchScheduler(ABC):
         if item is not None:
             sequence.scheduled = item.start
             sequence.in_flight -= item.sample
+            assert sequence.table is not None
+            sequence.table.sent -= len(item.new_blocks)
             self._draft.count(item, -1)
+            self._draft.budget += item.length
 
     def _drop_broken(self, now: float) -> None:
         """A copy failed: who holds what is lost starts again, and what it has under way is not believed."""

@@ -91,7 +91,7 @@ class Rota(BatchScheduler):
         if sequence.status is Status.RUNNING:
             return due
         if sequence.table is not None:  # the copies, behind as many others, and the step that notices
-            return due - 2 * self._blocks_of(sequence) * self._block_s() - 2 * self._step_s
+            return due - 2 * self._kv.blocks_for(sequence.scheduled) * self._block_s() - 2 * self._step_s
         return due - self._units.prefill_s(float(roster.prefill[row]))
 
     def _finish(self, sequence: Sequence, reason: FinishReason | None, now: float) -> None:
@@ -176,8 +176,7 @@ class Rota(BatchScheduler):
 
     def _admit_kept(self, now: float) -> None:
         """Let kept sequences in, soonest due first; for one whose turn it is, rotate out whoever is furthest ahead."""
-        admitted: list[Sequence] = []
-        for sequence in islice(self._waiting, MAX_LOOKED_AT):
+        for sequence in list(islice(self._waiting, MAX_LOOKED_AT)):
             if not sequence.kept:
                 break
             if sequence.is_under_way:
@@ -194,18 +193,15 @@ class Rota(BatchScheduler):
             if sequence.table is None and self._kv.is_being_computed(sequence.tokens, sequence.salt, path):
                 continue
             if not (self._free_slots and self._reserve(sequence, path)) and not (
-                self._displace(sequence, path, start_by - now, now) and self._reserve(sequence, path)
+                self._displace(sequence, path, start_by - now, now) and self._reserve_anew(sequence)
             ):
                 break
             self._let_in(sequence, now)
-            admitted.append(sequence)
-        for sequence in admitted:
-            self._waiting.remove(sequence)
 
     def _admit_leftovers(self, now: float) -> None:
         """Let leftovers in, oldest first, where there is room beyond what the running may soon need."""
-        admitted: list[Sequence] = []
-        for sequence in islice(self._waiting, MAX_LOOKED_AT):
+        has_displaced = False
+        for sequence in list(islice(self._waiting, MAX_LOOKED_AT)):
             if self._draft.budget <= 0 or not self._free_slots:
                 break
             if sequence.kept or sequence.is_under_way:
@@ -213,22 +209,24 @@ class Rota(BatchScheduler):
             path = self._cached_path(sequence)
             if sequence.table is None and self._kv.is_being_computed(sequence.tokens, sequence.salt, path):
                 continue
-            if not self._has_room(sequence) and not (
-                not admitted and self._is_for_free(sequence) and self._displace(sequence, path, 0.0, now)
-            ):
-                break
-            if not self._reserve(sequence, path):
+            if not self._has_room(sequence):
+                if has_displaced or not self._is_for_free(sequence) or not self._displace(sequence, path, 0.0, now):
+                    break
+                has_displaced = True
+            if not self._reserve_anew(sequence):
                 break
             self._let_in(sequence, now)
-            admitted.append(sequence)
-        for sequence in admitted:
-            self._waiting.remove(sequence)
+
+    def _reserve_anew(self, sequence: Sequence) -> bool:
+        """Reserve after others were rotated out: DRAM may have forgotten what of the prefix was cached until then."""
+        return self._reserve(sequence, self._cached_path(sequence))
 
     def _is_for_free(self, sequence: Sequence) -> bool:
         """Whether a prompt can be computed while the step reads the weights anyway, as its decodes alone do not."""
         return sequence.table is None and self._units.token_s * self._draft.decodes < self._units.weights_s / 2
 
     def _let_in(self, sequence: Sequence, now: float) -> None:
+        self._waiting.remove(sequence)
         self._draft.init.append(self._start(sequence, now))
         if self._draft.budget > 0 and self._can_wait(sequence):
             self._work(sequence, min(self._draft.budget, sequence.resume_at - sequence.scheduled))
@@ -252,7 +250,7 @@ class Rota(BatchScheduler):
                 break
             if victim.status is not Status.RUNNING or victim.table is None or victim is self._aged:
                 continue
-            if victim.kept and victim.is_prefilling:
+            if victim.let_in == now or (victim.kept and victim.is_prefilling):
                 continue
             chosen.append(victim)
             missing -= self._kv.blocks_private(victim.table)
@@ -287,9 +285,6 @@ class Rota(BatchScheduler):
 
     def _link_backlog_s(self) -> float:
         return self._rotation.kv.num_pending_in * self._block_s() if self._rotation is not None else 0.0
-
-    def _blocks_of(self, sequence: Sequence) -> int:
-        return self._kv.blocks_for(sequence.scheduled)
 
     # ------------------------------------------------------------------ triage
 
@@ -411,12 +406,21 @@ class Rota(BatchScheduler):
         self._tightest = float(mine_pace.min()) if len(mine_pace) else math.inf
 
     def _rotate_out(self, sequence: Sequence, now: float) -> bool:
+        """See BatchScheduler. DRAM that is full of leftovers makes room for who is kept: the latest is forgotten."""
         roster, row = self._roster, sequence.row
         roster.produced[row] = sequence.num_output + sequence.in_flight
         roster.context[row] = len(sequence.tokens) + sequence.in_flight
         roster.prefill[row] = max(0, sequence.resume_at - sequence.scheduled)
-        roster.load[row] = self._blocks_of(sequence)
-        return super()._rotate_out(sequence, now)
+        roster.load[row] = self._kv.blocks_for(sequence.scheduled)
+        while not super()._rotate_out(sequence, now):
+            parked = [s for s in self._waiting if s.table is not None and not s.kept] if sequence.kept else []
+            if self._rotation is None or not parked:
+                return False
+            latest = max(parked, key=lambda s: (s.arrival, s.id))
+            self._preemptions += 1
+            latest.preemptions += 1
+            self._drop_table(latest)
+        return True
 
     def _drop_table(self, sequence: Sequence) -> None:
         super()._drop_table(sequence)
