@@ -142,6 +142,8 @@ class BatchScheduler(ABC):
     def plan(self, now: float) -> StepPlan | None:
         """See Scheduler.plan."""
         draft = self._draft = Draft(self._limits.max_batch_tokens)
+        if self._rotation is not None:
+            self._rotation.watch(now)
         self._make_room(now)
         prefills = [s for s in self._running if s.scheduled < s.resume_at]
         # Every decode takes one token of the budget before any prefill chunk takes the rest.

@@ -25,7 +25,6 @@ LEFTOVER_SHARE = 0.05  # of the machine's time, for leftovers however much is pr
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
 PATIENCE_S = 30.0  # a leftover that has waited so long may displace others
 PRESSING_STEPS = 8  # steps before its work must begin, somebody's KV is given up for a kept request, without DRAM
-BLOCK_S = 50e-6  # seconds a block takes over the link, until one has: 2 MiB over PCIe 5
 SMOOTHING = 0.1  # weight of the newest step
 
 
@@ -114,6 +113,8 @@ class Rota(BatchScheduler):
         """See Scheduler.plan."""
         if now >= self._looked + (TRIAGE_S / 4 if self._arrived else TRIAGE_S):
             self._look(now)
+        if self._rotation is not None:
+            self._rotation.watch(now)
         passed, self._planned_at = max(0.0, now - self._planned_at), now
         spare = max(LEFTOVER_SHARE, 1.0 - self._verdicts.load) if self._promised else 1.0
         self._credit = min(self._credit + spare * min(passed, 1.0), max(spare, 0.1) * 0.2)
@@ -185,7 +186,7 @@ class Rota(BatchScheduler):
             is_back = sequence.table is not None
             if is_back and start_by > now + 2 * self._step_s and not self._has_room(sequence):
                 continue
-            if is_back and self._link_backlog_s() > 2 * self._step_s:
+            if is_back and self._rotation is not None and self._rotation.backlog_s > 2 * self._step_s:
                 continue
             if not is_back and self._draft.budget <= 0:
                 continue
@@ -278,13 +279,12 @@ class Rota(BatchScheduler):
                 yield victim
 
     def _block_s(self) -> float:
-        """Seconds a block takes over the link."""
-        if self._rotation is None:
-            return 0.0
-        return self._rotation.cost.block_s or BLOCK_S
+        return self._rotation.block_s if self._rotation is not None else 0.0
 
-    def _link_backlog_s(self) -> float:
-        return self._rotation.kv.num_pending_in * self._block_s() if self._rotation is not None else 0.0
+    def _is_worth_moving(self, sequence: Sequence) -> bool:
+        """Whether moving a sequence's KV out and back is quicker than computing it again."""
+        blocks = self._kv.blocks_for(sequence.scheduled)
+        return 2 * blocks * self._block_s() <= self._units.prefill_s(float(sequence.scheduled))
 
     # ------------------------------------------------------------------ triage
 
@@ -407,6 +407,8 @@ class Rota(BatchScheduler):
 
     def _rotate_out(self, sequence: Sequence, now: float) -> bool:
         """See BatchScheduler. DRAM that is full of leftovers makes room for who is kept: the latest is forgotten."""
+        if not self._is_worth_moving(sequence):
+            return False
         roster, row = self._roster, sequence.row
         roster.produced[row] = sequence.num_output + sequence.in_flight
         roster.context[row] = len(sequence.tokens) + sequence.in_flight
