@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
+from superinfer.runtime.config import Admission
 from superinfer.runtime.kv.cache import KVCache, Node
 from superinfer.runtime.kv.copies import BlockCopy
 from superinfer.runtime.kv.duplex import DuplexCache
@@ -66,6 +67,7 @@ class BatchScheduler(ABC):
     """Implements `Scheduler` for policies that are an order. Owns the KV bookkeeping."""
 
     name = ""
+    admission: Admission = "accept"
 
     def __init__(self, kv: KVCache, limits: SchedulerLimits, cost: StepCost | None = None) -> None:
         self.cost = cost if cost is not None else StepCost(StepRates.unknown())
@@ -99,6 +101,10 @@ class BatchScheduler(ABC):
         if slo is not None and slo.deadline is not None and slo.on_miss != "finish":
             heapq.heappush(self._deadlines, (sequence.arrival + slo.deadline, sequence.id, sequence))
             self._prune_deadlines()
+
+    def overload(self, sequence: Sequence, now: float) -> float | None:
+        """See Scheduler.overload. A policy that foresees nothing takes all."""
+        return None
 
     def cancel(self, sequence: Sequence, now: float) -> SequenceUpdate | None:
         """See Scheduler.cancel."""

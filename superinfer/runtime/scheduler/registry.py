@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from superinfer.errors import InvalidRequestError
 
 if TYPE_CHECKING:
+    from superinfer.runtime.config import Admission
     from superinfer.runtime.kv.cache import KVCache
     from superinfer.runtime.scheduler.base import Scheduler, SchedulerLimits
     from superinfer.runtime.scheduler.batching import BatchScheduler
@@ -31,12 +32,17 @@ def check_policy(policy: str) -> None:
         raise InvalidRequestError(f"policy {policy!r} is unknown; choose one of {', '.join(sorted(POLICIES))}")
 
 
-def build_scheduler(policy: str, kv: KVCache, limits: SchedulerLimits, cost: StepCost | None = None) -> Scheduler:
-    """A scheduler of the named policy over `kv`. cost: what is known of the machine beforehand.
+def build_scheduler(
+    policy: str, kv: KVCache, limits: SchedulerLimits, cost: StepCost | None = None, admission: Admission = "accept"
+) -> Scheduler:
+    """A scheduler of the named policy over `kv`. cost: what is known of the machine beforehand. admission: see
+    EngineConfig.
 
     Raises InvalidRequestError for a name nobody has.
     """
     check_policy(policy)
     module, name = POLICIES[policy]
     found: type[BatchScheduler] = getattr(import_module(f"{__package__}.{module}"), name)
-    return found(kv, limits, cost)
+    scheduler = found(kv, limits, cost)
+    scheduler.admission = admission
+    return scheduler

@@ -23,6 +23,7 @@ from superinfer.runtime.scheduler.triage import FIRST_TOKEN, HORIZONS, NOTHING, 
 TRIAGE_S = 0.05  # how old a triage may be: a few steps
 LEFTOVER_SHARE = 0.05  # of the machine's time, for leftovers however much is promised to others: nobody starves
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
+BUSY = 0.7  # share of the machine's time that is asked for, below which everybody is taken without a look
 PATIENCE_S = 30.0  # a leftover that has waited so long may displace others
 PRESSING_STEPS = 8  # steps before its work must begin, somebody's KV is given up for a kept request, without DRAM
 SMOOTHING = 0.1  # weight of the newest step
@@ -51,6 +52,7 @@ class Rota(BatchScheduler):
         self._mean_output = 1.0  # tokens that a request without any is expected to have
         self._credit = 0.0  # seconds of machine time that leftovers may use now
         self._planned_at = 0.0
+        self._kept_s = 0.0  # machine time of all that is kept
         self._step_s = 0.02  # smoothed: a step's time, and its matmuls'
         self._matmul_s = 0.0
 
@@ -67,6 +69,22 @@ class Rota(BatchScheduler):
             self._forecast.saw(sequence, len(sequence.tokens) - known)
         self._arrived = True
         super().add(sequence)
+
+    def overload(self, sequence: Sequence, now: float) -> float | None:
+        """See Scheduler.overload. It may stay if it is kept beside all that were promised something before it.
+
+        Another try is worth it once what is kept now has been computed.
+        """
+        roster = self._roster
+        if self.admission == "accept" or not sequence.kept or self._verdicts.load < BUSY:
+            return None
+        self._look(now)
+        if sequence.kept:
+            return None
+        if self.admission == "refuse":
+            return max(1.0, self._kept_s)
+        roster.late[sequence.row] = sequence.is_degraded = True
+        return None
 
     def rank(self, sequence: Sequence, now: float) -> tuple[float, ...]:
         """Kept before leftovers; the kept by when their work must begin, the others by age."""
@@ -318,6 +336,7 @@ class Rota(BatchScheduler):
         kept = np.zeros(len(roster.live), dtype=bool)
         kept[mine] = np.where(produced[is_promised] > 0, verdicts.streams[: len(mine)], verdicts.prefills[: len(mine)])
         self._promised = int(kept.sum())
+        self._kept_s = float((prefill_s + left * token_s)[kept[live]].sum())
         self._mark(live, kept, now)
         self._order_victims(live, due + now, kept & resident, pace)
 

@@ -29,6 +29,7 @@ class Sequence:
     let_in: when it last took a slot, and let_in_with how many tokens generated, at which position.
     rotations: times its KV went to the second tier; its table is then kept, parked, while it waits.
     slo_class: under which its promise is counted. hints: what its caller knows of it.
+    is_degraded: it was taken without its promise, which could not be kept.
     row, kept: a policy's own: its row in a table, and whether its promise is to be kept.
     score_start: score the prompt from this position on instead of generating; None: generate.
     """
@@ -44,6 +45,7 @@ class Sequence:
         "id",
         "in_flight",
         "index",
+        "is_degraded",
         "kept",
         "let_in",
         "let_in_at",
@@ -116,7 +118,7 @@ class Sequence:
         self.preempted_s = 0.0
         self.preemptions = self.rotations = 0
         self.let_in, self.let_in_with, self.let_in_at = arrival, 0, 0
-        self.row, self.kept = -1, False
+        self.row, self.kept, self.is_degraded = -1, False, False
 
     @property
     def num_output(self) -> int:
@@ -170,7 +172,8 @@ class Sequence:
         )
         if self.slo is None or not self.slo.promises_anything:
             return report
-        return _with_verdict(report, self.timeline, e2e_s, stages | {"preempted": self.preempted_s})
+        report = _with_verdict(report, self.timeline, e2e_s, stages | {"preempted": self.preempted_s})
+        return msgspec.structs.replace(report, why="overload") if self.is_degraded and not report.met else report
 
 
 def _with_verdict(
