@@ -23,7 +23,8 @@ from superinfer.runtime.scheduler.triage import FIRST_TOKEN, HORIZONS, NOTHING, 
 TRIAGE_S = 0.05  # how old a triage may be: a few steps
 LEFTOVER_SHARE = 0.05  # of the machine's time, for leftovers however much is promised to others: nobody starves
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
-BUSY = 0.7  # share of the machine's time that is asked for, below which everybody is taken without a look
+BUSY = 0.7  # share of the machine's time that is asked for, below which requests are taken without a look,
+UNSEEN = 8  # unless so many have come since the last one
 PATIENCE_S = 30.0  # a leftover that has waited so long may displace others
 PRESSING_STEPS = 8  # steps before its work must begin, somebody's KV is given up for a kept request, without DRAM
 SMOOTHING = 0.1  # weight of the newest step
@@ -41,7 +42,7 @@ class Rota(BatchScheduler):
         self._roster = Roster()
         self._lengths = LengthPredictor()
         self._looked = -math.inf  # when the last triage was
-        self._arrived = False  # somebody, since
+        self._arrived = 0  # how many, since
         self._units = self.cost.units()
         self._forecast = Forecast()
         self._verdicts: Verdicts = NOTHING
@@ -67,7 +68,7 @@ class Rota(BatchScheduler):
         self._roster.add(sequence, len(sequence.tokens) - known)
         if sequence.kept:
             self._forecast.saw(sequence, len(sequence.tokens) - known)
-        self._arrived = True
+        self._arrived += 1
         super().add(sequence)
 
     def overload(self, sequence: Sequence, now: float) -> float | None:
@@ -76,7 +77,9 @@ class Rota(BatchScheduler):
         Another try is worth it once what is kept now has been computed.
         """
         roster = self._roster
-        if self.admission == "accept" or not sequence.kept or self._verdicts.load < BUSY:
+        if self.admission == "accept" or not sequence.kept:
+            return None
+        if self._verdicts.load < BUSY and self._arrived < UNSEEN:
             return None
         self._look(now)
         if sequence.kept:
@@ -308,7 +311,7 @@ class Rota(BatchScheduler):
 
     def _look(self, now: float) -> None:
         """See how everybody stands: what is lost, what is kept, and how much of the machine that asks for."""
-        self._looked, self._arrived = now, False
+        self._looked, self._arrived = now, 0
         self._units = units = self.cost.units()
         roster = self._roster
         running = np.array([s.row for s in self._running], dtype=int)
