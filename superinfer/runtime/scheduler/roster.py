@@ -28,7 +28,8 @@ FIRST_ROWS = 256
 class Roster:
     """One row for each live sequence, at `sequence.row`. Times are seconds on the engine's clock.
 
-    late: its promise is broken for good. kept: as its sequence's. kind: index into `kinds`, of its length predictor.
+    late: its promise is broken for good. kept: as its sequence's. whole: not only for its first
+    token's sake. kind: index into `kinds`, of its length predictor.
     """
 
     arrival: np.ndarray
@@ -50,6 +51,7 @@ class Roster:
         self.late = np.zeros(FIRST_ROWS, dtype=bool)
         self.live = np.zeros(FIRST_ROWS, dtype=bool)
         self.kept = np.zeros(FIRST_ROWS, dtype=bool)
+        self.whole = np.zeros(FIRST_ROWS, dtype=bool)
         self.kind = np.zeros(FIRST_ROWS, dtype=np.int32)
         self.kinds: list[tuple[str, ...]] = []
         self.sequences: list[Sequence | None] = [None] * FIRST_ROWS
@@ -136,6 +138,7 @@ class Roster:
         self.late = np.append(self.late, np.zeros(size, dtype=bool))
         self.live = np.append(self.live, np.zeros(size, dtype=bool))
         self.kept = np.append(self.kept, np.zeros(size, dtype=bool))
+        self.whole = np.append(self.whole, np.zeros(size, dtype=bool))
         self.kind = np.append(self.kind, np.zeros(size, dtype=np.int32))
         self.sequences += [None] * size
         self._free = list(range(2 * size - 1, size - 1, -1))

@@ -82,7 +82,7 @@ class Rota(BatchScheduler):
         if self._verdicts.load < BUSY and self._arrived < UNSEEN:
             return None
         self._look(now)
-        if sequence.kept:
+        if roster.whole[sequence.row]:
             return None
         if self.admission == "refuse":
             return max(1.0, self._kept_s)
@@ -338,6 +338,8 @@ class Rota(BatchScheduler):
         self._verdicts = verdicts = triage(demand, 1.0 - LEFTOVER_SHARE)
         kept = np.zeros(len(roster.live), dtype=bool)
         kept[mine] = np.where(produced[is_promised] > 0, verdicts.streams[: len(mine)], verdicts.prefills[: len(mine)])
+        roster.whole[live] = False
+        roster.whole[mine] = verdicts.streams[: len(mine)]
         self._promised = int(kept.sum())
         self._kept_s = float((prefill_s + left * token_s)[kept[live]].sum())
         self._mark(live, kept, now)
