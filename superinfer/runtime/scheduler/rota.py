@@ -23,7 +23,7 @@ from superinfer.runtime.scheduler.triage import FIRST_TOKEN, HORIZONS, NOTHING, 
 TRIAGE_S = 0.05  # how old a triage may be: a few steps
 LEFTOVER_SHARE = 0.05  # of the machine's time, for leftovers however much is promised to others: nobody starves
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
-BUSY = 0.7  # share of the machine's time that is asked for, below which requests are taken without a look,
+BUSY = 0.7  # share of the machine's time asked for, below which, if nobody is let go, requests are taken without a look
 UNSEEN = 8  # unless so many have come since the last one
 PATIENCE_S = 30.0  # a leftover that has waited so long may displace others
 PRESSING_STEPS = 8  # steps before its work must begin, somebody's KV is given up for a kept request, without DRAM
@@ -79,7 +79,7 @@ class Rota(BatchScheduler):
         roster = self._roster
         if self.admission == "accept" or not sequence.kept:
             return None
-        if self._verdicts.load < BUSY and self._arrived < UNSEEN:
+        if self._verdicts.load < BUSY and self._verdicts.streams.all() and self._arrived < UNSEEN:
             return None
         self._look(now)
         if roster.whole[sequence.row]:
