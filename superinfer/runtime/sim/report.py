@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Many
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich.table import Table
 
 from superinfer.errors import UnsupportedError
 from superinfer.runtime.sim.simulate import Movement, SimResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Point(msgspec.Struct, frozen=True):
@@ -55,19 +58,42 @@ def as_json(points: Many[Point], settings: dict[str, Any]) -> dict[str, Any]:
     return {"settings": settings, "runs": _without_nan(runs)}
 
 
+def plot_residency(points: Many[Point], folder: Path, name: str) -> Path:
+    """One picture: who was where over time, a panel for each run. Returns its path.
+
+    Raises UnsupportedError where matplotlib is not installed.
+    """
+    figure = _figure(figsize=(6, 2.5 * len(points)))
+    for at, point in enumerate(points):
+        rows = point.result.residency
+        axes = figure.add_subplot(len(points), 1, at + 1, ylabel="sequences", title=f"{point.result.policy}, {name}")
+        parts = [[r.resident for r in rows], [r.rotated for r in rows], [r.waiting for r in rows]]
+        axes.stackplot([r.at for r in rows], parts, labels=["in HBM", "rotated out", "waiting, no KV"], alpha=0.8)
+        axes.legend(fontsize="small", loc="upper left")
+    axes.set_xlabel("s")
+    path = folder / f"{name}-residency.png"
+    figure.savefig(path, dpi=100)
+    return path
+
+
+def _figure(figsize: tuple[float, float]) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UnsupportedError("plots need matplotlib; install it with: pip install 'superinfer[plot]'") from None
+    return Figure(figsize=figsize, layout="constrained")
+
+
 def plot(points: Many[Point], folder: Path, name: str) -> list[Path]:
     """Two pictures, attainment and TBT against rate, a line for each policy. Returns their paths.
 
     Raises UnsupportedError where matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UnsupportedError("plots need matplotlib; install it with: pip install 'superinfer[plot]'") from None
+    _figure((1, 1))
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for kind, label in (("attainment", "share of requests"), ("tbt", "TBT, ms")):
-        figure = Figure(figsize=(6, 4), layout="constrained")
+        figure = _figure((6, 4))
         axes = figure.add_subplot(xlabel="requests/s", ylabel=label, title=name)
         for at, policy in enumerate(dict.fromkeys(point.result.policy for point in points)):
             mine = sorted((p for p in points if p.result.policy == policy), key=lambda p: p.rate)
@@ -78,7 +104,7 @@ def plot(points: Many[Point], folder: Path, name: str) -> list[Path]:
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
         paths.append(folder / f"{name}-{kind}.png")
-        figure.savefig(paths[-1], dpi=150)
+        figure.savefig(paths[-1], dpi=100)
     return paths
 
 
