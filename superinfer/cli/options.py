@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from superinfer.runtime.config import EMBEDDED, EngineConfig
+from superinfer.runtime.scheduler.registry import POLICIES
 
 PANEL = "Engine"
 
@@ -26,7 +27,10 @@ def _engine_options(
     model: Annotated[str, typer.Option(help="'embedded', a checkpoint's folder, or a hub name.")] = EMBEDDED,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    policy: Annotated[str, typer.Option(help="Scheduling policy.")] = EngineConfig().policy,
+    policy: Annotated[str, typer.Option(help=f"Scheduling policy: {', '.join(POLICIES)}.")] = EngineConfig().policy,
+    admission: Annotated[
+        str, typer.Option(help="What cannot be kept is taken all the same (accept), taken last (degrade), or refused.")
+    ] = EngineConfig().admission,
     kv_tokens: Annotated[int | None, typer.Option(help="KV pool, in tokens.", show_default="by device")] = None,
     dram_tokens: Annotated[
         int, typer.Option(help="Second KV tier in CPU memory, in tokens; 0 is off. Not on a GPU yet.")

@@ -11,6 +11,8 @@ from superinfer.errors import InvalidRequestError
 
 EMBEDDED = "embedded"
 
+Admission = Literal["accept", "refuse", "degrade"]  # EngineConfig.admission
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """How to run one engine.
@@ -26,6 +28,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     max_batch_size: sequences computed in one step.
     max_batch_tokens: tokens computed in one step; longer prompts are computed in chunks.
     max_queue: unfinished requests held before further ones are refused with QueueFullError.
+    admission: what becomes of a request whose promise cannot be kept, as far as can be foreseen when it comes: "accept"
+        (it runs in what the others leave; should load fall, its promise may be kept after all), "degrade" (it runs
+        without its promise from the start, so that it never competes with those that came later), or "refuse"
+        (OverloadedError, which says when to try again). Only policy "rota" foresees; the others accept.
     prefix_cache: share the KV of equal prefixes.
     load_format: "auto" reads safetensors; "dummy" makes random weights from the config alone.
     seed: of everything random in the engine.
@@ -46,6 +52,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     max_batch_size: int = 64
     max_batch_tokens: int = 512
     max_queue: int = 4096
+    admission: Literal["accept", "refuse", "degrade"] = "accept"
     prefix_cache: bool = True
     load_format: Literal["auto", "dummy"] = "auto"
     seed: int = 0
@@ -60,6 +67,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidRequestError(f"{name}={value} must be at least 1")
+        if self.admission != "accept" and self.policy != "rota":
+            raise InvalidRequestError(
+                f"admission={self.admission!r} needs policy 'rota', which foresees; policy is {self.policy!r}"
+            )
         if self.dram_tokens != 0 and self.dram_tokens < self.page_size:
             raise InvalidRequestError(
                 f"dram_tokens={self.dram_tokens} holds no block of page_size={self.page_size}; raise it, or give 0"

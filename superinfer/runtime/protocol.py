@@ -361,8 +361,27 @@ class TierStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     copies_failed: int = 0
 
 
+class ClassStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What became of one SLO class's sequences, since start.
+
+    requests: ended, or refused. met, missed: whole promises, of those that ended and had one. ttft_met: first tokens in
+    time. refused: on arrival, for overload. expired: ended at their deadline (`on_miss` other than "finish").
+    """
+
+    requests: int = 0
+    met: int = 0
+    missed: int = 0
+    ttft_met: int = 0
+    refused: int = 0
+    expired: int = 0
+
+
 class StatsReport(Message, frozen=True, kw_only=True):
-    """Counters since start, and gauges of now. tiers: None without a DRAM tier."""
+    """Counters since start, and gauges of now. tiers: None without a DRAM tier.
+
+    classes: by slo_class; "default" for requests that name none.
+    cost_error_p50, cost_error_p90: of the last steps' predicted times, |predicted - took| / took.
+    """
 
     token: int
     steps: int
@@ -383,6 +402,9 @@ class StatsReport(Message, frozen=True, kw_only=True):
     step_s_mean: float
     schedule_s_mean: float
     tiers: TierStats | None = None
+    classes: dict[str, ClassStats] = {}
+    cost_error_p50: float = 0.0
+    cost_error_p90: float = 0.0
 
 
 class Stopping(Message, frozen=True, kw_only=True):

@@ -128,6 +128,11 @@ class TokenTimeline:
         self.last = now
         self.count += n
 
+    @property
+    def is_late(self) -> bool:
+        """Whether a token came after it was due: what was promised of the stream cannot be met any more."""
+        return self._lag > 0 or self._ttft_lag > 0
+
     def verdict(self, now: float) -> Verdict:
         """Judge the request as finished (or given up) at `now`."""
         slo = self.slo or SLO()

@@ -12,7 +12,7 @@ import time
 
 import msgspec
 
-from superinfer.errors import InvalidRequestError, SuperinferError
+from superinfer.errors import SuperinferError
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine.frontdoor import FrontDoor
 from superinfer.runtime.engine.intake import Intake
@@ -21,7 +21,7 @@ from superinfer.runtime.kv.duplex import build_cache
 from superinfer.runtime.launch import StartReport
 from superinfer.runtime.protocol import ModelInfo
 from superinfer.runtime.scheduler.base import SchedulerLimits
-from superinfer.runtime.scheduler.registry import POLICIES, build_scheduler
+from superinfer.runtime.scheduler.registry import build_scheduler, check_policy
 from superinfer.runtime.tracing import TraceRecorder
 
 
@@ -77,10 +77,10 @@ class StartReporter:
 
 def build_engine(config: EngineConfig, reporter: StartReporter, lifeline_fd: int | None) -> tuple[EngineLoop, str]:
     """An engine ready to run, bound to its address, which is returned too. Raises SuperinferError."""
-    if config.policy not in POLICIES:  # before minutes of loading, not after
-        raise InvalidRequestError(f"policy {config.policy!r} is unknown; choose one of {', '.join(sorted(POLICIES))}")
+    check_policy(config.policy)  # before minutes of loading, not after
     trace = TraceRecorder(config.trace, time.monotonic()) if config.trace else None
     from superinfer.runtime.engine.model_executor import build_executor  # imports torch: after the cheap checks
+    from superinfer.runtime.engine.seed_cost import seed_cost
 
     executor = build_executor(config, reporter.progress)
     limits = executor.limits
@@ -100,9 +100,8 @@ def build_engine(config: EngineConfig, reporter: StartReporter, lifeline_fd: int
     )
     num_dram = executor.tier.num_blocks if executor.tier is not None else 0
     kv = build_cache(limits.num_blocks, num_dram, limits.page_size, prefix_cache=config.prefix_cache)
-    scheduler = build_scheduler(
-        config.policy, kv, SchedulerLimits(limits.num_slots, config.max_batch_tokens, limits.max_model_len)
-    )
+    batch = SchedulerLimits(limits.num_slots, config.max_batch_tokens, limits.max_model_len)
+    scheduler = build_scheduler(config.policy, kv, batch, seed_cost(executor.device, executor.path), config.admission)
     door = FrontDoor(config.address, info, lifeline_fd)
     return EngineLoop(door, Intake(info, config.seed), scheduler, executor, config.max_queue, trace), door.address
 

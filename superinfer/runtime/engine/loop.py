@@ -10,7 +10,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from superinfer.errors import InvalidRequestError, QueueFullError, SuperinferError
+from superinfer.errors import InvalidRequestError, OverloadedError, QueueFullError, SuperinferError
+from superinfer.runtime.engine.attainment import Attainment
 from superinfer.runtime.engine.executor import Executor
 from superinfer.runtime.engine.frontdoor import FrontDoor
 from superinfer.runtime.engine.intake import Intake
@@ -80,6 +81,7 @@ class EngineLoop:
         self._compiling: list[tuple[Future[Any], list[Sequence]]] = []  # not with the scheduler yet
         self._in_flight: deque[int] = deque()  # steps submitted and not collected, oldest first
         self._counters = Counters()
+        self._attainment = Attainment()
         self._started = self._turned = self._pulsed = time.monotonic()
         self._stop_reason = ""
 
@@ -201,6 +203,24 @@ class EngineLoop:
             return
         for sequence in sequences:
             self._scheduler.add(sequence)
+        now = time.monotonic()
+        waits = [wait for sequence in sequences if (wait := self._scheduler.overload(sequence, now)) is not None]
+        if waits:
+            self._refuse(client, sequences, max(waits), now)
+
+    def _refuse(self, client: bytes, sequences: list[Sequence], retry_after_s: float, now: float) -> None:
+        """What was promised cannot be kept for one of a request's sequences: the whole request is sent back."""
+        first = sequences[0]
+        for sequence in sequences:
+            self._scheduler.cancel(sequence, now)
+        del self._live[client][first.request_id]
+        self._num_live -= len(sequences)
+        self._attainment.refused(first.slo_class, len(sequences))
+        text = f"the engine is overloaded and cannot keep what was promised; try again in {retry_after_s:.0f} s"
+        self._door.send(
+            client,
+            Failed(code=OverloadedError.code, message=text, request_id=first.request_id, retry_after_s=retry_after_s),
+        )
 
     def _add_compiled(self, now: float) -> None:
         """Sequences whose grammar is compiled join the others; those whose grammar cannot be used are told so."""
@@ -278,6 +298,7 @@ class EngineLoop:
             if report is not None:
                 self._retire(sequence)
                 self._count(update, report.met)
+                self._attainment.ended(sequence.slo_class, update.finish_reason, report)
         for client, deltas in by_client.items():
             self._door.send(client, Deltas(deltas=deltas))
 
@@ -340,6 +361,7 @@ class EngineLoop:
     def _stats(self, token: int) -> StatsReport:
         counts, counters, tier = self._scheduler.counts(), self._counters, self._executor.tier
         steps = max(1, counters.steps)
+        cost_error = self._scheduler.cost.error()
         return StatsReport(
             token=token,
             steps=counters.steps,
@@ -360,6 +382,9 @@ class EngineLoop:
             step_s_mean=counters.step_s / steps,
             schedule_s_mean=counters.schedule_s / steps,
             tiers=tier_stats(counts.tiers, tier.block_bytes) if counts.tiers is not None and tier is not None else None,
+            classes=self._attainment.report(),
+            cost_error_p50=cost_error.median,
+            cost_error_p90=cost_error.p90,
         )
 
 

@@ -90,6 +90,10 @@ class KVCache:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)
 
+    def blocks_private(self, table: BlockTable) -> int:
+        """What `num_available` gains when this table gives its blocks up."""
+        return len(table.blocks) + len(table.spare) - sum(node.holders > 1 for node in table.nodes)
+
     # ------------------------------------------------------------------ lookup
 
     def open(self, salt: str) -> BlockTable:

@@ -38,6 +38,7 @@ class DuplexCache(KVCache):
         self._busy_dram: dict[int, int] = {}
         self._outbox: list[BlockCopy] = []
         self._last_copy = 0
+        self._oldest = 1  # no copy before this one is pending
 
     # ------------------------------------------------------------------ gauges
 
@@ -63,8 +64,10 @@ class DuplexCache(KVCache):
 
     @property
     def oldest_pending(self) -> int:
-        """Id of the oldest copy not reported. Raises StopIteration when there is none."""
-        return next(iter(self._pending))
+        """Id of the oldest copy not reported; when there is none, the id that the next one will have."""
+        while self._oldest <= self._last_copy and self._oldest not in self._pending:
+            self._oldest += 1
+        return self._oldest
 
     # ------------------------------------------------------------------ hold and grow
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from superinfer.runtime.kv.copies import LinkUse, TierCounts
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate
+
+if TYPE_CHECKING:
+    from superinfer.runtime.scheduler.cost import StepCost
 
 
 class SchedulerLimits(NamedTuple):
@@ -25,6 +28,11 @@ class Scheduler(Protocol):
     """
 
     name: str
+    cost: StepCost
+
+    def overload(self, sequence: Sequence, now: float) -> float | None:
+        """Asked right after `add`: None if it may stay. Else it is to be refused, and another try is worth it in so
+        many seconds; the caller cancels it. Always None unless admission is "refuse"."""
 
     def add(self, sequence: Sequence) -> None:
         """Take on a new sequence (status WAITING)."""
@@ -60,7 +68,10 @@ class TierGauges(NamedTuple):
 
 
 class SchedulerCounts(NamedTuple):
-    """running, waiting: sequences now. preemptions: since start. blocks_*: of the HBM pool. tiers: with DRAM only."""
+    """running, waiting: sequences now; rotated: of the waiting, those whose KV is in DRAM. preemptions: since start.
+
+    blocks_*: of the HBM pool. tiers: with DRAM only.
+    """
 
     running: int
     waiting: int
@@ -69,3 +80,4 @@ class SchedulerCounts(NamedTuple):
     blocks_free: int
     blocks_cached: int
     tiers: TierGauges | None = None
+    rotated: int = 0

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
+from superinfer.runtime.config import Admission
 from superinfer.runtime.kv.cache import KVCache, Node
 from superinfer.runtime.kv.copies import BlockCopy
 from superinfer.runtime.kv.duplex import DuplexCache
 from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler import stages
 from superinfer.runtime.scheduler.base import SchedulerCounts, SchedulerLimits
+from superinfer.runtime.scheduler.cost import StepCost, StepLoad, StepRates
 from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan, StepResult
 from superinfer.runtime.scheduler.queue import WaitingQueue
 from superinfer.runtime.scheduler.rotation import Rotation
@@ -29,22 +32,46 @@ MAX_LOOKED_AT = 256
 
 @dataclass(slots=True)
 class Draft:
-    """A plan being made. budget: tokens left. waits: copies its work depends on; `patient`: however many they are."""
+    """A plan being made. budget: tokens left. waits: copies its work depends on; `patient`: however many they are.
+
+    decodes, kv_read, prefill, pairs: what its work comes to, as in a `StepLoad`.
+    """
 
     budget: int
+    decodes: int = 0
+    kv_read: int = 0
+    prefill: int = 0
+    pairs: float = 0.0
     work: dict[Sequence, SlotWork] = field(default_factory=dict)
     init: list[SlotInit] = field(default_factory=list)
     waits: set[int] = field(default_factory=set)
     preempted: bool = False
     patient: bool = False
 
+    @property
+    def load(self) -> StepLoad:
+        """What the work comes to."""
+        return StepLoad(self.prefill + self.decodes, self.decodes, self.kv_read, self.pairs)
+
+    def count(self, item: SlotWork, sign: int = 1) -> None:
+        """Count a prefill chunk's or a decode's load in, or out with -1."""
+        if item.tokens:
+            self.prefill += sign * item.length
+            self.kv_read += sign * item.start
+            self.pairs += sign * item.length * (item.start + (item.length + 1) / 2)
+        else:
+            self.decodes += sign
+            self.kv_read += sign * (item.start + 1)
+
 
 class BatchScheduler(ABC):
     """Implements `Scheduler` for policies that are an order. Owns the KV bookkeeping."""
 
     name = ""
+    admission: Admission = "accept"
 
-    def __init__(self, kv: KVCache, limits: SchedulerLimits) -> None:
+    def __init__(self, kv: KVCache, limits: SchedulerLimits, cost: StepCost | None = None) -> None:
+        self.cost = cost if cost is not None else StepCost(StepRates.unknown())
         self._kv = kv
         self._rotation = Rotation(kv) if isinstance(kv, DuplexCache) else None
         self._draft = Draft(0)
@@ -55,6 +82,7 @@ class BatchScheduler(ABC):
         self._freed: list[int] = []
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._planned: dict[int, list[tuple[Sequence, SlotWork]]] = {}
+        self._loads: dict[int, StepLoad] = {}
         self._step = 0
         self._preemptions = 0
 
@@ -74,6 +102,10 @@ class BatchScheduler(ABC):
         if slo is not None and slo.deadline is not None and slo.on_miss != "finish":
             heapq.heappush(self._deadlines, (sequence.arrival + slo.deadline, sequence.id, sequence))
             self._prune_deadlines()
+
+    def overload(self, sequence: Sequence, now: float) -> float | None:
+        """See Scheduler.overload. A policy that foresees nothing takes all."""
+        return None
 
     def cancel(self, sequence: Sequence, now: float) -> SequenceUpdate | None:
         """See Scheduler.cancel."""
@@ -109,6 +141,7 @@ class BatchScheduler(ABC):
             kv.num_free,
             kv.num_cached,
             self._rotation.gauges() if self._rotation is not None else None,
+            sum(sequence.table is not None for sequence in self._waiting) if self._rotation is not None else 0,
         )
 
     # ------------------------------------------------------------------ plan
@@ -116,6 +149,8 @@ class BatchScheduler(ABC):
     def plan(self, now: float) -> StepPlan | None:
         """See Scheduler.plan."""
         draft = self._draft = Draft(self._limits.max_batch_tokens)
+        if self._rotation is not None:
+            self._rotation.watch(now)
         self._make_room(now)
         prefills = [s for s in self._running if s.scheduled < s.resume_at]
         # Every decode takes one token of the budget before any prefill chunk takes the rest.
@@ -166,6 +201,7 @@ class BatchScheduler(ABC):
                 draft.waits = {self._rotation.kv.oldest_pending}
         self._step += 1
         self._planned[self._step] = list(draft.work.items())
+        self._loads[self._step] = draft.load
         freed, self._freed = tuple(self._freed), []
         plan = StepPlan(
             self._step, tuple(draft.work.values()), tuple(draft.init), freed, copies, tuple(sorted(draft.waits))
@@ -208,6 +244,8 @@ class BatchScheduler(ABC):
             sequence.in_flight += 1
             draft.work[sequence] = SlotWork(sequence.slot, start, 1, (), new_blocks, True)
             draft.budget -= 1
+            draft.decodes += 1
+            draft.kv_read += start + 1
 
     def _continue(self, sequence: Sequence, now: float) -> None:
         """The next chunk of a running sequence's prefill, unless it loses its own place for want of room."""
@@ -236,13 +274,13 @@ class BatchScheduler(ABC):
         if self._rotation is None or sequence.table is None or self._draft.patient:
             return True
         awaits = self._rotation.kv.awaits(sequence.table)
-        return not awaits or len(self._draft.waits.union(awaits)) <= self._rotation.max_waits
+        return not awaits or self._rotation.can_wait(awaits, self._draft.waits)
 
     def _admit(self, now: float) -> None:
         """Let waiting sequences in, in order, while slots, blocks and the token budget last."""
         draft = self._draft
         admitted: list[Sequence] = []
-        for sequence in islice(self._waiting, MAX_LOOKED_AT):
+        for sequence in islice(self._candidates(), MAX_LOOKED_AT):
             if draft.budget <= 0 or not self._free_slots:
                 break
             if sequence.is_under_way:  # preempted while a step of its own was: its token is not known yet
@@ -258,6 +296,10 @@ class BatchScheduler(ABC):
                 self._work(sequence, min(draft.budget, sequence.resume_at - sequence.scheduled))
         for sequence in admitted:
             self._waiting.remove(sequence)
+
+    def _candidates(self) -> Iterable[Sequence]:
+        """Who may be let in, in order: all that wait, unless a policy holds some back though there is room."""
+        return self._waiting
 
     def _cached_path(self, sequence: Sequence) -> list[Node]:
         """What of a sequence's prefix is cached and worth using. Empty for a rotated-out one: it has its own."""
@@ -324,13 +366,17 @@ class BatchScheduler(ABC):
             draft.waits.update(self._rotation.kv.awaits(table))
         new_blocks = tuple(table.blocks[table.sent :])
         table.sent = len(table.blocks)
-        draft.work[sequence] = SlotWork(sequence.slot, start, length, tokens, new_blocks, sample, score)
+        draft.work[sequence] = item = SlotWork(sequence.slot, start, length, tokens, new_blocks, sample, score)
+        draft.count(item)
         draft.budget -= length
 
     # ------------------------------------------------------------------ results
 
     def commit(self, result: StepResult, now: float) -> list[SequenceUpdate]:
         """See Scheduler.commit."""
+        load = self._loads.pop(result.step)
+        if load.tokens:
+            self.cost.observe(load, result.elapsed - result.link.stall_s)
         if self._rotation is not None and self._rotation.settle(result):
             self._drop_broken(now)
         updates = []
@@ -387,6 +433,7 @@ class BatchScheduler(ABC):
         lost = []
         if self._rotation is not None:
             self._rotation.dropped(step)
+        self._loads.pop(step, None)
         for sequence, work in self._planned.pop(step, []):
             if work.sample:
                 sequence.in_flight -= 1
@@ -438,6 +485,10 @@ class BatchScheduler(ABC):
         if item is not None:
             sequence.scheduled = item.start
             sequence.in_flight -= item.sample
+            assert sequence.table is not None
+            sequence.table.sent -= len(item.new_blocks)
+            self._draft.count(item, -1)
+            self._draft.budget += item.length
 
     def _drop_broken(self, now: float) -> None:
         """A copy failed: who holds what is lost starts again, and what it has under way is not believed."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -35,7 +35,11 @@ FORGETTING = 0.998  # the last 500 steps count: 10 s at 20 ms a step
 PRIOR = 0.004  # weight of the seed in observations: a 3 % noise against a seed trusted to 50 %
 OUTLIER = 3.0  # median errors beyond which an observation counts less
 LEAST_OUTLIER = 0.02  # relative error that is never an outlier
+SOLVE_EVERY = 8  # observations, after the first: solving takes as long as planning
 WINDOW = 512  # observations the reported error is over
+
+
+Amount = TypeVar("Amount", float, np.ndarray)
 
 
 class StepLoad(NamedTuple):
@@ -66,6 +70,21 @@ class StepLoad(NamedTuple):
         return cls(prefill + decodes, decodes, kv_read, pairs)
 
 
+class UnitCosts(NamedTuple):
+    """Seconds for one unit each, as learnt by now. weights_s: reading a full batch's; the rest as in `StepRates`."""
+
+    weights_s: float
+    token_s: float
+    kv_s: float
+    pair_s: float
+    decode_s: float
+    step_s: float
+
+    def prefill_s(self, tokens: Amount, start: float = 0.0) -> Amount:
+        """Computing `tokens` positions of a prompt from `start` on; also of arrays."""
+        return tokens * (self.token_s + self.pair_s * (start + tokens / 2))
+
+
 class StepRates(NamedTuple):
     """The seed: seconds for each unit of a `StepLoad` on one machine for one model.
 
@@ -81,6 +100,11 @@ class StepRates(NamedTuple):
     pair_s: float
     decode_s: float
     step_s: float
+
+    @classmethod
+    def unknown(cls) -> StepRates:
+        """Of a machine nobody described: orders of magnitude (an 8B model on a 3 TB/s GPU), to be learnt away from."""
+        return cls(5e-3, 0.0, 0.0, 2e-5, 5e-8, 1e-9, 1e-5, 1e-3)
 
     @classmethod
     def seed(cls, profile: HardwareProfile, shape: ModelShape) -> StepRates:
@@ -137,6 +161,19 @@ class StepCost:
         self._moment = np.zeros(len(FACTORS))
         self._errors: deque[float] = deque(maxlen=WINDOW)
         self._scale = LEAST_OUTLIER
+        self._unsolved = 0
+
+    def units(self) -> UnitCosts:
+        """What each unit of a step's load costs by now."""
+        rates, factors = self.rates, self.factors.tolist()
+        return UnitCosts(
+            (rates.dense_s + rates.expert_s) * factors[0],
+            rates.token_s * factors[1],
+            rates.kv_s * factors[2],
+            rates.pair_s * factors[3],
+            rates.decode_s * factors[4],
+            rates.step_s * factors[5],
+        )
 
     def seconds(self, load: StepLoad) -> float:
         """How long a step of this load will take."""
@@ -154,7 +191,9 @@ class StepCost:
         x, y = row / predicted, elapsed / predicted
         self._information = self._forgetting * self._information + weight * np.outer(x, x)
         self._moment = self._forgetting * self._moment + weight * y * x
-        self.factors = self._solve()
+        self._unsolved += 1
+        if len(self._errors) < SOLVE_EVERY or self._unsolved >= SOLVE_EVERY:
+            self.factors, self._unsolved = self._solve(), 0
 
     def error(self) -> CostError:
         """How far off the last predictions were; zeros before the first."""

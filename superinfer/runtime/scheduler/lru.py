@@ -55,7 +55,7 @@ class LRU(BatchScheduler):
                 continue
             assert sequence.table is not None
             victims.append(sequence)
-            missing -= rotation.blocks_private(sequence.table)
+            missing -= self._kv.blocks_private(sequence.table)
             if missing <= 0:
                 return victims
         return []

@@ -14,24 +14,38 @@ from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 
 # Copies a step may wait for: 8 blocks of 2 MiB are 0.3 ms of PCIe 5, 3 % of a step of 10 ms. Who needs more sits out.
 MAX_WAITS = 8
+# And as they go one after another, all before them must be over too: so long a step may wait, 48 blocks of PCIe 5.
+MAX_WAIT_S = 2e-3
 # Copies out under way up to which blocks are mirrored: what a step of 512 prompt tokens makes, 1.3 ms of PCIe 5.
 MIRROR_BLOCKS = 32
+MIRROR_S = 5e-3  # and no more of them than take so long: whoever gets such a block next has to wait for it
+FIRST_MIRRORS = 2  # of these, until one is over: on a link that moves nothing, no more blocks than these are stuck
+BLOCK_S = 50e-6  # seconds a block takes, until one has: 2 MiB over PCIe 5
+REPORT_S = 0.1  # results tell of copies a step or two late; a copy out for longer says that the link is slow
 SMOOTHING = 0.2  # weight of the newest observation
 
 
 class LoadCost:
-    """Seconds per block of the link and per token of prefill, learnt from results, to choose between the two."""
+    """Seconds per block of the link and per token of prefill, learnt from results, to choose between the two.
+
+    block_s: of a copy in; of copies out, while none came in; None before either.
+    """
 
     def __init__(self) -> None:
         self.block_s: float | None = None
         self.token_s: float | None = None
+        self._has_loaded = False
 
-    def observe(self, plan_tokens: int, decodes: int, result: StepResult, blocks_in: int) -> None:
-        """A step of `plan_tokens` tokens, `decodes` of them decodes, and `blocks_in` copies in, is done."""
+    def observe(self, plan_tokens: int, decodes: int, result: StepResult, blocks_in: int, blocks_out: int) -> None:
+        """A step of `plan_tokens` tokens, `decodes` of them decodes, with so many copies in and out, is done."""
         if plan_tokens - decodes > decodes:  # mostly prefill: its time is that of the tokens
             self.token_s = _smooth(self.token_s, max(0.0, result.elapsed - result.link.stall_s) / plan_tokens)
         if blocks_in and result.link.in_s:
-            self.block_s = _smooth(self.block_s, result.link.in_s / blocks_in)
+            before = self.block_s if self._has_loaded else None
+            self.block_s = _smooth(before, result.link.in_s / blocks_in)
+            self._has_loaded = True
+        elif blocks_out and result.link.out_s and not self._has_loaded:
+            self.block_s = _smooth(self.block_s, result.link.out_s / blocks_out)
 
     def loads(self, blocks: int, tokens: int, queued: int) -> bool:
         """Whether to load `blocks` behind `queued` others rather than compute `tokens`. True while not known."""
@@ -51,9 +65,33 @@ class Rotation:
         self.kv = kv
         self.cost = LoadCost()
         self.max_waits = max_waits
+        self._oldest, self._oldest_since, self._stuck_s = 0, 0.0, 0.0
         self.mirror_blocks = mirror_blocks
         self._link = LinkUse()
         self._sizes: dict[int, tuple[int, int]] = {}  # by step under way: tokens, decodes
+
+    @property
+    def block_s(self) -> float:
+        """Seconds a block takes over the link: as measured, and no less than the oldest copy has been under way."""
+        return max(self.cost.block_s or BLOCK_S, self._stuck_s)
+
+    @property
+    def backlog_s(self) -> float:
+        """How long the copies in that are under way will take."""
+        return self.kv.num_pending_in * self.block_s
+
+    def watch(self, now: float) -> None:
+        """Note how long the same copy has been the oldest one under way. Before each plan."""
+        oldest = self.kv.oldest_pending
+        if oldest != self._oldest or not self.kv.num_pending:
+            self._oldest, self._oldest_since = oldest, now
+        self._stuck_s = max(0.0, now - self._oldest_since - REPORT_S)
+
+    def can_wait(self, awaits: list[int], others: set[int]) -> bool:
+        """Whether a step may wait for these copies, beside `others`: they are few, and few are before them."""
+        if len(others.union(awaits)) > self.max_waits:
+            return False
+        return (max(awaits) - self.kv.oldest_pending) * self.block_s <= MAX_WAIT_S
 
     def worth_loading(self, path: list[Node]) -> list[Node]:
         """The part of a matched path to share: all of it, or up to its first block that is quicker to compute."""
@@ -68,17 +106,14 @@ class Rotation:
         nodes = cast(Seq[TierNode], path if table is None else table.nodes)
         return total - sum(node.holders > 0 for node in nodes)
 
-    def blocks_private(self, table: BlockTable) -> int:
-        """What `num_available` gains when this table is parked."""
-        return len(table.blocks) + len(table.spare) - sum(node.holders > 1 for node in table.nodes)
-
     def is_lost(self, table: BlockTable) -> bool:
         """Whether a failed copy took something the table needs."""
         return self.kv.totals.failed > 0 and not self.kv.is_intact(table)
 
     def copies_of_plan(self) -> tuple[BlockCopy, ...]:
         """All copies of the plan being made, with what is mirrored in the background."""
-        self.kv.mirror(self.mirror_blocks)
+        most = FIRST_MIRRORS if self.cost.block_s is None else max(1, int(MIRROR_S / self.block_s))
+        self.kv.mirror(min(self.mirror_blocks, most))
         return self.kv.take_copies()
 
     def planned(self, plan: StepPlan) -> None:
@@ -91,10 +126,11 @@ class Rotation:
 
     def settle(self, result: StepResult) -> bool:
         """Take in a result's reports. True when running sequences may have lost something."""
-        before = self.kv.totals.blocks_in
+        blocks_in, blocks_out = self.kv.totals.blocks_in, self.kv.totals.blocks_out
         hurt = self.kv.settle(result.copied, result.failed_copies)
         tokens, decodes = self._sizes.pop(result.step)
-        self.cost.observe(tokens, decodes, result, self.kv.totals.blocks_in - before)
+        moved_in, moved_out = self.kv.totals.blocks_in - blocks_in, self.kv.totals.blocks_out - blocks_out
+        self.cost.observe(tokens, decodes, result, moved_in, moved_out)
         self._link = LinkUse(*(a + b for a, b in zip(self._link, result.link, strict=True)))
         return hurt
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import msgspec
 
 from superinfer.runtime.kv.cache import BlockTable
-from superinfer.runtime.protocol import FinishReason, RequestReport, SamplingParams, TokenLogprob
+from superinfer.runtime.protocol import FinishReason, Hints, RequestReport, SamplingParams, TokenLogprob
 from superinfer.runtime.scheduler import stages
 from superinfer.runtime.scheduler.stages import StageClock
 from superinfer.runtime.slo import SLO, TokenTimeline, why_late
@@ -30,6 +30,9 @@ class Sequence:
     resume_at: tokens to prefill when it last took a slot; from there on it decodes.
     let_in: when it last took a slot, and let_in_with how many tokens generated, at which position.
     rotations: times its KV went to the second tier; its table is then kept, parked, while it waits.
+    slo_class: under which its promise is counted. hints: what its caller knows of it.
+    is_degraded: it was taken without its promise, which could not be kept.
+    row, kept: a policy's own: its row in a table, and whether its promise is to be kept.
     score_start: score the prompt from this position on instead of generating; None: generate.
     """
 
@@ -40,9 +43,12 @@ class Sequence:
         "finish_reason",
         "finished_at",
         "first_scheduled",
+        "hints",
         "id",
         "in_flight",
         "index",
+        "is_degraded",
+        "kept",
         "let_in",
         "let_in_at",
         "let_in_with",
@@ -55,12 +61,14 @@ class Sequence:
         "request_id",
         "resume_at",
         "rotations",
+        "row",
         "salt",
         "sampling",
         "scheduled",
         "score_start",
         "seed",
         "slo",
+        "slo_class",
         "slot",
         "stages",
         "status",
@@ -87,6 +95,8 @@ class Sequence:
         seed: int = 0,
         stop_ids: tuple[int, ...] = (),
         score_start: int | None = None,
+        slo_class: str = "",
+        hints: Hints | None = None,
     ) -> None:
         self.id = id
         self.request_id, self.index, self.owner = request_id, index, owner
@@ -94,6 +104,7 @@ class Sequence:
         self.num_prompt = len(prompt)
         self.sampling = sampling or SamplingParams()
         self.slo, self.salt, self.program = slo, salt, program
+        self.slo_class, self.hints = slo_class, hints
         self.max_tokens, self.seed, self.stop_ids, self.score_start = max_tokens, seed, stop_ids, score_start
         self.arrival = arrival
         self.timeline = TokenTimeline(slo)
@@ -109,6 +120,7 @@ class Sequence:
         self.preempted_at: float | None = None
         self.preemptions = self.rotations = 0
         self.let_in, self.let_in_with, self.let_in_at = arrival, 0, 0
+        self.row, self.kept, self.is_degraded = -1, False, False
 
     @property
     def num_output(self) -> int:
@@ -163,6 +175,7 @@ class Sequence:
         verdict = self.timeline.verdict(e2e_s)
         before = self.stages.before if self.stages.before is not None else spent
         after = {stage: seconds - before.get(stage, 0.0) for stage, seconds in spent.items()}
+        why = why_late(verdict, self.slo, self.num_output, before, after)
         return msgspec.structs.replace(
             report,
             met=verdict.met,
@@ -170,7 +183,7 @@ class Sequence:
             tbt_met=verdict.tbt_met,
             deadline_met=verdict.deadline_met,
             lateness_s=verdict.lateness,
-            why=why_late(verdict, self.slo, self.num_output, before, after),
+            why="overload" if why and self.is_degraded else why,
         )
 
 

@@ -35,6 +35,7 @@ def simulate(
         typer.Option(help="Promises: ttft=1,tbt=0.1,deadline=30,weight=2. Classes: '0.8: ttft=1; 0.2: deadline=60'."),
     ] = "ttft=1,tbt=0.1",
     kv_tokens: Annotated[int | None, typer.Option(help="KV pool, in tokens.", show_default="what fits")] = None,
+    dram_tokens: Annotated[int, typer.Option(help="A second KV tier in host memory, in tokens; 0: none.")] = 0,
     max_batch_size: Annotated[int, typer.Option(help="Sequences in one step.")] = 1024,
     max_batch_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 8192,
     depth: Annotated[int, typer.Option(help="Steps planned ahead of their results, 1 or 2.")] = 1,
@@ -62,6 +63,7 @@ def simulate(
             config = SimConfig(
                 policy=name,
                 kv_tokens=kv_tokens,
+                dram_tokens=dram_tokens,
                 max_batch_size=max_batch_size,
                 max_batch_tokens=max_batch_tokens,
                 depth=depth,

@@ -3,31 +3,55 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import NamedTuple
 
 from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
+from superinfer.runtime.kv.copies import BlockCopy, LinkUse
+from superinfer.runtime.kv.link import VirtualLink
 from superinfer.runtime.scheduler.cost import StepLoad, StepRates
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 
 DUMMY_TOKEN = 0
 
 
+class SimStep(NamedTuple):
+    """What a step was and when it ended: seconds of simulated time. compute_s: without waiting for copies."""
+
+    load: StepLoad
+    compute_s: float
+    end: float
+
+
 class SimExecutor:
     """Implements `Executor`. Every sampled token is DUMMY_TOKEN: outputs end at their max_tokens.
 
-    Steps are timed by `rates`, one after another. It has no clock: who collects adds up the `elapsed` of the results.
+    Steps are timed by `rates`, one after another; copies by `link`, as docs/duplexkv.md orders them: a plan's copies
+    start when the steps before it are done, its work when those it waits for are over. It has no clock of its own:
+    `now` is set by who submits.
     """
 
-    def __init__(self, rates: StepRates, limits: ExecutorLimits, *, depth: int = 1) -> None:
+    def __init__(
+        self,
+        rates: StepRates,
+        limits: ExecutorLimits,
+        *,
+        depth: int = 1,
+        tier: TierLimits | None = None,
+        link: VirtualLink | None = None,
+    ) -> None:
         self.rates = rates
         self.limits = limits
-        self.tier: TierLimits | None = None
+        self.tier = tier
         self.depth = depth
+        self.now = 0.0
+        self.last = SimStep(StepLoad(0, 0, 0, 0.0), 0.0, 0.0)
+        self._link = link
+        self._free_at = 0.0
         self._slots: set[int] = set()
-        self._done: deque[tuple[StepResult, StepLoad]] = deque()
-        self.last_load = StepLoad(0, 0, 0, 0.0)
+        self._done: deque[tuple[StepResult, SimStep]] = deque()
 
     def submit(self, plan: StepPlan) -> None:
-        """Time a step. RuntimeError if it works on a slot that no sequence took."""
+        """Time a step. RuntimeError if it works on a slot that no sequence took, or brings copies to a single tier."""
         self._slots.difference_update(plan.freed)
         self._slots.update(init.slot for init in plan.init)
         tokens = {work.slot: DUMMY_TOKEN for work in plan.work if work.sample}
@@ -35,14 +59,36 @@ class SimExecutor:
             raise RuntimeError(
                 f"step {plan.step} works on slots {sorted(tokens.keys() - self._slots)} that nobody took"
             )
+        start = max(self._free_at, self.now)
+        begin = self._wait(plan, start)
         load = StepLoad.of(plan)
-        result = StepResult(plan.step, tokens, elapsed=self.rates.seconds(load))
-        self._done.append((result, load))
+        compute_s = self.rates.seconds(load) if plan.work else 0.0
+        self._free_at = end = begin + compute_s
+        copied, use = self._copied(end, stall_s=begin - start if plan.work else 0.0)
+        result = StepResult(plan.step, tokens, elapsed=end - start, copied=copied, link=use)
+        self._done.append((result, SimStep(load, compute_s, end)))
 
     def collect(self) -> StepResult:
-        """The result of the oldest step not collected; `last_load` is then its load."""
-        result, self.last_load = self._done.popleft()
+        """The result of the oldest step not collected; `last` then says what it was."""
+        result, self.last = self._done.popleft()
         return result
 
     def close(self) -> None:
         """Nothing to give back."""
+
+    def _wait(self, plan: StepPlan, start: float) -> float:
+        """Start the plan's copies; when those its work waits for are over."""
+        if self._link is None:
+            if plan.copies or plan.waits:
+                raise RuntimeError(f"step {plan.step} moves blocks, and there is one tier only")
+            return start
+        self._link.start(plan.copies, start)
+        if not plan.work and not plan.waits:  # all there is to do is to see the copies end
+            return self._link.next_over_at(start)
+        return self._link.over_at(plan.waits, start) if plan.waits else start
+
+    def _copied(self, end: float, stall_s: float) -> tuple[list[int], LinkUse]:
+        if self._link is None:
+            return [], LinkUse()
+        finished: list[BlockCopy] = self._link.finished(end)
+        return [copy.id for copy in finished], self._link.take_use()._replace(stall_s=stall_s)

@@ -107,3 +107,16 @@ def profile_of(name: str) -> HardwareProfile:
     if found is None:
         raise InvalidRequestError(f"hardware {name!r} is unknown; choose one of {', '.join(PROFILES)}")
     return found
+
+
+def profile_of_device(device_name: str, memory_bytes: float) -> HardwareProfile | None:
+    """The profile that fits a device as its driver names it ("NVIDIA H100 80GB HBM3", "cpu"); None where none does."""
+    name = device_name.upper()
+    if name == "CPU":
+        return PROFILES["cpu"]
+    if "GH200" in name:
+        return PROFILES["gh200-144" if memory_bytes > 120 * GIGA else "gh200-96"]
+    for part, profile in (("GB200", "gb200"), ("H200", "h200-pcie5"), ("H100", "h100-pcie5")):
+        if part in name:
+            return PROFILES[profile]
+    return None

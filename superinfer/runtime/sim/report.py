@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Many
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich.table import Table
 
 from superinfer.errors import UnsupportedError
-from superinfer.runtime.sim.simulate import SimResult
+from superinfer.runtime.sim.simulate import Movement, SimResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Point(msgspec.Struct, frozen=True):
@@ -26,7 +29,7 @@ def table(points: Many[Point], title: str = "") -> Table:
     shown = Table(title=title or None)
     for name in (
         "policy", "req/s", "TTFT p50", "p99", "TTFT met", "all met", "goodput/s", "TPOT", "TBT p99", "tok/s",
-        "preempted", "plan p50", "sim req/s",
+        "preempted", "rotated", "GB/s in", "out", "stall", "plan p50", "sim req/s",
     ):  # fmt: skip
         shown.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     for rate, result in ((point.rate, point.result) for point in points):
@@ -42,6 +45,7 @@ def table(points: Many[Point], title: str = "") -> Table:
             _seconds(result.tbt.p99),
             f"{result.tokens_per_s:,.0f}",
             f"{result.preemptions:,}",
+            *_moved(result.moved),
             f"{result.plan_ms.p50:.2f} ms",
             f"{result.requests_per_wall_s:.0f}",
         )
@@ -54,19 +58,42 @@ def as_json(points: Many[Point], settings: dict[str, Any]) -> dict[str, Any]:
     return {"settings": settings, "runs": _without_nan(runs)}
 
 
+def plot_residency(points: Many[Point], folder: Path, name: str) -> Path:
+    """One picture: who was where over time, a panel for each run. Returns its path.
+
+    Raises UnsupportedError where matplotlib is not installed.
+    """
+    figure = _figure(figsize=(6, 2.5 * len(points)))
+    for at, point in enumerate(points):
+        rows = point.result.residency
+        axes = figure.add_subplot(len(points), 1, at + 1, ylabel="sequences", title=f"{point.result.policy}, {name}")
+        parts = [[r.resident for r in rows], [r.rotated for r in rows], [r.waiting for r in rows]]
+        axes.stackplot([r.at for r in rows], parts, labels=["in HBM", "rotated out", "waiting, no KV"], alpha=0.8)
+        axes.legend(fontsize="small", loc="upper left")
+    axes.set_xlabel("s")
+    path = folder / f"{name}-residency.png"
+    figure.savefig(path, dpi=100)
+    return path
+
+
+def _figure(figsize: tuple[float, float]) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UnsupportedError("plots need matplotlib; install it with: pip install 'superinfer[plot]'") from None
+    return Figure(figsize=figsize, layout="constrained")
+
+
 def plot(points: Many[Point], folder: Path, name: str) -> list[Path]:
     """Two pictures, attainment and TBT against rate, a line for each policy. Returns their paths.
 
     Raises UnsupportedError where matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UnsupportedError("plots need matplotlib; install it with: pip install 'superinfer[plot]'") from None
+    _figure((1, 1))
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for kind, label in (("attainment", "share of requests"), ("tbt", "TBT, ms")):
-        figure = Figure(figsize=(6, 4), layout="constrained")
+        figure = _figure((6, 4))
         axes = figure.add_subplot(xlabel="requests/s", ylabel=label, title=name)
         for at, policy in enumerate(dict.fromkeys(point.result.policy for point in points)):
             mine = sorted((p for p in points if p.result.policy == policy), key=lambda p: p.rate)
@@ -77,7 +104,7 @@ def plot(points: Many[Point], folder: Path, name: str) -> list[Path]:
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
         paths.append(folder / f"{name}-{kind}.png")
-        figure.savefig(paths[-1], dpi=150)
+        figure.savefig(paths[-1], dpi=100)
     return paths
 
 
@@ -96,6 +123,13 @@ def _seconds(value: float) -> str:
     if math.isnan(value):
         return "–"
     return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms"
+
+
+def _moved(moved: Movement | None) -> list[str]:
+    if moved is None:
+        return ["–"] * 4
+    rates = f"{moved.gbps_in:.1f}", f"{moved.gbps_out:.1f}"
+    return [f"{moved.rotations_out:,}", *rates, f"{100 * moved.stall_share:.1f} %"]
 
 
 def _percent(share: float | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections import deque
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
@@ -12,8 +11,9 @@ import msgspec
 import numpy as np
 
 from superinfer.errors import InvalidRequestError
-from superinfer.runtime.engine.executor import ExecutorLimits
-from superinfer.runtime.kv.cache import KVCache
+from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
+from superinfer.runtime.kv.duplex import build_cache
+from superinfer.runtime.kv.link import VirtualLink
 from superinfer.runtime.protocol import SamplingParams
 from superinfer.runtime.scheduler.base import Scheduler, SchedulerLimits
 from superinfer.runtime.scheduler.cost import CostError, StepCost, StepRates
@@ -27,18 +27,21 @@ from superinfer.runtime.slo import SLO
 
 IGNORE_EOS = SamplingParams(ignore_eos=True)
 KV_SHARE = 0.9  # of device memory, for weights, KV and what a step needs beside
+SAMPLE_S = 0.5
 STEP_BYTES = 4e9  # activations, workspaces and the CUDA context, bytes
 
 
 class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The simulated engine. Defaults of the batch are vLLM's for a server on an H100-class GPU (8,192 and 1,024).
 
-    kv_tokens: size of the KV pool; None: what the weights leave. depth: steps planned ahead of the results, as in the
-    engine: 1 waits for each. The time `plan` itself takes is measured, not simulated.
+    kv_tokens: size of the KV pool; None: what the weights leave. dram_tokens: of a second tier behind the profile's
+    link; 0: none. depth: steps planned ahead of the results, as in the engine: 1 waits for each. The time `plan` itself
+    takes is measured, not simulated.
     """
 
     policy: str = "fcfs"
     kv_tokens: int | None = None
+    dram_tokens: int = 0
     page_size: int = 16
     max_batch_size: int = 1024
     max_batch_tokens: int = 8192
@@ -64,6 +67,39 @@ class Quantiles(msgspec.Struct, frozen=True):
         return cls(float(data.mean()), float(p50), float(p90), float(p99))
 
 
+class Movement(msgspec.Struct, frozen=True):
+    """What moved between the tiers. in: DRAM to HBM. Blocks are whole.
+
+    rotations_out, rotations_in: sequences. bytes_*: copied; mirrored: of those out, in the background.
+    gbps_*: 10^9 bytes/s over the run. busy_*: share of the run that the link was busy, both: both ways at once.
+    stall_share: of the run, steps waiting for copies. dram_peak: most of DRAM that rotated-out sequences needed, 0..1.
+    dram_hits: blocks of cached prefixes loaded rather than computed.
+    """
+
+    rotations_out: int
+    rotations_in: int
+    bytes_in: int
+    bytes_out: int
+    mirrored: int
+    gbps_in: float
+    gbps_out: float
+    busy_in: float
+    busy_out: float
+    busy_both: float
+    stall_share: float
+    dram_peak: float
+    dram_hits: int
+
+
+class Residency(msgspec.Struct, frozen=True, array_like=True):
+    """Sequences at a moment: with KV in HBM, rotated out, and waiting without any KV."""
+
+    at: float
+    resident: int
+    rotated: int
+    waiting: int
+
+
 class SimResult(msgspec.Struct, frozen=True, kw_only=True):
     """What came of one run. Seconds of simulated time, unless a name says otherwise.
 
@@ -76,6 +112,7 @@ class SimResult(msgspec.Struct, frozen=True, kw_only=True):
     plan_ms: CPU time of `plan`, milliseconds. wall_s: of the run.
     requests_per_wall_s: requests simulated in one second of wall time.
     cost_error: of the cost model's predictions against the simulated steps.
+    moved: None with one tier. residency: who was where, every SAMPLE_S seconds.
     """
 
     policy: str
@@ -101,6 +138,8 @@ class SimResult(msgspec.Struct, frozen=True, kw_only=True):
     wall_s: float
     requests_per_wall_s: float
     cost_error: CostError
+    moved: Movement | None = None
+    residency: list[Residency] = []
 
 
 def simulate(jobs: Many[Job], profile: HardwareProfile, shape: ModelShape, config: SimConfig) -> SimResult:
@@ -120,14 +159,30 @@ def simulate(jobs: Many[Job], profile: HardwareProfile, shape: ModelShape, confi
         max_model_len=min(config.max_model_len, num_blocks * config.page_size),
         vocab_size=shape.vocab,
     )
-    kv = KVCache(num_blocks, config.page_size, prefix_cache=config.prefix_cache)
-    scheduler = build_scheduler(
-        config.policy, kv, SchedulerLimits(limits.num_slots, config.max_batch_tokens, limits.max_model_len)
-    )
-    run = _Run(scheduler, SimExecutor(rates, limits, depth=config.depth), StepCost(rates))
+    tier = _tier(config, shape)
+    kv = build_cache(num_blocks, tier.num_blocks if tier else 0, config.page_size, prefix_cache=config.prefix_cache)
+    batch = SchedulerLimits(limits.num_slots, config.max_batch_tokens, limits.max_model_len)
+    scheduler = build_scheduler(config.policy, kv, batch, StepCost(rates))
+    link = _link(profile, tier.block_bytes) if tier else None
+    executor = SimExecutor(rates, limits, depth=config.depth, tier=tier, link=link)
+    run = _Run(scheduler, executor, StepCost(rates))
     started = time.perf_counter()
     run.all(jobs)
     return run.result(config.policy, time.perf_counter() - started)
+
+
+def _tier(config: SimConfig, shape: ModelShape) -> TierLimits | None:
+    if not config.dram_tokens:
+        return None
+    if config.dram_tokens < config.page_size:
+        raise InvalidRequestError(f"dram_tokens={config.dram_tokens} is less than one block of {config.page_size}")
+    return TierLimits(config.dram_tokens // config.page_size, config.page_size * shape.kv_bytes_per_token)
+
+
+def _link(profile: HardwareProfile, block_bytes: int) -> VirtualLink:
+    return VirtualLink(
+        block_bytes, profile.link_in, out_bytes_per_s=profile.link_out, total_bytes_per_s=profile.link_duplex
+    )
 
 
 def kv_room(profile: HardwareProfile, shape: ModelShape) -> int:
@@ -156,6 +211,8 @@ class _Tally:
     gaps: array[float] = field(default_factory=lambda: array("f"))
     finished: list[Sequence] = field(default_factory=list)
     last_token: dict[int, float] = field(default_factory=dict)
+    residency: list[Residency] = field(default_factory=list)
+    dram_peak: float = 0.0
 
 
 class _Run:
@@ -166,8 +223,7 @@ class _Run:
         self._executor = executor
         self._cost = cost
         self._tally = _Tally()
-        self._submitted: deque[float] = deque()  # when each step not collected was submitted
-        self._device_free = 0.0
+        self._under_way = 0
 
     def all(self, jobs: Many[Job]) -> None:
         """The event loop. An event is an arrival or the end of a step; between two, time passes and nothing else."""
@@ -177,10 +233,11 @@ class _Run:
                 self._arrive(at, jobs[at])
                 at += 1
             self._record(self._scheduler.expire(now), now)
-            if len(self._submitted) < self._executor.depth and self._plan(now):
+            self._sample(now)
+            if self._under_way < self._executor.depth and self._plan(now):
                 continue
-            if self._submitted:
-                now = self._finish_step()
+            if self._under_way:
+                now = self._finish_step(now)
             elif at < len(jobs):
                 now = max(now, jobs[at].at)
             elif tally.live:
@@ -214,18 +271,31 @@ class _Run:
         self._tally.plan_s.append(time.thread_time() - started)
         if plan is None:
             return False
+        self._executor.now = now
         self._executor.submit(plan)
-        self._submitted.append(now)
+        self._under_way += 1
         return True
 
-    def _finish_step(self) -> float:
-        """Collect the oldest step. Returns when it ended."""
-        result = self._executor.collect()
-        end = self._device_free = max(self._device_free, self._submitted.popleft()) + result.elapsed
-        self._cost.observe(self._executor.last_load, result.elapsed)
-        self._tally.steps += 1
-        self._record(self._scheduler.commit(result, end), end)
-        return end
+    def _finish_step(self, now: float) -> float:
+        """Collect the oldest step. Returns when that is: when it ended, or now if it was over before."""
+        result, step = self._executor.collect(), self._executor.last
+        self._under_way -= 1
+        now = max(now, step.end)
+        if step.load.tokens:
+            self._cost.observe(step.load, step.compute_s)
+            self._tally.steps += 1
+        self._record(self._scheduler.commit(result, now), now)
+        return now
+
+    def _sample(self, now: float) -> None:
+        """Note who is where, every SAMPLE_S."""
+        tally = self._tally
+        if tally.residency and now < tally.residency[-1].at + SAMPLE_S:
+            return
+        counts = self._scheduler.counts()
+        tally.residency.append(Residency(now, counts.running, counts.rotated, counts.waiting - counts.rotated))
+        if counts.tiers is not None:
+            tally.dram_peak = max(tally.dram_peak, counts.tiers.dram_pinned / counts.tiers.dram_total)
 
     def _record(self, updates: Many[SequenceUpdate], now: float) -> None:
         tally = self._tally
@@ -275,6 +345,30 @@ class _Run:
             wall_s=wall_s,
             requests_per_wall_s=len(done) / max(wall_s, 1e-9),
             cost_error=self._cost.error(),
+            moved=self._movement(duration),
+            residency=tally.residency,
+        )
+
+    def _movement(self, duration: float) -> Movement | None:
+        tiers, tier = self._scheduler.counts().tiers, self._executor.tier
+        if tiers is None or tier is None:
+            return None
+        totals, link = tiers.totals, tiers.link
+        bytes_in, bytes_out = totals.blocks_in * tier.block_bytes, totals.blocks_out * tier.block_bytes
+        return Movement(
+            rotations_out=totals.rotations_out,
+            rotations_in=totals.rotations_in,
+            bytes_in=bytes_in,
+            bytes_out=bytes_out,
+            mirrored=totals.mirrored * tier.block_bytes,
+            gbps_in=bytes_in / duration / 1e9,
+            gbps_out=bytes_out / duration / 1e9,
+            busy_in=link.in_s / duration,
+            busy_out=link.out_s / duration,
+            busy_both=link.both_s / duration,
+            stall_share=link.stall_s / duration,
+            dram_peak=self._tally.dram_peak,
+            dram_hits=totals.hits,
         )
 
 

@@ -142,10 +142,19 @@ def test_a_link_keeps_no_record_of_what_is_over():
         link.start([BlockCopy(id, True, 0, 0)], now=id * 0.01)
         link.finished(id * 0.01 + 0.005)
     assert link.num_under_way == 0
-    assert len(link._over) + sum(map(len, link._spans)) < 4
+    assert len(link._over) + len(link._queued) < 4
 
 
-@pytest.mark.parametrize("wrong", [{"bytes_per_s": 0.0}, {"latency_s": -1.0}])
+def test_both_directions_share_what_the_link_moves_in_total():
+    link = VirtualLink(100, 100.0, out_bytes_per_s=50.0, total_bytes_per_s=75.0)  # 1 s in, 2 s out, alone
+    link.start([BlockCopy(1, False, 0, 0), BlockCopy(2, True, 1, 1)], now=0.0)
+    assert link.over_at([1], 0.0) == pytest.approx(2.0)  # at half its rate
+    assert link.over_at([2], 0.0) == pytest.approx(3.0)  # 50 bytes at half its rate, the others alone
+    use = link.take_use()
+    assert (use.in_s, use.out_s, use.both_s) == pytest.approx((2.0, 3.0, 2.0))
+
+
+@pytest.mark.parametrize("wrong", [{"bytes_per_s": 0.0}, {"total_bytes_per_s": -1.0}, {"latency_s": -1.0}])
 def test_a_link_of_no_speed_is_refused(wrong):
     with pytest.raises(ValueError, match="must be"):
         VirtualLink(1000, **wrong)

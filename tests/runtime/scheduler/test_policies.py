@@ -6,10 +6,11 @@ import pytest
 
 from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.scheduler.base import SchedulerLimits
+from superinfer.runtime.scheduler.lengths import ENOUGH
 from superinfer.runtime.scheduler.plan import StepResult
 from superinfer.runtime.scheduler.registry import POLICIES, build_scheduler
 from superinfer.runtime.scheduler.sequence import Sequence, Status
-from superinfer.runtime.scheduler.sjf import AGING, ENOUGH, HISTORY, MAX_PROGRAMS, LengthPredictor
+from superinfer.runtime.scheduler.sjf import AGING
 from superinfer.runtime.slo import SLO
 
 STEP_S = 0.05
@@ -97,29 +98,6 @@ def test_sjf_remembers_no_finished_sequence():
     assert server.scheduler._expected == {}
 
 
-def test_the_length_predictor_believes_a_program_only_after_enough_answers():
-    predictor = LengthPredictor()
-    assert predictor.predict("a", 100) == 100
-    for _ in range(ENOUGH):
-        predictor.learn("other", 10)
-    assert predictor.predict("a", 100) == 10  # the median of all
-    assert predictor.predict("a", 6) == 6
-    for _ in range(ENOUGH):
-        predictor.learn("a", 50)
-    assert predictor.predict("a", 100) == 50
-    for _ in range(HISTORY):
-        predictor.learn("a", 70)
-    assert predictor.predict("a", 100) == 70
-
-
-def test_the_length_predictor_keeps_no_more_programs_than_it_may():
-    predictor = LengthPredictor()
-    for at in range(2 * MAX_PROGRAMS):
-        predictor.learn(f"program {at}", 5)
-    assert len(predictor._by_program) == MAX_PROGRAMS
-    assert f"program {2 * MAX_PROGRAMS - 1}" in predictor._by_program
-
-
 def test_priority_serves_the_heavier_first_and_equals_in_order():
     server = Server("priority")
     light, first = server.add(slo=SLO.batch()), server.add()
@@ -131,6 +109,8 @@ def test_priority_serves_the_heavier_first_and_equals_in_order():
 FAVOURED = {
     "fcfs": {},
     "lru": {},
+    "lvf-time": {},
+    "rota": {"slo": SLO(ttft=5.0, tbt=1.0)},
     "edf": {"slo": SLO(ttft=0.1)},
     "sjf": {"max_tokens": 1},
     "priority": {"slo": SLO(weight=16.0)},
@@ -138,6 +118,8 @@ FAVOURED = {
 SCORNED = {
     "fcfs": {},
     "lru": {},
+    "lvf-time": {},
+    "rota": {},
     "edf": {},
     "sjf": {"max_tokens": 500},
     "priority": {"slo": SLO(weight=0.5)},

@@ -7,80 +7,9 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_executor import expected_output
-from tiered_executor import TieredMemoryExecutor
+from rotation_bench import Bench
 
-from superinfer.runtime.kv.duplex import DuplexCache
-from superinfer.runtime.scheduler.base import SchedulerLimits
-from superinfer.runtime.scheduler.registry import build_scheduler
-from superinfer.runtime.scheduler.sequence import Sequence, Status
-
-PAGE = 4
-
-
-class Bench:
-    """A scheduler over two tiers and a TieredMemoryExecutor in step, with a clock of our own."""
-
-    def __init__(self, blocks=12, dram=40, slots=4, batch_tokens=12, depth=1, policy="lru", quantum=0, **executor):
-        self.kv = DuplexCache(blocks, dram, PAGE, prefix_cache=executor.pop("prefix_cache", True))
-        self.scheduler = build_scheduler(policy, self.kv, SchedulerLimits(slots, batch_tokens, blocks * PAGE))
-        self.scheduler.quantum = quantum
-        self.executor = TieredMemoryExecutor(blocks, dram, PAGE, **executor)
-        self.depth = depth
-        self.now = 0.0
-        self.ids = 0
-        self.outputs: dict[int, list[int]] = {}
-        self.planned: list[int] = []
-        self.plans = []
-
-    def add(self, prompt, max_tokens=5, **kw) -> Sequence:
-        self.ids += 1
-        sequence = Sequence(id=self.ids, prompt=list(prompt), max_tokens=max_tokens, arrival=self.now, **kw)
-        self.scheduler.add(sequence)
-        return sequence
-
-    def step(self) -> bool:
-        self.now += 0.01
-        plan = self.scheduler.plan(self.now)
-        if plan is not None:
-            self.plans.append(plan)
-            try:
-                self.executor.submit(plan)
-                self.planned.append(plan.step)
-            except RuntimeError:
-                self.scheduler.abort(plan.step, self.now)
-        if self.planned and (plan is None or len(self.planned) >= self.depth):
-            self.planned.pop(0)
-            for update in self.scheduler.commit(self.executor.collect(), self.now):
-                self.outputs.setdefault(update.sequence.id, []).extend(update.token_ids)
-            return True
-        return plan is not None
-
-    def run(self, limit=4000):
-        for _ in range(limit):
-            if not self.step():
-                return
-        raise AssertionError("the scheduler does not come to an end")
-
-    def check(self, sequences, max_tokens=None):
-        for sequence in sequences:
-            assert sequence.status is Status.FINISHED
-            if sequence.finish_reason not in ("cancelled", None):
-                prompt = list(sequence.tokens[: sequence.num_prompt])
-                assert self.outputs[sequence.id] == expected_output(prompt, sequence.max_tokens)
-
-    def check_all_given_back(self):
-        kv = self.kv
-        assert kv.num_pending == 0
-        kv.clear()
-        assert (kv.num_free, kv.num_dram_free, kv.num_dram_pinned) == (kv.num_blocks, kv.num_dram, 0)
-        assert sorted(kv._free) == list(range(kv.num_blocks))
-        assert sorted(kv._free_dram) == list(range(kv.num_dram))
-        assert not (kv._roots or kv._idle or kv._lru or kv._mirrors or kv._busy or kv._busy_dram)
-        assert not (kv._awaited or kv._spoiled)
-        counts = self.scheduler.counts()
-        assert (counts.running, counts.waiting) == (0, 0)
-
+from superinfer.runtime.scheduler.sequence import Sequence
 
 prompts = st.builds(
     lambda shared, own: [7] * shared + own,

@@ -1,0 +1,127 @@
+"""The paper's grid on a simulated GH200 (144 GB HBM, 400 GiB of DRAM): three models, two workloads, 120 s of arrivals.
+
+SuperInfer (MLSys 2026, arXiv 2601.20309) ran these models, workloads and rates; its engine was slower than the
+simulated one, which keeps up at most of the rates. So the grid goes on beyond them until first come first served fails.
+KV pools are what the paper's vLLM 0.6.6 would have at its default of 256 sequences, unless --batch says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from typing import Any
+
+from record import RESULTS, write
+
+from superinfer.runtime.sim.hardware import profile_of
+from superinfer.runtime.sim.report import Point, plot
+from superinfer.runtime.sim.shapes import shape_of
+from superinfer.runtime.sim.simulate import SimConfig, SimResult, simulate
+from superinfer.runtime.sim.workload import make_jobs
+from superinfer.runtime.slo import SLO
+
+STREAM = SLO(ttft=1.0, tbt=0.1)
+DRAM_BYTES = 400 * 2**30
+# Requests/s: the paper's range, then beyond it.
+GRID = {
+    ("llama-3-8b", "sharegpt"): (35, 50, 60, 70, 80),
+    ("llama-3-8b", "lmsys"): (50, 75, 100, 120, 140),
+    ("qwen2.5-32b", "sharegpt"): (5, 12, 20, 25, 30),
+    ("qwen2.5-32b", "lmsys"): (10, 25, 40, 50),
+    ("mixtral-8x7b", "sharegpt"): (5, 12, 20, 35, 45),
+    ("mixtral-8x7b", "lmsys"): (10, 25, 40, 60, 75),
+}
+POLICIES = ("fcfs", "lvf-time", "rota")
+
+
+def main() -> None:
+    """Simulate, print, write results/sim-gh200.json and pictures beside it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--duration", type=float, default=120.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--models", default="qwen2.5-32b,mixtral-8x7b,llama-3-8b")
+    parser.add_argument("--batch", type=int, default=1024, help="sequences in one step")
+    arguments = parser.parse_args()
+    profile = profile_of("gh200-144")
+    rows: list[dict[str, Any]] = []
+    for (model, workload), rates in sorted(GRID.items(), key=lambda item: arguments.models.find(item[0][0])):
+        if model not in arguments.models:
+            continue
+        shape = shape_of(model)
+        points = []
+        for rate in rates:
+            jobs = make_jobs(
+                workload, rate=rate, duration=arguments.duration, seed=arguments.seed, slos=[(1.0, STREAM)]
+            )
+            for policy in POLICIES:
+                config = SimConfig(
+                    policy=policy,
+                    dram_tokens=int(DRAM_BYTES / shape.kv_bytes_per_token),
+                    max_batch_size=arguments.batch,
+                )
+                result = simulate(jobs, profile, shape, config)
+                points.append(Point(rate, result))
+                rows.append({"model": model, "workload": workload, "rate": rate, "policy": policy} | _columns(result))
+                print(_line(rows[-1]), flush=True)
+        plot(points, RESULTS, f"sim-gh200-{model}-{workload}")
+    out = write(
+        "sim-gh200",
+        f"python benchmarks/sim_gh200.py --duration {arguments.duration:g} --seed {arguments.seed} "
+        f"--models {arguments.models} --batch {arguments.batch}",
+        {
+            "simulated": True, "hardware": profile.name, "duration_s": arguments.duration, "dram_bytes": DRAM_BYTES,
+            "slo": {"ttft": STREAM.ttft, "tbt": STREAM.tbt}, "gains": _gains(rows), "runs": rows,
+        },
+    )  # fmt: skip
+    print(f"written to {out}")
+
+
+def _columns(result: SimResult) -> dict[str, float]:
+    moved = result.moved
+    assert moved is not None
+    return {
+        "ttft_met": result.ttft_met or 0.0,
+        "met": result.met or 0.0,
+        "goodput": result.goodput,
+        "tokens_per_s": result.tokens_per_s,
+        "tbt_p50_ms": result.tbt.p50 * 1e3,
+        "tbt_p99_ms": result.tbt.p99 * 1e3,
+        "tpot_ms": result.tpot.mean * 1e3,
+        "rotations": moved.rotations_out,
+        "gbps_in": moved.gbps_in,
+        "gbps_out": moved.gbps_out,
+        "stall_share": moved.stall_share,
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['model']:13} {row['workload']:8} {row['rate']:4}/s {row['policy']:9} TTFT {row['ttft_met']:6.1%}  "
+        f"all {row['met']:6.1%}  {row['tokens_per_s']:6,.0f} tok/s  TBT p50 {row['tbt_p50_ms']:.0f} p99 "
+        f"{row['tbt_p99_ms']:.0f} ms  {row['rotations']:,} rotations"
+    )
+
+
+def _gains(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of rota and lvf-time over fcfs, in points of TTFT attainment; and the worst ratios where fcfs keeps its TBT."""
+    cells: dict[tuple[str, str, float], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["model"], row["workload"], row["rate"]), {})[row["policy"]] = row
+    gains = {
+        policy: [100 * (cell[policy]["ttft_met"] - cell["fcfs"]["ttft_met"]) for cell in cells.values()]
+        for policy in ("rota", "lvf-time")
+    }
+    kept = [cell for cell in cells.values() if cell["fcfs"]["tbt_p99_ms"] <= 100]
+    return {
+        "best_points": {policy: max(values) for policy, values in gains.items()},
+        "mean_points": {policy: statistics.mean(values) for policy, values in gains.items()},
+        "worst_tbt_p99_ratio": max((c["rota"]["tbt_p99_ms"] / c["fcfs"]["tbt_p99_ms"] for c in kept), default=None),
+        "worst_throughput_ratio": min(
+            (c["rota"]["tokens_per_s"] / c["fcfs"]["tokens_per_s"] for c in kept), default=None
+        ),
+        "cells_where_fcfs_keeps_tbt": len(kept),
+    }
+
+
+if __name__ == "__main__":
+    main()
