@@ -18,6 +18,9 @@ from superinfer.runtime.slo import SLO
 PROTOCOL_VERSION = 2
 
 FinishReason = Literal["stop", "length", "deadline", "cancelled", "scored"]
+LiveState = Literal["waiting", "computing", "rotated", "loading"]
+
+MAX_LIVE = 1000  # sequences in one LiveReport: 100 kB
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type", tag=True):
@@ -200,6 +203,17 @@ class GetStats(Message, frozen=True, kw_only=True):
     token: int = 0
 
 
+class GetLive(Message, frozen=True, kw_only=True):
+    """Ask for a LiveReport of at most `limit` unfinished sequences, 0 to 1,000; `token` comes back in it."""
+
+    token: int = 0
+    limit: int = 200
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.limit <= MAX_LIVE:
+            raise InvalidRequestError(f"limit={self.limit} must be at least 0 and at most {MAX_LIVE}")
+
+
 class Shutdown(Message, frozen=True, kw_only=True):
     """Ask the engine to end: unfinished requests fail with a clear error, then the process exits."""
 
@@ -360,8 +374,21 @@ class TierStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     copies_failed: int = 0
 
 
+class ClassStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Sequences of one SLO class since start. promised: of those finished, the ones with an SLO; met: of these."""
+
+    name: str
+    finished: int = 0
+    promised: int = 0
+    met: int = 0
+
+
 class StatsReport(Message, frozen=True, kw_only=True):
-    """Counters since start, and gauges of now. tiers: None without a DRAM tier."""
+    """Counters since start, and gauges of now. tiers: None without a DRAM tier.
+
+    prefill_tokens: computed from known tokens, those computed again after a preemption included.
+    classes: in the order of their first request to finish; the last may be "(others)".
+    """
 
     token: int
     steps: int
@@ -382,6 +409,44 @@ class StatsReport(Message, frozen=True, kw_only=True):
     step_s_mean: float
     schedule_s_mean: float
     tiers: TierStats | None = None
+    prefill_tokens: int = 0
+    classes: list[ClassStats] = []
+
+
+class LiveRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One unfinished sequence as it is now.
+
+    id: the engine's own, unique among all clients. max_tokens: the most it may generate.
+    state: waiting without KV; computing: in a slot; rotated: its KV is in the second tier; loading: on its way back.
+    slack_s: until its next token is due, negative when late; None where no token is promised. age_s: since arrival.
+    """
+
+    id: int
+    request_id: str
+    index: int = 0
+    state: LiveState
+    prompt_tokens: int
+    output_tokens: int = 0
+    max_tokens: int = 0
+    slo_class: str = ""
+    slack_s: float | None = None
+    age_s: float
+    program: str = ""
+
+
+class LiveReport(Message, frozen=True, kw_only=True):
+    """The engine's unfinished sequences: how many in each state, and some of them, `omitted` others left out.
+
+    Each state has its share of `requests`; of one state they are the oldest.
+    """
+
+    token: int
+    requests: list[LiveRequest]
+    omitted: int
+    waiting: int = 0
+    computing: int = 0
+    rotated: int = 0
+    loading: int = 0
 
 
 class Stopping(Message, frozen=True, kw_only=True):
@@ -390,8 +455,8 @@ class Stopping(Message, frozen=True, kw_only=True):
     reason: str
 
 
-ToEngine = Hello | Generate | Score | Cancel | GetHealth | GetStats | Shutdown
-ToClient = Welcome | Refused | Deltas | Failed | HealthReport | StatsReport | Stopping
+ToEngine = Hello | Generate | Score | Cancel | GetHealth | GetStats | GetLive | Shutdown
+ToClient = Welcome | Refused | Deltas | Failed | HealthReport | StatsReport | LiveReport | Stopping
 
 T = TypeVar("T")
 

@@ -12,6 +12,7 @@ from superinfer.errors import InvalidRequestError, QueueFullError, SuperinferErr
 from superinfer.runtime.engine.executor import Executor
 from superinfer.runtime.engine.frontdoor import FrontDoor
 from superinfer.runtime.engine.intake import Intake
+from superinfer.runtime.engine.live import ClassCounts, live_report
 from superinfer.runtime.engine.tier_stats import tier_stats
 from superinfer.runtime.protocol import (
     Cancel,
@@ -19,6 +20,7 @@ from superinfer.runtime.protocol import (
     Failed,
     Generate,
     GetHealth,
+    GetLive,
     GetStats,
     HealthReport,
     Score,
@@ -46,6 +48,7 @@ class Counters:
     failed: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    prefill_tokens: int = 0
     output_tokens: int = 0
     slo_met: int = 0
     slo_missed: int = 0
@@ -68,6 +71,7 @@ class EngineLoop:
         self._num_live = 0
         self._in_flight: deque[int] = deque()  # steps submitted and not collected, oldest first
         self._counters = Counters()
+        self._classes = ClassCounts()
         self._started = self._turned = self._pulsed = time.monotonic()
         self._stop_reason = ""
 
@@ -115,6 +119,7 @@ class EngineLoop:
             self._lose(plan.step, error)
         else:
             self._in_flight.append(plan.step)
+            self._counters.prefill_tokens += plan.num_prefill_tokens
         return True
 
     def _end_step(self) -> None:
@@ -144,6 +149,9 @@ class EngineLoop:
                 self._door.send(client, self._health(token))
             case GetStats(token=token):
                 self._door.send(client, self._stats(token))
+            case GetLive():
+                sequences = [s for requests in self._live.values() for held in requests.values() for s in held]
+                self._door.send(client, live_report(message, sequences, time.monotonic()))
             case Shutdown():
                 self.stop("a client asked it to shut down")
 
@@ -219,6 +227,7 @@ class EngineLoop:
             counters.cancelled += 1
         else:
             counters.finished += 1
+            self._classes.count(update.sequence.slo_class, met)
         counters.prompt_tokens += update.sequence.num_prompt
         counters.cached_tokens += update.sequence.cached
         counters.slo_met += met is True
@@ -287,4 +296,6 @@ class EngineLoop:
             step_s_mean=counters.step_s / steps,
             schedule_s_mean=counters.schedule_s / steps,
             tiers=tier_stats(counts.tiers, tier.block_bytes) if counts.tiers is not None and tier is not None else None,
+            prefill_tokens=counters.prefill_tokens,
+            classes=self._classes.stats(),
         )

@@ -60,6 +60,7 @@ class Sequence:
         "score_start",
         "seed",
         "slo",
+        "slo_class",
         "slot",
         "status",
         "stop_ids",
@@ -77,6 +78,7 @@ class Sequence:
         max_tokens: int,
         sampling: SamplingParams | None = None,
         slo: SLO | None = None,
+        slo_class: str = "",
         request_id: str = "",
         index: int = 0,
         owner: bytes = b"",
@@ -91,7 +93,7 @@ class Sequence:
         self.tokens = array("i", prompt)
         self.num_prompt = len(prompt)
         self.sampling = sampling or SamplingParams()
-        self.slo, self.salt, self.program = slo, salt, program
+        self.slo, self.slo_class, self.salt, self.program = slo, slo_class, salt, program
         self.max_tokens, self.seed, self.stop_ids, self.score_start = max_tokens, seed, stop_ids, score_start
         self.arrival = arrival
         self.timeline = TokenTimeline(slo)
