@@ -133,7 +133,7 @@ def serve(
 
     def ready(url: str) -> None:
         progress.close()
-        print(f"serving at {url}/v1 (Ctrl-C to stop)", flush=True)
+        print(f"serving at {url}/v1 and showing at {url}/ (Ctrl-C to stop)", flush=True)
 
     with start_progress("starting the engine") as progress:
         serve(

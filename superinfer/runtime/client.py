@@ -38,9 +38,11 @@ from superinfer.runtime.protocol import (
     Failed,
     Generate,
     GetHealth,
+    GetLive,
     GetStats,
     HealthReport,
     Hello,
+    LiveReport,
     ModelInfo,
     RequestReport,
     Score,
@@ -188,6 +190,14 @@ class AsyncEngineClient:
         token = next(self._tokens)
         return await self._ask(GetStats(token=token), token, timeout)
 
+    async def live(self, limit: int = 200, timeout: float = 5.0) -> LiveReport:
+        """What the engine is doing now, with at most `limit` of its unfinished sequences (0 to 1,000).
+
+        Raises InvalidRequestError, and EngineUnavailableError when the engine does not answer in time.
+        """
+        token = next(self._tokens)
+        return await self._ask(GetLive(token=token, limit=limit), token, timeout)
+
     async def shutdown_engine(self) -> None:
         """Ask the engine process to end. Requests that are not finished fail."""
         await self._send(Shutdown())
@@ -275,7 +285,7 @@ class AsyncEngineClient:
                     stream.put_nowait(error_from_code(message.code, message.message))
             case Failed():
                 self._fail(error_from_code(message.code, message.message))
-            case HealthReport() | StatsReport():
+            case HealthReport() | StatsReport() | LiveReport():
                 answer = self._answers.get(message.token)
                 if answer is not None and not answer.done():
                     answer.set_result(message)
@@ -351,6 +361,10 @@ class EngineClient:
     def stats(self, timeout: float = 5.0) -> StatsReport:
         """See AsyncEngineClient.stats."""
         return self._loop.run(self._client.stats(timeout))
+
+    def live(self, limit: int = 200, timeout: float = 5.0) -> LiveReport:
+        """See AsyncEngineClient.live."""
+        return self._loop.run(self._client.live(limit, timeout))
 
     def shutdown_engine(self) -> None:
         """See AsyncEngineClient.shutdown_engine."""

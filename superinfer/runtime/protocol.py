@@ -18,6 +18,9 @@ from superinfer.runtime.slo import SLO
 PROTOCOL_VERSION = 2
 
 FinishReason = Literal["stop", "length", "deadline", "cancelled", "scored"]
+LiveState = Literal["waiting", "computing", "rotated", "loading"]
+
+MAX_LIVE = 1000  # sequences in one LiveReport: 100 kB
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type", tag=True):
@@ -198,6 +201,17 @@ class GetStats(Message, frozen=True, kw_only=True):
     """Ask for a StatsReport; `token` comes back in it."""
 
     token: int = 0
+
+
+class GetLive(Message, frozen=True, kw_only=True):
+    """Ask for a LiveReport of at most `limit` unfinished sequences, 0 to 1,000; `token` comes back in it."""
+
+    token: int = 0
+    limit: int = 200
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.limit <= MAX_LIVE:
+            raise InvalidRequestError(f"limit={self.limit} must be at least 0 and at most {MAX_LIVE}")
 
 
 class Shutdown(Message, frozen=True, kw_only=True):
@@ -381,6 +395,7 @@ class StatsReport(Message, frozen=True, kw_only=True):
 
     classes: by slo_class; "default" for requests that name none.
     cost_error_p50, cost_error_p90: of the last steps' predicted times, |predicted - took| / took.
+    prefill_tokens: computed from known tokens, those computed again after a preemption included.
     """
 
     token: int
@@ -405,6 +420,43 @@ class StatsReport(Message, frozen=True, kw_only=True):
     classes: dict[str, ClassStats] = {}
     cost_error_p50: float = 0.0
     cost_error_p90: float = 0.0
+    prefill_tokens: int = 0
+
+
+class LiveRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One unfinished sequence as it is now.
+
+    id: the engine's own, unique among all clients. max_tokens: the most it may generate.
+    state: waiting without KV; computing: in a slot; rotated: its KV is in the second tier; loading: on its way back.
+    slack_s: until its next token is due, negative when late; None where no token is promised. age_s: since arrival.
+    """
+
+    id: int
+    request_id: str
+    index: int = 0
+    state: LiveState
+    prompt_tokens: int
+    output_tokens: int = 0
+    max_tokens: int = 0
+    slo_class: str = ""
+    slack_s: float | None = None
+    age_s: float
+    program: str = ""
+
+
+class LiveReport(Message, frozen=True, kw_only=True):
+    """The engine's unfinished sequences: how many in each state, and some of them, `omitted` others left out.
+
+    Each state has its share of `requests`; of one state they are the oldest.
+    """
+
+    token: int
+    requests: list[LiveRequest]
+    omitted: int
+    waiting: int = 0
+    computing: int = 0
+    rotated: int = 0
+    loading: int = 0
 
 
 class Stopping(Message, frozen=True, kw_only=True):
@@ -413,8 +465,8 @@ class Stopping(Message, frozen=True, kw_only=True):
     reason: str
 
 
-ToEngine = Hello | Generate | Score | Cancel | GetHealth | GetStats | Shutdown
-ToClient = Welcome | Refused | Deltas | Failed | HealthReport | StatsReport | Stopping
+ToEngine = Hello | Generate | Score | Cancel | GetHealth | GetStats | GetLive | Shutdown
+ToClient = Welcome | Refused | Deltas | Failed | HealthReport | StatsReport | LiveReport | Stopping
 
 T = TypeVar("T")
 

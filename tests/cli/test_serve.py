@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import psutil
 import pytest
@@ -102,3 +103,14 @@ def test_an_engine_in_the_foreground_serves_others_until_a_signal(
     assert command.end()[0] == 130
     assert psutil.wait_procs(children, timeout=2)[1] == []
     assert command.left_behind() == []
+
+
+def test_who_looks_at_the_page_does_not_hold_up_the_end(start: Callable[..., Any], tiny_engine: Any) -> None:
+    command = start("serve", "--port", "0", "--engine", tiny_engine.address, "--grace", "30")
+    url = command.line("serving at").split(" showing at ")[1].split()[0]
+    with httpx.stream("GET", f"{url}v1/live", timeout=10) as viewer:
+        lines = viewer.iter_lines()
+        assert next(lines).startswith("data: ")
+        command.process.send_signal(signal.SIGTERM)
+        assert "event: unavailable" in list(lines)
+    assert command.end(10)[0] == 0

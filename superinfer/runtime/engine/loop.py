@@ -15,6 +15,7 @@ from superinfer.runtime.engine.attainment import Attainment
 from superinfer.runtime.engine.executor import Executor
 from superinfer.runtime.engine.frontdoor import FrontDoor
 from superinfer.runtime.engine.intake import Intake
+from superinfer.runtime.engine.live import live_report
 from superinfer.runtime.engine.tier_stats import tier_stats
 from superinfer.runtime.protocol import (
     Cancel,
@@ -22,6 +23,7 @@ from superinfer.runtime.protocol import (
     Failed,
     Generate,
     GetHealth,
+    GetLive,
     GetStats,
     HealthReport,
     Score,
@@ -51,6 +53,7 @@ class Counters:
     failed: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    prefill_tokens: int = 0
     output_tokens: int = 0
     slo_met: int = 0
     slo_missed: int = 0
@@ -141,6 +144,7 @@ class EngineLoop:
             self._lose(plan.step, error)
         else:
             self._in_flight.append(plan.step)
+            self._counters.prefill_tokens += plan.num_prefill_tokens
         return True
 
     def _end_step(self) -> None:
@@ -174,6 +178,9 @@ class EngineLoop:
                 self._door.send(client, self._health(token))
             case GetStats(token=token):
                 self._door.send(client, self._stats(token))
+            case GetLive():
+                sequences = [s for requests in self._live.values() for held in requests.values() for s in held]
+                self._door.send(client, live_report(message, sequences, time.monotonic()))
             case Shutdown():
                 self.stop("a client asked it to shut down")
 
@@ -385,6 +392,7 @@ class EngineLoop:
             classes=self._attainment.report(),
             cost_error_p50=cost_error.median,
             cost_error_p90=cost_error.p90,
+            prefill_tokens=counters.prefill_tokens,
         )
 
 

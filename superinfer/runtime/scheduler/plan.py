@@ -76,6 +76,10 @@ class StepPlan:
     def num_tokens(self) -> int:
         return sum(w.length for w in self.work)
 
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(len(w.tokens) for w in self.work)
+
 
 @dataclass(slots=True)
 class StepResult:

@@ -19,6 +19,7 @@ from superinfer.runtime.server import completion, schema
 from superinfer.runtime.server.chat import ChatWriter, prompt_of, sampling_of_chat
 from superinfer.runtime.server.completion import CompletionWriter, prompts_of, sampling_of_completion
 from superinfer.runtime.server.errors import ApiError, as_api_error, bad_request
+from superinfer.runtime.server.live import add_page
 from superinfer.runtime.server.params import check_ids, check_length, slo_of, stop_of
 from superinfer.runtime.server.report import Tally
 from superinfer.runtime.server.schema import ChatRequest, Common, CompletionRequest
@@ -45,6 +46,7 @@ def create_app(text: TextClient, *, model_name: str = "") -> FastAPI:
     name = model_name or text.info.model
     app = FastAPI(title="superinfer", docs_url=None, redoc_url=None, openapi_url=None)
     _add_errors(app)
+    add_page(app, text, name)
     created = int(time.time())
     card = {
         "id": name,

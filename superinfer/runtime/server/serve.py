@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Iterator
 
 import uvicorn
+from fastapi import FastAPI
 
 from superinfer.errors import InvalidRequestError
 from superinfer.runtime.config import EngineConfig
@@ -95,6 +96,7 @@ async def _serve(
         server = _Server(settings)
         stop = asyncio.Event()
         _on_signals(server, stop)
+        viewers = asyncio.create_task(_end_live(stop, app))
         watcher = asyncio.create_task(_end_streams(stop, text, grace))
         running = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started and not running.done():
@@ -105,6 +107,7 @@ async def _serve(
             await running
         finally:
             watcher.cancel()
+            viewers.cancel()
 
 
 def _on_signals(server: uvicorn.Server, stop: asyncio.Event) -> None:
@@ -116,6 +119,12 @@ def _on_signals(server: uvicorn.Server, stop: asyncio.Event) -> None:
 
     for number in STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, handle)
+
+
+async def _end_live(stop: asyncio.Event, app: FastAPI) -> None:
+    """Who looks at the page is no reason to wait."""
+    await stop.wait()
+    app.state.live.close()
 
 
 async def _end_streams(stop: asyncio.Event, text: TextClient, grace: float) -> None:

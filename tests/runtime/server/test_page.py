@@ -1,0 +1,301 @@
+"""The page at `/` in a headless browser, and the events behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import msgspec
+import psutil
+import pytest
+
+from superinfer.errors import RequestCancelledError
+from superinfer.runtime.client import AsyncEngineClient, EngineClient, new_request_id
+from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.launch import EngineProcess, launch_engine
+from superinfer.runtime.protocol import Generate, SamplingParams
+from superinfer.runtime.server import live
+from superinfer.runtime.slo import SLO
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# A request is late or not, and somewhere: what must hold for all cards that are drawn at one moment.
+ALL_CARDS_LIE_IN_THEIR_LANES = """() => {
+  const lane = {waiting: "waiting", computing: "computing", rotated: "memory", loading: "memory"}
+  return [...document.querySelectorAll(".card:not(.old)")].every(card => {
+    const box = document.querySelector(`[data-lane=${lane[card.dataset.state]}] .room`).getBoundingClientRect()
+    const at = card.getBoundingClientRect()
+    return at.left >= box.left - 1 && at.right <= box.right + 1 && at.top >= box.top - 1 && at.bottom <= box.bottom + 1
+  })
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e .[dev]")
+    if CHROMIUM is None:
+        pytest.skip("no browser on this machine; install Chromium, e.g. apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def tab(browser: Any) -> Iterator[Any]:
+    """A tab in which nothing may go wrong, and from which nothing may be asked of other hosts."""
+    context = browser.new_context(viewport={"width": 1280, "height": 820}, reduced_motion="reduce")
+    tab = context.new_page()
+    tab.set_default_timeout(20_000)
+    troubles: list[str] = []
+    tab.on("console", lambda message: message.type in ("error", "warning") and troubles.append(message.text))
+    tab.on("pageerror", lambda error: troubles.append(str(error)))
+    tab.on("request", lambda request: "//127.0.0.1:" in request.url or troubles.append(request.url))
+    yield tab
+    tab.wait_for_timeout(50)
+    context.close()
+    assert troubles == []
+
+
+@pytest.fixture(scope="module")
+def rotating(tiny_config: EngineConfig) -> Iterator[EngineProcess]:
+    """An engine whose first tier holds one long request, so that several must take turns."""
+    config = msgspec.structs.replace(tiny_config, kv_tokens=1024, dram_tokens=16384, policy="lru")
+    with launch_engine(config) as process:
+        yield process
+
+
+def _drain(client: EngineClient, request: Generate) -> None:
+    with contextlib.suppress(RequestCancelledError):
+        list(client.generate(request))
+
+
+@contextlib.contextmanager
+def busy(address: str, requests: int, tokens: int, n: int = 1, **more: Any) -> Iterator[list[str]]:
+    """The engine has so many requests, until they have so many tokens or the context ends. Yields their ids."""
+    sampling = SamplingParams(max_tokens=tokens, n=n, ignore_eos=True)
+    ids = [new_request_id() for _ in range(requests)]
+    wanted = [Generate(request_id=id, prompt=[at + 3], sampling=sampling, **more) for at, id in enumerate(ids)]
+    with EngineClient(address) as client:
+        threads = [threading.Thread(target=lambda r=r: _drain(client, r), daemon=True) for r in wanted]
+        for thread in threads:
+            thread.start()
+        yield ids
+        for id in ids:
+            client.cancel(id)
+        for thread in threads:
+            thread.join(10)
+
+
+def look(tab: Any, url: str) -> None:
+    """Open the page; the server may still be starting."""
+    httpx.Client(transport=httpx.HTTPTransport(retries=5)).get(url)
+    tab.goto(url)
+
+
+def until(tab: Any, holds: str) -> None:
+    """Wait until a JavaScript expression or function gives true. (`wait_for_function` needs what the page forbids.)"""
+    deadline = time.monotonic() + 20
+    while not tab.evaluate(holds):
+        assert time.monotonic() < deadline, holds
+        tab.wait_for_timeout(50)
+
+
+def count(tab: Any, lane: str) -> int:
+    return int(tab.locator(f"[data-lane={lane}] .count").inner_text().replace(",", ""))
+
+
+# ---------------------------------------------------------------------------- lanes
+
+
+def test_a_request_is_a_card_that_moves_with_its_kv_cache(tab: Any, rotating: EngineProcess, serving: Any) -> None:
+    with serving(rotating.address) as server:
+        look(tab, server.url)
+        tab.wait_for_selector("#stage.idle #empty:visible")
+        with busy(rotating.address, 6, 900, slo=SLO(ttft=60, tbt=0.001), slo_class="eager") as ids:
+            first = f".card[data-request='{ids[0]}']"
+            tab.wait_for_selector(f"{first}[data-state=computing]")
+            tab.wait_for_selector(f"{first}[data-state=rotated], {first}[data-state=loading]")
+            until(tab, ALL_CARDS_LIE_IN_THEIR_LANES)
+            assert "eager" in tab.locator(first).get_attribute("title")
+            until(tab, "document.querySelector('#link-in').textContent > '0'")
+            assert int(tab.locator("[data-lane=memory] .meter").get_attribute("aria-valuenow")) > 0
+            assert tab.locator("#output-rate").inner_text() not in ("–", "0")
+        tab.wait_for_selector("#stage.idle")
+        tab.goto("about:blank")  # before the server ends
+
+
+def test_late_requests_stand_out_and_kept_promises_are_counted_by_class(
+    tab: Any, tiny_engine: EngineProcess, served: Any
+) -> None:
+    with busy(tiny_engine.address, 2, 1900, slo=SLO(ttft=0.000001, tbt=0.000001), slo_class="hopeless"):
+        look(tab, served.url)
+        tab.wait_for_selector(".card.late .slack:has-text('−')")
+    with EngineClient(tiny_engine.address) as client:
+        sampling = SamplingParams(max_tokens=2, ignore_eos=True)
+        for slo, name in ((SLO(ttft=60), "easy"), (SLO(ttft=1e-6), "hopeless")):
+            list(client.generate(Generate(request_id=name, prompt=[5], sampling=sampling, slo=slo, slo_class=name)))
+    tab.wait_for_selector("#classes li:has-text('easy'):has-text('100 % of 1')")
+    tab.wait_for_selector("#classes li:has-text('hopeless'):has-text('0 % of 1')")
+
+
+def test_a_thousand_requests_are_counted_and_some_of_them_drawn(
+    tab: Any, tiny_engine: EngineProcess, served: Any
+) -> None:
+    look(tab, served.url)
+    with busy(tiny_engine.address, 8, 1900, n=125):
+        until(tab, "document.querySelectorAll('.card:not(.old)').length > 100")
+        tab.wait_for_selector("[data-lane=waiting] .undrawn:has-text('not drawn')")
+        assert count(tab, "waiting") + count(tab, "computing") == 1000
+        assert 100 < tab.locator(".card:not(.old)").count() <= live.MAX_REQUESTS
+        until(tab, ALL_CARDS_LIE_IN_THEIR_LANES)
+        before = tab.locator("#output-rate").inner_text()
+        until(tab, f"document.querySelector('#output-rate').textContent !== '{before}'")
+
+
+# ---------------------------------------------------------------------------- chat
+
+
+def set_promise(tab: Any, **steps: int) -> None:
+    for name, step in steps.items():
+        tab.locator(f"#{name}").fill(str(step))
+
+
+def test_the_chat_streams_an_answer_and_says_that_the_promise_was_kept(tab: Any, served: Any) -> None:
+    look(tab, served.url)
+    tab.wait_for_selector("#status[data-state=live]")
+    set_promise(tab, ttft=12, tbt=0, deadline=9)
+    assert tab.locator("output[for=tbt]").inner_text() == "no promise"
+    tab.locator("#prompt").fill("hello")
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector(".verdict.met b:has-text('Kept')")
+    assert tab.locator(".mine").inner_text() == "hello" and tab.locator(".theirs p").inner_text()
+    assert "first token" in tab.locator(".verdict").inner_text()
+    assert "0 of them after they were due" in tab.locator(".ticks").get_attribute("aria-label")
+
+
+def test_the_chat_says_that_a_promise_was_missed_and_why(tab: Any, tiny_engine: EngineProcess, served: Any) -> None:
+    look(tab, served.url)
+    tab.wait_for_selector("#status[data-state=live]")
+    set_promise(tab, ttft=1, tbt=1, deadline=0)
+    with busy(tiny_engine.address, 1, 150, n=100):
+        tab.locator("#prompt").fill("hello")
+        tab.locator("#send").click()
+        tab.wait_for_selector(".verdict.missed b:has-text('Missed')")
+    assert "most of it: " in tab.locator(".verdict").inner_text()
+    assert ", 0 of them after" not in tab.locator(".ticks").get_attribute("aria-label")
+
+
+def test_an_answer_can_be_stopped(tab: Any, rotating: EngineProcess, serving: Any) -> None:
+    with serving(rotating.address) as server, busy(rotating.address, 4, 900):
+        look(tab, server.url)
+        tab.wait_for_selector("#status[data-state=live]")
+        tab.locator("#prompt").fill("hello")
+        tab.locator("#send").click()
+        tab.locator("#send:has-text('Stop')").click()
+        tab.wait_for_selector(".verdict:has-text('Stopped.')")
+        assert tab.locator("#send").inner_text() == "Send"
+        tab.goto("about:blank")
+
+
+# ---------------------------------------------------------------------------- what may go wrong
+
+
+def test_a_key_that_the_server_asks_for_is_sent_and_kept_in_the_tab(browser: Any, served: Any) -> None:
+    tab = browser.new_page()
+
+    def guarded(route: Any) -> None:
+        if route.request.headers.get("authorization") == "Bearer sesame":
+            route.continue_()
+        else:
+            route.fulfill(status=401, json={"error": {"message": "no key"}})
+
+    tab.route("**/v1/live", guarded)
+    look(tab, served.url)
+    tab.wait_for_selector("#status[data-state=key]")
+    tab.locator("#key").fill("sesame")
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector("#status[data-state=live]")
+    tab.reload()
+    tab.wait_for_selector("#status[data-state=live]")
+    assert tab.evaluate("localStorage.length") == 0 and tab.evaluate("document.cookie") == ""
+    tab.close()
+
+
+def test_everything_is_reached_with_the_tab_key(tab: Any, served: Any) -> None:
+    look(tab, served.url)
+    tab.wait_for_selector("#status[data-state=live]")
+    reached = set()
+    for _ in range(8):
+        tab.keyboard.press("Tab")
+        reached.add(tab.evaluate("document.activeElement.id"))
+    assert {"key-toggle", "ttft", "tbt", "deadline", "talk", "prompt", "send"} <= reached
+
+
+def test_the_page_fits_a_phone_and_does_not_jump(tab: Any, tiny_engine: EngineProcess, served: Any) -> None:
+    where = (
+        "[...document.querySelectorAll('.lane, article, aside')].map(e => JSON.stringify(e.getBoundingClientRect()))"
+    )
+    for width in (390, 900, 1280):
+        tab.set_viewport_size({"width": width, "height": 820})
+        look(tab, served.url)
+        before = tab.evaluate(where)
+        with busy(tiny_engine.address, 3, 1900):
+            tab.wait_for_selector(".card")
+            assert tab.evaluate(where) == before
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+# ---------------------------------------------------------------------------- /v1/live
+
+
+def test_many_viewers_cost_the_engine_no_more_than_one_and_none_cost_nothing(
+    served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    real = AsyncEngineClient.live
+
+    async def counted(self: AsyncEngineClient, *arguments: Any) -> Any:
+        asked.append(time.monotonic())
+        return await real(self, *arguments)
+
+    monkeypatch.setattr(AsyncEngineClient, "live", counted)
+    with contextlib.ExitStack() as stack:
+        viewers = [stack.enter_context(httpx.stream("GET", f"{served.url}/v1/live", timeout=20)) for _ in range(10)]
+        lines = [viewer.iter_lines() for viewer in viewers]
+        for _ in range(4):
+            for viewer in lines:
+                event = next(line for line in viewer if line)
+                assert msgspec.json.decode(event.removeprefix("data: "))["model"] == "tiny"
+    assert len(asked) >= 3 and all(b - a > 0.9 * live.INTERVAL_S for a, b in itertools.pairwise(asked))
+    time.sleep(0.3)
+    before = len(asked)
+    time.sleep(3 * live.INTERVAL_S)
+    assert len(asked) == before
+
+
+def test_a_viewer_too_many_is_refused(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "MAX_VIEWERS", 1)
+    url = f"{served.url}/v1/live"
+    with httpx.stream("GET", url, timeout=20) as viewer:
+        lines = viewer.iter_lines()
+        assert next(lines).startswith("data: ")
+        refused = httpx.get(url)
+        assert refused.status_code == 429 and refused.json()["error"]["code"] == "too_many_viewers"
+
+
+def test_a_dead_engine_is_shown_and_asked_for_again(tab: Any, rotating: EngineProcess, serving: Any) -> None:
+    """The last test of the module, for it kills the engine."""
+    with serving(rotating.address) as server:
+        look(tab, server.url)
+        tab.wait_for_selector("#status[data-state=live]")
+        psutil.Process(rotating.pid).kill()
+        tab.wait_for_selector("#status[data-state=dead]:has-text('the engine is dead')")
+        with tab.expect_request("**/v1/live"):
+            pass
+        tab.goto("about:blank")
