@@ -17,7 +17,7 @@ from superinfer.kernels import fused
 from superinfer.kernels.paged import AttentionCall, PagedBatch
 from superinfer.kernels.sampling import token_logprobs
 from superinfer.runtime.engine.cuda_batch import ChunkBatch, DecodeBatch, decode_buckets
-from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
+from superinfer.runtime.engine.executor import Duplex, ExecutorLimits, TierLimits
 from superinfer.runtime.engine.readback import Marker, Pending
 from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
 from superinfer.runtime.engine.step_inputs import BlockTables
@@ -68,7 +68,7 @@ class CudaExecutor:
     """Implements `Executor` with steps that overlap: two may be submitted before the first is collected.
 
     A step that raised has still freed, initialised and extended the slots its plan names; its tokens are lost, later
-    plans run as usual.
+    plans run as usual. Its copies have been started all the same.
     """
 
     def __init__(
@@ -87,7 +87,8 @@ class CudaExecutor:
         """graphs: capture one CUDA graph per decode bucket now."""
         weight, config = model.lm_head.weight, model.config
         self.limits = limits
-        self.tier: TierLimits | None = None  # plans bring no copies yet
+        self.tier: TierLimits | None = None
+        self._duplex: Duplex | None = None
         self.depth = 2
         self.model_name = model_name
         self.path = path
@@ -120,6 +121,10 @@ class CudaExecutor:
         if graphs:
             self._capture(on_progress)
 
+    def add_tier(self, duplex: Duplex, tier: TierLimits) -> None:
+        """From now on plans may bring copies, between `cache` and what `duplex` has; it is closed with the executor."""
+        self._duplex, self.tier = duplex, tier
+
     # ------------------------------------------------------------------ steps
 
     @torch.inference_mode()
@@ -138,18 +143,28 @@ class CudaExecutor:
         pending = self._pending.popleft()
         if isinstance(pending, Exception):
             raise pending
-        return pending.result()
+        result = pending.result()
+        if self._duplex is not None:  # the step is over, so all that it waited for is
+            result.copied, result.failed_copies, result.link = self._duplex.report()
+        return result
 
     def close(self) -> None:
         """Results not collected are dropped; the executor cannot be used afterwards."""
         self._pending.clear()
+        if self._duplex is not None:
+            self._duplex.close()
+            self._duplex = None
         self._buckets.clear()
         self._views.clear()
         self.cache = torch.empty(0)
 
     def _start(self, plan: StepPlan) -> Pending:
         pending = Pending(plan.step, Marker(self._device), Marker(self._device))
+        if self._duplex is not None:
+            self._duplex.start(plan.copies, plan.waits)
         pending.begun.record()
+        if self._duplex is not None:
+            self._duplex.wait(plan.waits)
         for slot in plan.freed:
             self._tables.clear(slot)
             self._sampling.release(slot)

@@ -13,17 +13,30 @@ from typing import cast
 
 from superinfer.runtime.kv.cache import BlockTable, KVCache, Node
 from superinfer.runtime.kv.copies import BlockCopy, TierCounts
+from superinfer.runtime.kv.link_profile import LinkProfile
 from superinfer.runtime.kv.tiers import TierNode, TierTable
 
 
 class DuplexCache(KVCache):
-    """A KVCache over `num_blocks` HBM blocks with `num_dram` DRAM blocks behind them."""
+    """A KVCache over `num_blocks` HBM blocks with `num_dram` DRAM blocks behind them.
 
-    def __init__(self, num_blocks: int, num_dram: int, page_size: int, *, prefix_cache: bool = True) -> None:
+    link: what is known of the link between them, for those who decide what moves.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        num_dram: int,
+        page_size: int,
+        *,
+        prefix_cache: bool = True,
+        link: LinkProfile | None = None,
+    ) -> None:
         super().__init__(num_blocks, page_size, prefix_cache=prefix_cache)
         if num_dram < 1:
             raise ValueError(f"num_dram={num_dram} must be at least 1; a cache of one tier is a KVCache")
         self.num_dram = num_dram
+        self.link = link
         self.totals = TierCounts()
         self._free_dram = deque(range(num_dram - 1, -1, -1))
         self._pinned = 0  # DRAM blocks of parked tables
@@ -440,8 +453,10 @@ class DuplexCache(KVCache):
         self._drop_root(parent)
 
 
-def build_cache(num_blocks: int, num_dram: int, page_size: int, *, prefix_cache: bool = True) -> KVCache:
+def build_cache(
+    num_blocks: int, num_dram: int, page_size: int, *, prefix_cache: bool = True, link: LinkProfile | None = None
+) -> KVCache:
     """A cache of one tier, or of two where there are DRAM blocks."""
     if num_dram:
-        return DuplexCache(num_blocks, num_dram, page_size, prefix_cache=prefix_cache)
+        return DuplexCache(num_blocks, num_dram, page_size, prefix_cache=prefix_cache, link=link)
     return KVCache(num_blocks, page_size, prefix_cache=prefix_cache)
