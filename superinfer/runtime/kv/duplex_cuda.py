@@ -12,6 +12,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -111,17 +112,17 @@ class CudaDuplex:
         if not copies:
             return
         batches = self._arranger.arrange(copies, wanted)
-        self._jobs += 1
         fence = self._event()
         self._device.record(fence, self._device.compute_stream())
         for batch in batches:
+            self._jobs += 1
             batch.job, batch.fence = self._jobs, fence
             batch.begin, batch.end = self._event(), self._event()
             if batch.after > self._over[not batch.out]:
-                batch.wait = self._end_of(not batch.out, batch.after, batches)
+                batch.wait = self._end_of(not batch.out, batch.after)
             self._under_way[batch.out].append(batch)
+            self._submitter.put(partial(self._submit, batch))
         self._free_events.append((self._jobs, fence))
-        self._submitter.put(lambda: self._submit(batches))
 
     def wait(self, ids: Collection[int]) -> None:
         """What is given to the compute stream from now on comes after all of `ids`. Does not wait for the device."""
@@ -177,13 +178,12 @@ class CudaDuplex:
 
     # ------------------------------------------------------------------ the submitting thread's side
 
-    def _submit(self, batches: list[Batch]) -> None:
-        for batch in batches:
-            try:
-                self._submit_one(batch)
-            except Exception as error:  # the scheduler knows what a lost copy means; the engine serves on
-                log.error("copies of %d KV blocks could not be made", len(batch.ids), exc_info=error)
-                batch.failed, batch.unordered = batch.ids, True
+    def _submit(self, batch: Batch) -> None:
+        try:
+            self._submit_one(batch)
+        except Exception as error:  # the scheduler knows what a lost copy means; the engine serves on
+            log.error("copies of %d KV blocks could not be made", len(batch.ids), exc_info=error)
+            batch.failed, batch.unordered = batch.ids, True
 
     def _submit_one(self, batch: Batch) -> None:
         device, stream = self._device, self._streams[batch.out]
@@ -208,11 +208,10 @@ class CudaDuplex:
         self._events.append(event)
         return event
 
-    def _end_of(self, out: bool, seq: int, batches: list[Batch]) -> int:
-        for batch in (*batches, *self._under_way[out]):
-            if batch.out == out and batch.seq == seq:
-                return batch.end
-        raise AssertionError("a batch waits for one that is over")
+    def _end_of(self, out: bool, seq: int) -> int:
+        """The event of a batch that is under way: one of this plan's before it, or of a plan before."""
+        batches = self._under_way[out]
+        return batches[seq - batches[0].seq].end  # numbered without gaps
 
     def _reached(self) -> list[int]:
         """The last batch of each direction that is over. What such a batch followed is over too, though it may not

@@ -107,7 +107,7 @@ def test_a_report_never_comes_before_that_of_what_it_followed():
         after, seen = {copy.id: copy.after for copy in copies}, set()
         while len(seen) < 14:
             rig.device.pass_time()
-            rig.submitter.finish(1)
+            rig.submitter.finish(min(rig.duplex._jobs, rig.submitter.done + 1))
             copied, failed, _ = rig.duplex.report()
             seen |= {*copied, *failed}
             assert all(set(after[id]) <= seen for id in (*copied, *failed))
@@ -173,7 +173,7 @@ def test_a_device_that_refuses_a_call_fails_the_copies_and_hangs_nobody(call):
     rig = Rig(submitter=LateSubmitter(late=1.0))
     rig.duplex.start([BlockCopy(1, True, 0, 0), BlockCopy(2, False, 0, 1, after=(1,))])
     rig.device.refuses = lambda name: name == call
-    rig.submitter.finish(1)
+    rig.submitter.finish(2)
     rig.device.refuses = lambda name: False
     rig.duplex.wait([2])
     rig.device.synchronize(COMPUTE)
@@ -200,7 +200,7 @@ def test_the_thread_submits_in_order_and_ends(monkeypatch):
         rig.device.synchronize(COMPUTE)
         told += threaded.report()[0]
         assert id - 1 in told
-    threaded._submitter.finish(60)
+    threaded._submitter.finish(threaded._jobs)
     for stream in list(rig.device.streams):
         rig.device.synchronize(stream)
     told += threaded.report()[0]
@@ -217,7 +217,7 @@ def test_busy_and_stalled_seconds_add_up():
     rig.duplex._arranger._most = 8
     rig.duplex.start([BlockCopy(id, id % 2 == 0, id, id) for id in range(64)])
     rig.duplex.wait([0, 1])
-    rig.submitter.finish(1)
+    rig.submitter.finish(rig.duplex._jobs)
     for stream in list(rig.device.streams):
         rig.device.synchronize(stream)
     use = rig.duplex.report()[2]
@@ -380,8 +380,17 @@ def _a_batch_does_not_wait_for_the_other_direction(bench):
     duplex._submit_one = hasty
 
 
-def _copies_that_follow_each_other_share_a_batch(bench):
-    bench.executor.duplex._arranger._rounds = lambda copies: [copies]
+def _copies_of_a_plan_do_not_follow_each_other(bench):
+    arranger = bench.executor.duplex._arranger
+    arrange = arranger.arrange
+
+    def flat(copies, wanted):
+        mine = {copy.id for copy in copies}
+        return arrange(
+            [BlockCopy(c.id, c.out, c.hbm, c.dram, tuple(id for id in c.after if id not in mine)) for c in copies], wanted
+        )
+
+    arranger.arrange = flat
 
 
 def _work_waits_for_events_not_yet_recorded(bench):
@@ -431,7 +440,7 @@ FAULTS = [
     _work_does_not_wait,
     _copies_do_not_wait_for_the_work_before,
     _a_batch_does_not_wait_for_the_other_direction,
-    _copies_that_follow_each_other_share_a_batch,
+    _copies_of_a_plan_do_not_follow_each_other,
     _work_waits_for_events_not_yet_recorded,
     _events_are_reused_while_a_job_still_names_them,
     _reports_come_when_copies_are_submitted,
