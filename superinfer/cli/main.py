@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from superinfer.bench import app as bench
 from superinfer.cli.options import EngineAddress, with_engine_options
 from superinfer.errors import InvalidRequestError, SuperinferError
 from superinfer.runtime.config import EngineConfig
@@ -46,6 +47,7 @@ app = typer.Typer(
 
 
 app.command()(simulate)
+app.add_typer(bench, name="bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -198,9 +198,10 @@ class CudaDriver:
             log.warning("a batch of %d copies failed with %s: copying one by one", len(dsts), self._name(code))
             if code in _UNSUPPORTED:
                 self._batch = None  # it would fail each time
-        return self._copy_singly(stream, dsts, srcs, sizes)
+        return self.copy_singly(stream, dsts, srcs, sizes)
 
-    def _copy_singly(self, stream: int, dsts: np.ndarray, srcs: np.ndarray, sizes: np.ndarray) -> list[int]:
+    def copy_singly(self, stream: int, dsts: np.ndarray, srcs: np.ndarray, sizes: np.ndarray) -> list[int]:
+        """Like `copy`, one call each."""
         failed = []
         for at, (dst, src, size) in enumerate(zip(dsts.tolist(), srcs.tolist(), sizes.tolist(), strict=True)):
             code = self._library.cuMemcpyAsync(dst, src, size, stream)

@@ -55,16 +55,26 @@ def scattered(count: int, hbm_blocks: int, dram_blocks: int, seed: int = 0) -> t
     return copies[:count], copies[count:]
 
 
-def timed(device: CopyDevice, issue: Issue, ways: tuple[Sequence[BlockCopy], Sequence[BlockCopy]]) -> list[float]:
-    """Seconds that the copies in and the copies out took, begun together; 0 where there are none."""
+def timed(
+    device: CopyDevice,
+    issue: Issue,
+    ways: tuple[Sequence[BlockCopy], Sequence[BlockCopy]],
+    chunk: int = MOST_BLOCKS,
+) -> list[float]:
+    """Seconds that the copies in and the copies out took, begun together; 0 where there are none.
+
+    chunk: copies issued to one direction before the other has its turn.
+    """
     streams = [device.new_stream(), device.new_stream()]
     begun, *ended = events = [device.new_event() for _ in range(3)]
     try:
         device.record(begun, streams[0])
         device.wait(streams[1], begun)
-        for stream, copies, end in zip(streams, ways, ended, strict=True):
-            if copies:
-                issue(stream, copies)
+        for at in range(0, max(map(len, ways)), chunk):
+            for stream, copies in zip(streams, ways, strict=True):
+                if part := copies[at : at + chunk]:
+                    issue(stream, part)
+        for stream, end in zip(streams, ended, strict=True):
             device.record(end, stream)
         for stream in streams:
             device.synchronize(stream)

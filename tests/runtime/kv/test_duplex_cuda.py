@@ -387,7 +387,8 @@ def _copies_of_a_plan_do_not_follow_each_other(bench):
     def flat(copies, wanted):
         mine = {copy.id for copy in copies}
         return arrange(
-            [BlockCopy(c.id, c.out, c.hbm, c.dram, tuple(id for id in c.after if id not in mine)) for c in copies], wanted
+            [BlockCopy(c.id, c.out, c.hbm, c.dram, tuple(id for id in c.after if id not in mine)) for c in copies],
+            wanted,
         )
 
     arranger.arrange = flat

@@ -1,0 +1,95 @@
+"""A benchmark's numbers as one JSON file with what is needed to judge them: device, date, commit, versions, command."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import superinfer
+from superinfer.errors import InvalidRequestError
+
+ROOT = Path(superinfer.__file__).parent.parent
+PACKAGES = (
+    "superinfer", "torch", "transformers", "pyzmq", "msgspec", "aiohttp", "triton", "flashinfer-python",
+)  # fmt: skip
+
+
+def write_record(path: Path, command: str, measured: dict[str, Any]) -> Path:
+    """Write `measured` and where it was measured to `path`, what is not a finite number as null. Returns the path.
+
+    Raises InvalidRequestError where the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(without_nan(environment(command) | measured), indent=1) + "\n")
+    except OSError as error:
+        raise InvalidRequestError(f"{str(path)!r} cannot be written: {error.strerror}") from None
+    return path
+
+
+def check_writable(path: Path | None) -> None:
+    """Before minutes of measuring, not after. Raises InvalidRequestError."""
+    if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
+        raise InvalidRequestError(f"the folder of {str(path)!r} does not exist; create it or choose another file")
+
+
+def environment(command: str) -> dict[str, Any]:
+    """What every record says of the machine and the code."""
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        # An exported tree has no .git; whoever exported it says what it is.
+        "commit": os.environ.get("SUPERINFER_COMMIT") or _git("rev-parse", "--short", "HEAD"),
+        "changed_files": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "device": {"cpu": _cpu_name(), "cores": os.cpu_count(), "python": platform.python_version(), **_gpu()},
+        "versions": _versions(),
+    }
+
+
+def without_nan(value: Any) -> Any:
+    """JSON knows no NaN and no infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return [without_nan(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that are installed; superinfer itself may run from its source tree."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _gpu() -> dict[str, str]:
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        text = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    name, driver = text.strip().split(", ")
+    return {"gpu": name, "driver": driver}
+
+
+def _git(*arguments: str) -> str:
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    except OSError:  # no git here
+        return ""
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
