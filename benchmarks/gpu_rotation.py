@@ -132,7 +132,9 @@ def measure_traffic(executor: CudaExecutor, batch: int, steps: int, share: float
     return found
 
 
-def overload(executor: CudaExecutor, blocks: int, dram: int, requests: int, rate: float, seed: int) -> dict[str, object]:
+def overload(
+    executor: CudaExecutor, blocks: int, dram: int, requests: int, rate: float, seed: int
+) -> dict[str, object]:
     """`requests` arrivals at `rate` a second, of 200 to 1,200 prompt tokens and 100 to 300 of output. dram: blocks."""
     limits, rng = executor.limits, random.Random(seed)
     link = executor.tier.link if executor.tier is not None else None
@@ -188,8 +190,8 @@ def overload(executor: CudaExecutor, blocks: int, dram: int, requests: int, rate
             f"{tiers.gbps_in:.1f} GB/s, out {tiers.gbps_out:.1f}, stalled {tiers.stall_s:.2f} s"
         )
     print(
-        f"overload with {dram} DRAM blocks: {found['tokens_per_s']:.0f} tokens/s, TTFT p50 {found['ttft_p50_s']:.2f} s, "
-        f"p90 {found['ttft_p90_s']:.2f} s, {counts.preemptions} recomputed{said}",
+        f"overload with {dram} DRAM blocks: {found['tokens_per_s']:.0f} tokens/s, "
+        f"TTFT p50 {found['ttft_p50_s']:.2f} s, p90 {found['ttft_p90_s']:.2f} s, {counts.preemptions} recomputed{said}",
         flush=True,
     )
     return found

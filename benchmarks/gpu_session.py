@@ -25,7 +25,19 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-NEEDED = ("torch", "triton", "transformers", "msgspec", "zmq", "typer", "rich", "fastapi", "uvicorn", "jinja2", "pytest")
+NEEDED = (
+    "torch",
+    "triton",
+    "transformers",
+    "msgspec",
+    "zmq",
+    "typer",
+    "rich",
+    "fastapi",
+    "uvicorn",
+    "jinja2",
+    "pytest",
+)
 TESTS_TOO = ("hypothesis", "pytest_timeout", "accelerate")
 FASTER = ("flashinfer", "pynvml")
 
@@ -49,7 +61,9 @@ def parts(gpu: str) -> list[Part]:
     tests = [python, "-m", "pytest", "-rs", "-p", "no:cacheprovider", "--timeout", "200", "--durations", "5"]
     return [
         Part("duplex", [*tests, "tests/gpu/test_duplex.py"], 400),
-        Part("link", [python, "-m", "superinfer", "bench", "link", "--json", f"{RESULTS / link}.json"], 240, link, _link),
+        Part(
+            "link", [python, "-m", "superinfer", "bench", "link", "--json", f"{RESULTS / link}.json"], 240, link, _link
+        ),
         Part("rotation", [python, "benchmarks/gpu_rotation.py", "--name", rotation], 400, rotation, _rotation),
         Part("tests", [*tests, "tests/gpu", "--ignore", "tests/gpu/test_duplex.py"], 500),
         Part("host", [python, "benchmarks/gpu_host_time.py", "--name", host, "--steps", "60"], 240, host, _host),
