@@ -7,7 +7,7 @@ in one forward. The host waits in `collect`, for the step's own tokens, and nowh
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -171,12 +171,10 @@ class CudaExecutor:
         for init in plan.init:
             self._tables.clear(init.slot)
             self._sampling.start(init)
-        decodes: list[SlotWork] = []
-        chunks: list[SlotWork] = []
-        for work in plan.work:
-            if work.new_blocks:
-                self._tables.append(work.slot, work.new_blocks)
-            (chunks if work.tokens else decodes).append(work)
+        if grown := [work for work in plan.work if work.new_blocks]:
+            self._tables.extend(grown)
+        chunks = [work for work in plan.work if work.tokens]
+        decodes: Sequence[SlotWork] = [work for work in plan.work if not work.tokens] if chunks else plan.work
         # The last step's copies out of pinned buffers come before its kernels: this wait is short, mostly none.
         self._sent.wait()
         if chunks:
@@ -186,13 +184,14 @@ class CudaExecutor:
         pending.ended.record()
         return pending
 
-    def _fill_decodes(self, decodes: list[SlotWork]) -> tuple[Bucket, np.ndarray]:
-        slots, positions = np.array([(work.slot, work.start) for work in decodes], dtype=np.int64).T
+    def _fill_decodes(self, decodes: Sequence[SlotWork]) -> tuple[Bucket, np.ndarray]:
+        slots = np.array([work.slot for work in decodes], dtype=np.int64)
+        positions = np.array([work.start for work in decodes], dtype=np.int64)
         bucket = next(bucket for bucket in self._buckets if bucket.size >= len(slots))
         bucket.attention.plan(self._decodes.fill(slots, positions, bucket.size))
         return bucket, slots
 
-    def _decode_step(self, decodes: list[SlotWork], pending: Pending) -> None:
+    def _decode_step(self, decodes: Sequence[SlotWork], pending: Pending) -> None:
         bucket, slots = self._fill_decodes(decodes)
         self._sent.record()
         if bucket.graph is not None:
@@ -219,7 +218,7 @@ class CudaExecutor:
         bucket.tokens = logits.argmax(dim=-1)
         self._last_tokens.index_copy_(0, slots, bucket.tokens)
 
-    def _mixed_step(self, decodes: list[SlotWork], chunks: list[SlotWork], pending: Pending) -> None:
+    def _mixed_step(self, decodes: Sequence[SlotWork], chunks: list[SlotWork], pending: Pending) -> None:
         """Rows: the decodes of a bucket with their padding, then the chunks' tokens."""
         rows, batch = self._chunks.fill(chunks)
         self._chunk_attention.plan(batch)
