@@ -1,7 +1,10 @@
-"""The CUDA executor's host time of a steady decode step, without a GPU: everything but what the device would do.
+"""The CUDA executor's host time, without a GPU: everything but what the device and its driver would do.
 
-The model and its graphs are left out (a replay does nothing), so what is timed is what the scheduling thread spends in
-`submit` and `collect`: block tables, index arrays, uploads to a buffer, results. Plans are made beforehand.
+steps: of steady decodes. The model and its graphs are left out (a replay does nothing), so what is timed is what the
+scheduling thread spends in `submit` and `collect`: block tables, index arrays, uploads to a buffer, results. Plans are
+made beforehand.
+copies: what the second tier's body spends on a block moved, on a device that does nothing: `start` and `report` on the
+scheduling thread, `submit` on the submitting one.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,9 @@ from record import write
 from superinfer.kernels.paged import PagedBatch
 from superinfer.runtime.engine.cuda_executor import CudaExecutor
 from superinfer.runtime.engine.executor import ExecutorLimits
+from superinfer.runtime.kv.copies import BlockCopy
+from superinfer.runtime.kv.copy_batches import Places
+from superinfer.runtime.kv.duplex_cuda import CudaDuplex
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import load_model
 from superinfer.runtime.protocol import SamplingParams
@@ -126,6 +133,118 @@ def measure(batch: int, context: int, steps: int, model: CausalLM) -> dict[str, 
     }
 
 
+class NoDevice:
+    """A CopyDevice on which all is done at once, and nothing is."""
+
+    def __init__(self) -> None:
+        self._handles = 0
+
+    def use(self) -> None:
+        """See CopyDevice."""
+
+    def compute_stream(self) -> int:
+        """See CopyDevice."""
+        return 0
+
+    def new_stream(self) -> int:
+        """See CopyDevice."""
+        return self.new_event()
+
+    def new_event(self) -> int:
+        """See CopyDevice."""
+        self._handles += 1
+        return self._handles
+
+    def free(self, streams: list[int], events: list[int]) -> None:
+        """See CopyDevice."""
+
+    def record(self, event: int, stream: int) -> None:
+        """See CopyDevice."""
+
+    def wait(self, stream: int, event: int) -> None:
+        """See CopyDevice."""
+
+    def reached(self, event: int) -> bool:
+        """See CopyDevice."""
+        return True
+
+    def seconds(self, earlier: int, later: int) -> float:
+        """See CopyDevice."""
+        return 1e-3
+
+    def copy(self, stream: int, dsts: np.ndarray, srcs: np.ndarray, sizes: np.ndarray) -> list[int]:
+        """See CopyDevice."""
+        return []
+
+    def synchronize(self, stream: int) -> None:
+        """See CopyDevice."""
+
+
+class Inline:
+    """A Submitter whose jobs run when asked for."""
+
+    def __init__(self) -> None:
+        self.done, self._jobs = 0, deque()
+
+    def put(self, job: Any) -> None:
+        """See Submitter."""
+        self._jobs.append(job)
+
+    def finish(self, count: int) -> None:
+        """See Submitter."""
+        while self.done < count:
+            self._jobs.popleft()()
+            self.done += 1
+
+    def close(self) -> None:
+        """See Submitter."""
+
+
+def _mirrors(first: int) -> list[BlockCopy]:
+    """What a step mirrors."""
+    return [BlockCopy(first + i, True, i * 7 % 500, i) for i in range(32)]
+
+
+def _both_ways(first: int) -> list[BlockCopy]:
+    """Blocks that have nothing to do with each other."""
+    return [BlockCopy(first + i, i % 2 == 0, i, i) for i in range(256)]
+
+
+def _exchange(first: int) -> list[BlockCopy]:
+    """A sequence of 500 blocks leaves, another takes its places."""
+    outs = [BlockCopy(first + i, True, i, i) for i in range(500)]
+    return outs + [BlockCopy(first + 500 + i, False, i, 500 + i, (first + i,)) for i in range(500)]
+
+
+def measure_copies(rounds: int = 200) -> list[dict[str, Any]]:
+    """Median microseconds a block."""
+    rows = []
+    for plan in (_mirrors, _both_ways, _exchange):
+        submitter = Inline()
+        duplex = CudaDuplex(NoDevice(), Places(0, 0, 2 << 20, 512), submitter=submitter)
+        first, spent = 1, []
+        for _ in range(rounds):
+            copies = plan(first)
+            first += len(copies)
+            marks = [time.perf_counter()]
+            duplex.start(copies, (copies[-1].id,))
+            marks.append(time.perf_counter())
+            submitter.finish(duplex._jobs)
+            marks.append(time.perf_counter())
+            assert len(duplex.report()[0]) == len(copies)
+            marks.append(time.perf_counter())
+            spent.append([(b - a) / len(copies) * 1e6 for a, b in zip(marks, marks[1:], strict=False)])
+        start, submit, report = (statistics.median(column) for column in zip(*spent, strict=True))
+        name = plan.__name__.strip("_")
+        rows.append({"plan": name, "blocks": len(copies), "start_us": start, "submit_us": submit, "report_us": report})
+        print(
+            f"{name:10} {len(copies):5d} blocks: start {start:.2f} µs and report {report:.2f} µs a block, "
+            f"submit {submit:.2f} µs on its own thread",
+            flush=True,
+        )
+    return rows
+
+
 def main() -> None:
     """Measure, print, write results/<name>.json."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -147,7 +266,7 @@ def main() -> None:
                 f"(least {row['submit_ms_least']:.3f}), collect {row['collect_ms']:.3f} ms",
                 flush=True,
             )
-    record = {"settings": vars(arguments), "results": results}
+    record = {"settings": vars(arguments), "results": results, "copies": measure_copies()}
     if arguments.before:
         older = json.loads(Path(arguments.before).read_text())
         record["before"] = {"commit": older["commit"], "date": older["date"], "results": older["results"]}

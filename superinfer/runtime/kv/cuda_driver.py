@@ -1,4 +1,4 @@
-"""`CopyDevice` on CUDA's driver, called through ctypes: no package of its own, and no GIL while the driver works.
+"""`CopyDevice` on CUDA's driver, called through ctypes: no package of its own, and no GIL while it copies.
 
 Addresses and sizes go to the driver as the numpy arrays they are in, so a batch of copies costs one call, not a list
 of Python numbers. The library comes with the GPU's driver, so what it offers is what can be used.
@@ -79,9 +79,13 @@ class CudaDriver:
     def __init__(self, compute_stream: int = 0, *, batched: bool = True, library: Any = None) -> None:
         """Raises OSError where there is no NVIDIA driver, CudaError where no device has been chosen."""
         self._library = ctypes.CDLL("libcuda.so.1") if library is None else library
+        # The same library, called without giving up the GIL: for calls of a microsecond, that costs more than they do,
+        # and a thread that gave it up may wait long to get it back.
+        self._quick = ctypes.PyDLL(self._library._name)
         for name, arguments in _SIGNATURES.items():
-            function = getattr(self._library, name)
-            function.argtypes, function.restype = arguments, ctypes.c_int
+            for calls in (self._library, self._quick):
+                function = getattr(calls, name)
+                function.argtypes, function.restype = arguments, ctypes.c_int
         context = ctypes.c_void_p()
         self._call("cuInit", 0)
         self._call("cuCtxGetCurrent", ctypes.byref(context))
@@ -164,19 +168,19 @@ class CudaDriver:
 
     def record(self, event: int, stream: int) -> None:
         """See CopyDevice."""
-        code = self._library.cuEventRecord(event, stream)
+        code = self._quick.cuEventRecord(event, stream)
         if code:
             self._fail("cuEventRecord", code)
 
     def wait(self, stream: int, event: int) -> None:
         """See CopyDevice."""
-        code = self._library.cuStreamWaitEvent(stream, event, 0)
+        code = self._quick.cuStreamWaitEvent(stream, event, 0)
         if code:
             self._fail("cuStreamWaitEvent", code)
 
     def reached(self, event: int) -> bool:
         """See CopyDevice."""
-        code = self._library.cuEventQuery(event)
+        code = self._quick.cuEventQuery(event)
         if code and code != NOT_READY:
             self._fail("cuEventQuery", code)
         return bool(code == 0)
@@ -184,7 +188,9 @@ class CudaDriver:
     def seconds(self, earlier: int, later: int) -> float:
         """See CopyDevice."""
         milliseconds = ctypes.c_float()
-        self._call("cuEventElapsedTime", ctypes.byref(milliseconds), earlier, later)
+        code = self._quick.cuEventElapsedTime(ctypes.byref(milliseconds), earlier, later)
+        if code:
+            self._fail("cuEventElapsedTime", code)
         return milliseconds.value / 1000
 
     def copy(self, stream: int, dsts: np.ndarray, srcs: np.ndarray, sizes: np.ndarray) -> list[int]:
