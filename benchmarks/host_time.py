@@ -10,6 +10,7 @@ scheduling thread, `submit` on the submitting one.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -233,7 +234,7 @@ def measure_copies(rounds: int = 200) -> list[dict[str, Any]]:
             marks.append(time.perf_counter())
             assert len(duplex.report()[0]) == len(copies)
             marks.append(time.perf_counter())
-            spent.append([(b - a) / len(copies) * 1e6 for a, b in zip(marks, marks[1:], strict=False)])
+            spent.append([(b - a) / len(copies) * 1e6 for a, b in itertools.pairwise(marks)])
         start, submit, report = (statistics.median(column) for column in zip(*spent, strict=True))
         name = plan.__name__.strip("_")
         rows.append({"plan": name, "blocks": len(copies), "start_us": start, "submit_us": submit, "report_us": report})
