@@ -220,8 +220,8 @@ def main() -> None:
             dram_tokens=int(arguments.dram_gib * (1 << 30) / (2 << 20)) * 16,
         )
         executor = build_executor(config)
-    if executor.tier is None or executor.tier.link is None:
-        raise SystemExit("there is no second tier to measure; the log above says why")
+    if executor.tier is None or executor.tier.link is None or executor.tier.num_blocks < TRAFFIC_BLOCKS:
+        raise SystemExit(f"there is no second tier of {TRAFFIC_BLOCKS} blocks to measure; the log above says why")
     measured: dict[str, object] = {"settings": vars(arguments), "link": dataclasses.asdict(executor.tier.link)}
     measured["model"] = "Llama-3-8B shape, random weights, bfloat16"
     path = None

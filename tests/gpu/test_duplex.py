@@ -222,7 +222,7 @@ def test_a_rotation_beside_decodes_of_the_same_batch_changes_no_bfloat16_token(w
     prompts = [[rng.randrange(211) for _ in range(n)] for n in (70, 33, 50, 90)]
 
     def run(rotate: bool) -> list[list[int]]:
-        executor = executor_of(wide, dtype="bfloat16", kv_tokens=2048, page_size=16)
+        executor = executor_of(wide, dtype="bfloat16", kv_tokens=2048, page_size=16, max_batch_tokens=256)
         stepper = Stepper(executor)
         batch = [stepper.add(prompt) for prompt in prompts]
         for sequence in batch:
@@ -278,7 +278,7 @@ def test_copies_that_fail_cost_time_and_no_token(llama):
 
 def test_a_full_dram_means_recomputing_and_no_other_token(llama):
     folder, prompts, expected = llama
-    server = Server(executor_of(folder, dram_tokens=48))
+    server = Server(executor_of(folder, dram_tokens=48, kv_tokens=136, max_model_len=120))
     assert server.serve(prompts) == expected
     assert server.scheduler.counts().preemptions > 0
 

@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import platform
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,8 +26,10 @@ Progress = Callable[[str, float], None]
 PIECE_BYTES = 1 << 30  # pinned at once: long enough to be quick, short enough to show progress
 RESERVE_BYTES = 1 << 30  # of the machine's memory, left alone
 TOUCH_THREADS = 8
+PAUSE_S = 0.1
 STAGE = "pinning host memory"
 
+_NO_RESERVE = 0x4000  # MAP_NORESERVE: memory is taken as it is touched; what there is of it is asked piece by piece
 _MBIND = {"x86_64": 237, "aarch64": 235}  # system call numbers
 _PREFERRED = 1  # this node first, others when it is full
 
@@ -78,10 +81,12 @@ class PinnedPool:
         node: int | None = None,
         piece_bytes: int = PIECE_BYTES,
         available: Callable[[], int | None] = available_bytes,
+        patience_s: float = 2.0,
         on_progress: Progress | None = None,
     ) -> None:
         """register(address, size) pins, unregister(address) undoes it; whatever they raise makes the pool smaller.
-        node: the NUMA node to take memory from first."""
+        node: the NUMA node to take memory from first. patience_s: how long to wait for free memory, once: virtual
+        machines get theirs as they use it."""
         self.block_bytes = block_bytes
         # Pieces begin and end on pages: no page may be pinned twice.
         pages = mmap.PAGESIZE // math.gcd(block_bytes, mmap.PAGESIZE)
@@ -90,6 +95,7 @@ class PinnedPool:
         self.shortfall = ""
         self._unregister = unregister
         self._available = available
+        self._patience_s = patience_s
         self._pieces: list[int] = []
         self._map = self._reserve(num_blocks * block_bytes)
         if self._map is None:
@@ -122,7 +128,7 @@ class PinnedPool:
     def _reserve(self, size: int) -> mmap.mmap | None:
         size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         try:
-            mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
         except OSError as error:
             self.shortfall = f"the system gives no {size} bytes of address space ({error})"
             return None
@@ -140,9 +146,7 @@ class PinnedPool:
                     on_progress(STAGE, self.num_blocks / wanted)
                 blocks = min(self.piece_blocks, wanted - self.num_blocks)
                 size = blocks * self.block_bytes
-                free = self._available()
-                if free is not None and free < size + RESERVE_BYTES:
-                    self.shortfall = f"{free >> 20} MiB of memory are free and {RESERVE_BYTES >> 20} stay so"
+                if not self._is_there(size):
                     return
                 start = self.num_blocks * self.block_bytes
                 self._touch(start, size, threads)
@@ -156,6 +160,18 @@ class PinnedPool:
                 self.num_blocks += blocks
         if on_progress is not None:
             on_progress(STAGE, 1.0)
+
+    def _is_there(self, size: int) -> bool:
+        """Whether that much memory may be touched."""
+        while True:
+            free = self._available()
+            if free is None or free >= size + RESERVE_BYTES:
+                return True
+            if self._patience_s <= 0:
+                self.shortfall = f"{free >> 20} MiB of memory are free and {RESERVE_BYTES >> 20} stay so"
+                return False
+            time.sleep(PAUSE_S)
+            self._patience_s -= PAUSE_S
 
     def _touch(self, start: int, size: int, threads: ThreadPoolExecutor) -> None:
         """Write to every page, so that it exists. memset runs without the GIL."""

@@ -81,12 +81,22 @@ CUresult cuMemcpyBatchAsync_v2(CUdeviceptr *dsts, CUdeviceptr *srcs, size_t *siz
     return copy_batch(dsts, srcs, sizes, count, attrs, attrsIdxs, numAttrs, stream);
 }
 #endif
+static void *pinned[4096];
 CUresult cuMemHostRegister_v2(void *p, size_t size, unsigned int flags) {
     if (flags != (CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP)) return CUDA_ERROR_INVALID_VALUE;
-    registered++;
+    for (int i = 0; i < registered; i++)
+        if (pinned[i] == p) return CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED;
+    pinned[registered++] = p;
     return CUDA_SUCCESS;
 }
-CUresult cuMemHostUnregister(void *p) { registered--; return CUDA_SUCCESS; }
+CUresult cuMemHostUnregister(void *p) {
+    for (int i = 0; i < registered; i++)
+        if (pinned[i] == p) {
+            pinned[i] = pinned[--registered];
+            return CUDA_SUCCESS;
+        }
+    return CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED;
+}
 CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = ordinal + 40; return CUDA_SUCCESS; }
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
     *value = device == 42 && attribute == CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES;

@@ -90,6 +90,8 @@ def test_memory_is_registered_and_given_back(driver, library):
     page = np.zeros(8192, dtype=np.uint8)
     driver.register(page.ctypes.data, 4096)
     assert library.fake_registered() == 1
+    with pytest.raises(CudaError, match=r"\(712\)"):
+        driver.register(page.ctypes.data, 4096)
     driver.unregister(page.ctypes.data)
     assert library.fake_registered() == 0
 

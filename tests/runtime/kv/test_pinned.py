@@ -66,8 +66,15 @@ def test_a_refusal_to_pin_makes_the_pool_smaller_and_says_so(caplog):
 def test_memory_that_is_not_there_is_not_taken(caplog):
     left = [RESERVE_BYTES + (3 << 20), RESERVE_BYTES + (2 << 20), RESERVE_BYTES + (1 << 20) - 1]
     with caplog.at_level(logging.WARNING):
-        mine = pool(100, 1 << 16, Pins(), piece_bytes=1 << 20, available=lambda: left.pop(0))
+        mine = pool(100, 1 << 16, Pins(), piece_bytes=1 << 20, available=lambda: left.pop(0), patience_s=0)
     assert mine.num_blocks == 32 and "memory are free" in caplog.text
+    mine.close()
+
+
+def test_memory_that_comes_late_is_waited_for_once():
+    left = [0, RESERVE_BYTES + (1 << 20), 0, 0, 0]
+    mine = pool(32, 1 << 16, Pins(), piece_bytes=1 << 20, available=lambda: left.pop(0), patience_s=0.15)
+    assert mine.num_blocks == 16 and not left[1:]
     mine.close()
 
 
