@@ -19,6 +19,7 @@ from superinfer.runtime.kv.pinned import PinnedPool, Progress, numa_node
 log = logging.getLogger("superinfer.engine")
 
 PAGEABLE_USES_HOST_PAGE_TABLES = 100  # CUdevice_attribute
+SWITCH_S = 0.5e-3
 
 
 class PinnedDuplex(CudaDuplex):
@@ -54,6 +55,9 @@ def add_cuda_tier(executor: CudaExecutor, num_blocks: int, on_progress: Progress
     places = Places(cache.data_ptr(), pool.address, pool.block_bytes, pool.piece_blocks)
     torch.cuda.synchronize(cache.device)  # the cache's own zeros come first
     link = _measured(driver, places, executor.limits.num_blocks, pool.num_blocks, device_link(driver, cache.device))
+    # The thread that submits copies shares the interpreter with the one that schedules. Whoever waits for the other to
+    # give it up waits this long at most, rather than 5 ms, half a step.
+    sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
     executor.add_tier(PinnedDuplex(driver, places, pool), TierLimits(pool.num_blocks, pool.block_bytes, link))
 
 

@@ -9,6 +9,7 @@ waits for a copy waits for its batch: a sequence moving into the room of one mov
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -73,16 +74,21 @@ class Arranger:
 
         This is the scheduling thread's time: less than a microsecond a copy.
         """
+        if not wanted:
+            return self._in_rounds(copies)
+        urgent = _with_those_before(copies, wanted)
+        first = self._in_rounds([copy for copy in copies if copy.id in urgent])
+        return first + self._in_rounds([copy for copy in copies if copy.id not in urgent])
+
+    def _in_rounds(self, copies: Sequence[BlockCopy]) -> list[Batch]:
+        """Batches of copies none of which must follow one that comes later; of both directions in turn, so that both
+        streams soon have work."""
         chained = any([copy.after for copy in copies])
-        urgent = _with_those_before(copies, wanted) if wanted else set()
         batches: list[Batch] = []
         for members in _rounds(copies) if chained else [copies]:
-            for out in (True, False):
-                mine = [copy for copy in members if copy.out is out]
-                if urgent:
-                    batches += self._cut(out, [copy for copy in mine if copy.id in urgent])
-                    mine = [copy for copy in mine if copy.id not in urgent]
-                batches += self._cut(out, mine)
+            ways = [self._cut(out, [copy for copy in members if copy.out is out]) for out in (True, False)]
+            for pair in zip_longest(*ways):
+                batches += [batch for batch in pair if batch is not None]
         return batches
 
     def _cut(self, out: bool, copies: list[BlockCopy]) -> list[Batch]:

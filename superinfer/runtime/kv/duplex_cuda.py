@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -26,6 +27,7 @@ log = logging.getLogger("superinfer.engine")
 Job = Callable[[], None]
 # Between two events further apart than this, CUDA's float milliseconds lose microseconds.
 REBASE_S = 8.0
+HURRY_S = 2e-5
 
 
 class Submitter(Protocol):
@@ -43,29 +45,40 @@ class Submitter(Protocol):
 
 
 class SubmitThread:
-    """Implements `Submitter`. Jobs must not raise."""
+    """Implements `Submitter`. Jobs must not raise.
+
+    Who calls `finish` runs the jobs it needs itself: to wait for the thread would be to wait for the GIL, which the
+    thread, going on to later jobs, gives up for too short to be taken.
+    """
 
     def __init__(self, first: Job) -> None:
         """first: run by the thread before all jobs, and not counted."""
         self.done = 0
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._ran = threading.Condition()
+        self._jobs: deque[Job] = deque()
+        self._turn = threading.Lock()  # held while a job runs: they run in order, whoever runs them
+        self._hurried = False  # somebody wants his turn at once
+        self._wakes: SimpleQueue[bool] = SimpleQueue()  # True for each job, False to end
         self._thread = threading.Thread(target=self._run, args=(first,), name="kv-copies", daemon=True)
         self._thread.start()
 
     def put(self, job: Job) -> None:
         """See Submitter."""
-        self._jobs.put(job)
+        self._jobs.append(job)
+        self._wakes.put(True)
 
     def finish(self, count: int) -> None:
         """See Submitter."""
-        if self.done < count:
-            with self._ran:
-                self._ran.wait_for(lambda: self.done >= count)
+        if self.done >= count:
+            return
+        self._hurried = True
+        with self._turn:
+            self._hurried = False
+            while self.done < count:
+                self._run_next()
 
     def close(self) -> None:
         """See Submitter."""
-        self._jobs.put(None)
+        self._wakes.put(False)
         self._thread.join()
 
     def _run(self, first: Job) -> None:
@@ -73,11 +86,16 @@ class SubmitThread:
             first()
         except Exception as error:  # every job will fail, and say so
             log.error("the thread that submits copies has no device", exc_info=error)
-        while (job := self._jobs.get()) is not None:
-            job()
-            with self._ran:
-                self.done += 1
-                self._ran.notify_all()
+        while self._wakes.get():
+            while self._hurried:
+                time.sleep(HURRY_S)
+            with self._turn:
+                if self._jobs:  # unless it has been run already
+                    self._run_next()
+
+    def _run_next(self) -> None:
+        self._jobs.popleft()()
+        self.done += 1
 
 
 class CudaDuplex:

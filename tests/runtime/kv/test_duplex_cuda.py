@@ -157,6 +157,13 @@ def test_what_a_plan_waits_for_goes_first_with_what_it_follows():
     assert follower.after == 1
 
 
+def test_both_streams_soon_have_work():
+    arranger = Arranger(16 << 20)
+    batches = arranger.arrange([BlockCopy(id, id < 10, id, id) for id in range(20)], wanted=())
+    assert [batch.out for batch in batches[:4]] == [True, False, True, False]
+    assert [batch.seq for batch in batches if batch.out] == [1, 2, 3, 4, 5]
+
+
 def test_copies_that_fail_are_told_once_and_do_not_hold_up_others():
     rig = Rig(hbm=50, dram=50, seed=3)
     rig.device.fails = 0.3
@@ -182,7 +189,7 @@ def test_a_device_that_refuses_a_call_fails_the_copies_and_hangs_nobody(call):
     assert rig.settle() == ([3], [])
 
 
-def test_the_thread_submits_in_order_and_ends(monkeypatch):
+def test_the_thread_submits_in_order_and_ends():
     rig = Rig(hbm=40, dram=40, lazy=0.1)
     threaded = CudaDuplex(rig.device, rig.duplex._places)
     hbm, dram, id, last, told = rig.hbm.copy(), rig.dram.copy(), 1, {}, []
