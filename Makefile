@@ -9,7 +9,7 @@ BIN := .venv/bin
 # tests that one.
 QUIET := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test lint types unit gpu bench-cpu clean
+.PHONY: demo test lint types unit gpu gpu-check bench-cpu clean
 
 demo: .venv/.runtime
 	@$(BIN)/superinfer demo
@@ -30,6 +30,11 @@ unit: .venv/.dev
 gpu: .venv/.dev
 	$(BIN)/python -m pip install --quiet --editable ".[cuda]"
 	$(BIN)/python -m pytest -rs tests/gpu tests/kernels
+
+# Tests and measurements that only a GPU can show, each with a time limit; where there is no network, run the script.
+gpu-check: .venv/.dev
+	$(BIN)/python -m pip install --quiet --editable ".[cuda]"
+	$(BIN)/python benchmarks/gpu_session.py
 
 bench-cpu: .venv/.dev
 	$(BIN)/python benchmarks/cpu_throughput.py

@@ -6,10 +6,11 @@ import typer
 
 from superinfer.bench.kernels import kernels
 from superinfer.bench.latency import latency
+from superinfer.bench.link import link
 from superinfer.bench.offline import offline
 from superinfer.bench.serve import serve
 
 app = typer.Typer(help="Measure a server under load, an engine, its kernels.", no_args_is_help=True)
 
-for command in (serve, offline, latency, kernels):
+for command in (serve, offline, latency, kernels, link):
     app.command()(command)

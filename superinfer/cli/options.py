@@ -33,7 +33,7 @@ def _engine_options(
     ] = EngineConfig().admission,
     kv_tokens: Annotated[int | None, typer.Option(help="KV pool, in tokens.", show_default="by device")] = None,
     dram_tokens: Annotated[
-        int, typer.Option(help="Second KV tier in CPU memory, in tokens; 0 is off. Not on a GPU yet.")
+        int, typer.Option(help="Second KV tier in CPU memory, in tokens; 0 is off.")
     ] = EngineConfig().dram_tokens,
     link_gbps: Annotated[
         float | None, typer.Option(help="Limit of the link between the tiers, GB/s each way.", show_default="none")

@@ -6,6 +6,7 @@ and a block of their own, behind the real ones: they read and write nothing that
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,7 +64,9 @@ class DecodeBatch:
     def __init__(self, limits: ExecutorLimits, tables: BlockTables, device: torch.device) -> None:
         self._page = limits.page_size
         self._tables = tables
-        self._pad_slot, self._pad_block = limits.num_slots, limits.num_blocks
+        self._pad_block = limits.num_blocks
+        # Of a padding row: position, place, slot, last page length.
+        self._padding = np.array([[0], [limits.num_blocks * limits.page_size], [limits.num_slots], [1]], dtype=np.int32)
         most = _aligned(limits.num_slots)
         self._most = most
         # Sequences may share blocks, so that more can be listed than the pool has.
@@ -72,6 +75,7 @@ class DecodeBatch:
         self._upload = PinnedUpload(self._indices_at + longest + most, device)
         self._ones = torch.arange(most + 1, dtype=torch.int32)
         self._queries = self._ones.to(device)
+        self._fixed: dict[int, PagedBatch] = {}
 
     def _view(self, whole: torch.Tensor, section: int, count: int) -> torch.Tensor:
         return whole[section * self._most : section * self._most + count]
@@ -83,20 +87,23 @@ class DecodeBatch:
 
     def paged(self, bucket: int, indices: int | None = None) -> PagedBatch:
         """The attention's view of the buffers. indices: block indices in use; None: all there is room for."""
-        at = self._indices_at
-        end = None if indices is None else at + indices
-        device, host = self._upload.device, self._upload.host
-        return PagedBatch(
-            qo_indptr=self._queries[: bucket + 1],
-            kv_indptr=self._view(device, 4, bucket + 1),
-            kv_indices=device[at:],
-            last_page_len=self._view(device, 3, bucket),
-            host_qo_indptr=self._ones[: bucket + 1],
-            host_kv_indptr=self._view(host, 4, bucket + 1),
-            host_kv_indices=host[at:end],
-            host_last_page_len=self._view(host, 3, bucket),
-            longest_query=1,
-        )
+        fixed = self._fixed.get(bucket)
+        if fixed is None:
+            device, host = self._upload.device, self._upload.host
+            fixed = self._fixed[bucket] = PagedBatch(
+                qo_indptr=self._queries[: bucket + 1],
+                kv_indptr=self._view(device, 4, bucket + 1),
+                kv_indices=device[self._indices_at :],
+                last_page_len=self._view(device, 3, bucket),
+                host_qo_indptr=self._ones[: bucket + 1],
+                host_kv_indptr=self._view(host, 4, bucket + 1),
+                host_kv_indices=host[self._indices_at :],
+                host_last_page_len=self._view(host, 3, bucket),
+                longest_query=1,
+            )
+        if indices is None:
+            return fixed
+        return dataclasses.replace(fixed, host_kv_indices=fixed.host_kv_indices[:indices])
 
     def fill(self, slots: np.ndarray, positions: np.ndarray, bucket: int) -> PagedBatch:
         """Describe and send one step. slots, positions: [decodes] int64, of the token that is computed.
@@ -105,26 +112,23 @@ class DecodeBatch:
         """
         page, count, most = self._page, len(slots), self._most
         self._tables.check(slots, positions + 1, page)
-        pages = positions // page + 1
-        listed = self._tables.ragged(slots, pages) // page
-        total, padding = len(listed), bucket - count
-        array = self._upload.array
-        for section, values, filler in (
-            (0, positions, 0),
-            (1, self._tables.rows_at(slots, positions, page), self._pad_block * page),
-            (2, slots, self._pad_slot),
-            (3, positions % page + 1, 1),
-        ):
-            start = section * most
-            array[start : start + count] = values
-            array[start + count : start + bucket] = filler
+        whole, offset = np.divmod(positions, page)
+        pages = whole + 1
+        total, padding = int(pages.sum()), bucket - count
+        array, at = self._upload.array, self._indices_at
+        self._tables.ragged(slots, pages, array[at : at + total])
+        array[at + total : at + total + padding] = self._pad_block
+        sections = array[: 4 * most].reshape(4, most)
+        sections[0, :count] = positions
+        sections[1, :count] = self._tables.rows_at(slots, positions, page)
+        sections[2, :count] = slots
+        np.add(offset, 1, out=sections[3, :count], casting="same_kind")
+        if padding:
+            sections[:, count:bucket] = self._padding
         indptr = array[4 * most : 4 * most + bucket + 1]
         indptr[0] = 0
         np.cumsum(pages, out=indptr[1 : count + 1])
         indptr[count + 1 :] = np.arange(total + 1, total + padding + 1)
-        at = self._indices_at
-        array[at : at + total] = listed
-        array[at + total : at + total + padding] = self._pad_block
         self._upload.send(at + total + padding)
         return self.paged(bucket, total + padding)
 
@@ -154,6 +158,8 @@ class ChunkBatch:
         after = np.cumsum(lengths)
         positions = np.arange(len(ids)) + np.repeat(ends - after, lengths)
         pages = -(-ends // page)
+        blocks = np.empty(int(pages.sum()), dtype=np.int32)
+        self._tables.ragged(slots, pages, blocks)
         sections = (
             ids,
             positions,
@@ -161,7 +167,7 @@ class ChunkBatch:
             np.concatenate(([0], after)),
             np.concatenate(([0], np.cumsum(pages))),
             (ends - 1) % page + 1,
-            self._tables.ragged(slots, pages) // page,
+            blocks,
         )
         device, host = self._send(sections)
         rows = Rows(device[1], device[2], ids=device[0])

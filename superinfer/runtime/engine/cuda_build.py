@@ -10,6 +10,7 @@ from superinfer.errors import ModelLoadError
 from superinfer.kernels.paged import AttentionByLayer, AttentionCall, Choice, PagedBatch, choose_attention
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine.cuda_executor import CudaExecutor, DecodeAttention
+from superinfer.runtime.engine.cuda_tier import add_cuda_tier
 from superinfer.runtime.engine.model_executor import executor_limits
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import Progress
@@ -43,7 +44,7 @@ def build_cuda_executor(
                 f"of max_batch_tokens={config.max_batch_tokens}; lower it, or use a larger GPU"
             )
     limits = executor_limits(config, shape, length, pool_tokens)
-    return CudaExecutor(
+    executor = CudaExecutor(
         model,
         limits,
         decode_attention,
@@ -53,6 +54,9 @@ def build_cuda_executor(
         path=path,
         on_progress=on_progress,
     )
+    if config.dram_tokens:
+        add_cuda_tier(executor, config.dram_tokens // config.page_size, on_progress)
+    return executor
 
 
 def make_attention(choice: Choice, config: EngineConfig, model: CausalLM) -> tuple[DecodeAttention, AttentionCall]:

@@ -7,7 +7,7 @@ in one forward. The host waits in `collect`, for the step's own tokens, and nowh
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from superinfer.kernels import fused
 from superinfer.kernels.paged import AttentionCall, PagedBatch
 from superinfer.kernels.sampling import token_logprobs
 from superinfer.runtime.engine.cuda_batch import ChunkBatch, DecodeBatch, decode_buckets
-from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
+from superinfer.runtime.engine.executor import Duplex, ExecutorLimits, TierLimits
 from superinfer.runtime.engine.grammar import GrammarCompiler
 from superinfer.runtime.engine.readback import Marker, Pending
 from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
@@ -69,7 +69,7 @@ class CudaExecutor:
     """Implements `Executor` with steps that overlap: two may be submitted before the first is collected.
 
     A step that raised has still freed, initialised and extended the slots its plan names; its tokens are lost, later
-    plans run as usual.
+    plans run as usual. Its copies have been started all the same.
     """
 
     def __init__(
@@ -88,7 +88,8 @@ class CudaExecutor:
         """graphs: capture one CUDA graph per decode bucket now."""
         weight, config = model.lm_head.weight, model.config
         self.limits = limits
-        self.tier: TierLimits | None = None  # plans bring no copies yet
+        self.tier: TierLimits | None = None
+        self._duplex: Duplex | None = None
         self.depth = 2
         self.model_name = model_name
         self.path = path
@@ -122,6 +123,10 @@ class CudaExecutor:
         if graphs:
             self._capture(on_progress)
 
+    def add_tier(self, duplex: Duplex, tier: TierLimits) -> None:
+        """From now on plans may bring copies, between `cache` and what `duplex` has; it is closed with the executor."""
+        self._duplex, self.tier = duplex, tier
+
     # ------------------------------------------------------------------ steps
 
     @torch.inference_mode()
@@ -140,31 +145,39 @@ class CudaExecutor:
         pending = self._pending.popleft()
         if isinstance(pending, Exception):
             raise pending
-        return pending.result()
+        result = pending.result()
+        if self._duplex is not None:  # the step is over, so all that it waited for is
+            result.copied, result.failed_copies, result.link = self._duplex.report()
+        return result
 
     def close(self) -> None:
         """Results not collected are dropped; the executor cannot be used afterwards."""
         self.grammars.close()
         self._pending.clear()
+        if self._duplex is not None:
+            self._duplex.close()
+            self._duplex = None
         self._buckets.clear()
         self._views.clear()
         self.cache = torch.empty(0)
 
     def _start(self, plan: StepPlan) -> Pending:
         pending = Pending(plan.step, Marker(self._device), Marker(self._device))
+        if self._duplex is not None:
+            self._duplex.start(plan.copies, plan.waits)
         pending.begun.record()
+        if self._duplex is not None:
+            self._duplex.wait(plan.waits)
         for slot in plan.freed:
             self._tables.clear(slot)
             self._sampling.release(slot)
         for init in plan.init:
             self._tables.clear(init.slot)
             self._sampling.start(init)
-        decodes: list[SlotWork] = []
-        chunks: list[SlotWork] = []
-        for work in plan.work:
-            if work.new_blocks:
-                self._tables.append(work.slot, work.new_blocks)
-            (chunks if work.tokens else decodes).append(work)
+        if grown := [work for work in plan.work if work.new_blocks]:
+            self._tables.extend(grown)
+        chunks = [work for work in plan.work if work.tokens]
+        decodes: Sequence[SlotWork] = [work for work in plan.work if not work.tokens] if chunks else plan.work
         # The last step's copies out of pinned buffers come before its kernels: this wait is short, mostly none.
         self._sent.wait()
         if chunks:
@@ -174,13 +187,14 @@ class CudaExecutor:
         pending.ended.record()
         return pending
 
-    def _fill_decodes(self, decodes: list[SlotWork]) -> tuple[Bucket, np.ndarray]:
-        slots, positions = np.array([(work.slot, work.start) for work in decodes], dtype=np.int64).T
+    def _fill_decodes(self, decodes: Sequence[SlotWork]) -> tuple[Bucket, np.ndarray]:
+        slots = np.array([work.slot for work in decodes], dtype=np.int64)
+        positions = np.array([work.start for work in decodes], dtype=np.int64)
         bucket = next(bucket for bucket in self._buckets if bucket.size >= len(slots))
         bucket.attention.plan(self._decodes.fill(slots, positions, bucket.size))
         return bucket, slots
 
-    def _decode_step(self, decodes: list[SlotWork], pending: Pending) -> None:
+    def _decode_step(self, decodes: Sequence[SlotWork], pending: Pending) -> None:
         bucket, slots = self._fill_decodes(decodes)
         self._sent.record()
         if bucket.graph is not None:
@@ -207,7 +221,7 @@ class CudaExecutor:
         bucket.tokens = logits.argmax(dim=-1)
         self._last_tokens.index_copy_(0, slots, bucket.tokens)
 
-    def _mixed_step(self, decodes: list[SlotWork], chunks: list[SlotWork], pending: Pending) -> None:
+    def _mixed_step(self, decodes: Sequence[SlotWork], chunks: list[SlotWork], pending: Pending) -> None:
         """Rows: the decodes of a bucket with their padding, then the chunks' tokens."""
         rows, batch = self._chunks.fill(chunks)
         self._chunk_attention.plan(batch)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 from superinfer.runtime.engine.grammar import GrammarCompiler
+from superinfer.runtime.kv.copies import BlockCopy, LinkUse
+from superinfer.runtime.kv.link_profile import LinkProfile
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 
 
@@ -22,10 +25,31 @@ class ExecutorLimits(NamedTuple):
 
 
 class TierLimits(NamedTuple):
-    """The second tier. Its block ids are 0 .. num_blocks - 1. block_bytes: of one block, all layers."""
+    """The second tier. Its block ids are 0 .. num_blocks - 1. block_bytes: of one block, all layers.
+
+    link: what is known of the link between the tiers; None where nothing is.
+    """
 
     num_blocks: int
     block_bytes: int
+    link: LinkProfile | None = None
+
+
+class Duplex(Protocol):
+    """The body of the second tier, as an executor uses it: docs/duplexkv.md says what it guarantees."""
+
+    def start(self, copies: Sequence[BlockCopy], wanted: Collection[int] = ()) -> None:
+        """Begin a plan's copies; call before its work, after that of the plans before it. wanted: what it waits for."""
+
+    def wait(self, ids: Collection[int]) -> None:
+        """The work that follows comes after all of `ids`."""
+
+    def report(self) -> tuple[list[int], list[int], LinkUse]:
+        """Ids copied and ids failed that no report has had, and the link's seconds since the last one."""
+        ...
+
+    def close(self) -> None:
+        """Returns when all copies are over."""
 
 
 class Executor(Protocol):

@@ -18,6 +18,7 @@ from superinfer.runtime.engine.grammar import GrammarCompiler
 from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
 from superinfer.runtime.engine.step_inputs import BlockTables, StepAssembler, StepInputs
 from superinfer.runtime.kv.duplex_cpu import CpuDuplex
+from superinfer.runtime.kv.link_profile import LinkProfile
 from superinfer.runtime.memory import free_memory
 from superinfer.runtime.models.config import ModelConfig, load_config
 from superinfer.runtime.models.decoder import CausalLM
@@ -69,7 +70,10 @@ class ModelExecutor:
         self.tier: TierLimits | None = None
         if num_dram_blocks:
             self.duplex = CpuDuplex(self.cache, num_dram_blocks, bytes_per_s=link_bytes_per_s)
-            self.tier = TierLimits(num_dram_blocks, self.cache[0].nbytes)
+            link = None
+            if link_bytes_per_s is not None:
+                link = LinkProfile.symmetric("as configured", self.cache[0].nbytes, link_bytes_per_s)
+            self.tier = TierLimits(num_dram_blocks, self.cache[0].nbytes, link)
         self._model = model
         self._device = weight.device
         self._views = layer_views(self.cache)
@@ -114,7 +118,7 @@ class ModelExecutor:
 
     def _run(self, plan: StepPlan) -> StepResult:
         if self.duplex is not None:
-            self.duplex.start(plan.copies)
+            self.duplex.start(plan.copies, plan.waits)
         for slot in plan.freed:
             self._tables.clear(slot)
             self._sampling.release(slot)
@@ -193,10 +197,6 @@ def build_executor(config: EngineConfig, on_progress: Progress | None = None) ->
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = resolve_device(config)
-    if config.dram_tokens and device.type == "cuda":
-        raise UnsupportedError(
-            f"dram_tokens={config.dram_tokens} is not supported on a GPU yet; leave it 0 or use device='cpu'"
-        )
     path = resolve_model(config.model)
     check_architecture(path)
     model_config = load_config(path)

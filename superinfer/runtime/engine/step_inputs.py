@@ -14,17 +14,16 @@ from superinfer.runtime.scheduler.plan import SlotWork
 # Decodes of similar length share one attention call as long as what it gathers stays in a core's cache: measured on
 # CPU, calls over 1 MiB are slower than the same work in several.
 GROUP_BYTES = 1 << 20
+# Blocks a sequence from which on block lists are copied one by one rather than picked by a mask.
+COPIED_LISTS = 64
 
 
 class BlockTables:
-    """The KV blocks of every slot, on the host.
-
-    Entries are first rows, not block ids: `block · rows_per_block`, ready to be added to an offset in the block.
-    """
+    """The KV blocks of every slot, on the host."""
 
     def __init__(self, slots: int, blocks_per_slot: int, num_blocks: int, rows_per_block: int) -> None:
         """rows_per_block: distance of two blocks' first rows, layers · 2 · page."""
-        self._rows = np.zeros((slots, blocks_per_slot), dtype=np.int64)
+        self._blocks = np.zeros((slots, blocks_per_slot), dtype=np.int32)
         self._used = np.zeros(slots, dtype=np.int64)
         self._num_blocks = num_blocks
         self._rows_per_block = rows_per_block
@@ -37,12 +36,32 @@ class BlockTables:
         if not blocks:
             return
         used = int(self._used[slot])
-        if used + len(blocks) > self._rows.shape[1]:
-            raise ValueError(f"slot {slot} would hold {used + len(blocks)} blocks; {self._rows.shape[1]} is the most")
+        if used + len(blocks) > self._blocks.shape[1]:
+            raise ValueError(f"slot {slot} would hold {used + len(blocks)} blocks; {self._blocks.shape[1]} is the most")
         if min(blocks) < 0 or max(blocks) >= self._num_blocks:
             raise ValueError(f"block ids {blocks} are not within 0..{self._num_blocks - 1}")
-        self._rows[slot, used : used + len(blocks)] = np.asarray(blocks, dtype=np.int64) * self._rows_per_block
+        self._blocks[slot, used : used + len(blocks)] = blocks
         self._used[slot] += len(blocks)
+
+    def extend(self, work: Sequence[SlotWork]) -> None:
+        """Append each work's new blocks to its slot. What raises, as `append` does, keeps none of the others back."""
+        single = [w for w in work if len(w.new_blocks) == 1]
+        if len(single) > 1:
+            slots = np.array([w.slot for w in single])
+            blocks = np.array([w.new_blocks[0] for w in single])
+            used = self._used[slots]
+            if used.max() < self._blocks.shape[1] and blocks.min() >= 0 and blocks.max() < self._num_blocks:
+                self._blocks[slots, used] = blocks
+                self._used[slots] = used + 1
+                work = [w for w in work if len(w.new_blocks) > 1]
+        failure: ValueError | None = None
+        for w in work:
+            try:
+                self.append(w.slot, w.new_blocks)
+            except ValueError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def check(self, slots: np.ndarray, ends: np.ndarray, page: int) -> None:
         """Raises ValueError where a slot's blocks do not reach `ends` tokens: writing there would hit foreign KV."""
@@ -53,19 +72,24 @@ class BlockTables:
 
     def rows(self, slots: np.ndarray, length: int, page: int) -> np.ndarray:
         """[slots, length] cache rows of positions 0 .. length - 1."""
-        first = self._rows[slots, : (length - 1) // page + 1]
+        first = self._blocks[slots, : (length - 1) // page + 1].astype(np.int64) * self._rows_per_block
         rows = first[:, :, None] + np.arange(page)
         return rows.reshape(len(slots), -1)[:, :length]
 
-    def ragged(self, slots: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """[sum of counts] the first counts[i] entries of each slot, one slot after another."""
-        entries = self._rows[slots, : int(counts.max(initial=0))]
-        rows: np.ndarray = entries[np.arange(entries.shape[1]) < counts[:, None]]
-        return rows
+    def ragged(self, slots: np.ndarray, counts: np.ndarray, out: np.ndarray) -> None:
+        """Write the first counts[i] block ids of each slot, one slot after another, to `out`, [sum of counts] int32."""
+        if len(out) > COPIED_LISTS * len(slots):
+            np.concatenate(
+                [row[:count] for row, count in zip(self._blocks[slots], counts.tolist(), strict=True)], out=out
+            )
+        elif len(slots):
+            entries = self._blocks[slots, : int(counts.max())]
+            np.compress((np.arange(entries.shape[1]) < counts[:, None]).ravel(), entries.ravel(), out=out)
 
     def rows_at(self, slots: np.ndarray, positions: np.ndarray, page: int) -> np.ndarray:
         """[tokens] cache row of each (slot, position)."""
-        rows: np.ndarray = self._rows[slots, positions // page] + positions % page
+        first = self._blocks[slots, positions // page].astype(np.int64) * self._rows_per_block
+        rows: np.ndarray = first + positions % page
         return rows
 
 

@@ -37,7 +37,7 @@ class TierCounts:
     blocks_in, blocks_out: copies done. mirrored: copies out planned in the background. failed: copies that failed.
     left_clean: blocks that left HBM without a copy of their own. forgotten: dirty ones that were dropped.
     rotations_out, rotations_in: sequences. rotated: their blocks; rotated_clean: of these, mirrored before.
-    hits: blocks of matched prefixes that were loaded from DRAM.
+    hits: blocks of matched prefixes that were loaded from DRAM. prefetched: blocks loaded before anyone asked.
     """
 
     blocks_in: int = 0
@@ -51,3 +51,4 @@ class TierCounts:
     rotated: int = 0
     rotated_clean: int = 0
     hits: int = 0
+    prefetched: int = 0

@@ -13,21 +13,35 @@ from typing import cast
 
 from superinfer.runtime.kv.cache import BlockTable, KVCache, Node
 from superinfer.runtime.kv.copies import BlockCopy, TierCounts
+from superinfer.runtime.kv.drop_order import DropOrder
+from superinfer.runtime.kv.link_profile import LinkProfile
 from superinfer.runtime.kv.tiers import TierNode, TierTable
 
 
 class DuplexCache(KVCache):
-    """A KVCache over `num_blocks` HBM blocks with `num_dram` DRAM blocks behind them."""
+    """A KVCache over `num_blocks` HBM blocks with `num_dram` DRAM blocks behind them.
 
-    def __init__(self, num_blocks: int, num_dram: int, page_size: int, *, prefix_cache: bool = True) -> None:
+    link: what is known of the link between them, for those who decide what moves.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        num_dram: int,
+        page_size: int,
+        *,
+        prefix_cache: bool = True,
+        link: LinkProfile | None = None,
+    ) -> None:
         super().__init__(num_blocks, page_size, prefix_cache=prefix_cache)
         if num_dram < 1:
             raise ValueError(f"num_dram={num_dram} must be at least 1; a cache of one tier is a KVCache")
         self.num_dram = num_dram
+        self.link = link
         self.totals = TierCounts()
         self._free_dram = deque(range(num_dram - 1, -1, -1))
         self._pinned = 0  # DRAM blocks of parked tables
-        self._lru: OrderedDict[TierNode, None] = OrderedDict()  # idle nodes by age, whatever tier they are in
+        self._lru = DropOrder()  # idle nodes by age, whatever tier they are in
         self._mirrors: OrderedDict[TierNode, None] = OrderedDict()  # held and clean: dropped if a rotation wants room
         self._dirty: deque[TierNode] = deque()  # to be mirrored, oldest first; entries may be out of date
         self._pending: dict[int, tuple[BlockCopy, TierNode | TierTable]] = {}
@@ -125,6 +139,42 @@ class DuplexCache(KVCache):
         for node in [*self._lru, *cast(Iterable[TierNode], list(self._idle))]:
             if node.alive and not node.parked and not node.holders:
                 self._forget(node)
+
+    # ------------------------------------------------------------------ for later turns
+
+    def keep(self, table: BlockTable, until: float) -> None:
+        """Before a table is released: what of it is in the tree is dropped from DRAM after all that nobody wants kept,
+        until then. Time is that of `let_go`."""
+        self._lru.keep(cast(list[TierNode], list(table.nodes)), until)
+
+    def let_go(self, now: float) -> None:
+        """What was to be kept until `now` is dropped next. Costs O(blocks whose time is over)."""
+        self._lru.let_go(now)
+
+    def prefetch(self, path: Sequence[Node], most: int) -> int:
+        """Plan copies in of what of a path (matched, or a parked table's nodes) is in DRAM only, from its root on, at
+        most `most` blocks; nothing that would be lost makes room for them. Returns how many. Nobody holds them."""
+        nodes = [node for node in cast(Sequence[TierNode], path) if node.alive]
+        for node in reversed(nodes):
+            if node in self._idle:  # what is here of the path is not to make room for the rest
+                self._idle.move_to_end(node)
+        loaded: list[TierNode] = []
+        here = sum(node in self._idle for node in nodes)
+        for node in nodes:
+            if len(loaded) == most:
+                break
+            if node.block >= 0:
+                continue
+            if not self._free and (len(self._idle) <= here or cast(TierNode, next(iter(self._idle))).dram < 0):
+                break
+            node.block = self._take()
+            node.loading = self._plan_copy(False, node.block, node.dram, node)
+            loaded.append(node)
+        for node in reversed(loaded):
+            if node.holders == 0:
+                self._idle[node] = None
+        self.totals.prefetched += len(loaded)
+        return len(loaded)
 
     # ------------------------------------------------------------------ rotation
 
@@ -290,7 +340,7 @@ class DuplexCache(KVCache):
         elif node.holders:
             self._mirrors[node] = None
         else:
-            self._lru.setdefault(node)
+            self._lru.add(node)
 
     def _load_missing(self, table: TierTable) -> None:
         for at in table.missing:
@@ -318,7 +368,7 @@ class DuplexCache(KVCache):
         mine = cast(TierNode, node)
         if mine.holders == 0:
             self._idle.pop(mine, None)
-            self._lru.pop(mine, None)
+            self._lru.discard(mine)
             if mine.dram >= 0 and not mine.parked:
                 self._mirrors[mine] = None
         mine.holders += 1
@@ -331,11 +381,11 @@ class DuplexCache(KVCache):
             if mine.block >= 0:
                 self._idle[mine] = None
             if not mine.parked:
-                self._lru[mine] = None
+                self._lru.add(mine)
 
     def _pin(self, node: TierNode) -> None:
         if node.parked == 0:
-            self._lru.pop(node, None)
+            self._lru.discard(node)
             self._mirrors.pop(node, None)
             self._pinned += node.dram >= 0
         node.parked += 1
@@ -345,7 +395,7 @@ class DuplexCache(KVCache):
         if node.parked == 0 and node.alive:
             self._pinned -= node.dram >= 0
             if node.holders == 0:
-                self._lru[node] = None
+                self._lru.add(node)
             elif node.dram >= 0:
                 self._mirrors[node] = None
 
@@ -396,26 +446,32 @@ class DuplexCache(KVCache):
 
     def _evict_dram(self, mirrors: bool) -> bool:
         """Free a DRAM block: of the oldest idle node without a hit since it was last asked, else, with `mirrors`, of a
-        held one. False when all the rest is parked."""
-        while self._lru:
-            node, _ = self._lru.popitem(last=False)
+        held one, which is only dirty again, and last of one to be kept. False when all the rest is parked."""
+        while (node := self._lru.oldest()) is not None:
             if node.dram < 0:
                 continue  # in HBM only; it comes back here when it is mirrored or released
             if node.reused:
                 node.reused = False
-                self._lru[node] = None
+                self._lru.add(node)
                 continue
-            if node.block >= 0:
-                self._drop_dram(node)
-            else:
-                self._forget(node)
+            self._leave_dram(node)
             return True
-        if not mirrors or not self._mirrors:
-            return False
-        node = next(iter(self._mirrors))
-        self._drop_dram(node)
-        self._dirty.append(node)
-        return True
+        if mirrors and self._mirrors:
+            node = next(iter(self._mirrors))
+            self._drop_dram(node)
+            self._dirty.append(node)
+            return True
+        while mirrors and (node := self._lru.oldest_kept()) is not None:
+            if node.dram >= 0:
+                self._leave_dram(node)
+                return True
+        return False
+
+    def _leave_dram(self, node: TierNode) -> None:
+        if node.block >= 0:
+            self._drop_dram(node)
+        else:
+            self._forget(node)
 
     def _drop_dram(self, node: TierNode) -> None:
         self._mirrors.pop(node, None)
@@ -436,15 +492,17 @@ class DuplexCache(KVCache):
             if gone.block >= 0:
                 self._give((gone.block,))
             self._idle.pop(gone, None)
-            self._lru.pop(gone, None)
+            self._lru.discard(gone)
             gone.block, gone.loading, gone.alive, gone.parent = -1, 0, False, None
             stack += cast(Iterable[TierNode], gone.children.values())
             gone.children = {}
         self._drop_root(parent)
 
 
-def build_cache(num_blocks: int, num_dram: int, page_size: int, *, prefix_cache: bool = True) -> KVCache:
+def build_cache(
+    num_blocks: int, num_dram: int, page_size: int, *, prefix_cache: bool = True, link: LinkProfile | None = None
+) -> KVCache:
     """A cache of one tier, or of two where there are DRAM blocks."""
     if num_dram:
-        return DuplexCache(num_blocks, num_dram, page_size, prefix_cache=prefix_cache)
+        return DuplexCache(num_blocks, num_dram, page_size, prefix_cache=prefix_cache, link=link)
     return KVCache(num_blocks, page_size, prefix_cache=prefix_cache)

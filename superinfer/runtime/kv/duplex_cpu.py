@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -47,13 +47,14 @@ class CpuDuplex:
         self._copy_s = [0.0, 0.0]
         self._stall_s = 0.0
 
-    def start(self, copies: Iterable[BlockCopy]) -> None:
-        """Begin a plan's copies; call before its work, after that of the plans before it."""
+    def start(self, copies: Sequence[BlockCopy], wanted: Collection[int] = ()) -> None:
+        """Begin a plan's copies; call before its work, after that of the plans before it. They go in their order,
+        whichever are `wanted`."""
         now = self._clock()
         self._carry_out(now)
         self._link.start(copies, now)
 
-    def wait(self, ids: Iterable[int]) -> None:
+    def wait(self, ids: Collection[int]) -> None:
         """Return when all of `ids` are over."""
         before = self._clock()
         over_at = self._link.over_at(ids, before)
@@ -71,6 +72,9 @@ class CpuDuplex:
         told = self._copied, self._failed, use._replace(stall_s=self._stall_s)
         self._copied, self._failed, self._copy_s, self._stall_s = [], [], [0.0, 0.0], 0.0
         return told
+
+    def close(self) -> None:
+        """Copies under way are dropped."""
 
     def copy_block(self, copy: BlockCopy) -> None:
         """Move one block's bytes."""

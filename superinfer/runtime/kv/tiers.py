@@ -10,9 +10,10 @@ class TierNode(Node):
 
     parked: rotated-out tables through it. loading, mirroring: the copy in and out under way, 0 when none.
     reused: hit since DRAM last considered dropping it. alive: False once forgotten.
+    keep_until: DRAM drops it after all that are not kept, until then; 0: it is not kept.
     """
 
-    __slots__ = ("alive", "dram", "loading", "mirroring", "parked", "reused")
+    __slots__ = ("alive", "dram", "keep_until", "loading", "mirroring", "parked", "reused")
 
     def __init__(self, key: bytes, block: int, parent: Node | None) -> None:
         super().__init__(key, block, parent)
@@ -20,6 +21,7 @@ class TierNode(Node):
         self.parked = self.loading = self.mirroring = 0
         self.reused = False
         self.alive = True
+        self.keep_until = 0.0
 
 
 class TierTable(BlockTable):

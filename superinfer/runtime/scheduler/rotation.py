@@ -12,6 +12,7 @@ from superinfer.runtime.kv.tiers import TierNode
 from superinfer.runtime.scheduler.base import TierGauges
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 
+# Both are for where the link has no profile; it has its own of the same meaning (kv/link_profile.py).
 # Copies a step may wait for: 8 blocks of 2 MiB are 0.3 ms of PCIe 5, 3 % of a step of 10 ms. Who needs more sits out.
 MAX_WAITS = 8
 # And as they go one after another, all before them must be over too: so long a step may wait, 48 blocks of PCIe 5.
@@ -28,13 +29,14 @@ SMOOTHING = 0.2  # weight of the newest observation
 class LoadCost:
     """Seconds per block of the link and per token of prefill, learnt from results, to choose between the two.
 
-    block_s: of a copy in; of copies out, while none came in; None before either.
+    block_s: of a copy in: as the link was measured before, then as copies go. Where it was not measured, of copies out
+    while none came in, and None before either.
     """
 
-    def __init__(self) -> None:
-        self.block_s: float | None = None
+    def __init__(self, block_s: float | None = None) -> None:
+        self.block_s = block_s
         self.token_s: float | None = None
-        self._has_loaded = False
+        self._has_loaded = block_s is not None
 
     def observe(self, plan_tokens: int, decodes: int, result: StepResult, blocks_in: int, blocks_out: int) -> None:
         """A step of `plan_tokens` tokens, `decodes` of them decodes, with so many copies in and out, is done."""
@@ -61,12 +63,14 @@ def _smooth(before: float | None, now: float) -> float:
 class Rotation:
     """The second tier as a scheduler sees it. Decides nothing about whom to rotate: that is the policy's."""
 
-    def __init__(self, kv: DuplexCache, *, max_waits: int = MAX_WAITS, mirror_blocks: int = MIRROR_BLOCKS) -> None:
+    def __init__(self, kv: DuplexCache) -> None:
+        """Budgets come from the cache's link profile, where it has one."""
         self.kv = kv
-        self.cost = LoadCost()
-        self.max_waits = max_waits
+        link = kv.link
+        self.cost = LoadCost(link.block_in_s if link is not None else None)
+        self.max_waits = link.max_waits if link is not None else MAX_WAITS
+        self.mirror_blocks = link.mirror_blocks if link is not None else MIRROR_BLOCKS
         self._oldest, self._oldest_since, self._stuck_s = 0, 0.0, 0.0
-        self.mirror_blocks = mirror_blocks
         self._link = LinkUse()
         self._sizes: dict[int, tuple[int, int]] = {}  # by step under way: tokens, decodes
 

@@ -87,7 +87,6 @@ class Sequence:
         max_tokens: int,
         sampling: SamplingParams | None = None,
         slo: SLO | None = None,
-        slo_class: str = "",
         request_id: str = "",
         index: int = 0,
         owner: bytes = b"",

@@ -253,6 +253,102 @@ def test_a_second_tier_needs_a_block():
         DuplexCache(4, 0, PAGE)
 
 
+# ---------------------------------------------------------------------------- kept and prefetched
+
+
+def kept(kv: DuplexCache, until: float, *blocks: int) -> None:
+    """A finished sequence whose blocks are in both tiers, and promised until then."""
+    table = compute(kv, tokens_of(*blocks, tail=1))
+    kv.mirror(100)
+    kv.keep(table, until)
+    kv.release(table)
+    land(kv)
+
+
+def known(kv: DuplexCache, *blocks: int) -> int:
+    """How many leading blocks are cached, wherever."""
+    return len(kv.match(tokens_of(*blocks), "", PAGE * len(blocks)))
+
+
+def test_what_is_to_be_kept_outlives_what_is_younger():
+    kv = DuplexCache(6, 6, PAGE)
+    kept(kv, 10.0, 1, 2)
+    mirrored(kv, 3, 4)
+    mirrored(kv, 5, 6)
+    kv.release(fill(kv))  # only DRAM has them now
+    mirrored(kv, 7, 8)
+    assert known(kv, 1, 2) == 2 and known(kv, 3, 4) == 0 and known(kv, 5, 6) == 2
+
+
+def test_its_time_over_it_is_the_next_to_go():
+    kv = DuplexCache(6, 6, PAGE)
+    kept(kv, 10.0, 1, 2)
+    mirrored(kv, 3, 4)
+    mirrored(kv, 5, 6)
+    kv.release(fill(kv))
+    kv.let_go(9.9)
+    assert kv._lru.num_kept == 2
+    kv.let_go(10.0)
+    mirrored(kv, 7)
+    assert known(kv, 1, 2) == 1, "the end of the path goes before what it hangs on"
+    assert known(kv, 3, 4) == known(kv, 5, 6) == 2
+
+
+def test_a_later_promise_stands_and_a_rotation_in_need_breaks_it():
+    kv = DuplexCache(6, 4, PAGE)
+    kept(kv, 10.0, 1, 2)
+    kept(kv, 20.0, 1, 2)
+    kv.let_go(15.0)
+    assert kv._lru.num_kept == 2
+    kv.release(fill(kv))
+    table = compute(kv, tokens_of(5, 6, 7, tail=1))
+    kv.mirror(100)
+    assert len(kv.take_copies()) == 2, "mirrors do not push out what is to be kept"
+    assert kv.park(table, 13)
+    assert known(kv, 1, 2) == 0
+
+
+def test_a_prefetched_path_is_here_when_it_is_asked_for_and_is_waited_for():
+    kv = DuplexCache(6, 10, PAGE)
+    mirrored(kv, 1, 2, 3)
+    kv.release(fill(kv))
+    assert kv.prefetch(kv.match(tokens_of(1, 2, 3), "", 12), most=2) == 2
+    loads = [copy.id for copy in kv.take_copies()]
+    assert len(loads) == 2 and kv.totals.prefetched == 2
+    table = kv.open("")
+    kv.adopt(table, kv.match(tokens_of(1, 2, 3, tail=1), "", 12))
+    assert kv.allocate(table, 1) is not None
+    assert set(loads) < set(kv.awaits(table)) and len(kv.awaits(table)) == 3
+    land(kv)
+    assert not kv.awaits(table) and kv.totals.hits == 1
+
+
+def test_a_parked_sequence_is_brought_near_before_its_turn():
+    kv = DuplexCache(6, 10, PAGE)
+    table = compute(kv, tokens_of(1, 2, tail=1))
+    assert kv.park(table, 9)
+    land(kv)
+    kv.release(fill(kv))
+    assert kv.prefetch(table.nodes, most=10) == 2
+    land(kv)
+    assert kv.resume(table, 0)
+    assert len(kv.take_copies()) == 1, "the tail alone is left to come"
+
+
+def test_prefetching_loses_nothing_and_takes_nothing_from_who_computes():
+    kv = DuplexCache(4, 10, PAGE)
+    mirrored(kv, 1, 2, 3)
+    kv.release(fill(kv))
+    dirty = compute(kv, tokens_of(7, tail=1))
+    kv.release(dirty)
+    running = kv.open("")
+    assert kv.allocate(running, 3) is not None
+    assert kv.prefetch(kv.match(tokens_of(1, 2, 3), "", 12), most=3) == 0, "only a dirty block could make room"
+    kv.release(running)
+    assert kv.prefetch(kv.match(tokens_of(1, 2, 3), "", 12), most=3) == 3
+    assert known(kv, 7) == 1
+
+
 # ---------------------------------------------------------------------------- random lives
 
 
@@ -275,6 +371,7 @@ def check_conserved(kv: DuplexCache, tables: list[TierTable]) -> None:
     assert set(kv._idle) == {n for n in nodes if n.holders == 0 and n.block >= 0}
     assert set(kv._mirrors) == {n for n in nodes if n.holders and not n.parked and n.dram >= 0}
     assert {n for n in nodes if not n.holders and not n.parked and n.dram >= 0} <= set(kv._lru) <= nodes
+    assert {n for n in kv._lru if n.keep_until} == set(kv._lru._kept)
     held = {n: sum(n in t.nodes for t in tables if not t.parked) for n in nodes}
     assert all(n.holders == held[n] for n in nodes)
 
@@ -285,6 +382,7 @@ class DuplexLives:
     def __init__(self, kv: DuplexCache) -> None:
         self.kv = kv
         self.live: list[tuple[TierTable, array]] = []
+        self.now = 0.0
 
     def begin(self, blocks, tail, salt) -> None:
         kv, tokens = self.kv, tokens_of(*blocks, tail=tail)
@@ -324,6 +422,19 @@ class DuplexLives:
             for table, _ in [pair for pair in self.live if not kv.is_intact(pair[0])]:
                 kv.release(table)
                 self.live = [pair for pair in self.live if pair[0] is not table]
+
+    def keep(self, at, until) -> None:
+        """Time passes, too."""
+        self.now += 1
+        self.kv.keep(self.live[at % len(self.live)][0], self.now + until)
+        self.kv.let_go(self.now)
+
+    def prefetch(self, blocks, most, salt) -> None:
+        tokens = tokens_of(*blocks)
+        self.kv.prefetch(self.kv.match(tokens, salt, len(tokens)), most)
+        for table, _ in self.live[:1]:
+            if table.parked and self.kv.is_intact(table):
+                self.kv.prefetch(table.nodes, most)
 
     def finish(self) -> None:
         while self.live:
@@ -370,6 +481,15 @@ class DuplexMachine(RuleBasedStateMachine):
     def report(self, fates):
         self.lives.report(lambda id: fates[id % len(fates)])
 
+    @precondition(lambda self: self.lives.live)
+    @rule(at=st.integers(0, 9), until=st.integers(0, 6))
+    def keep(self, at, until):
+        self.lives.keep(at, until)
+
+    @rule(blocks=st.lists(st.integers(0, 2), max_size=4), most=st.integers(0, 3), salt=st.sampled_from(["", "x"]))
+    def prefetch(self, blocks, most, salt):
+        self.lives.prefetch(blocks, most, salt)
+
     @rule()
     def clear(self):
         self.lives.kv.clear()
@@ -401,6 +521,9 @@ def test_a_hundred_thousand_operations_with_cancels_and_failures_leak_nothing():
             case 5:
                 lives.report(lambda id: rng.choice([0, 1, 1, 1, 2]))
             case 6:
+                if turn % 3 == 0:
+                    lives.keep(at, rng.randrange(20))
+                    lives.prefetch([rng.randrange(3) for _ in range(4)], 3, "")
                 lives.end(at)
             case _:
                 lives.begin([rng.randrange(3) for _ in range(rng.randrange(5))], 1, rng.choice(["", "x"]))

@@ -147,14 +147,14 @@ def _parked_blocks_are_not_pinned(bench, patch):
     def loose(node):
         pin(node)
         if not node.holders:
-            bench.kv._lru[node] = None
+            bench.kv._lru.add(node)
 
     unhold = bench.kv._unhold
 
     def loose_unhold(node):
         unhold(node)
         if node.holders == 0 and node.alive:
-            bench.kv._lru[node] = None
+            bench.kv._lru.add(node)
 
     patch.setattr(bench.kv, "_pin", loose)
     patch.setattr(bench.kv, "_unhold", loose_unhold)

@@ -1,0 +1,278 @@
+"""The CUDA executor's host time, without a GPU: everything but what the device and its driver would do.
+
+steps: of steady decodes. The model and its graphs are left out (a replay does nothing), so what is timed is what the
+scheduling thread spends in `submit` and `collect`: block tables, index arrays, uploads to a buffer, results. Plans are
+made beforehand.
+copies: what the second tier's body spends on a block moved, on a device that does nothing: `start` and `report` on the
+scheduling thread, `submit` on the submitting one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gpu_common import LLAMA_3_8B
+from record import write
+
+from superinfer.kernels.paged import PagedBatch
+from superinfer.runtime.engine.cuda_executor import CudaExecutor
+from superinfer.runtime.engine.executor import ExecutorLimits
+from superinfer.runtime.kv.copies import BlockCopy
+from superinfer.runtime.kv.copy_batches import Places
+from superinfer.runtime.kv.duplex_cuda import CudaDuplex
+from superinfer.runtime.models.decoder import CausalLM
+from superinfer.runtime.models.loader import load_model
+from superinfer.runtime.protocol import SamplingParams
+from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan
+
+PAGE = 16
+
+
+class NoAttention:
+    """Plans nothing, computes nothing."""
+
+    def plan(self, batch: PagedBatch) -> None:
+        """See AttentionCall."""
+
+    def run(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        """See AttentionCall."""
+        return q
+
+
+class NoGraph:
+    """A replay that takes no time."""
+
+    def replay(self) -> None:
+        """See torch.cuda.CUDAGraph."""
+
+
+def small_model() -> CausalLM:
+    """Of random weights; its size does not matter."""
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(LLAMA_3_8B | sizes))
+        return load_model(Path(folder), load_format="dummy", dtype=torch.float32)
+
+
+def executor_of(batch: int, context: int, model: CausalLM) -> CudaExecutor:
+    """One that holds `batch` sequences of up to `context` tokens, and never computes."""
+    blocks = batch * -(-context // PAGE)
+    limits = ExecutorLimits(blocks, PAGE, batch, context, model.config.vocab_size)
+    executor = CudaExecutor(
+        model,
+        limits,
+        lambda _: NoAttention(),
+        NoAttention(),
+        max_batch_tokens=max(batch, 512),
+        model_name="",
+        path="",
+        graphs=False,
+    )
+    for bucket in executor._buckets:
+        bucket.graph = NoGraph()  # type: ignore[assignment]
+        bucket.tokens = torch.zeros(bucket.size, dtype=torch.int64)
+    return executor
+
+
+def steps_of(batch: int, context: int, steps: int) -> list[StepPlan]:
+    """Decode plans of sequences about `context` tokens long, of different lengths; the first one sets them up."""
+    per_slot = -(-(context + steps + PAGE) // PAGE)
+    shuffled = np.random.default_rng(0).permutation(batch * per_slot).reshape(batch, per_slot)
+    starts = [context - i % PAGE for i in range(batch)]
+    plans = []
+    greedy = SamplingParams(temperature=0)
+    for step in range(steps):
+        works = []
+        for slot, start in enumerate(starts):
+            held, needed = (0 if step == 0 else -(-(start + step) // PAGE)), (start + step) // PAGE + 1
+            new = tuple(shuffled[slot, held:needed].tolist())
+            works.append(SlotWork(slot, start + step, 1, (), new, True))
+        inits = tuple(SlotInit(slot, greedy, slot, (1,)) for slot in range(batch)) if step == 0 else ()
+        plans.append(StepPlan(step, tuple(works), inits))
+    return plans
+
+
+def measure(batch: int, context: int, steps: int, model: CausalLM) -> dict[str, Any]:
+    """Median milliseconds of `submit` and `collect`."""
+    executor = executor_of(batch, context + steps + PAGE, model)
+    submit, collect = [], []
+    for plan in steps_of(batch, context, steps):
+        before = time.perf_counter()
+        executor.submit(plan)
+        between = time.perf_counter()
+        result = executor.collect()
+        after = time.perf_counter()
+        assert len(result.tokens) == batch
+        submit.append((between - before) * 1e3)
+        collect.append((after - between) * 1e3)
+    executor.close()
+    warm = slice(len(submit) // 4, None)
+    return {
+        "batch": batch,
+        "context": context,
+        "submit_ms": statistics.median(submit[warm]),
+        "submit_ms_least": min(submit[warm]),
+        "collect_ms": statistics.median(collect[warm]),
+    }
+
+
+class NoDevice:
+    """A CopyDevice on which all is done at once, and nothing is."""
+
+    def __init__(self) -> None:
+        self._handles = 0
+
+    def use(self) -> None:
+        """See CopyDevice."""
+
+    def compute_stream(self) -> int:
+        """See CopyDevice."""
+        return 0
+
+    def new_stream(self) -> int:
+        """See CopyDevice."""
+        return self.new_event()
+
+    def new_event(self) -> int:
+        """See CopyDevice."""
+        self._handles += 1
+        return self._handles
+
+    def free(self, streams: list[int], events: list[int]) -> None:
+        """See CopyDevice."""
+
+    def record(self, event: int, stream: int) -> None:
+        """See CopyDevice."""
+
+    def wait(self, stream: int, event: int) -> None:
+        """See CopyDevice."""
+
+    def reached(self, event: int) -> bool:
+        """See CopyDevice."""
+        return True
+
+    def seconds(self, earlier: int, later: int) -> float:
+        """See CopyDevice."""
+        return 1e-3
+
+    def copy(self, stream: int, dsts: np.ndarray, srcs: np.ndarray, sizes: np.ndarray) -> list[int]:
+        """See CopyDevice."""
+        return []
+
+    def synchronize(self, stream: int) -> None:
+        """See CopyDevice."""
+
+
+class Inline:
+    """A Submitter whose jobs run when asked for."""
+
+    def __init__(self) -> None:
+        self.done, self._jobs = 0, deque()
+
+    def put(self, job: Any) -> None:
+        """See Submitter."""
+        self._jobs.append(job)
+
+    def finish(self, count: int) -> None:
+        """See Submitter."""
+        while self.done < count:
+            self._jobs.popleft()()
+            self.done += 1
+
+    def close(self) -> None:
+        """See Submitter."""
+
+
+def _mirrors(first: int) -> list[BlockCopy]:
+    """What a step mirrors."""
+    return [BlockCopy(first + i, True, i * 7 % 500, i) for i in range(32)]
+
+
+def _both_ways(first: int) -> list[BlockCopy]:
+    """Blocks that have nothing to do with each other."""
+    return [BlockCopy(first + i, i % 2 == 0, i, i) for i in range(256)]
+
+
+def _exchange(first: int) -> list[BlockCopy]:
+    """A sequence of 500 blocks leaves, another takes its places."""
+    outs = [BlockCopy(first + i, True, i, i) for i in range(500)]
+    return outs + [BlockCopy(first + 500 + i, False, i, 500 + i, (first + i,)) for i in range(500)]
+
+
+def measure_copies(rounds: int = 200) -> list[dict[str, Any]]:
+    """Median microseconds a block."""
+    rows = []
+    for plan in (_mirrors, _both_ways, _exchange):
+        submitter = Inline()
+        duplex = CudaDuplex(NoDevice(), Places(0, 0, 2 << 20, 512), submitter=submitter)
+        first, spent = 1, []
+        for _ in range(rounds):
+            copies = plan(first)
+            first += len(copies)
+            marks = [time.perf_counter()]
+            duplex.start(copies, (copies[-1].id,))
+            marks.append(time.perf_counter())
+            submitter.finish(duplex._jobs)
+            marks.append(time.perf_counter())
+            assert len(duplex.report()[0]) == len(copies)
+            marks.append(time.perf_counter())
+            spent.append([(b - a) / len(copies) * 1e6 for a, b in itertools.pairwise(marks)])
+        start, submit, report = (statistics.median(column) for column in zip(*spent, strict=True))
+        name = plan.__name__.strip("_")
+        rows.append({"plan": name, "blocks": len(copies), "start_us": start, "submit_us": submit, "report_us": report})
+        print(
+            f"{name:10} {len(copies):5d} blocks: start {start:.2f} µs and report {report:.2f} µs a block, "
+            f"submit {submit:.2f} µs on its own thread",
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure, print, write results/<name>.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--name", default="host-time-cpu")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 128, 256])
+    parser.add_argument("--context", type=int, nargs="+", default=[592, 8000])
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--before", help="another such file, whose numbers are kept beside these")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    model = small_model()
+    results = []
+    for context in arguments.context:
+        for batch in arguments.batch:
+            results.append(measure(batch, context, arguments.steps, model))
+            row = results[-1]
+            print(
+                f"batch {batch:4d}, {context:5d} tokens: submit {row['submit_ms']:.3f} ms "
+                f"(least {row['submit_ms_least']:.3f}), collect {row['collect_ms']:.3f} ms",
+                flush=True,
+            )
+    record = {"settings": vars(arguments), "results": results, "copies": measure_copies()}
+    if arguments.before:
+        older = json.loads(Path(arguments.before).read_text())
+        record["before"] = {"commit": older["commit"], "date": older["date"], "results": older["results"]}
+    print(f"written to {write(arguments.name, 'python benchmarks/host_time.py', record)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,466 @@
+"""The CUDA body on a device that is not there: whatever legal time copies take, order and bytes are right.
+
+What only a GPU can show is in tests/gpu/test_duplex.py.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory_executor import expected_output
+from stream_double import COMPUTE, LateSubmitter, StreamDouble
+from stream_executor import StreamExecutor
+
+from superinfer.runtime.kv import copy_batches
+from superinfer.runtime.kv.copies import BlockCopy
+from superinfer.runtime.kv.copy_batches import Arranger, Places, moves_of
+from superinfer.runtime.kv.duplex import DuplexCache
+from superinfer.runtime.kv.duplex_cuda import CudaDuplex
+from superinfer.runtime.scheduler.base import SchedulerLimits
+from superinfer.runtime.scheduler.registry import build_scheduler
+from superinfer.runtime.scheduler.sequence import Sequence, Status
+
+WORDS = 16  # of a block, 8 bytes each
+
+
+class Rig:
+    """A CudaDuplex between two arrays, on a double."""
+
+    def __init__(self, hbm: int = 6, dram: int = 4, seed: int = 0, submitter=None, **double) -> None:
+        numbers = np.random.default_rng(seed)
+        self.hbm = numbers.integers(0, 1 << 62, (hbm, WORDS), dtype=np.uint64)
+        self.dram = numbers.integers(0, 1 << 62, (dram, WORDS), dtype=np.uint64)
+        self.device = StreamDouble(seed, **double)
+        self.submitter = submitter or LateSubmitter(seed)
+        places = Places(self.hbm.ctypes.data, self.dram.ctypes.data, WORDS * 8, 3)
+        self.duplex = CudaDuplex(self.device, places, submitter=self.submitter)
+
+    def finish_step(self) -> tuple[list[int], list[int]]:
+        """What `collect` does: wait for the compute stream, then report."""
+        self.device.synchronize(COMPUTE)
+        return self.duplex.report()[:2]
+
+    def settle(self) -> tuple[list[int], list[int]]:
+        """Everything to its end."""
+        self.submitter.finish(self.duplex._jobs)
+        for stream in list(self.device.streams):
+            self.device.synchronize(stream)
+        return self.duplex.report()[:2]
+
+
+def chained(rng: random.Random, count: int, hbm: int, dram: int, first: int = 1, last=None) -> list[BlockCopy]:
+    """Random copies with `after` as the bookkeeping gives it: every copy follows the last one on each of its blocks."""
+    last = {} if last is None else last
+    copies = []
+    for id in range(first, first + count):
+        copy = BlockCopy(id, rng.random() < 0.5, rng.randrange(hbm), rng.randrange(dram))
+        keys = (("hbm", copy.hbm), ("dram", copy.dram))
+        after = tuple(sorted({last[key] for key in keys if key in last}))
+        last |= dict.fromkeys(keys, id)
+        copies.append(BlockCopy(id, copy.out, copy.hbm, copy.dram, after))
+    return copies
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 10**6), st.sampled_from([0.0, 0.3, 0.9]), st.sampled_from([0.0, 0.7]), st.sampled_from([1, 3, 64])
+)
+def test_random_copies_end_as_one_after_another_would(seed, lazy, late, most):
+    rng = random.Random(seed)
+    rig = Rig(seed=seed, lazy=lazy, submitter=LateSubmitter(seed, late))
+    rig.duplex._arranger._most = most
+    hbm, dram, last, reported, id = rig.hbm.copy(), rig.dram.copy(), {}, [], 1
+    for _ in range(8):
+        copies = chained(rng, rng.randrange(8), 6, 4, id, last)
+        id += len(copies)
+        waits = rng.sample(range(1, id), min(id - 1, rng.randrange(3)))
+        rig.duplex.start(copies, waits)
+        rig.duplex.wait(waits)
+        for copy in copies:
+            if copy.out:
+                dram[copy.dram] = hbm[copy.hbm]
+            else:
+                hbm[copy.hbm] = dram[copy.dram]
+        if rng.random() < 0.7:
+            copied, failed = rig.finish_step()
+            reported += copied
+            assert not failed and set(waits) <= set(reported), "a result lacks what its plan waited for"
+    reported += rig.settle()[0]
+    assert np.array_equal(rig.hbm, hbm) and np.array_equal(rig.dram, dram)
+    assert sorted(reported) == list(range(1, id)), "every copy is reported once"
+    assert not rig.duplex._arranger._batch_of and len(rig.duplex._spans) <= 2
+
+
+def test_a_report_never_comes_before_that_of_what_it_followed():
+    for seed in range(200):
+        rng = random.Random(seed)
+        rig = Rig(seed=seed, lazy=0.6)
+        rig.duplex._arranger._most = 2
+        rig.device.fails = rng.choice([0.0, 0.3])
+        copies = chained(rng, 14, 6, 4)
+        rig.duplex.start(copies)
+        after, seen = {copy.id: copy.after for copy in copies}, set()
+        while len(seen) < 14:
+            rig.device.pass_time()
+            rig.submitter.finish(min(rig.duplex._jobs, rig.submitter.done + 1))
+            copied, failed, _ = rig.duplex.report()
+            seen |= {*copied, *failed}
+            assert all(set(after[id]) <= seen for id in (*copied, *failed))
+
+
+def test_work_waits_for_what_it_needs_and_for_nothing_else():
+    rig = Rig(hbm=200, dram=200, lazy=1.0, submitter=LateSubmitter(late=1.0))
+    rig.duplex._arranger._most = 4
+    rig.duplex.start([BlockCopy(id, True, id, id) for id in range(1, 100)], wanted=[90])
+    rig.duplex.wait([90])
+    done = []
+    rig.device.launch(lambda: done.append(sum(rig.device.events[b.end].reached > 0 for b in rig.duplex._under_way[1])))
+    rig.device.synchronize(COMPUTE)
+    assert np.array_equal(rig.dram[90], rig.hbm[90])
+    assert done[0] < len(rig.duplex._under_way[1]), "it waited for copies it does not need"
+
+
+def test_a_swap_in_follows_the_swap_out_it_takes_the_room_of_a_batch_behind():
+    overlaps = []
+    for most in (4, 64):
+        rig = Rig(hbm=64, dram=128, lazy=1.0)
+        rig.duplex._arranger._most = most
+        _exchange(rig)
+        overlaps.append(rig.device.both_at_once)
+    assert overlaps[0] >= 4 and overlaps[1] == 0, "in and out are to run at once"
+
+
+def _exchange(rig: Rig) -> None:
+    """64 blocks leave, 64 others take their places."""
+    outs = [BlockCopy(id, True, id, id) for id in range(64)]
+    ins = [BlockCopy(64 + id, False, id, 64 + id, (id,)) for id in range(64)]
+    old_hbm, old_dram = rig.hbm.copy(), rig.dram.copy()
+    rig.duplex.start([*outs, *ins])
+    rig.settle()
+    assert np.array_equal(rig.dram[:64], old_hbm) and np.array_equal(rig.hbm, old_dram[64:])
+
+
+def test_what_a_plan_waits_for_goes_first_with_what_it_follows():
+    arranger = Arranger(1 << 20)
+    arranger._most = 2
+    copies = [BlockCopy(id, True, id, id) for id in range(1, 9)]
+    copies += [BlockCopy(9, False, 20, 20), BlockCopy(10, False, 8, 21, after=(8,))]
+    batches = arranger.arrange(copies, wanted=[10])
+    order = [(batch.out, batch.ids) for batch in batches]
+    assert order[0] == (True, [8]) and (False, [10]) in order
+    follower = next(batch for batch in batches if batch.ids == [10])
+    assert follower.after == 1
+
+
+def test_both_streams_soon_have_work():
+    arranger = Arranger(16 << 20)
+    batches = arranger.arrange([BlockCopy(id, id < 10, id, id) for id in range(20)], wanted=())
+    assert [batch.out for batch in batches[:4]] == [True, False, True, False]
+    assert [batch.seq for batch in batches if batch.out] == [1, 2, 3, 4, 5]
+
+
+def test_copies_that_fail_are_told_once_and_do_not_hold_up_others():
+    rig = Rig(hbm=50, dram=50, seed=3)
+    rig.device.fails = 0.3
+    rig.duplex.start([BlockCopy(id, True, id, id) for id in range(50)])
+    copied, failed = rig.settle()
+    assert sorted([*copied, *failed]) == list(range(50)) and 5 < len(failed) < 25
+    for id in copied:
+        assert np.array_equal(rig.dram[id], rig.hbm[id])
+    assert rig.settle() == ([], [])
+
+
+@pytest.mark.parametrize("call", ["wait", "record", "copy"])
+def test_a_device_that_refuses_a_call_fails_the_copies_and_hangs_nobody(call):
+    rig = Rig(submitter=LateSubmitter(late=1.0))
+    rig.duplex.start([BlockCopy(1, True, 0, 0), BlockCopy(2, False, 0, 1, after=(1,))])
+    rig.device.refuses = lambda name: name == call
+    rig.submitter.finish(2)
+    rig.device.refuses = lambda name: False
+    rig.duplex.wait([2])
+    rig.device.synchronize(COMPUTE)
+    assert sorted(rig.duplex.report()[1]) == [1, 2]
+    rig.duplex.start([BlockCopy(3, True, 1, 1)])
+    assert rig.settle() == ([3], [])
+
+
+def test_the_thread_submits_in_order_and_ends():
+    rig = Rig(hbm=40, dram=40, lazy=0.1)
+    threaded = CudaDuplex(rig.device, rig.duplex._places)
+    hbm, dram, id, last, told = rig.hbm.copy(), rig.dram.copy(), 1, {}, []
+    rng = random.Random(5)
+    for _ in range(60):
+        copies = chained(rng, 12, 40, 40, id, last)
+        id += 12
+        threaded.start(copies, [id - 1])
+        threaded.wait([id - 1])
+        for copy in copies:
+            if copy.out:
+                dram[copy.dram] = hbm[copy.hbm]
+            else:
+                hbm[copy.hbm] = dram[copy.dram]
+        rig.device.synchronize(COMPUTE)
+        told += threaded.report()[0]
+        assert id - 1 in told
+    threaded._submitter.finish(threaded._jobs)
+    for stream in list(rig.device.streams):
+        rig.device.synchronize(stream)
+    told += threaded.report()[0]
+    assert sorted(told) == list(range(1, id))
+    assert np.array_equal(rig.hbm, hbm) and np.array_equal(rig.dram, dram)
+    assert len(threaded._events) < 300, "events are to be used again"
+    thread = threaded._submitter._thread
+    threaded.close()
+    assert not thread.is_alive()
+
+
+def test_busy_and_stalled_seconds_add_up():
+    rig = Rig(hbm=64, dram=128, lazy=1.0)
+    rig.duplex._arranger._most = 8
+    rig.duplex.start([BlockCopy(id, id % 2 == 0, id, id) for id in range(64)])
+    rig.duplex.wait([0, 1])
+    rig.submitter.finish(rig.duplex._jobs)
+    for stream in list(rig.device.streams):
+        rig.device.synchronize(stream)
+    use = rig.duplex.report()[2]
+    assert 0 < use.both_s <= min(use.in_s, use.out_s)
+    assert use.in_s + use.out_s - use.both_s <= rig.device.now
+    assert 0 < use.stall_s <= rig.device.now
+    assert rig.duplex.report()[2] == (0, 0, 0, 0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=30), st.booleans())
+def test_neighbours_join_and_every_byte_still_goes_where_it_should(pairs, out):
+    copies = [BlockCopy(id, out, *pair) for id, pair in enumerate(pairs)]
+    wanted = {
+        (copy.dram * 8 + 5000, copy.hbm * 8 + 1000) if out else (copy.hbm * 8 + 1000, copy.dram * 8 + 5000)
+        for copy in copies
+    }
+    moves = moves_of(copies, Places(1000, 5000, 8, 4))
+    found = set()
+    for dst, src, size, start in zip(*(part.tolist() for part in moves), strict=True):
+        assert copies[start].dram * 8 + 5000 == (dst if out else src)
+        for at in range(0, size, 8):
+            found.add((dst + at, src + at))
+        first, last = ((dst if out else src) - 5000, (dst if out else src) - 5000 + size - 8)
+        assert first // 32 == last // 32, "a move must not reach from one pinned piece into the next"
+    assert found == wanted
+    assert moves.sizes.sum() == 8 * len(pairs)
+
+
+def test_runs_of_small_blocks_are_few_moves_and_large_blocks_stay_apart():
+    copies = [BlockCopy(id, True, 40 - id, 140 - id) for id in range(32)]
+    assert len(moves_of(list(copies), Places(0, 0, 1 << 16, 1000)).sizes) == 1
+    assert len(moves_of(list(copies), Places(0, 0, 2 << 20, 1000)).sizes) == 32
+    assert copy_batches.BATCH_BYTES // (2 << 20) == 16
+
+
+# ---------------------------------------------------------------------------- with the scheduler
+
+
+class Bench:
+    """A scheduler that rotates whenever it can over a StreamExecutor, up to `depth` steps ahead."""
+
+    def __init__(self, seed: int, depth: int, policy: str = "lru") -> None:
+        rng = self.random = random.Random(seed)
+        blocks = rng.randrange(10, 16)
+        self.kv = DuplexCache(blocks, rng.choice([6, 14, 40]), 4)
+        limits = SchedulerLimits(rng.randrange(2, 5), rng.randrange(5, 20), blocks * 4)
+        self.scheduler = build_scheduler(policy, self.kv, limits)
+        self.scheduler.quantum = rng.choice([0, 0, 2])
+        self.scheduler._rotation.max_waits = rng.choice([0, 2, 100])
+        self.scheduler._rotation.mirror_blocks = rng.choice([0, 2, 32])
+        lazy, late = rng.choice([0.0, 0.3, 0.8]), rng.choice([0.0, 0.5])
+        self.executor = StreamExecutor(blocks, self.kv.num_dram, 4, seed=seed, lazy=lazy, late=late)
+        self.executor.duplex._arranger._most = rng.choice([1, 2, 8])
+        self.depth, self.now = depth, 0.0
+        self.outputs: dict[int, list[int]] = {}
+        self.planned: deque[int] = deque()
+        self.sequences: list[Sequence] = []
+
+    def add(self) -> None:
+        rng, id = self.random, len(self.sequences)
+        prompt = [7] * rng.choice([0, 9, 13]) + [rng.randrange(4) for _ in range(rng.randrange(1, 12))]
+        sequence = Sequence(id=id, prompt=prompt, max_tokens=rng.randrange(1, 14), arrival=self.now)
+        self.sequences.append(sequence)
+        self.scheduler.add(sequence)
+
+    def step(self) -> bool:
+        self.now += 0.01
+        plan = self.scheduler.plan(self.now)
+        if plan is not None:
+            try:
+                self.executor.submit(plan)
+                self.planned.append(plan.step)
+            except RuntimeError:
+                self.scheduler.abort(plan.step, self.now)
+        if self.planned and (plan is None or len(self.planned) >= self.depth):
+            self.planned.popleft()
+            for update in self.scheduler.commit(self.executor.collect(), self.now):
+                self.outputs.setdefault(update.sequence.id, []).extend(update.token_ids)
+            return True
+        return plan is not None
+
+    def run(self, limit: int = 2000) -> None:
+        for _ in range(limit):
+            if not self.step():
+                return
+        raise AssertionError("the scheduler does not come to an end")
+
+    def check(self) -> None:
+        for sequence in self.sequences:
+            assert sequence.status is Status.FINISHED
+            if sequence.finish_reason not in ("cancelled", None):
+                wanted = expected_output(list(sequence.tokens[: sequence.num_prompt]), sequence.max_tokens)
+                assert self.outputs[sequence.id] == wanted
+        kv = self.kv
+        assert kv.num_pending == 0
+        kv.clear()
+        assert (kv.num_free, kv.num_dram_free, kv.num_dram_pinned) == (kv.num_blocks, kv.num_dram, 0)
+
+
+def storm(seed: int, plant=None, jobs: int = 8) -> int:
+    """One random schedule; returns how often it rotated. AssertionError when anything comes out wrong."""
+    bench = Bench(seed, depth=1 + seed % 3)
+    if plant is not None:
+        plant(bench)
+    for _ in range(jobs):
+        bench.add()
+        for _ in range(bench.random.randrange(3)):
+            bench.step()
+    bench.run()
+    bench.check()
+    return bench.kv.totals.rotations_out
+
+
+def test_two_hundred_storms_over_late_streams_change_no_token():
+    assert sum(storm(seed) for seed in range(200)) > 2000, "storms are to rotate"
+
+
+def test_failed_copies_failed_steps_and_cancels_disturb_no_other():
+    for seed in range(60):
+        bench = Bench(seed, depth=1 + seed % 3)
+        bench.executor.fails = 0.05
+        bench.scheduler.quantum = 1
+        for _ in range(8):
+            bench.add()
+            bench.executor.fail_next = bench.random.random() < 0.1
+            bench.step()
+            bench.executor.fail_next = False
+        bench.scheduler.cancel(bench.sequences[seed % 8], bench.now)
+        bench.run(20_000)
+        bench.check()
+
+
+# ---------------------------------------------------------------------------- planted faults
+
+
+def _work_does_not_wait(bench):
+    bench.executor.obey_waits = False
+
+
+def _copies_do_not_wait_for_the_work_before(bench):
+    duplex = bench.executor.duplex
+    fence = bench.executor.device.new_event()  # recorded never: waiting for it is waiting for nothing
+    submit = duplex._submit_one
+
+    def unfenced(batch):
+        batch.fence = fence
+        submit(batch)
+
+    duplex._submit_one = unfenced
+
+
+def _a_batch_does_not_wait_for_the_other_direction(bench):
+    duplex = bench.executor.duplex
+    submit = duplex._submit_one
+
+    def hasty(batch):
+        batch.wait = 0
+        submit(batch)
+
+    duplex._submit_one = hasty
+
+
+def _copies_of_a_plan_do_not_follow_each_other(bench):
+    arranger = bench.executor.duplex._arranger
+    arrange = arranger.arrange
+
+    def flat(copies, wanted):
+        mine = {copy.id for copy in copies}
+        return arrange(
+            [BlockCopy(c.id, c.out, c.hbm, c.dram, tuple(id for id in c.after if id not in mine)) for c in copies],
+            wanted,
+        )
+
+    arranger.arrange = flat
+
+
+def _work_waits_for_events_not_yet_recorded(bench):
+    bench.executor.submitter.late = 0.9
+    finish = bench.executor.submitter.finish
+    duplex = bench.executor.duplex
+    wait = duplex.wait
+
+    def hasty(ids):
+        bench.executor.submitter.finish = lambda count: None
+        wait(ids)
+        bench.executor.submitter.finish = finish
+
+    duplex.wait = hasty
+
+
+def _events_are_reused_while_a_job_still_names_them(bench):
+    bench.executor.submitter.late = 0.9
+    duplex = bench.executor.duplex
+
+    class Hasty(deque):
+        def append(self, item):
+            super().append((0, item[1]))
+
+    duplex._free_events = Hasty()
+    start = duplex.start
+
+    def early(copies, wanted=()):
+        start(copies, wanted)
+        for batches in duplex._under_way:
+            duplex._free_events += [(0, batch.fence) for batch in batches if batch.job == duplex._jobs][:1]
+
+    duplex.start = early
+
+
+def _reports_come_when_copies_are_submitted(bench):
+    bench.executor.duplex._is_over = lambda batch, other: batch.job <= bench.executor.submitter.done
+
+
+def _failures_are_not_told(bench):
+    bench.executor.fails = 0.2
+    report = bench.executor.duplex.report
+    bench.executor.duplex.report = lambda: (lambda c, f, use: ([*c, *f], [], use))(*report())
+
+
+FAULTS = [
+    _work_does_not_wait,
+    _copies_do_not_wait_for_the_work_before,
+    _a_batch_does_not_wait_for_the_other_direction,
+    _copies_of_a_plan_do_not_follow_each_other,
+    _work_waits_for_events_not_yet_recorded,
+    _events_are_reused_while_a_job_still_names_them,
+    _reports_come_when_copies_are_submitted,
+    _failures_are_not_told,
+]
+
+
+@pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__.strip("_"))
+def test_a_planted_fault_is_caught(plant):
+    for seed in range(80):
+        try:
+            storm(seed, plant)
+        except AssertionError:
+            return
+    raise AssertionError("80 storms did not notice")
