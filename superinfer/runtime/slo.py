@@ -89,16 +89,20 @@ class Verdict(NamedTuple):
 class TokenTimeline:
     """Watches one request's tokens against its SLO, in O(1) memory. Times are seconds since arrival."""
 
-    __slots__ = ("_lag", "_ttft_lag", "count", "first", "last", "max_tbt", "slo")
+    __slots__ = ("_deadline", "_lag", "_start", "_tbt", "_ttft_lag", "count", "first", "last", "max_tbt", "slo")
 
     def __init__(self, slo: SLO | None) -> None:
         self.slo = slo
         self.first: float | None = None
-        self.last: float | None = None
+        self.last = 0.0
         self.count = 0
         self.max_tbt = 0.0
         self._lag = -math.inf
         self._ttft_lag = -math.inf
+        # Of a stream, as plain numbers: `tokens` runs for every token of every request.
+        self._tbt = slo.tbt if slo is not None else None
+        self._start = slo.ttft if slo is not None and slo.ttft is not None else math.inf
+        self._deadline = slo.deadline if slo is not None and slo.deadline is not None else math.inf
 
     def due(self, k: int) -> float:
         """When token `k` (from 0) is due, seconds after arrival; infinity where nothing is promised."""
@@ -119,12 +123,16 @@ class TokenTimeline:
             return
         if self.first is None:
             self.first = now
-            if self.slo is not None and self.slo.ttft is not None:
-                self._ttft_lag = now - self.slo.ttft
-        elif self.last is not None:
-            self.max_tbt = max(self.max_tbt, now - self.last)
-        if self.slo is not None and self.slo.tbt is not None:
-            self._lag = max(self._lag, now - self.due(self.count))  # of tokens arriving together the first is latest
+            self._ttft_lag = now - self._start
+            if self._start == math.inf:
+                self._start = now
+        elif now - self.last > self.max_tbt:
+            self.max_tbt = now - self.last
+        if self._tbt is not None:  # of tokens arriving together the first is latest
+            due = self._start + self.count * self._tbt
+            lag = now - (due if due < self._deadline else self._deadline)
+            if lag > self._lag:
+                self._lag = lag
         self.last = now
         self.count += n
 

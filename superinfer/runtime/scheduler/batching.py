@@ -228,7 +228,7 @@ class BatchScheduler(ABC):
                 continue  # all its tokens are planned
             if draft.budget <= 0:
                 break
-            if rotation is not None and not self._can_wait(sequence):
+            if rotation is not None and table.awaits and not self._can_wait(sequence):  # type: ignore[attr-defined]
                 continue
             new_blocks: tuple[int, ...] = ()
             if start >= len(table.blocks) * page_size and not self._grow(sequence, start + 1, now):
@@ -238,7 +238,7 @@ class BatchScheduler(ABC):
                     continue
                 new_blocks = tuple(table.blocks[table.sent :])
                 table.sent = len(table.blocks)
-            if rotation is not None:
+            if rotation is not None and table.awaits:  # type: ignore[attr-defined]
                 draft.waits.update(rotation.kv.awaits(table))
             sequence.scheduled = start + 1
             sequence.in_flight += 1
@@ -380,28 +380,38 @@ class BatchScheduler(ABC):
         if self._rotation is not None and self._rotation.settle(result):
             self._drop_broken(now)
         updates = []
+        tokens, page_size, has_logprobs = result.tokens, self._kv.page_size, bool(result.logprobs)
         planned = self._planned.pop(result.step)
         if result.link.stall_s > 0.0:
             for sequence, _ in planned:
                 sequence.stages.stalled(result.link.stall_s, now)
         for sequence, work in planned:
-            if work.sample:
+            sample = work.sample
+            if sample:
                 sequence.in_flight -= 1
             if sequence.status is Status.FINISHED:
                 continue
-            if work.sample:
-                sequence.tokens.append(result.tokens[work.slot])
+            if sample:
+                token = tokens[work.slot]
+                sequence.tokens.append(token)
                 sequence.timeline.tokens(1, now - sequence.arrival)
                 if sequence.timeline.count == 1:
                     sequence.stages.first_token(now)
-            if sequence.table is not None:
-                sequence.committed = work.start + work.length
-            if sequence.status is Status.RUNNING and sequence.table is not None:
-                table = sequence.table
-                if sequence.committed >= (len(table.nodes) + 1) * self._kv.page_size:  # a block is full
-                    self._kv.commit(table, sequence.tokens, sequence.committed)
-                if sequence.is_prefilling:
-                    self._kv.announce(sequence.table, sequence.tokens)
+            table = sequence.table
+            if table is not None:
+                sequence.committed = committed = work.start + work.length
+                if sequence.status is Status.RUNNING:
+                    if committed >= (len(table.nodes) + 1) * page_size:  # a block is full
+                        self._kv.commit(table, sequence.tokens, committed)
+                    if sequence.scheduled < sequence.resume_at:
+                        self._kv.announce(table, sequence.tokens)
+            if sample and not has_logprobs and token not in sequence.stop_ids:  # nearly all: without further calls
+                reason: FinishReason | None = None
+                if len(sequence.tokens) - sequence.num_prompt >= sequence.max_tokens:
+                    reason = "length"
+                    self._finish(sequence, reason, now)
+                updates.append(SequenceUpdate(sequence, [token], None, reason))
+                continue
             update = self._update(sequence, work, result, now)
             if update is not None:
                 updates.append(update)
