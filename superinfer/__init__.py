@@ -17,10 +17,13 @@ _HOMES = {
         "separate_reasoning", "system", "system_begin", "system_end", "tool", "tool_begin", "tool_end", "tools",
         "user", "user_begin", "user_end", "video",
     ),
-    "superinfer.lang.backend": ("Runtime", "RuntimeEndpoint", "default_backend", "set_default_backend"),
+    "superinfer.lang.backend": (
+        "Runtime", "RuntimeEndpoint", "default_backend", "flush_cache", "set_default_backend",
+    ),
     "superinfer.lang.choices": (
         "greedy_token_selection", "token_length_normalized", "unconditional_likelihood_normalized",
     ),
+    "superinfer.lang.engine": ("Engine",),
     "superinfer.lang.program": ("Function", "function"),
     "superinfer.lang.report": ("CallReport", "SLOReport"),
     "superinfer.lang.state": ("ProgramState", "ProgramStateGroup"),
@@ -150,6 +153,9 @@ if TYPE_CHECKING:
         default_backend as default_backend,
     )
     from superinfer.lang.backend import (
+        flush_cache as flush_cache,
+    )
+    from superinfer.lang.backend import (
         set_default_backend as set_default_backend,
     )
     from superinfer.lang.choices import (
@@ -161,13 +167,36 @@ if TYPE_CHECKING:
     from superinfer.lang.choices import (
         unconditional_likelihood_normalized as unconditional_likelihood_normalized,
     )
-    from superinfer.lang.program import Function as Function
-    from superinfer.lang.program import function as function
-    from superinfer.lang.report import CallReport as CallReport
-    from superinfer.lang.report import SLOReport as SLOReport
-    from superinfer.lang.state import ProgramState as ProgramState
-    from superinfer.lang.state import ProgramStateGroup as ProgramStateGroup
-    from superinfer.lang.tools import ToolCall as ToolCall
-    from superinfer.lang.tools import tool_calls as tool_calls
-    from superinfer.runtime.config import EngineConfig as EngineConfig
-    from superinfer.runtime.slo import SLO as SLO
+    from superinfer.lang.engine import (
+        Engine as Engine,
+    )
+    from superinfer.lang.program import (
+        Function as Function,
+    )
+    from superinfer.lang.program import (
+        function as function,
+    )
+    from superinfer.lang.report import (
+        CallReport as CallReport,
+    )
+    from superinfer.lang.report import (
+        SLOReport as SLOReport,
+    )
+    from superinfer.lang.state import (
+        ProgramState as ProgramState,
+    )
+    from superinfer.lang.state import (
+        ProgramStateGroup as ProgramStateGroup,
+    )
+    from superinfer.lang.tools import (
+        ToolCall as ToolCall,
+    )
+    from superinfer.lang.tools import (
+        tool_calls as tool_calls,
+    )
+    from superinfer.runtime.config import (
+        EngineConfig as EngineConfig,
+    )
+    from superinfer.runtime.slo import (
+        SLO as SLO,
+    )

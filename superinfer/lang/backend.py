@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from superinfer.errors import InvalidRequestError, RequestCancelledError
+from superinfer.errors import InvalidRequestError, RequestCancelledError, UnsupportedError
 from superinfer.lang.loop import language_loop
 from superinfer.runtime.client import AsyncEngineClient
 from superinfer.runtime.config import EMBEDDED, EngineConfig
@@ -50,6 +52,10 @@ class Backend(ABC):
     ) -> str:
         """The prompt text for chat messages. Raises InvalidRequestError where the model cannot take them."""
 
+    def flush_cache(self) -> None:
+        """No KV cache that this backend has made is used again. Raises UnsupportedError where that cannot be had."""
+        raise UnsupportedError(f"flush_cache(): {type(self).__name__} does not let its KV cache be dropped")
+
     def close(self) -> None:  # noqa: B027  (most have nothing to close)
         """Let go of what the backend holds. Safe to call twice."""
 
@@ -65,6 +71,7 @@ class TextBackend(Backend):
 
     def __init__(self, client: TextClient) -> None:
         self._client: TextClient | None = client
+        self._salt = ""
 
     @property
     def client(self) -> TextClient:
@@ -79,12 +86,14 @@ class TextBackend(Backend):
         return self.client.info
 
     def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
+        if self._salt:
+            request = replace(request, cache_salt=self._salt + request.cache_salt)
         return self.client.stream(request)
 
     async def score(
         self, prompt: Sequence[int], start: int, *, slo: SLO | None = None, program: str = ""
     ) -> tuple[list[TokenLogprob], RequestReport]:
-        return await self.client.score(prompt, start, slo=slo, program=program)
+        return await self.client.score(prompt, start, slo=slo, cache_salt=self._salt, program=program)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         return self.client.tokenizer.encode(text, special=special)
@@ -100,6 +109,10 @@ class TextBackend(Backend):
         add_generation_prompt: bool = True,
     ) -> str:
         return self.client.tokenizer.render_chat(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+
+    def flush_cache(self) -> None:
+        """Later requests share KV only among themselves. What there was goes as its room is wanted."""
+        self._salt = f"flushed {uuid.uuid4().hex} "
 
     def close(self) -> None:
         client, self._client = self._client, None
@@ -197,6 +210,14 @@ def resolve_backend(backend: Backend | None) -> Backend:
     if not isinstance(chosen, Backend):
         raise InvalidRequestError(f"backend={chosen!r} is not a backend; give a Runtime or a RuntimeEndpoint")
     return chosen
+
+
+def flush_cache(backend: Backend | None = None) -> None:
+    """No KV cache made so far is used again by `backend`, or else the default one; other clients keep theirs.
+
+    Raises UnsupportedError for a backend that does not let its cache be dropped.
+    """
+    resolve_backend(backend).flush_cache()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from superinfer.errors import InvalidRequestError, OutputError
@@ -14,6 +14,7 @@ from superinfer.lang.backend import Backend
 from superinfer.lang.choices import TokenScore, mean
 from superinfer.lang.ir import Gen, Select
 from superinfer.lang.prompt import Prompt
+from superinfer.lang.reasoning import Reasoning
 from superinfer.lang.report import CallWatch
 from superinfer.lang.sampling import Sampling
 from superinfer.runtime.protocol import RequestReport, TokenLogprob
@@ -29,12 +30,14 @@ Emit = Callable[[str, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a call made: `value` goes to the variable, `rest` (what was not emitted yet) to the text."""
+    """What a call made: `value` goes to the variable, `rest` (what was not emitted yet) to the text, `reasoning` to a
+    variable of its own."""
 
     value: str | list[str]
     rest: str
     meta: Any
     finish_reason: str | None
+    reasoning: str | list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,17 @@ async def generate(context: Context, gen: Gen, sampling: Sampling, emit: Emit) -
         add_special=context.prompt.add_special,
     )
     results = [TextResult(index) for index in range(request.sampling.n)]
+    emitted = ""
     async with contextlib.aclosing(context.backend.stream(request)) as deltas:
         async for delta in deltas:
             results[delta.index].add(delta)
             _watch(context.watch, delta)
-            if gen.number is None:
+            if gen.reasoning is not None:
+                if delta.index == 0:
+                    said = gen.reasoning.split(results[0].text, context.prompt.text, finished=False)[1]
+                    emit(said[len(emitted) :], _meta(results[0], context.backend, sampling))
+                    emitted = said
+            elif gen.number is None:
                 if delta.index == 0:
                     emit(delta.text, _meta(results[0], context.backend, sampling))
             elif all(_has_ended(gen.number, result) for result in results):
@@ -80,8 +89,20 @@ async def generate(context: Context, gen: Gen, sampling: Sampling, emit: Emit) -
         if result.finish_reason is None:  # cut short just now
             result.finish_reason = "stop"
             context.watch.finished(result.index, None)
+    if gen.reasoning is not None:
+        return _separated(gen.reasoning, context, results, sampling, len(emitted))
     texts = [result.text if gen.number is None else _number(gen, result) for result in results]
     return _answer(results, texts, texts[0] if gen.number is not None else "", context.backend, sampling)
+
+
+def _separated(
+    reasoning: Reasoning, context: Context, results: list[TextResult], sampling: Sampling, emitted: int
+) -> Answer:
+    """The answers, and the reasoning before them."""
+    pairs = [reasoning.split(result.text, context.prompt.text, finished=True) for result in results]
+    texts, thoughts = [answer for _, answer in pairs], [thought for thought, _ in pairs]
+    answer = _answer(results, texts, texts[0][emitted:], context.backend, sampling)
+    return replace(answer, reasoning=thoughts if len(thoughts) > 1 else thoughts[0])
 
 
 def _watch(watch: CallWatch, delta: TextDelta) -> None:

@@ -193,9 +193,14 @@ class StreamExecutor:
         if expr.name is None:
             return Variable()
         with self._lock:
-            variable = self._expected.pop(expr.name) if expr.name in self._expected else Variable()
-            self.variables[expr.name] = variable
+            variable = self._named(expr.name)
+            if isinstance(expr, Gen) and expr.reasoning is not None:
+                variable.reasoning = self._named(f"{expr.name}_reasoning_content")
             return variable
+
+    def _named(self, name: str) -> Variable:
+        variable = self.variables[name] = self._expected.pop(name) if name in self._expected else Variable()
+        return variable
 
     def fail(self, error: BaseException) -> None:
         """Execute nothing more, cancel what runs; what waits gets `error`. The first failure stands."""
@@ -329,6 +334,8 @@ class StreamExecutor:
             raise
         rows.append(watch.report(answer.finish_reason, why="budget" if promise.spent else ""))
         self._say(answer.rest, answer.meta, variable)
+        if variable.reasoning is not None:
+            variable.reasoning.set(answer.reasoning or "", answer.meta)
         variable.set(answer.value, answer.meta)
 
     async def _answer(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from superinfer.errors import InvalidRequestError
 from superinfer.lang.choices import ChoicesSamplingMethod
+from superinfer.lang.reasoning import Reasoning
 from superinfer.lang.sampling import Sampling
 from superinfer.runtime.slo import SLO
 
@@ -45,12 +46,13 @@ class Text(Expr):
 
 @dataclass(frozen=True, eq=False)
 class Gen(Expr):
-    """One generation. `number`: cut the text after the first number of that kind."""
+    """One generation. `number`: cut the text after the first number of that kind. `reasoning`: tell it apart."""
 
     name: str | None
     sampling: Sampling
     number: Number | None = None
     slo: SLO | None = None
+    reasoning: Reasoning | None = None
 
 
 @dataclass(frozen=True, eq=False)

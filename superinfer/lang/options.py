@@ -16,7 +16,8 @@ SAMPLING_OPTIONS = (
     "presence_penalty", "ignore_eos", "return_logprob", "logprob_start_len", "top_logprobs_num",
     "return_text_in_logprobs",
 )  # fmt: skip
-RUN_OPTIONS = (*SAMPLING_OPTIONS, "backend", "deadline", "slo", "stream")
+# use_thread is taken for SGLang's sake and changes nothing: a program is never made to wait for its calls here.
+RUN_OPTIONS = (*SAMPLING_OPTIONS, "backend", "deadline", "slo", "stream", "use_thread")
 
 NO_SAMPLING = Sampling()
 
@@ -33,6 +34,7 @@ class RunOptions:
     @classmethod
     def take(cls, arguments: dict[str, Any]) -> RunOptions:
         """Take the options out of `arguments`; the program's own stay."""
+        arguments.pop("use_thread", None)
         given = {name: arguments.pop(name) for name in SAMPLING_OPTIONS if name in arguments}
         if "max_new_tokens" in given:
             given["max_tokens"] = given.pop("max_new_tokens")

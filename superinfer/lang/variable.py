@@ -133,6 +133,7 @@ class Variable:
         self.feed = Feed()
         self.meta: Meta = None
         self.future = new_future()
+        self.reasoning: Variable | None = None  # what the model thought before it said this, where that is told apart
 
     @classmethod
     def of(cls, value: Any) -> Variable:
@@ -159,6 +160,8 @@ class Variable:
         self.feed.close(error)
         if not self.future.done():
             self.future.set_exception(error)
+        if self.reasoning is not None:
+            self.reasoning.fail(error)
 
     def never(self, name: str, error: BaseException | None) -> None:
         """The program has ended without it: there is no text, and who asks for the value gets `error` or KeyError."""
