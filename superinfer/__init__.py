@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 _HOMES = {
     "superinfer.errors": (
         "DeadlineMissedError", "EngineDeadError", "EngineUnavailableError", "InvalidRequestError", "ModelLoadError",
-        "OutputError", "ProtocolError", "QueueFullError", "RequestCancelledError", "SuperinferError",
+        "OutputError", "OverloadedError", "ProtocolError", "QueueFullError", "RequestCancelledError", "SuperinferError",
         "UnsupportedError",
     ),
     "superinfer.lang.api": (
@@ -24,6 +24,9 @@ _HOMES = {
         "greedy_token_selection", "token_length_normalized", "unconditional_likelihood_normalized",
     ),
     "superinfer.lang.engine": ("Engine",),
+    "superinfer.lang.callgraph": ("CallGraph",),
+    "superinfer.lang.history": ("History",),
+    "superinfer.lang.plan": ("PlannedCall", "ProgramPlan"),
     "superinfer.lang.program": ("Function", "function"),
     "superinfer.lang.report": ("CallReport", "SLOReport"),
     "superinfer.lang.state": ("ProgramState", "ProgramStateGroup"),
@@ -67,6 +70,9 @@ if TYPE_CHECKING:
     )
     from superinfer.errors import (
         OutputError as OutputError,
+    )
+    from superinfer.errors import (
+        OverloadedError as OverloadedError,
     )
     from superinfer.errors import (
         ProtocolError as ProtocolError,
@@ -158,6 +164,9 @@ if TYPE_CHECKING:
     from superinfer.lang.backend import (
         set_default_backend as set_default_backend,
     )
+    from superinfer.lang.callgraph import (
+        CallGraph as CallGraph,
+    )
     from superinfer.lang.choices import (
         greedy_token_selection as greedy_token_selection,
     )
@@ -169,6 +178,15 @@ if TYPE_CHECKING:
     )
     from superinfer.lang.engine import (
         Engine as Engine,
+    )
+    from superinfer.lang.history import (
+        History as History,
+    )
+    from superinfer.lang.plan import (
+        PlannedCall as PlannedCall,
+    )
+    from superinfer.lang.plan import (
+        ProgramPlan as ProgramPlan,
     )
     from superinfer.lang.program import (
         Function as Function,

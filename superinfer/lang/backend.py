@@ -12,10 +12,11 @@ from typing import Any
 
 from superinfer.errors import InvalidRequestError, RequestCancelledError, UnsupportedError
 from superinfer.lang.loop import language_loop
+from superinfer.lang.prompt import Prompt
 from superinfer.runtime.client import AsyncEngineClient
 from superinfer.runtime.config import EMBEDDED, EngineConfig
 from superinfer.runtime.launch import EngineProcess, Progress, launch_engine
-from superinfer.runtime.protocol import ModelInfo, RequestReport, TokenLogprob
+from superinfer.runtime.protocol import ModelInfo, RequestReport, SamplingParams, TokenLogprob
 from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import TextClient, TextDelta, TextRequest
 from superinfer.runtime.tokenization import Tokenizer
@@ -51,6 +52,10 @@ class Backend(ABC):
         add_generation_prompt: bool = True,
     ) -> str:
         """The prompt text for chat messages. Raises InvalidRequestError where the model cannot take them."""
+
+    async def cache_prefix(self, prefix: Prompt) -> None:
+        """Compute the KV cache of `prefix`. Raises UnsupportedError where there is none to keep it in."""
+        raise UnsupportedError(f"cache(): {type(self).__name__} keeps no KV cache for us")
 
     def flush_cache(self) -> None:
         """No KV cache that this backend has made is used again. Raises UnsupportedError where that cannot be had."""
@@ -109,6 +114,13 @@ class TextBackend(Backend):
         add_generation_prompt: bool = True,
     ) -> str:
         return self.client.tokenizer.render_chat(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+
+    async def cache_prefix(self, prefix: Prompt) -> None:
+        sampling = SamplingParams(max_tokens=1, temperature=0.0)
+        request = TextRequest(prompt=prefix.text, add_special=prefix.add_special, sampling=sampling)
+        async with contextlib.aclosing(self.stream(request)) as deltas:
+            async for _ in deltas:
+                pass
 
     def flush_cache(self) -> None:
         """Later requests share KV only among themselves. What there was goes as its room is wanted."""

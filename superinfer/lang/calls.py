@@ -17,7 +17,8 @@ from superinfer.lang.prompt import Prompt
 from superinfer.lang.reasoning import Reasoning
 from superinfer.lang.report import CallWatch
 from superinfer.lang.sampling import Sampling
-from superinfer.runtime.protocol import RequestReport, TokenLogprob
+from superinfer.lang.unknown import Unknown
+from superinfer.runtime.protocol import Hints, RequestReport, TokenLogprob
 from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import TextDelta, TextRequest, TextResult
 
@@ -49,6 +50,8 @@ class Context:
     slo: SLO | None
     program: str
     watch: CallWatch
+    hints: Hints | None = None
+    slo_class: str = ""
 
 
 def spent(gen: Gen | Select) -> Answer:
@@ -59,6 +62,13 @@ def spent(gen: Gen | Select) -> Answer:
     )
 
 
+def unknown(context: Context, expr: Gen | Select) -> Answer:
+    """The answer of a call that is traced, not made."""
+    value, n = Unknown(context.watch.call), (expr.sampling.n or 1) if isinstance(expr, Gen) else 1
+    thought = Unknown(f"{expr.name}_reasoning_content") if isinstance(expr, Gen) and expr.reasoning else None
+    return Answer(value if n == 1 else [value] * n, str(value), {}, None, thought)
+
+
 async def generate(context: Context, gen: Gen, sampling: Sampling, emit: Emit) -> Answer:
     """Generate. Raises like TextClient.stream, and OutputError for a `dtype` that the text is not of."""
     request = TextRequest(
@@ -67,6 +77,8 @@ async def generate(context: Context, gen: Gen, sampling: Sampling, emit: Emit) -
         stop=sampling.stop_strings,
         slo=context.slo,
         program=context.program,
+        slo_class=context.slo_class,
+        hints=context.hints,
         add_special=context.prompt.add_special,
     )
     results = [TextResult(index) for index in range(request.sampling.n)]

@@ -129,7 +129,7 @@ def _requests(
         for name in wanted:
             if name not in _TAKEN:
                 raise UnsupportedError(f"sampling_params: {name}={wanted[name]!r:.80} is not supported; leave it out")
-        named: dict[str, Any] = {_NAMES.get(name, name): value for name, value in wanted.items()}
+        named: dict[str, Any] = {_NAMES.get(str(name), str(name)): value for name, value in wanted.items()}
         sampling = Sampling(**named, return_logprob=return_logprob or None, top_logprobs_num=top or None)
         requests.append(TextRequest(prompt=one, sampling=sampling.params(), stop=sampling.stop_strings, slo=slo))
     return requests

@@ -10,6 +10,7 @@ from superinfer.errors import InvalidRequestError
 from superinfer.lang.choices import ChoicesSamplingMethod
 from superinfer.lang.reasoning import Reasoning
 from superinfer.lang.sampling import Sampling
+from superinfer.lang.unknown import as_text
 from superinfer.runtime.slo import SLO
 
 REGEX_INT = r"[-+]?[0-9]+[ \n]*"
@@ -105,7 +106,7 @@ def to_expr(value: object) -> Expr:
     if isinstance(value, Expr):
         return value
     if isinstance(value, str):
-        return Text(value)
+        return Text(as_text(value))
     raise InvalidRequestError(f"cannot append {value!r:.80} ({type(value).__name__}); give text or an expression")
 
 

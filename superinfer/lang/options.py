@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from superinfer.lang.backend import Backend, resolve_backend
+from superinfer.lang.backend import Backend
 from superinfer.lang.promise import check_deadline, check_slo
 from superinfer.lang.sampling import Sampling
 from superinfer.runtime.slo import SLO
@@ -17,19 +17,21 @@ SAMPLING_OPTIONS = (
     "return_text_in_logprobs",
 )  # fmt: skip
 # use_thread is taken for SGLang's sake and changes nothing: a program is never made to wait for its calls here.
-RUN_OPTIONS = (*SAMPLING_OPTIONS, "backend", "deadline", "slo", "stream", "use_thread")
+RUN_OPTIONS = (*SAMPLING_OPTIONS, "backend", "deadline", "slo", "plan", "stream", "use_thread")
 
 NO_SAMPLING = Sampling()
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How to run a program. `deadline`: seconds from the start of each run; `slo`: what its calls inherit."""
+    """How to run a program. `deadline`: seconds from the start of each run; `slo`: what its calls inherit.
+    `plan`: split the deadline among its calls by what was learnt."""
 
     sampling: Sampling = NO_SAMPLING
     backend: Backend | None = None
     deadline: float | None = None
     slo: SLO | None = None
+    plan: bool = True
 
     @classmethod
     def take(cls, arguments: dict[str, Any]) -> RunOptions:
@@ -40,7 +42,8 @@ class RunOptions:
             given["max_tokens"] = given.pop("max_new_tokens")
         return cls(
             Sampling(**given),
-            resolve_backend(arguments.pop("backend", None)),
+            arguments.pop("backend", None),
             check_deadline(arguments.pop("deadline", None)),
             check_slo(arguments.pop("slo", None)),
+            bool(arguments.pop("plan", True)),
         )

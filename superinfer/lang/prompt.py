@@ -134,6 +134,20 @@ class Transcript:
             )
         return len(head)
 
+    def until(self, mark: str, render: RenderChat) -> Transcript | None:
+        """The beginning of this transcript, up to the first `mark` in it, for `render` to show. None: it is empty."""
+        head = Transcript(render)
+        head.tools = self.tools
+        for part in self._parts:
+            before, found, _ = part.content.partition(mark)
+            if part.role == "assistant" and found:
+                break  # an answer's beginning is written behind the template's prompt for one: left to the run itself
+            head._parts.append(replace(part, content=before))
+            if found:
+                head.role = part.role
+                break
+        return head if any(part.content for part in head._parts) else None
+
     def mark(self) -> tuple[int, int]:
         """This moment, for `since`."""
         return len(self._parts), len(self._parts[-1].content) if self._parts else 0

@@ -14,6 +14,7 @@ from superinfer.runtime.client import AsyncEngineClient, new_request_id
 from superinfer.runtime.protocol import (
     FinishReason,
     Generate,
+    Hints,
     ModelInfo,
     RequestReport,
     SamplingParams,
@@ -32,6 +33,7 @@ class TextRequest:
     stop: strings that end the text; the match itself is left out of it.
     add_special: let the tokenizer add its BOS and the like; False for a rendered chat template.
     skip_special: leave special tokens out of the returned text.
+    slo_class, hints: see protocol.Generate.
     """
 
     prompt: str | Sequence[int]
@@ -40,6 +42,8 @@ class TextRequest:
     slo: SLO | None = None
     cache_salt: str = ""
     program: str = ""
+    slo_class: str = ""
+    hints: Hints | None = None
     add_special: bool = True
     skip_special: bool = True
 
@@ -125,6 +129,8 @@ class TextClient:
             slo=request.slo,
             cache_salt=request.cache_salt,
             program=request.program,
+            slo_class=request.slo_class,
+            hints=request.hints,
         )
         readers = [
             _SequenceReader(self.tokenizer.detokenizer(skip_special=request.skip_special), request.stop)
