@@ -12,12 +12,14 @@ _HOMES = {
         "OutputError", "OverloadedError", "ProtocolError", "QueueFullError", "RequestCancelledError", "SuperinferError",
         "UnsupportedError",
     ),
+    "superinfer.lang.anthropic_backend": ("Anthropic",),
     "superinfer.lang.api": (
         "assistant", "assistant_begin", "assistant_end", "gen", "gen_int", "gen_string", "image", "select",
         "separate_reasoning", "system", "system_begin", "system_end", "tool", "tool_begin", "tool_end", "tools",
         "user", "user_begin", "user_end", "video",
     ),
     "superinfer.lang.backend": (
+        "Backend",
         "Runtime", "RuntimeEndpoint", "default_backend", "flush_cache", "set_default_backend",
     ),
     "superinfer.lang.choices": (
@@ -26,6 +28,8 @@ _HOMES = {
     "superinfer.lang.engine": ("Engine",),
     "superinfer.lang.callgraph": ("CallGraph",),
     "superinfer.lang.history": ("History",),
+    "superinfer.lang.litellm_backend": ("LiteLLM",),
+    "superinfer.lang.openai_backend": ("OpenAI",),
     "superinfer.lang.plan": ("PlannedCall", "ProgramPlan"),
     "superinfer.lang.program": ("Function", "function"),
     "superinfer.lang.report": ("CallReport", "SLOReport"),
@@ -89,6 +93,9 @@ if TYPE_CHECKING:
     from superinfer.errors import (
         UnsupportedError as UnsupportedError,
     )
+    from superinfer.lang.anthropic_backend import (
+        Anthropic as Anthropic,
+    )
     from superinfer.lang.api import (
         assistant as assistant,
     )
@@ -150,6 +157,9 @@ if TYPE_CHECKING:
         video as video,
     )
     from superinfer.lang.backend import (
+        Backend as Backend,
+    )
+    from superinfer.lang.backend import (
         Runtime as Runtime,
     )
     from superinfer.lang.backend import (
@@ -181,6 +191,12 @@ if TYPE_CHECKING:
     )
     from superinfer.lang.history import (
         History as History,
+    )
+    from superinfer.lang.litellm_backend import (
+        LiteLLM as LiteLLM,
+    )
+    from superinfer.lang.openai_backend import (
+        OpenAI as OpenAI,
     )
     from superinfer.lang.plan import (
         PlannedCall as PlannedCall,

@@ -7,12 +7,12 @@ import contextlib
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from superinfer.errors import InvalidRequestError, RequestCancelledError, UnsupportedError
 from superinfer.lang.loop import language_loop
-from superinfer.lang.prompt import Prompt
+from superinfer.lang.prompt import Chat, Prompt
 from superinfer.runtime.client import AsyncEngineClient
 from superinfer.runtime.config import EMBEDDED, EngineConfig
 from superinfer.runtime.launch import EngineProcess, Progress, launch_engine
@@ -20,6 +20,13 @@ from superinfer.runtime.protocol import ModelInfo, RequestReport, SamplingParams
 from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import TextClient, TextDelta, TextRequest
 from superinfer.runtime.tokenization import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallRequest(TextRequest):
+    """A request with the chat that its prompt was rendered from, for backends that render none."""
+
+    chat: Chat = field(default_factory=Chat)
 
 
 class Backend(ABC):
@@ -133,7 +140,17 @@ class TextBackend(Backend):
 
 
 class RuntimeEndpoint(TextBackend):
-    """A running engine, by its address (ipc://PATH or tcp://HOST:PORT)."""
+    """A running engine, by its address (ipc://PATH or tcp://HOST:PORT), or a superinfer server (http://HOST:PORT).
+
+    A server is spoken to over HTTP and gives an `OpenAI` backend, which scores nothing: `select` needs an engine.
+    """
+
+    def __new__(cls, address: str = "", **options: Any) -> Any:
+        if not address.startswith(("http://", "https://")):
+            return super().__new__(cls)
+        from superinfer.lang.openai_backend import server_backend  # takes a second to import
+
+        return server_backend(address, options.get("timeout", 10.0))
 
     def __init__(self, address: str, *, timeout: float = 10.0) -> None:
         """Connect within `timeout` seconds. Raises EngineUnavailableError, InvalidRequestError, ModelLoadError."""

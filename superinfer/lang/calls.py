@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from superinfer.errors import InvalidRequestError, OutputError
-from superinfer.lang.backend import Backend
+from superinfer.lang.backend import Backend, CallRequest
 from superinfer.lang.choices import TokenScore, mean
 from superinfer.lang.ir import Gen, Select
 from superinfer.lang.prompt import Prompt
@@ -20,7 +20,7 @@ from superinfer.lang.sampling import Sampling
 from superinfer.lang.unknown import Unknown
 from superinfer.runtime.protocol import Hints, RequestReport, TokenLogprob
 from superinfer.runtime.slo import SLO
-from superinfer.runtime.text import TextDelta, TextRequest, TextResult
+from superinfer.runtime.text import TextDelta, TextResult
 
 _NUMBERS = {"int": re.compile(r"\s*([-+]?\d+)"), "float": re.compile(r"\s*([-+]?(?:\d+\.\d*|\.?\d+)(?:[eE][-+]?\d+)?)")}
 _MORE_NUMBER = {"int": re.compile(r"\d*\Z"), "float": re.compile(r"[\d.eE+-]*\Z")}
@@ -71,8 +71,9 @@ def unknown(context: Context, expr: Gen | Select) -> Answer:
 
 async def generate(context: Context, gen: Gen, sampling: Sampling, emit: Emit) -> Answer:
     """Generate. Raises like TextClient.stream, and OutputError for a `dtype` that the text is not of."""
-    request = TextRequest(
+    request = CallRequest(
         prompt=context.prompt.text,
+        chat=context.prompt.chat,
         sampling=sampling.params(),
         stop=sampling.stop_strings,
         slo=context.slo,
@@ -118,7 +119,7 @@ def _separated(
 
 
 def _watch(watch: CallWatch, delta: TextDelta) -> None:
-    watch.tokens(delta.index, len(delta.token_ids))
+    watch.tokens(delta.index, len(delta.token_ids) or bool(delta.text))  # a service names no tokens: a chunk has one
     if delta.finish_reason is not None:
         watch.finished(delta.index, delta.report)
 
@@ -157,7 +158,7 @@ def _meta(result: TextResult, backend: Backend | None, sampling: Sampling) -> di
     meta: dict[str, Any] = {
         "finish_reason": result.finish_reason,
         "stop": result.stop,
-        "completion_tokens": len(result.token_ids),
+        "completion_tokens": len(result.token_ids) or (report.output_tokens if report else 0),
         "prompt_tokens": report.prompt_tokens if report else None,
         "cached_tokens": report.cached_tokens if report else None,
         "logprobs": result.logprobs,

@@ -7,7 +7,7 @@ prompt, so that what the model reads before its next token is what it wrote, to 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from superinfer.errors import InvalidRequestError
@@ -40,11 +40,28 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Chat:
+    """A prompt before any template, for services that take messages.
+
+    messages: the closed ones. role, begun: of the open one and its text so far. plain: the whole text, where there
+    are no roles at all. mixed: text stands between messages too.
+    """
+
+    messages: tuple[dict[str, Any], ...] = ()
+    role: str | None = None
+    begun: str = ""
+    plain: str | None = None
+    mixed: bool = False
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
 class Prompt:
     """What the model is given. `add_special`: whether the tokenizer adds its BOS; a chat template brings its own."""
 
     text: str
     add_special: bool
+    chat: Chat = field(default_factory=Chat)
 
 
 class Transcript:
@@ -110,7 +127,15 @@ class Transcript:
 
     def prompt(self) -> Prompt:
         """What to generate from. Raises like `text`."""
-        return Prompt(self.text(), add_special=not self._parts or self._parts[0].role is None)
+        return Prompt(self.text(), add_special=not self._parts or self._parts[0].role is None, chat=self.chat())
+
+    def chat(self) -> Chat:
+        """All that was said, as messages where there are any."""
+        raw = any(part.role is None and part.content for part in self._parts)
+        if all(part.role is None for part in self._parts):
+            return Chat(plain="".join(part.content for part in self._parts), tools=self.tools)
+        begun = self._parts[-1].content if self.role is not None else ""
+        return Chat(tuple(self.messages()), self.role, begun, mixed=raw, tools=self.tools)
 
     def _chat(self, messages: list[dict[str, Any]]) -> str:
         """The messages' text, up to where the content of the open one begins."""
