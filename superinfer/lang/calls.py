@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from superinfer.errors import InvalidRequestError, OutputError
+from superinfer.errors import DeadlineMissedError, InvalidRequestError, OutputError
 from superinfer.lang.backend import Backend, CallRequest
 from superinfer.lang.choices import TokenScore, mean
+from superinfer.lang.in_time import in_time
 from superinfer.lang.ir import Gen, Select
 from superinfer.lang.prompt import Prompt
 from superinfer.lang.reasoning import Reasoning
@@ -43,7 +44,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Context:
-    """Where a call is made, and for whom."""
+    """Where a call is made, and for whom. `enforced`: the promise whose `on_miss` is ours to keep: `slo` is a plan."""
 
     backend: Backend
     prompt: Prompt
@@ -52,6 +53,7 @@ class Context:
     watch: CallWatch
     hints: Hints | None = None
     slo_class: str = ""
+    enforced: SLO | None = None
 
 
 def spent(gen: Gen | Select) -> Answer:
@@ -84,7 +86,8 @@ async def generate(context: Context, gen: Gen, sampling: Sampling, emit: Emit) -
     )
     results = [TextResult(index) for index in range(request.sampling.n)]
     emitted = ""
-    async with contextlib.aclosing(context.backend.stream(request)) as deltas:
+    stream = in_time(context.backend.stream(request), context.enforced, request.sampling.n)
+    async with contextlib.aclosing(stream) as deltas:
         async for delta in deltas:
             results[delta.index].add(delta)
             _watch(context.watch, delta)
@@ -189,7 +192,12 @@ class _Scored:
 
 async def choose(context: Context, select: Select) -> Answer:
     """Score all choices at once and decide. Raises like TextClient.score."""
-    scored = await _score_choices(context, select)
+    limit = context.enforced.deadline if context.enforced is not None else None
+    try:
+        async with asyncio.timeout(limit):
+            scored = await _score_choices(context, select)
+    except TimeoutError:
+        raise DeadlineMissedError(f"select({select.name!r}) missed its deadline of {limit} s") from None
     normalized = [mean([score[0] or 0.0 for score in scores]) for scores in scored.with_prompt]
     decision = select.method(
         choices=select.choices,

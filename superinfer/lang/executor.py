@@ -369,7 +369,7 @@ class StreamExecutor:
         watch.slo = promise.slo
         sent = self._plan(call, promise)
         watch.planned = sent.planned
-        context = calls.Context(run.backend, prompt, sent.slo, run.id, watch, sent.hints, run.slo_class)
+        context = calls.Context(run.backend, prompt, sent.slo, run.id, watch, sent.hints, run.slo_class, sent.enforced)
         why = "budget" if promise.spent else ""
         try:
             answer = await self._answer(context, expr, promise, variable)
@@ -431,7 +431,7 @@ class StreamExecutor:
                 raise
             # Refused for a deadline that was only our plan: once more with the true one.
             context.watch.planned = None
-            return await self._ask(replace(context, slo=promise.slo), expr, variable)
+            return await self._ask(replace(context, slo=promise.slo, enforced=None), expr, variable)
         except DeadlineMissedError:
             if on_miss != "truncate" or isinstance(expr, Gen):
                 raise

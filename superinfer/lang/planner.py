@@ -28,11 +28,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Sent:
-    """What goes to the engine with a call. `planned`: the deadline in `slo` is a plan, shorter than the promise."""
+    """What goes to the engine with a call. planned: the deadline in `slo` is a plan, shorter than the promise; it cuts
+    nothing short. enforced: the promise, where it may cut the call short: that is then the client's to do."""
 
     slo: SLO | None
     hints: Hints | None
     planned: float | None = None
+    enforced: SLO | None = None
 
 
 def share(left: float, estimate: Estimate) -> float:
@@ -75,7 +77,7 @@ class Planner:
 
     def _planned(self, call: Call, promise: Promise, left: float, hints: Hints | None) -> Sent:
         slo = promise.slo
-        if slo is None or slo.deadline is None or slo.on_miss != "finish" or not 0 < left < math.inf:
+        if slo is None or slo.deadline is None or not 0 < left < math.inf:
             return Sent(slo, hints)
         estimate = self.estimate(call.site)
         if estimate is None:
@@ -83,7 +85,8 @@ class Planner:
         planned = max(share(left, estimate), SPENT_DEADLINE)
         if planned >= slo.deadline:
             return Sent(slo, hints)
-        return Sent(msgspec.structs.replace(slo, deadline=planned), hints, planned)
+        sent = msgspec.structs.replace(slo, deadline=planned, on_miss="finish")
+        return Sent(sent, hints, planned, enforced=slo if slo.on_miss != "finish" else None)
 
     def _hints(self, call: Call, group: str) -> Hints | None:
         known = self.history.site(self.program, call.site)

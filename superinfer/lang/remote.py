@@ -6,7 +6,6 @@ here.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -15,9 +14,10 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from superinfer.errors import DeadlineMissedError, RequestCancelledError, UnsupportedError
+from superinfer.errors import RequestCancelledError, UnsupportedError
 from superinfer.lang.backend import Backend, CallRequest
 from superinfer.lang.chat_text import plain_chat
+from superinfer.lang.in_time import in_time
 from superinfer.lang.loop import language_loop
 from superinfer.lang.prompt import Chat
 from superinfer.runtime.protocol import FinishReason, RequestReport, SamplingParams, TokenLogprob
@@ -63,7 +63,7 @@ class RemoteBackend(Backend):
         assert isinstance(request, CallRequest)
         self._check(request)
         slo = None if self.abilities.slo else request.slo
-        async with contextlib.aclosing(_in_time(self._ask(request), slo, request.sampling.n)) as deltas:
+        async with contextlib.aclosing(in_time(self._ask(request), slo, request.sampling.n)) as deltas:
             async for delta in deltas:
                 yield delta
 
@@ -160,35 +160,9 @@ class Answering:
         return [TextDelta(index, "", finish_reason=reason, report=report) for index, reason in self.reasons.items()]
 
 
-async def _in_time(deltas: AsyncGenerator[TextDelta, None], slo: SLO | None, n: int) -> AsyncGenerator[TextDelta, None]:
-    """The deltas until the deadline; then the request is cancelled, and `on_miss` decides."""
-    if slo is None or slo.deadline is None or slo.on_miss == "finish":
-        async for delta in deltas:
-            yield delta
-        return
-    due = asyncio.get_running_loop().time() + slo.deadline
-    open_indexes = set(range(n))
-    async with contextlib.aclosing(deltas):
-        while open_indexes:
-            try:
-                async with asyncio.timeout_at(due):
-                    delta = await anext(deltas)
-            except TimeoutError:
-                if slo.on_miss == "raise":
-                    raise DeadlineMissedError(f"no complete answer within the deadline of {slo.deadline} s") from None
-                for index in sorted(open_indexes):
-                    yield TextDelta(index, "", finish_reason="deadline")
-                return
-            except StopAsyncIteration:
-                return
-            if delta.finish_reason is not None:
-                open_indexes.discard(delta.index)
-            yield delta
-
-
 def given(sampling: SamplingParams, names: Mapping[str, str]) -> dict[str, Any]:
     """The fields of `sampling` that say something, by the service's names."""
     told = {
         names[name]: getattr(sampling, name) for name in names if getattr(sampling, name) != getattr(_DEFAULTS, name)
     }
-    return msgspec.to_builtins(told)  # type: ignore[no-any-return]
+    return msgspec.to_builtins(told)
