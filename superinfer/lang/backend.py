@@ -7,12 +7,12 @@ import contextlib
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from superinfer.errors import InvalidRequestError, RequestCancelledError, UnsupportedError
 from superinfer.lang.loop import language_loop
-from superinfer.lang.prompt import Chat, Prompt
+from superinfer.lang.prompt import NO_CHAT, Chat, Prompt
 from superinfer.runtime.client import AsyncEngineClient
 from superinfer.runtime.config import EMBEDDED, EngineConfig
 from superinfer.runtime.launch import EngineProcess, Progress, launch_engine
@@ -26,11 +26,16 @@ from superinfer.runtime.tokenization import Tokenizer
 class CallRequest(TextRequest):
     """A request with the chat that its prompt was rendered from, for backends that render none."""
 
-    chat: Chat = field(default_factory=Chat)
+    chat: Chat = NO_CHAT
 
 
 class Backend(ABC):
-    """Generates and scores. Override `close` where there is something to close."""
+    """Generates and scores. Override `close` where there is something to close.
+
+    takes_messages: its requests need the prompt as a Chat too.
+    """
+
+    takes_messages: ClassVar[bool] = False
 
     @abstractmethod
     def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:

@@ -357,7 +357,7 @@ class StreamExecutor:
                 raise InvalidRequestError(f"cannot execute {other!r}")
 
     async def _call(self, expr: Gen | Select, variable: Variable, step: Step) -> None:
-        prompt = self.transcript.prompt()
+        prompt = self.transcript.prompt(messages=self.run.backend.takes_messages)
         run, ledger = self.run, self.run.ledger
         watch = CallWatch(
             expr.name or ("gen" if isinstance(expr, Gen) else "select"),
@@ -389,7 +389,9 @@ class StreamExecutor:
         """The call takes its place in the run's graph."""
         graph = self.run.graph
         visit = self._visits[watch.call] = self._visits.get(watch.call, 0) + 1
-        limit = expr.sampling.over(self.run.sampling).max_tokens if isinstance(expr, Gen) else 1
+        limit = 1
+        if isinstance(expr, Gen):
+            limit = expr.sampling.max_tokens or self.run.sampling.max_tokens or DEFAULT_MAX_TOKENS
         call = Call(
             index=len(graph.calls),
             site=site_of(watch.path, watch.call, visit),
@@ -397,7 +399,7 @@ class StreamExecutor:
             path=watch.path,
             after=tuple(sorted({*self.frontier, *step.seen})),
             extends=self._extends,
-            max_tokens=limit or DEFAULT_MAX_TOKENS,
+            max_tokens=limit,
             deadline=expr.slo.deadline if expr.slo is not None else None,
             begun=self.run.clock() - self.run.ledger.started,
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from superinfer.lang.backend import Backend
 from superinfer.lang.promise import check_deadline, check_slo
-from superinfer.lang.sampling import Sampling
+from superinfer.lang.sampling import NO_SAMPLING, Sampling
 from superinfer.runtime.slo import SLO
 
 # As SGLang's frontend names them; `max_new_tokens` is `max_tokens` of gen().
@@ -18,8 +18,6 @@ SAMPLING_OPTIONS = (
 )  # fmt: skip
 # use_thread is taken for SGLang's sake and changes nothing: a program is never made to wait for its calls here.
 RUN_OPTIONS = (*SAMPLING_OPTIONS, "backend", "deadline", "slo", "plan", "stream", "use_thread")
-
-NO_SAMPLING = Sampling()
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class RunOptions:
         if "max_new_tokens" in given:
             given["max_tokens"] = given.pop("max_new_tokens")
         return cls(
-            Sampling(**given),
+            Sampling(**given) if given else NO_SAMPLING,
             arguments.pop("backend", None),
             check_deadline(arguments.pop("deadline", None)),
             check_slo(arguments.pop("slo", None)),

@@ -16,6 +16,8 @@ from superinfer.lang.promise import SPENT_DEADLINE, Promise
 from superinfer.runtime.protocol import Hints
 from superinfer.runtime.slo import SLO
 
+YIELD_S = 60.0  # later than its program's deadline is due what belongs to a program that will miss it
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -28,7 +30,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Sent:
-    """What goes to the engine with a call. planned: the deadline in `slo` is a plan, shorter than the promise; it cuts
+    """What goes to the engine with a call. planned: the deadline in `slo` is a plan, not the promise; it cuts
     nothing short. enforced: the promise, where it may cut the call short: that is then the client's to do."""
 
     slo: SLO | None
@@ -82,8 +84,9 @@ class Planner:
         estimate = self.estimate(call.site)
         if estimate is None:
             return Sent(slo, hints)
-        planned = max(share(left, estimate), SPENT_DEADLINE)
-        if planned >= slo.deadline:
+        if estimate.seconds and left < estimate.own + estimate.tail:
+            planned = left + YIELD_S  # the promise is as good as lost: those that can be kept go first
+        elif (planned := max(share(left, estimate), SPENT_DEADLINE)) >= slo.deadline:
             return Sent(slo, hints)
         sent = msgspec.structs.replace(slo, deadline=planned, on_miss="finish")
         return Sent(sent, hints, planned, enforced=slo if slo.on_miss != "finish" else None)

@@ -7,7 +7,7 @@ prompt, so that what the model reads before its next token is what it wrote, to 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from superinfer.errors import InvalidRequestError
@@ -55,13 +55,16 @@ class Chat:
     tools: tuple[dict[str, Any], ...] = ()
 
 
+NO_CHAT = Chat()
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What the model is given. `add_special`: whether the tokenizer adds its BOS; a chat template brings its own."""
 
     text: str
     add_special: bool
-    chat: Chat = field(default_factory=Chat)
+    chat: Chat = NO_CHAT
 
 
 class Transcript:
@@ -125,9 +128,10 @@ class Transcript:
             pieces.append(self._parts[-1].content)
         return "".join(pieces)
 
-    def prompt(self) -> Prompt:
-        """What to generate from. Raises like `text`."""
-        return Prompt(self.text(), add_special=not self._parts or self._parts[0].role is None, chat=self.chat())
+    def prompt(self, *, messages: bool = False) -> Prompt:
+        """What to generate from; with `messages`, also as a Chat. Raises like `text`."""
+        special = not self._parts or self._parts[0].role is None
+        return Prompt(self.text(), special, self.chat() if messages else NO_CHAT)
 
     def chat(self) -> Chat:
         """All that was said, as messages where there are any."""

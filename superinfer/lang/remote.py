@@ -44,6 +44,7 @@ class RemoteBackend(Backend):
     """Base of the backends for services. Subclasses send what has been checked, in `_ask`."""
 
     name: ClassVar[str]
+    takes_messages = True
 
     def __init__(self, model: str, abilities: Abilities) -> None:
         self.model = model

@@ -199,6 +199,16 @@ def test_the_work_of_a_call_is_counted_without_its_waiting(model: ScriptedClient
     assert program.history.site("program", "x").work < 0.12
 
 
+def test_a_program_that_cannot_be_in_time_any_more_yields_to_others(model: ScriptedClient) -> None:
+    model.token_s = 0.05
+    program = fresh(support)
+    program.run("t")
+    model.requests.clear()
+    state = program.run("t", deadline=0.2)
+    assert all(r.slo.deadline > 60 and r.slo.on_miss == "finish" for r in model.requests[:1])
+    assert state["answer"] == "ok" and state.slo_report().program.met is False
+
+
 def test_siblings_of_a_fork_share_a_group_and_others_have_none(model: ScriptedClient) -> None:
     fresh(support).run("t")
     groups = [r.hints.group if r.hints else "" for r in model.requests]
