@@ -14,8 +14,9 @@ from superinfer.runtime.text import TextDelta
 async def in_time(deltas: AsyncGenerator[TextDelta, None], slo: SLO | None, n: int) -> AsyncGenerator[TextDelta, None]:
     """The deltas until the deadline; then the request is cancelled, and `on_miss` decides."""
     if slo is None or slo.deadline is None or slo.on_miss == "finish":
-        async for delta in deltas:
-            yield delta
+        async with contextlib.aclosing(deltas):  # whoever leaves early cancels the request at once
+            async for delta in deltas:
+                yield delta
         return
     due = asyncio.get_running_loop().time() + slo.deadline
     open_indexes = set(range(n))
