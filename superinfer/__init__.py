@@ -9,18 +9,28 @@ from typing import TYPE_CHECKING
 _HOMES = {
     "superinfer.errors": (
         "DeadlineMissedError", "EngineDeadError", "EngineUnavailableError", "InvalidRequestError", "ModelLoadError",
-        "OutputError", "ProtocolError", "QueueFullError", "RequestCancelledError", "SuperinferError",
+        "OutputError", "OverloadedError", "ProtocolError", "QueueFullError", "RequestCancelledError", "SuperinferError",
         "UnsupportedError",
     ),
+    "superinfer.lang.anthropic_backend": ("Anthropic",),
     "superinfer.lang.api": (
         "assistant", "assistant_begin", "assistant_end", "gen", "gen_int", "gen_string", "image", "select",
         "separate_reasoning", "system", "system_begin", "system_end", "tool", "tool_begin", "tool_end", "tools",
         "user", "user_begin", "user_end", "video",
     ),
-    "superinfer.lang.backend": ("Runtime", "RuntimeEndpoint", "default_backend", "set_default_backend"),
+    "superinfer.lang.backend": (
+        "Backend",
+        "Runtime", "RuntimeEndpoint", "default_backend", "flush_cache", "set_default_backend",
+    ),
     "superinfer.lang.choices": (
         "greedy_token_selection", "token_length_normalized", "unconditional_likelihood_normalized",
     ),
+    "superinfer.lang.engine": ("Engine",),
+    "superinfer.lang.callgraph": ("CallGraph",),
+    "superinfer.lang.history": ("History",),
+    "superinfer.lang.litellm_backend": ("LiteLLM",),
+    "superinfer.lang.openai_backend": ("OpenAI",),
+    "superinfer.lang.plan": ("PlannedCall", "ProgramPlan"),
     "superinfer.lang.program": ("Function", "function"),
     "superinfer.lang.report": ("CallReport", "SLOReport"),
     "superinfer.lang.state": ("ProgramState", "ProgramStateGroup"),
@@ -66,6 +76,9 @@ if TYPE_CHECKING:
         OutputError as OutputError,
     )
     from superinfer.errors import (
+        OverloadedError as OverloadedError,
+    )
+    from superinfer.errors import (
         ProtocolError as ProtocolError,
     )
     from superinfer.errors import (
@@ -79,6 +92,9 @@ if TYPE_CHECKING:
     )
     from superinfer.errors import (
         UnsupportedError as UnsupportedError,
+    )
+    from superinfer.lang.anthropic_backend import (
+        Anthropic as Anthropic,
     )
     from superinfer.lang.api import (
         assistant as assistant,
@@ -141,6 +157,9 @@ if TYPE_CHECKING:
         video as video,
     )
     from superinfer.lang.backend import (
+        Backend as Backend,
+    )
+    from superinfer.lang.backend import (
         Runtime as Runtime,
     )
     from superinfer.lang.backend import (
@@ -150,7 +169,13 @@ if TYPE_CHECKING:
         default_backend as default_backend,
     )
     from superinfer.lang.backend import (
+        flush_cache as flush_cache,
+    )
+    from superinfer.lang.backend import (
         set_default_backend as set_default_backend,
+    )
+    from superinfer.lang.callgraph import (
+        CallGraph as CallGraph,
     )
     from superinfer.lang.choices import (
         greedy_token_selection as greedy_token_selection,
@@ -161,13 +186,51 @@ if TYPE_CHECKING:
     from superinfer.lang.choices import (
         unconditional_likelihood_normalized as unconditional_likelihood_normalized,
     )
-    from superinfer.lang.program import Function as Function
-    from superinfer.lang.program import function as function
-    from superinfer.lang.report import CallReport as CallReport
-    from superinfer.lang.report import SLOReport as SLOReport
-    from superinfer.lang.state import ProgramState as ProgramState
-    from superinfer.lang.state import ProgramStateGroup as ProgramStateGroup
-    from superinfer.lang.tools import ToolCall as ToolCall
-    from superinfer.lang.tools import tool_calls as tool_calls
-    from superinfer.runtime.config import EngineConfig as EngineConfig
-    from superinfer.runtime.slo import SLO as SLO
+    from superinfer.lang.engine import (
+        Engine as Engine,
+    )
+    from superinfer.lang.history import (
+        History as History,
+    )
+    from superinfer.lang.litellm_backend import (
+        LiteLLM as LiteLLM,
+    )
+    from superinfer.lang.openai_backend import (
+        OpenAI as OpenAI,
+    )
+    from superinfer.lang.plan import (
+        PlannedCall as PlannedCall,
+    )
+    from superinfer.lang.plan import (
+        ProgramPlan as ProgramPlan,
+    )
+    from superinfer.lang.program import (
+        Function as Function,
+    )
+    from superinfer.lang.program import (
+        function as function,
+    )
+    from superinfer.lang.report import (
+        CallReport as CallReport,
+    )
+    from superinfer.lang.report import (
+        SLOReport as SLOReport,
+    )
+    from superinfer.lang.state import (
+        ProgramState as ProgramState,
+    )
+    from superinfer.lang.state import (
+        ProgramStateGroup as ProgramStateGroup,
+    )
+    from superinfer.lang.tools import (
+        ToolCall as ToolCall,
+    )
+    from superinfer.lang.tools import (
+        tool_calls as tool_calls,
+    )
+    from superinfer.runtime.config import (
+        EngineConfig as EngineConfig,
+    )
+    from superinfer.runtime.slo import (
+        SLO as SLO,
+    )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from superinfer.errors import InvalidRequestError, UnsupportedError
 from superinfer.lang.choices import ChoicesSamplingMethod, token_length_normalized
-from superinfer.lang.ir import Expr, ExprList, Gen, Number, RoleBegin, RoleEnd, Select, Tools, to_expr
+from superinfer.lang.ir import Expr, ExprList, Gen, Number, RoleBegin, RoleEnd, Select, Tools, leaves, to_expr
 from superinfer.lang.promise import check_slo
+from superinfer.lang.reasoning import Reasoning
 from superinfer.lang.sampling import Sampling
 from superinfer.lang.tools import tool_schema
 from superinfer.lang.typed import Reader, dtype_grammar, json_grammar, regex_grammar
@@ -213,9 +215,21 @@ def video(path: Any, num_frames: int) -> NoReturn:
     raise UnsupportedError("video() is not supported yet: only text models are served")
 
 
-def separate_reasoning(expr: Expr | None = None, model_type: str | None = None) -> NoReturn:
-    """Raises UnsupportedError: reasoning is not told apart from the answer yet."""
-    raise UnsupportedError("separate_reasoning() is not supported yet: reasoning stays part of the text")
+def separate_reasoning(expr: Expr, model_type: str | None = None) -> Expr:
+    """Tell reasoning apart in every `gen` of `expr`: variable NAME and the text keep the answer alone, variable
+    NAME_reasoning_content gets the reasoning. The next call therefore does not read it.
+
+    model_type: SGLang's name for a kind of model ("qwen3", "deepseek-r1", "kimi", ...); None: `<think>` tags.
+    Raises UnsupportedError for another kind, InvalidRequestError for `dtype` numbers or an `expr` without a `gen`.
+    """
+    reasoning = Reasoning.of(model_type)
+    parts = list(leaves(to_expr(expr)))
+    if not any(isinstance(part, Gen) for part in parts):
+        raise InvalidRequestError("separate_reasoning() holds no gen(); give it the one in which the model thinks")
+    for part in parts:
+        if isinstance(part, Gen) and part.number is not None:
+            raise InvalidRequestError(f"separate_reasoning(): gen({part.name!r}, dtype={part.number}) ends at a number")
+    return ExprList(tuple(replace(part, reasoning=reasoning) if isinstance(part, Gen) else part for part in parts))
 
 
 def _check_name(name: object) -> str | None:

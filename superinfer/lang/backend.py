@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
-from superinfer.errors import InvalidRequestError, RequestCancelledError
+from superinfer.errors import InvalidRequestError, RequestCancelledError, UnsupportedError
 from superinfer.lang.loop import language_loop
+from superinfer.lang.prompt import NO_CHAT, Chat, Prompt
 from superinfer.runtime.client import AsyncEngineClient
 from superinfer.runtime.config import EMBEDDED, EngineConfig
 from superinfer.runtime.launch import EngineProcess, Progress, launch_engine
-from superinfer.runtime.protocol import Hints, ModelInfo, RequestReport, TokenLogprob
+from superinfer.runtime.protocol import Hints, ModelInfo, RequestReport, SamplingParams, TokenLogprob
 from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import TextClient, TextDelta, TextRequest
 from superinfer.runtime.tokenization import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallRequest(TextRequest):
+    """A request with the chat that its prompt was rendered from, for backends that render none."""
+
+    chat: Chat = NO_CHAT
 
 
 class Backend(ABC):
     """Generates and scores. Override `close` where there is something to close.
 
     takes_grammars: whether SamplingParams.grammar is honoured; calls that need it are refused before they are sent.
+    takes_messages: its requests need the prompt as a Chat too.
     """
 
-    takes_grammars = False
+    takes_grammars: ClassVar[bool] = False
+    takes_messages: ClassVar[bool] = False
 
     @abstractmethod
     def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
@@ -61,6 +73,14 @@ class Backend(ABC):
     ) -> str:
         """The prompt text for chat messages. Raises InvalidRequestError where the model cannot take them."""
 
+    async def cache_prefix(self, prefix: Prompt) -> None:
+        """Compute the KV cache of `prefix`. Raises UnsupportedError where there is none to keep it in."""
+        raise UnsupportedError(f"cache(): {type(self).__name__} keeps no KV cache for us")
+
+    def flush_cache(self) -> None:
+        """No KV cache that this backend has made is used again. Raises UnsupportedError where that cannot be had."""
+        raise UnsupportedError(f"flush_cache(): {type(self).__name__} does not let its KV cache be dropped")
+
     def close(self) -> None:  # noqa: B027  (most have nothing to close)
         """Let go of what the backend holds. Safe to call twice."""
 
@@ -78,6 +98,7 @@ class TextBackend(Backend):
 
     def __init__(self, client: TextClient) -> None:
         self._client: TextClient | None = client
+        self._salt = ""
 
     @property
     def client(self) -> TextClient:
@@ -92,6 +113,8 @@ class TextBackend(Backend):
         return self.client.info
 
     def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
+        if self._salt:
+            request = replace(request, cache_salt=self._salt + request.cache_salt)
         return self.client.stream(request)
 
     async def score(
@@ -103,7 +126,7 @@ class TextBackend(Backend):
         program: str = "",
         hints: Hints | None = None,
     ) -> tuple[list[TokenLogprob], RequestReport]:
-        return await self.client.score(prompt, start, slo=slo, program=program, hints=hints)
+        return await self.client.score(prompt, start, slo=slo, cache_salt=self._salt, program=program, hints=hints)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         return self.client.tokenizer.encode(text, special=special)
@@ -120,6 +143,17 @@ class TextBackend(Backend):
     ) -> str:
         return self.client.tokenizer.render_chat(messages, tools=tools, add_generation_prompt=add_generation_prompt)
 
+    async def cache_prefix(self, prefix: Prompt) -> None:
+        sampling = SamplingParams(max_tokens=1, temperature=0.0)
+        request = TextRequest(prompt=prefix.text, add_special=prefix.add_special, sampling=sampling)
+        async with contextlib.aclosing(self.stream(request)) as deltas:
+            async for _ in deltas:
+                pass
+
+    def flush_cache(self) -> None:
+        """Later requests share KV only among themselves. What there was goes as its room is wanted."""
+        self._salt = f"flushed {uuid.uuid4().hex} "
+
     def close(self) -> None:
         client, self._client = self._client, None
         if client is not None:
@@ -127,7 +161,17 @@ class TextBackend(Backend):
 
 
 class RuntimeEndpoint(TextBackend):
-    """A running engine, by its address (ipc://PATH or tcp://HOST:PORT)."""
+    """A running engine, by its address (ipc://PATH or tcp://HOST:PORT), or a superinfer server (http://HOST:PORT).
+
+    A server is spoken to over HTTP and gives an `OpenAI` backend, which scores nothing: `select` needs an engine.
+    """
+
+    def __new__(cls, address: str = "", **options: Any) -> Any:
+        if not address.startswith(("http://", "https://")):
+            return super().__new__(cls)
+        from superinfer.lang.openai_backend import server_backend  # takes a second to import
+
+        return server_backend(address, options.get("timeout", 10.0))
 
     def __init__(self, address: str, *, timeout: float = 10.0) -> None:
         """Connect within `timeout` seconds. Raises EngineUnavailableError, InvalidRequestError, ModelLoadError."""
@@ -216,6 +260,14 @@ def resolve_backend(backend: Backend | None) -> Backend:
     if not isinstance(chosen, Backend):
         raise InvalidRequestError(f"backend={chosen!r} is not a backend; give a Runtime or a RuntimeEndpoint")
     return chosen
+
+
+def flush_cache(backend: Backend | None = None) -> None:
+    """No KV cache made so far is used again by `backend`, or else the default one; other clients keep theirs.
+
+    Raises UnsupportedError for a backend that does not let its cache be dropped.
+    """
+    resolve_backend(backend).flush_cache()
 
 
 @contextlib.contextmanager

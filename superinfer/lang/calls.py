@@ -7,22 +7,25 @@ import contextlib
 import re
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 
-from superinfer.errors import InvalidRequestError, OutputError, UnsupportedError
-from superinfer.lang.backend import Backend
+from superinfer.errors import DeadlineMissedError, InvalidRequestError, OutputError, UnsupportedError
+from superinfer.lang.backend import Backend, CallRequest
 from superinfer.lang.choices import TokenScore, mean
+from superinfer.lang.in_time import in_time
 from superinfer.lang.ir import Gen, Select
 from superinfer.lang.prompt import Prompt
+from superinfer.lang.reasoning import Reasoning
 from superinfer.lang.report import CallWatch
 from superinfer.lang.sampling import Sampling
 from superinfer.lang.typed import Reader
+from superinfer.lang.unknown import Unknown
 from superinfer.runtime.protocol import Hints, RequestReport, SamplingParams, TokenLogprob
 from superinfer.runtime.slo import SLO
-from superinfer.runtime.text import TextDelta, TextRequest, TextResult
+from superinfer.runtime.text import TextDelta, TextResult
 
 _NUMBERS = {"int": re.compile(r"\s*([-+]?\d+)"), "float": re.compile(r"\s*([-+]?(?:\d+\.\d*|\.?\d+)(?:[eE][-+]?\d+)?)")}
 _MORE_NUMBER = {"int": re.compile(r"\d*\Z"), "float": re.compile(r"[\d.eE+-]*\Z")}
@@ -33,23 +36,28 @@ Emit = Callable[[str, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a call made: `value` goes to the variable, `rest` (what was not emitted yet) to the text."""
+    """What a call made: `value` goes to the variable, `rest` (what was not emitted yet) to the text, `reasoning` to a
+    variable of its own."""
 
     value: Any
     rest: str
     meta: Any
     finish_reason: str | None
+    reasoning: str | list[str] | None = None
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where a call is made, and for whom."""
+    """Where a call is made, and for whom. `enforced`: the promise whose `on_miss` is ours to keep: `slo` is a plan."""
 
     backend: Backend
     prompt: Prompt
     slo: SLO | None
     program: str
     watch: CallWatch
+    hints: Hints | None = None
+    slo_class: str = ""
+    enforced: SLO | None = None
 
 
 def spent(gen: Gen | Select) -> Answer:
@@ -60,23 +68,40 @@ def spent(gen: Gen | Select) -> Answer:
     return _answer(results, [nothing] * n, "", None)
 
 
+def unknown(context: Context, expr: Gen | Select) -> Answer:
+    """The answer of a call that is traced, not made."""
+    value, n = Unknown(context.watch.call), (expr.sampling.n or 1) if isinstance(expr, Gen) else 1
+    thought = Unknown(f"{expr.name}_reasoning_content") if isinstance(expr, Gen) and expr.reasoning else None
+    return Answer(value if n == 1 else [value] * n, str(value), {}, None, thought)
+
+
 async def generate(context: Context, gen: Gen, sampling: Sampling, emit: Emit) -> Answer:
     """Generate. Raises like TextClient.stream, and OutputError for a `dtype` that the text is not of."""
-    request = TextRequest(
+    request = CallRequest(
         prompt=context.prompt.text,
+        chat=context.prompt.chat,
         sampling=_params(context.backend, gen, sampling),
         stop=sampling.stop_strings,
         stop_regex=sampling.stop_patterns,
         slo=context.slo,
         program=context.program,
+        slo_class=context.slo_class,
+        hints=context.hints,
         add_special=context.prompt.add_special,
     )
     results = [TextResult(index) for index in range(request.sampling.n)]
-    async with contextlib.aclosing(context.backend.stream(request)) as deltas:
+    emitted = ""
+    stream = in_time(context.backend.stream(request), context.enforced, request.sampling.n)
+    async with contextlib.aclosing(stream) as deltas:
         async for delta in deltas:
             results[delta.index].add(delta)
             _watch(context.watch, delta)
-            if gen.number is None:
+            if gen.reasoning is not None:
+                if delta.index == 0:
+                    said = gen.reasoning.split(results[0].text, context.prompt.text, finished=False)[1]
+                    emit(said[len(emitted) :], _meta(results[0], context.backend, sampling))
+                    emitted = said
+            elif gen.number is None:
                 if delta.index == 0:
                     emit(delta.text, _meta(results[0], context.backend, sampling))
             elif all(_has_ended(gen.number, result) for result in results):
@@ -88,6 +113,8 @@ async def generate(context: Context, gen: Gen, sampling: Sampling, emit: Emit) -
     if gen.reader is not None:
         values = [_read(gen, gen.reader, result) for result in results]
         return _answer(results, values, "", context.backend, sampling)
+    if gen.reasoning is not None:
+        return _separated(gen.reasoning, context, results, sampling, len(emitted))
     texts = [result.text if gen.number is None else _number(gen, result) for result in results]
     return _answer(results, texts, texts[0] if gen.number is not None else "", context.backend, sampling)
 
@@ -119,8 +146,18 @@ def _read(gen: Gen, reader: Reader, result: TextResult) -> Any:
         raise OutputError(f"gen({gen.name!r}) got {result.text!r:.80}{cut}, which cannot be read: {error}") from error
 
 
+def _separated(
+    reasoning: Reasoning, context: Context, results: list[TextResult], sampling: Sampling, emitted: int
+) -> Answer:
+    """The answers, and the reasoning before them."""
+    pairs = [reasoning.split(result.text, context.prompt.text, finished=True) for result in results]
+    texts, thoughts = [answer for _, answer in pairs], [thought for thought, _ in pairs]
+    answer = _answer(results, texts, texts[0][emitted:], context.backend, sampling)
+    return replace(answer, reasoning=thoughts if len(thoughts) > 1 else thoughts[0])
+
+
 def _watch(watch: CallWatch, delta: TextDelta) -> None:
-    watch.tokens(delta.index, len(delta.token_ids))
+    watch.tokens(delta.index, len(delta.token_ids) or bool(delta.text))  # a service names no tokens: a chunk has one
     if delta.finish_reason is not None:
         watch.finished(delta.index, delta.report)
 
@@ -163,7 +200,7 @@ def _meta(result: TextResult, backend: Backend | None, sampling: Sampling) -> di
     meta: dict[str, Any] = {
         "finish_reason": result.finish_reason,
         "stop": result.stop,
-        "completion_tokens": len(result.token_ids),
+        "completion_tokens": len(result.token_ids) or (report.output_tokens if report else 0),
         "prompt_tokens": report.prompt_tokens if report else None,
         "cached_tokens": report.cached_tokens if report else None,
         "logprobs": result.logprobs,
@@ -194,7 +231,12 @@ class _Scored:
 
 async def choose(context: Context, select: Select) -> Answer:
     """Score all choices at once and decide. Raises like TextClient.score."""
-    scored = await _score_choices(context, select)
+    limit = context.enforced.deadline if context.enforced is not None else None
+    try:
+        async with asyncio.timeout(limit):
+            scored = await _score_choices(context, select)
+    except TimeoutError:
+        raise DeadlineMissedError(f"select({select.name!r}) missed its deadline of {limit} s") from None
     normalized = [mean([score[0] or 0.0 for score in scores]) for scores in scored.with_prompt]
     decision = select.method(
         choices=select.choices,

@@ -9,17 +9,19 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import math
 import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from superinfer.errors import DeadlineMissedError, InvalidRequestError, RequestCancelledError
+from superinfer.errors import DeadlineMissedError, InvalidRequestError, OverloadedError, RequestCancelledError
 from superinfer.lang import calls
 from superinfer.lang.backend import Backend
+from superinfer.lang.callgraph import Call, CallGraph, site_of
 from superinfer.lang.ir import (
     Expr,
     Gen,
@@ -33,23 +35,29 @@ from superinfer.lang.ir import (
     leaves,
 )
 from superinfer.lang.loop import language_loop, on_language_loop
+from superinfer.lang.planner import Planner, Sent
 from superinfer.lang.promise import Promise, Promises
 from superinfer.lang.prompt import Transcript
 from superinfer.lang.report import CallWatch, Ledger
-from superinfer.lang.sampling import Sampling
+from superinfer.lang.sampling import DEFAULT_MAX_TOKENS, Sampling
+from superinfer.lang.unknown import DataDependent
 from superinfer.lang.variable import Feed, Variable, new_future
+from superinfer.runtime.protocol import Hints
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
+MAX_TRACED = 1000  # calls, after which a trace is not expected to end
+
 
 @dataclass(frozen=True)
 class Step:
-    """An expression to execute, the variable it fills if it fills one, and the promises in force where it stands."""
+    """An expression to execute, the variable it fills if it fills one, and what held where it was appended."""
 
     expr: Expr
     variable: Variable | None
     promises: Promises
+    seen: frozenset[int]  # calls whose outcome the program knew when it appended this
 
 
 @dataclass(frozen=True)
@@ -86,13 +94,32 @@ class OpenScope:
 class Run:
     """One run of a program: what its state and all forks of it have in common."""
 
-    def __init__(self, backend: Backend, sampling: Sampling, ledger: Ledger, *, is_async: bool, stream: bool) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        sampling: Sampling,
+        ledger: Ledger,
+        *,
+        is_async: bool,
+        stream: bool,
+        due: float = math.inf,
+        planner: Planner | None = None,
+        tracing: bool = False,
+        slo_class: str = "",
+    ) -> None:
+        """due: by when the program must be done, on `clock`. planner: plans its calls and learns from them; None: each
+        is sent all that is left. tracing: nothing is sent, variables hold Unknown."""
         self.id = uuid.uuid4().hex
         self.backend = backend
         self.sampling = sampling
         self.ledger = ledger
         self.is_async = is_async
         self.stream = stream
+        self.due = due
+        self.planner = planner
+        self.tracing = tracing
+        self.slo_class = slo_class
+        self.graph = CallGraph(ledger.name)
         self.clock = time.monotonic
         self.task: asyncio.Task[Any] | None = None  # of a program that runs in the background on the language's loop
         self.executors: list[StreamExecutor] = []
@@ -113,6 +140,9 @@ class Run:
     def end(self) -> None:
         """The program has ended. From any thread."""
         self.ledger.ended = self.clock()
+        self.graph.ended = self.ledger.ended - self.ledger.started
+        if self.planner is not None and all(executor.error is None for executor in self.executors):
+            self.planner.history.learn(self.graph)
         for executor in list(self.executors):
             executor.loop.call_soon_threadsafe(executor.end)
 
@@ -137,6 +167,10 @@ class StreamExecutor:
         self._published = 0
         self._expected: dict[str, Variable] = {}
         self._lock = threading.Lock()
+        self.frontier: tuple[int, ...] = ()  # calls that whatever this state says next comes after
+        self._extends: int | None = None  # the call from whose text its next one goes on
+        self._visits: dict[str, int] = {}  # how often it has made a call of a name
+        self._group = ""  # of its first call, in a fork with siblings
         run.executors.append(self)
 
     # ------------------------------------------------------------------ from any thread
@@ -147,7 +181,10 @@ class StreamExecutor:
 
     def submit(self, expr: Expr, promises: Promises) -> None:
         """Queue an expression. The variables it will fill exist from now on."""
-        self._put(*(Step(leaf, self._declare(leaf), promises) for leaf in leaves(expr)))
+        seen = self.run.graph.seen
+        if self.run.tracing and len(self.run.graph.calls) > MAX_TRACED:
+            raise DataDependent(f"it makes more than {MAX_TRACED} calls")
+        self._put(*(Step(leaf, self._declare(leaf), promises, seen) for leaf in leaves(expr)))
 
     def fork(self, names: Sequence[str]) -> tuple[StreamExecutor, ...]:
         """Queue a fork. Children may be used at once; they begin when their parent has come here."""
@@ -193,9 +230,14 @@ class StreamExecutor:
         if expr.name is None:
             return Variable()
         with self._lock:
-            variable = self._expected.pop(expr.name) if expr.name in self._expected else Variable()
-            self.variables[expr.name] = variable
+            variable = self._named(expr.name)
+            if isinstance(expr, Gen) and expr.reasoning is not None:
+                variable.reasoning = self._named(f"{expr.name}_reasoning_content")
             return variable
+
+    def _named(self, name: str) -> Variable:
+        variable = self.variables[name] = self._expected.pop(name) if name in self._expected else Variable()
+        return variable
 
     def fail(self, error: BaseException) -> None:
         """Execute nothing more, cancel what runs; what waits gets `error`. The first failure stands."""
@@ -214,10 +256,11 @@ class StreamExecutor:
 
     # ------------------------------------------------------------------ on the language's loop
 
-    def begin(self, transcript: Transcript) -> None:
-        """A fork starts from what its parent has said."""
-        self.transcript = transcript
-        self.fork_mark = transcript.mark()
+    def begin(self, parent: StreamExecutor, group: str) -> None:
+        """A fork starts from what its parent has said. group: name shared with its siblings, "" for none."""
+        self.transcript = parent.transcript.copy()
+        self.fork_mark = self.transcript.mark()
+        self.frontier, self._extends, self._group = parent.frontier, parent._extends, group
         self._begun = True
         self._wake()
 
@@ -275,12 +318,15 @@ class StreamExecutor:
         if self.error is not None:
             return
         if isinstance(step, Fork):
+            first = step.children[0]
+            group = f"{self.run.id}/{'/'.join(first.path)}" if len(step.children) > 1 else ""
             for child in step.children:
-                child.begin(self.transcript.copy())
+                child.begin(self, group)
             return
         if isinstance(step, Append):
             for child in step.children:
                 self.transcript.append(child.transcript, child.fork_mark)
+                self.frontier = tuple({*self.frontier, *child.frontier})
         else:
             await self._evaluate(step)
         if self.run.stream:
@@ -306,35 +352,72 @@ class StreamExecutor:
                 scope.variable.set(self.transcript.text()[scope.start :])
             case Gen() | Select() as expr:
                 assert step.variable is not None
-                await self._call(expr, step.variable, step.promises)
+                await self._call(expr, step.variable, step)
             case other:
                 raise InvalidRequestError(f"cannot execute {other!r}")
 
-    async def _call(self, expr: Gen | Select, variable: Variable, promises: Promises) -> None:
-        prompt = self.transcript.prompt()
+    async def _call(self, expr: Gen | Select, variable: Variable, step: Step) -> None:
+        prompt = self.transcript.prompt(messages=self.run.backend.takes_messages)
+        run, ledger = self.run, self.run.ledger
         watch = CallWatch(
             expr.name or ("gen" if isinstance(expr, Gen) else "select"),
             (*self.path, *(scope.name for scope in self._scopes)),
             None,
         )
-        promise = promises.for_call(expr.slo, self.run.clock())
+        call = variable.call = self._record(expr, watch, step)
+        promise = step.promises.for_call(expr.slo, run.clock())
         watch.slo = promise.slo
-        context = calls.Context(self.run.backend, prompt, promise.slo, self.run.id, watch)
-        ledger, rows = self.run.ledger, self.run.ledger.rows
+        sent = self._plan(call, promise)
+        watch.planned = sent.planned
+        context = calls.Context(run.backend, prompt, sent.slo, run.id, watch, sent.hints, run.slo_class, sent.enforced)
+        why = "budget" if promise.spent else ""
         try:
             answer = await self._answer(context, expr, promise, variable)
         except BaseException as error:
             told = self.error if isinstance(error, asyncio.CancelledError) and self.error is not None else error
-            rows.append(watch.report(error=told, why="budget" if promise.spent else "", began=ledger.started))
+            ledger.rows.append(watch.report(error=told, why=why, began=ledger.started))
             raise
-        why = "budget" if promise.spent else ""
-        rows.append(watch.report(answer.finish_reason, why=why, began=ledger.started))
+        row = watch.report(answer.finish_reason, why=why, began=ledger.started)
+        ledger.rows.append(row)
+        call.end(run.clock() - ledger.started, row, watch.engine)
         self._say(answer.rest, answer.meta, variable)
+        if variable.reasoning is not None:
+            variable.reasoning.set("" if answer.reasoning is None else answer.reasoning, answer.meta)
         variable.set(answer.value, answer.meta)
+
+    def _record(self, expr: Gen | Select, watch: CallWatch, step: Step) -> Call:
+        """The call takes its place in the run's graph."""
+        graph = self.run.graph
+        visit = self._visits[watch.call] = self._visits.get(watch.call, 0) + 1
+        limit = 1
+        if isinstance(expr, Gen):
+            limit = expr.sampling.max_tokens or self.run.sampling.max_tokens or DEFAULT_MAX_TOKENS
+        call = Call(
+            index=len(graph.calls),
+            site=site_of(watch.path, watch.call, visit),
+            name=watch.call,
+            path=watch.path,
+            after=tuple(sorted({*self.frontier, *step.seen})),
+            extends=self._extends,
+            max_tokens=limit,
+            deadline=expr.slo.deadline if expr.slo is not None else None,
+            begun=self.run.clock() - self.run.ledger.started,
+        )
+        graph.calls.append(call)
+        self.frontier, self._extends = (call.index,), call.index
+        return call
+
+    def _plan(self, call: Call, promise: Promise) -> Sent:
+        group, self._group = self._group, ""
+        if self.run.planner is None:
+            return Sent(promise.slo, Hints(group=group) if group else None)
+        return self.run.planner.send(call, promise, self.run.due - self.run.clock(), group)
 
     async def _answer(
         self, context: calls.Context, expr: Gen | Select, promise: Promise, variable: Variable
     ) -> calls.Answer:
+        if self.run.tracing:
+            return calls.unknown(context, expr)
         on_miss = promise.slo.on_miss if promise.slo is not None else "finish"
         if promise.spent and on_miss == "truncate":
             return calls.spent(expr)
@@ -343,15 +426,24 @@ class StreamExecutor:
                 f"program {self.run.ledger.name} had no time left for call {context.watch.call!r}: its deadline of "
                 f"{self.run.ledger.deadline} s has passed"
             )
-        if isinstance(expr, Gen):
-            sampling = expr.sampling.over(self.run.sampling)
-            return await calls.generate(context, expr, sampling, lambda text, meta: self._say(text, meta, variable))
         try:
-            return await calls.choose(context, expr)
+            return await self._ask(context, expr, variable)
+        except OverloadedError:
+            if context.watch.planned is None:
+                raise
+            # Refused for a deadline that was only our plan: once more with the true one.
+            context.watch.planned = None
+            return await self._ask(replace(context, slo=promise.slo, enforced=None), expr, variable)
         except DeadlineMissedError:
-            if on_miss != "truncate":
+            if on_miss != "truncate" or isinstance(expr, Gen):
                 raise
             return calls.spent(expr)
+
+    async def _ask(self, context: calls.Context, expr: Gen | Select, variable: Variable) -> calls.Answer:
+        if isinstance(expr, Select):
+            return await calls.choose(context, expr)
+        sampling = expr.sampling.over(self.run.sampling)
+        return await calls.generate(context, expr, sampling, lambda text, meta: self._say(text, meta, variable))
 
     def _say(self, text: str, meta: Any, variable: Variable) -> None:
         """The model's new text, to the transcript and to whoever reads along."""

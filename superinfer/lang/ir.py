@@ -8,12 +8,14 @@ from typing import Any, Literal
 
 from superinfer.errors import InvalidRequestError
 from superinfer.lang.choices import ChoicesSamplingMethod
+from superinfer.lang.reasoning import Reasoning
 from superinfer.lang.sampling import Sampling
 from superinfer.lang.typed import REGEX_BOOL as REGEX_BOOL
 from superinfer.lang.typed import REGEX_FLOAT as REGEX_FLOAT
 from superinfer.lang.typed import REGEX_INT as REGEX_INT
 from superinfer.lang.typed import REGEX_STR as REGEX_STR
 from superinfer.lang.typed import Reader
+from superinfer.lang.unknown import as_text
 from superinfer.runtime.protocol import Grammar
 from superinfer.runtime.slo import SLO
 
@@ -49,7 +51,7 @@ class Gen(Expr):
     """One generation.
 
     number: cut the text after the first number of that kind. grammar: what the text must look like. reader: makes the
-    variable's value of the text; None: the text is the value.
+    variable's value of the text; None: the text is the value. reasoning: tell it apart.
     """
 
     name: str | None
@@ -58,6 +60,7 @@ class Gen(Expr):
     slo: SLO | None = None
     grammar: Grammar | None = None
     reader: Reader | None = None
+    reasoning: Reasoning | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +113,7 @@ def to_expr(value: object) -> Expr:
     if isinstance(value, Expr):
         return value
     if isinstance(value, str):
-        return Text(value)
+        return Text(as_text(value))
     raise InvalidRequestError(f"cannot append {value!r:.80} ({type(value).__name__}); give text or an expression")
 
 

@@ -15,14 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, overload
 
 from superinfer.errors import InvalidRequestError, UnsupportedError
-from superinfer.lang.backend import resolve_backend
+from superinfer.lang.backend import Backend, resolve_backend
+from superinfer.lang.callgraph import CallGraph
 from superinfer.lang.executor import Run
+from superinfer.lang.history import History
 from superinfer.lang.loop import language_loop
 from superinfer.lang.options import RUN_OPTIONS, RunOptions
+from superinfer.lang.plan import ProgramPlan, plan
+from superinfer.lang.planner import Planner
 from superinfer.lang.promise import Promises, check_deadline, check_slo
 from superinfer.lang.report import Ledger
 from superinfer.lang.state import ProgramState, inside_run
 from superinfer.lang.trace import ProgramTrace
+from superinfer.lang.tracing import constant_prefix, trace
 from superinfer.runtime.slo import SLO
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -31,7 +36,8 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class Function:
     """A program. `run`, `run_batch` and their asynchronous twins take the program's arguments by position or name,
     and by name also (see RunOptions): max_new_tokens (128), temperature (1.0), stop and the other sampling arguments
-    of `gen`, which hold where a `gen` says nothing; `backend`; `deadline`; `slo`.
+    of `gen`, which hold where a `gen` says nothing; `backend`; `deadline`; `slo`; `plan` (True): split the deadline
+    among the calls by what was learnt.
     """
 
     def __init__(
@@ -40,7 +46,10 @@ class Function:
         *,
         deadline: float | None = None,
         slo: SLO | None = None,
+        slo_class: str = "",
+        history: History | str | os.PathLike[str] | None = None,
         bound: Mapping[str, Any] | None = None,
+        backend: Backend | None = None,
     ) -> None:
         """Raises InvalidRequestError for a function without a state argument, or with one named like a run option."""
         self.func = func
@@ -48,11 +57,14 @@ class Function:
         self.__name__, self.__doc__ = self.name, func.__doc__
         self.deadline = check_deadline(deadline)
         self.slo = check_slo(slo)
+        self.slo_class = slo_class
+        self.history = history if isinstance(history, History) else History(history)
+        self.planner = Planner(self.name, self.history)
         self.bound = dict(bound or {})
+        self.backend = backend
         self.is_async = inspect.iscoroutinefunction(func)
-        self._last: Ledger | None = None
-        self._signature = inspect.signature(func)
-        parameters = list(self._signature.parameters)
+        self.signature = inspect.signature(func)
+        parameters = list(self.signature.parameters)
         if not parameters:
             raise InvalidRequestError(f"program {self.name} takes no argument; its first one is the state, `s`")
         self.arg_names = parameters[1:]
@@ -65,7 +77,49 @@ class Function:
         for name in arguments:
             if name not in self.arg_names:
                 raise InvalidRequestError(f"program {self.name} has no argument {name!r}; it has {self.arg_names}")
-        return Function(self.func, deadline=self.deadline, slo=self.slo, bound={**self.bound, **arguments})
+        return self._again(bound={**self.bound, **arguments})
+
+    def _again(self, **changes: Any) -> Function:
+        """This program with something changed; it learns and plans with what this one has learnt."""
+        given = {name: getattr(self, name) for name in ("deadline", "slo", "slo_class", "history", "bound", "backend")}
+        twin = Function(self.func, **{**given, **changes})
+        twin.planner = self.planner
+        return twin
+
+    def trace(self, *args: Any, **kwargs: Any) -> CallGraph:
+        """Run the program's Python without a model and return its calls: which come after which, in forks and joins.
+
+        Arguments not given are unknown texts. The trace stops, and says so, where the program looks into a text that
+        only a model could give. Raises what the program raises before that.
+        """
+        kwargs.pop("backend", None)  # as SGLang's tracer is called; nothing is asked of it
+        graph, _ = trace(self, args, kwargs)
+        self.planner.learn_trace(graph)
+        return graph
+
+    def plan(self, *args: Any, deadline: float | None = None, **kwargs: Any) -> ProgramPlan:
+        """What a deadline (seconds; default: the program's own) means for each call, and whether it can be kept.
+
+        Traces the program, with these arguments, and goes by what earlier runs took; nothing is sent.
+        """
+        deadlines = [d for d in (self.deadline, check_deadline(deadline)) if d is not None]
+        return plan(self.planner, self.trace(*args, **kwargs), min(deadlines, default=None))
+
+    def compile(self, *, backend: Backend | None = None) -> Function:
+        """The program, traced: its deadlines are planned from the first run on. `backend`: what it runs on from now."""
+        self.trace()
+        return self._again(backend=backend or self.backend)
+
+    def cache(self, backend: Backend | None = None) -> None:
+        """Compute the KV cache of what the program says before its first call or argument, so that runs find it there.
+
+        Raises UnsupportedError for a program that begins with either, or on a backend that keeps no KV cache.
+        """
+        chosen = resolve_backend(backend or self.backend)
+        prefix = constant_prefix(self, chosen.render_chat)
+        if prefix is None:
+            raise UnsupportedError(f"program {self.name} begins with an argument or a call: there is nothing to cache")
+        language_loop().run(chosen.cache_prefix(prefix))
 
     @property
     def last_trace(self) -> ProgramTrace | None:
@@ -133,7 +187,7 @@ class Function:
         """Raises InvalidRequestError for arguments that the program does not take."""
         named = {**self.bound, **kwargs}
         try:
-            self._signature.bind(None, *args, **named)
+            self.signature.bind(None, *args, **named)
         except TypeError as error:
             raise InvalidRequestError(f"program {self.name}: {error}; it takes ({', '.join(self.arg_names)})") from None
         return tuple(args), named
@@ -146,11 +200,14 @@ class Function:
         deadlines = [d for d in (self.deadline, options.deadline) if d is not None]
         ledger = Ledger(self.name, min(deadlines, default=None))
         run = Run(
-            resolve_backend(options.backend),
+            resolve_backend(options.backend or self.backend),
             options.sampling,
             ledger,
             is_async=self.is_async,
             stream=stream,
+            due=promises.due,
+            planner=self.planner if options.plan else None,
+            slo_class=self.slo_class,
         )
         self._last = ledger
         return ProgramState(run.root, promises)
@@ -338,6 +395,8 @@ def function(
     *,
     deadline: float | None = None,
     slo: SLO | None = None,
+    slo_class: str = "",
+    history: History | str | os.PathLike[str] | None = None,
 ) -> Callable[[Callable[..., Any]], Function]: ...
 def function(
     func: Callable[..., Any] | None = None,
@@ -345,17 +404,21 @@ def function(
     *,
     deadline: float | None = None,
     slo: SLO | None = None,
+    slo_class: str = "",
+    history: History | str | os.PathLike[str] | None = None,
 ) -> Any:
     """Make a program of a function whose first argument is the state. Works with `def` and `async def`.
 
     deadline: seconds that one run may take; each call is sent what is left of them.
-    slo: what each call of the program inherits.
+    slo: what each call of the program inherits. slo_class: under which name servers count whether it was kept.
+    history: where what its calls take is learnt: a History, which programs may share, or the path of a file to keep it
+    in; None: in memory, for as long as the program lives.
     """
     if num_api_spec_tokens is not None:
         raise UnsupportedError(f"num_api_spec_tokens={num_api_spec_tokens!r} is not supported; leave it out")
 
     def decorate(func: Callable[..., Any]) -> Function:
-        return Function(func, deadline=deadline, slo=slo)
+        return Function(func, deadline=deadline, slo=slo, slo_class=slo_class, history=history)
 
     return decorate if func is None else decorate(func)
 

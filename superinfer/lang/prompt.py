@@ -40,11 +40,31 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Chat:
+    """A prompt before any template, for services that take messages.
+
+    messages: the closed ones. role, begun: of the open one and its text so far. plain: the whole text, where there
+    are no roles at all. mixed: text stands between messages too.
+    """
+
+    messages: tuple[dict[str, Any], ...] = ()
+    role: str | None = None
+    begun: str = ""
+    plain: str | None = None
+    mixed: bool = False
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+NO_CHAT = Chat()
+
+
+@dataclass(frozen=True)
 class Prompt:
     """What the model is given. `add_special`: whether the tokenizer adds its BOS; a chat template brings its own."""
 
     text: str
     add_special: bool
+    chat: Chat = NO_CHAT
 
 
 class Transcript:
@@ -108,9 +128,18 @@ class Transcript:
             pieces.append(self._parts[-1].content)
         return "".join(pieces)
 
-    def prompt(self) -> Prompt:
-        """What to generate from. Raises like `text`."""
-        return Prompt(self.text(), add_special=not self._parts or self._parts[0].role is None)
+    def prompt(self, *, messages: bool = False) -> Prompt:
+        """What to generate from; with `messages`, also as a Chat. Raises like `text`."""
+        special = not self._parts or self._parts[0].role is None
+        return Prompt(self.text(), special, self.chat() if messages else NO_CHAT)
+
+    def chat(self) -> Chat:
+        """All that was said, as messages where there are any."""
+        raw = any(part.role is None and part.content for part in self._parts)
+        if all(part.role is None for part in self._parts):
+            return Chat(plain="".join(part.content for part in self._parts), tools=self.tools)
+        begun = self._parts[-1].content if self.role is not None else ""
+        return Chat(tuple(self.messages()), self.role, begun, mixed=raw, tools=self.tools)
 
     def _chat(self, messages: list[dict[str, Any]]) -> str:
         """The messages' text, up to where the content of the open one begins."""
@@ -133,6 +162,20 @@ class Transcript:
                 "put the text inside a role"
             )
         return len(head)
+
+    def until(self, mark: str, render: RenderChat) -> Transcript | None:
+        """The beginning of this transcript, up to the first `mark` in it, for `render` to show. None: it is empty."""
+        head = Transcript(render)
+        head.tools = self.tools
+        for part in self._parts:
+            before, found, _ = part.content.partition(mark)
+            if part.role == "assistant" and found:
+                break  # an answer's beginning is written behind the template's prompt for one: left to the run itself
+            head._parts.append(replace(part, content=before))
+            if found:
+                head.role = part.role
+                break
+        return head if any(part.content for part in head._parts) else None
 
     def mark(self) -> tuple[int, int]:
         """This moment, for `since`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
 from superinfer.runtime.protocol import RequestReport
@@ -15,7 +15,8 @@ class CallReport:
     """One call, seen from the program. Seconds; None where it does not apply.
 
     path: fork and variable scopes around the call, outermost first.
-    slo: as sent with the call; its deadline is at most what the program had left then.
+    slo: as promised to the call; its deadline is at most what the program had left then.
+    planned_s: the deadline that was sent instead, so that what must follow has its time; None: the promised one was.
     started_s: after the program began.
     queue_s, prefill_s, rotated_s, copy_wait_s, preempted_s, decode_s: the engine's own account (see RequestReport).
     client_s: the rest of e2e_s, spent outside the engine.
@@ -28,6 +29,7 @@ class CallReport:
     path: tuple[str, ...] = ()
     slo: SLO | None = None
     started_s: float = 0.0
+    planned_s: float | None = None
     ttft_s: float | None = None
     e2e_s: float = 0.0
     max_tbt_s: float | None = None
@@ -77,12 +79,12 @@ class SLOReport:
         head = ("call", "promised", "ttft", "max tbt", "e2e", *(name for name, _ in _STAGES), "met", "why late")
         lines = [_cells(row) for row in self.rows]
         program = self.program
-        promised = "" if program.deadline_s is None else f"deadline {_seconds(program.deadline_s)}"
-        late = "" if program.met is not False else f"by {_seconds(program.elapsed_s - (program.deadline_s or 0.0))}"
+        promised = "" if program.deadline_s is None else f"deadline {seconds(program.deadline_s)}"
+        late = "" if program.met is not False else f"by {seconds(program.elapsed_s - (program.deadline_s or 0.0))}"
         nothing = ("",) * len(_STAGES)
-        elapsed = _seconds(program.elapsed_s)
+        elapsed = seconds(program.elapsed_s)
         lines.append((f"= {program.name}", promised, "", "", elapsed, *nothing, _yes(program.met), late))
-        return _table(head, lines)
+        return table(head, lines, words={0, 1, len(head) - 1})
 
 
 # Columns of the table, and the rows' figures in them.
@@ -100,22 +102,23 @@ _STAGES = (
 def _cells(row: CallReport) -> tuple[str, ...]:
     return (
         "/".join((*row.path, row.call)),
-        _promised(row.slo),
-        *(_seconds(value) for value in (row.ttft_s, row.max_tbt_s, row.e2e_s)),
-        *(_seconds(getattr(row, field)) for _, field in _STAGES),
+        _promised(row.slo, row.planned_s),
+        *(seconds(value) for value in (row.ttft_s, row.max_tbt_s, row.e2e_s)),
+        *(seconds(getattr(row, field)) for _, field in _STAGES),
         _yes(row.met),
         f"{row.why} {row.error.partition(':')[0]}".strip(),
     )
 
 
-def _promised(slo: SLO | None) -> str:
+def _promised(slo: SLO | None, planned: float | None) -> str:
     if slo is None:
         return ""
-    named = (("ttft", slo.ttft), ("tbt", slo.tbt), ("deadline", slo.deadline))
-    return ", ".join(f"{name} {_seconds(value)}" for name, value in named if value is not None)
+    named = (("ttft", slo.ttft), ("tbt", slo.tbt), ("deadline", slo.deadline), ("planned", planned))
+    return ", ".join(f"{name} {seconds(value)}" for name, value in named if value is not None)
 
 
-def _seconds(value: float | None) -> str:
+def seconds(value: float | None) -> str:
+    """For people: ms below a second; "" for None."""
     if value is None:
         return ""
     return f"{value * 1000:.0f} ms" if abs(value) < 0.9995 else f"{value:.2f} s"
@@ -125,13 +128,13 @@ def _yes(met: bool | None) -> str:
     return "-" if met is None else "yes" if met else "NO"
 
 
-def _table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+def table(head: Iterable[str], lines: Iterable[Iterable[str]], *, words: Set[int]) -> str:
+    """Aligned columns: those in `words` to the left, figures to the right."""
     rows = [tuple(head), *(tuple(line) for line in lines)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    left = {0, 1, len(widths) - 1}  # words; the others are figures
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
+            cell.ljust(width) if column in words else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
@@ -145,6 +148,7 @@ class CallWatch:
     call: str
     path: tuple[str, ...]
     slo: SLO | None
+    planned: float | None = None
     started: float = field(default_factory=time.monotonic)
     timelines: dict[int, TokenTimeline] = field(default_factory=dict)
     engine: RequestReport | None = None
@@ -183,6 +187,7 @@ class CallWatch:
             path=self.path,
             slo=self.slo,
             started_s=self.started - began if began is not None else 0.0,
+            planned_s=self.planned,
             ttft_s=max(firsts, default=None),
             e2e_s=e2e,
             max_tbt_s=max(gaps, default=None),

@@ -61,6 +61,8 @@ class Sampling:
 
     def over(self, defaults: Sampling) -> Sampling:
         """These arguments, and `defaults` where nothing is said."""
+        if defaults is NO_SAMPLING:
+            return self
         chosen = {}
         for field in fields(self):
             own = getattr(self, field.name)
@@ -84,3 +86,6 @@ class Sampling:
             stop_token_ids=tuple(self.stop_token_ids or ()),
             **given,
         )
+
+
+NO_SAMPLING = Sampling()

@@ -107,13 +107,27 @@ class ProgramState:
 
     def get_var(self, name: str) -> Any:
         """The variable's value, once its call is done. Raises KeyError, and what ended the call."""
-        return self._wait(self._variable(name).future, f"await s.get({name!r})")
+        variable = self._variable(name)
+        value = self._wait(variable.future, f"await s.get({name!r})")
+        self._saw(variable)
+        return value
 
     __getitem__ = get_var
 
     async def get(self, name: str) -> Any:
         """Async twin of `s[name]`."""
-        return await asyncio.wrap_future(self._variable(name).future)
+        variable = self._variable(name)
+        value = await asyncio.wrap_future(variable.future)
+        self._saw(variable)
+        return value
+
+    def _saw(self, variable: Variable | None = None) -> None:
+        """The program knows this call's outcome, or that of all its state has made so far: what follows comes after."""
+        executor = self.stream_executor
+        if variable is None:
+            executor.run.graph.saw(*executor.frontier)
+        elif variable.call is not None:
+            executor.run.graph.saw(variable.call.index)
 
     def set_var(self, name: str, value: Any) -> None:
         """Set a variable; the text is not changed."""
@@ -133,20 +147,26 @@ class ProgramState:
     def text(self) -> str:
         """All text so far, as the model reads it. After a failure: up to there."""
         executor = self.stream_executor
-        return self._wait(executor.ask(lambda: executor.transcript.text()), "await s.drain() first")
+        text = self._wait(executor.ask(lambda: executor.transcript.text()), "await s.drain() first")
+        self._saw()
+        return text
 
     def messages(self) -> list[dict[str, Any]]:
         """The messages so far, each with role and content."""
         executor = self.stream_executor
-        return self._wait(executor.ask(lambda: executor.transcript.messages()), "await s.drain() first")
+        messages = self._wait(executor.ask(lambda: executor.transcript.messages()), "await s.drain() first")
+        self._saw()
+        return messages
 
     def sync(self) -> None:
         """Wait until all that was appended is done. Raises nothing: see `error`."""
         self._wait(self.stream_executor.ask(lambda: None), "await s.drain()")
+        self._saw()
 
     async def drain(self) -> None:
         """Async twin of `sync`; after it `text`, `messages`, `error` and `slo_report` do not block."""
         await asyncio.wrap_future(self.stream_executor.ask(lambda: None))
+        self._saw()
 
     def error(self) -> BaseException | None:
         """What made this state fail, if anything did."""
@@ -172,6 +192,7 @@ class ProgramState:
             return
         for chunk in read(self._feed(var_name), self._abandoned()):
             yield chunk.text
+        self._saw(self.stream_executor.variables.get(var_name) if var_name is not None else None)
 
     @overload
     def text_async_iter(self, var_name: str | None = None) -> AsyncIterator[str]: ...

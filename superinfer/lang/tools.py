@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from superinfer.errors import InvalidRequestError, OutputError
+from superinfer.lang.unknown import DataDependent, Unknown
 
 _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
@@ -57,6 +58,8 @@ def tool_calls(text: str) -> list[ToolCall]:
 
     Raises OutputError for a call that is not of this form.
     """
+    if isinstance(text, Unknown):
+        raise DataDependent(f"it looks for tool calls in {text}")
     found = []
     for body in _CALL.findall(text):
         try:

@@ -9,7 +9,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from superinfer.lang.callgraph import Call
 from superinfer.lang.loop import language_loop, on_language_loop
+from superinfer.lang.unknown import as_text
 
 T = TypeVar("T")
 Meta = Any  # dict of one continuation; list of dicts where gen(n=...) made several
@@ -133,6 +135,8 @@ class Variable:
         self.feed = Feed()
         self.meta: Meta = None
         self.future = new_future()
+        self.call: Call | None = None  # that makes it, once that has begun
+        self.reasoning: Variable | None = None  # what the model thought before it said this, where that is told apart
 
     @classmethod
     def of(cls, value: Any) -> Variable:
@@ -148,8 +152,8 @@ class Variable:
     def set(self, value: Any, meta: Meta = None) -> None:
         """Give it its value. What was not streamed becomes its text."""
         self.meta = meta
-        if not self.feed._text and isinstance(value, str) and value:
-            self.feed.push(value, meta)
+        if not self.feed._text and isinstance(value, str) and (text := as_text(value)):
+            self.feed.push(text, meta)
         self.feed.close()
         if not self.future.done():
             self.future.set_result(value)
@@ -159,6 +163,8 @@ class Variable:
         self.feed.close(error)
         if not self.future.done():
             self.future.set_exception(error)
+        if self.reasoning is not None:
+            self.reasoning.fail(error)
 
     def never(self, name: str, error: BaseException | None) -> None:
         """The program has ended without it: there is no text, and who asks for the value gets `error` or KeyError."""

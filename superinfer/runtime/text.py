@@ -35,6 +35,7 @@ class TextRequest:
     stop: strings that end the text; the match itself is left out of it. stop_regex: regular expressions that do.
     add_special: let the tokenizer add its BOS and the like; False for a rendered chat template.
     skip_special: leave special tokens out of the returned text.
+    slo_class, hints: see protocol.Generate.
     """
 
     prompt: str | Sequence[int]
@@ -44,6 +45,8 @@ class TextRequest:
     slo: SLO | None = None
     cache_salt: str = ""
     program: str = ""
+    slo_class: str = ""
+    hints: Hints | None = None
     add_special: bool = True
     skip_special: bool = True
 
@@ -131,6 +134,8 @@ class TextClient:
             slo=request.slo,
             cache_salt=request.cache_salt,
             program=request.program,
+            slo_class=request.slo_class,
+            hints=request.hints,
         )
         readers = [
             _SequenceReader(

@@ -93,6 +93,9 @@ def test_generator_style_yields_early_and_leaving_cancels_the_rest(model: Script
     model.token_s, model.answer = 0.005, lambda prompt: "x" * (1 if "item 0" in prompt else 1000)
     states = kind.run_batch([(i,) for i in (0, 10, 11)], generator_style=True)
     assert next(states)["x"] == "x"
+    end = time.monotonic() + 10
+    while model.open < 2 and time.monotonic() < end:  # the others have begun
+        time.sleep(0.005)
     states.close()
     end = time.monotonic() + 3
     while model.open and time.monotonic() < end:

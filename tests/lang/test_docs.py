@@ -1,4 +1,4 @@
-"""The code in docs/language.md runs as it stands."""
+"""The code in docs/language.md and docs/slo.md runs as it stands."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from pathlib import Path
 import pytest
 from scripted_client import ScriptedClient
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/language.md").read_text(), re.DOTALL)
+DOCS = Path(__file__).parents[2] / "docs"
+BLOCKS = [
+    (name, code)
+    for name in ("language.md", "slo.md")
+    for code in re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)
+]
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=[f"block {i}" for i in range(len(BLOCKS))])
-def test_the_code_in_the_language_guide_runs(model: ScriptedClient, capsys, code: str) -> None:
-    exec(compile(code, "docs/language.md", "exec"), {"__name__": "docs"})
+@pytest.mark.parametrize(("name", "code"), BLOCKS, ids=[f"{name} {i}" for i, (name, _) in enumerate(BLOCKS)])
+def test_the_code_in_the_guides_runs(model: ScriptedClient, capsys, name: str, code: str) -> None:
+    exec(compile(code, f"docs/{name}", "exec"), {"__name__": "docs"})
     assert "ok" in capsys.readouterr().out
     assert model.open == 0 and not model.cancelled
 
 
-def test_there_is_code_in_the_language_guide() -> None:
-    assert len(BLOCKS) == 3
+def test_there_is_code_in_both_guides() -> None:
+    assert [name for name, _ in BLOCKS] == ["language.md"] * 3 + ["slo.md"]

@@ -1,0 +1,168 @@
+"""What earlier runs of programs took, learnt for each call site; kept in memory or in a file. See docs/slo.md."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import threading
+from pathlib import Path
+
+import msgspec
+
+from superinfer.errors import InvalidRequestError
+from superinfer.lang.callgraph import Call, CallGraph
+
+MAX_SITES = 512  # of one program
+MAX_PROGRAMS = 256
+_LEAST_WEIGHT = 1 / 16  # of a new run in an average
+
+
+class Site(msgspec.Struct, omit_defaults=True):
+    """Averages over the runs that came to this place. Seconds.
+
+    work: of the call, without its waiting for the engine. tail: from its end to the program's, likewise; tail_spread:
+    mean deviation of it. lag: of the program itself before the call. extended: share of runs in which a later call went
+    on from this one's text; gap: how much later.
+    """
+
+    runs: int = 0
+    tokens: float = 0.0
+    work: float = 0.0
+    tail: float = 0.0
+    tail_spread: float = 0.0
+    lag: float = 0.0
+    extended: float = 0.0
+    gap: float = 0.0
+
+    def learn(self, tokens: int, work: float, tail: float, lag: float, gap: float | None) -> None:
+        """One run more. gap: None where nothing went on from its text."""
+        self.runs += 1
+        rate = max(1 / self.runs, _LEAST_WEIGHT)
+        if self.runs > 1:
+            self.tail_spread += rate * (abs(tail - self.tail) - self.tail_spread)
+        self.tokens += rate * (tokens - self.tokens)
+        self.work += rate * (work - self.work)
+        self.tail += rate * (tail - self.tail)
+        self.lag += rate * (lag - self.lag)
+        if gap is not None:
+            self.gap += (rate if self.extended else 1.0) * (gap - self.gap)
+        self.extended += rate * ((gap is not None) - self.extended)
+
+
+class Learnt(msgspec.Struct, omit_defaults=True):
+    """Of one program. total: seconds of work of a run along its longest way. sites: in the order they were met."""
+
+    runs: int = 0
+    total: float = 0.0
+    sites: dict[str, Site] = {}
+
+
+class _Book(msgspec.Struct, omit_defaults=True):
+    version: int = 1
+    programs: dict[str, Learnt] = {}
+    token_s: float | None = None  # seconds of work per token, over all calls
+
+
+class History:
+    """What was learnt of programs, by their names. Safe to share among programs and threads.
+
+    path: a JSON file to begin from, where it exists, and to write at `save` and at the interpreter's end. Raises
+    InvalidRequestError for a file that holds something else.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.path = Path(path) if path is not None else None
+        self._lock = threading.Lock()
+        self._book = _Book()
+        self._changed = False
+        if self.path is not None:
+            if self.path.exists():
+                try:
+                    self._book = msgspec.json.decode(self.path.read_bytes(), type=_Book)
+                except (OSError, msgspec.MsgspecError) as error:
+                    raise InvalidRequestError(f"history {str(path)!r} cannot be read ({error}); delete it") from None
+            atexit.register(self._save_quietly)
+
+    @property
+    def token_s(self) -> float | None:
+        """Seconds of work per output token over all calls; None before any."""
+        return self._book.token_s
+
+    def program(self, name: str) -> Learnt | None:
+        """What is known of a program; None before its first run."""
+        return self._book.programs.get(name)
+
+    def site(self, program: str, site: str) -> Site | None:
+        """What is known of a place; None before a run came there."""
+        learnt = self._book.programs.get(program)
+        return learnt.sites.get(site) if learnt is not None else None
+
+    def learn(self, graph: CallGraph) -> None:
+        """Take in a run that has ended. One that failed, or was cut short anywhere, teaches nothing."""
+        if (
+            not graph.calls
+            or graph.ended is None
+            or not all(call.usual and call.ended is not None for call in graph.calls)
+        ):
+            return
+        work = [call.work for call in graph.calls]
+        lag = [graph.lag(call) for call in graph.calls]
+        end = max(0.0, graph.ended - max(call.ended or 0.0 for call in graph.calls))
+        tails = graph.longest(work, lag, end)
+        total = max(lag[c.index] + work[c.index] + tails[c.index] for c in graph.calls if not c.after)
+        gaps = _gaps(graph)
+        with self._lock:
+            learnt = self._of(graph.program)
+            if learnt is None:
+                return
+            learnt.runs += 1
+            learnt.total += max(1 / learnt.runs, _LEAST_WEIGHT) * (total - learnt.total)
+            for call in graph.calls:
+                site = learnt.sites.get(call.site)
+                if site is None:
+                    if len(learnt.sites) >= MAX_SITES:
+                        continue
+                    site = learnt.sites[call.site] = Site()
+                i = call.index
+                site.learn(call.tokens, work[i], tails[i], lag[i], gaps.get(i))
+            self._learn_speed(graph.calls)
+            self._changed = True
+
+    def _of(self, program: str) -> Learnt | None:
+        learnt = self._book.programs.get(program)
+        if learnt is None and len(self._book.programs) < MAX_PROGRAMS:
+            learnt = self._book.programs[program] = Learnt()
+        return learnt
+
+    def _learn_speed(self, calls: list[Call]) -> None:
+        tokens, work = sum(c.tokens for c in calls), sum(c.work for c in calls if c.tokens)
+        if tokens:
+            known = self._book.token_s
+            self._book.token_s = work / tokens if known is None else known + _LEAST_WEIGHT * (work / tokens - known)
+
+    def save(self) -> None:
+        """Write the file, whole or not at all. Raises InvalidRequestError without a path, OSError."""
+        if self.path is None:
+            raise InvalidRequestError("this history has no path; make it with History('file.json')")
+        with self._lock:
+            data = msgspec.json.encode(self._book)
+            self._changed = False
+        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        beside.write_bytes(data)
+        beside.replace(self.path)
+
+    def _save_quietly(self) -> None:
+        if self._changed:
+            with contextlib.suppress(OSError):  # the interpreter ends; nobody is left to tell
+                self.save()
+
+
+def _gaps(graph: CallGraph) -> dict[int, float]:
+    """Of the calls whose text a later call went on from: how much later the first of these began, seconds."""
+    gaps: dict[int, float] = {}
+    for call in graph.calls:
+        if call.extends is not None:
+            gap = max(0.0, call.begun - (graph.calls[call.extends].ended or 0.0))
+            gaps[call.extends] = min(gap, gaps.get(call.extends, gap))
+    return gaps

@@ -1,0 +1,220 @@
+"""OpenAI-compatible services through the `openai` client: our own server, others' servers, and OpenAI."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import Any
+
+from superinfer.errors import (
+    DeadlineMissedError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    QueueFullError,
+    SuperinferError,
+    UnsupportedError,
+    error_from_code,
+)
+from superinfer.lang.backend import CallRequest
+from superinfer.lang.loop import language_loop
+from superinfer.lang.remote import Abilities, Answering, RemoteBackend, given
+from superinfer.runtime.slo import SLO
+from superinfer.runtime.text import TextDelta
+
+_NAMES = {name: name for name in ("n", "temperature", "top_p", "frequency_penalty", "presence_penalty", "seed")}
+_OWN_NAMES = {
+    name: name
+    for name in ("min_tokens", "top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos")
+}  # fmt: skip
+_ELSEWHERE = Abilities(frozenset({*_NAMES, "max_tokens"}))
+_OURS = Abilities(frozenset({*_NAMES, *_OWN_NAMES, "max_tokens"}), prefix=True, plain=True, slo=True, stops=16)
+
+
+class OpenAI(RemoteBackend):
+    """A model behind OpenAI's API.
+
+        OpenAI("gpt-5-mini")                                        # OpenAI, key in OPENAI_API_KEY
+        OpenAI("embedded", base_url="http://127.0.0.1:8000/v1")     # a superinfer server, or any other
+
+    Takes chat programs: messages, each answer written by one `gen`. Our own server is known by its `/v1/models`; it
+    also takes beginnings of answers, text without roles, all sampling arguments, and SLOs. Elsewhere `on_miss` is
+    enforced from here.
+    """
+
+    name = "OpenAI's API"
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        is_chat_model: bool | None = None,
+        timeout: float = 600.0,
+        max_retries: int = 2,
+    ) -> None:
+        """is_chat_model: True takes messages only, False text without roles only; None: as the server is known to.
+        timeout: seconds one request may take. max_retries: of one that was refused or did not get through.
+
+        Raises EngineUnavailableError where `base_url` does not answer, UnsupportedError without the `openai` package,
+        InvalidRequestError without a key.
+        """
+        openai = _library()
+        self.ours = False
+        super().__init__(model, _ELSEWHERE)
+        self._limit = "max_tokens" if base_url else "max_completion_tokens"
+        self._salt = ""
+        try:
+            self._client = openai.AsyncOpenAI(
+                base_url=base_url,
+                api_key=api_key or ("none" if base_url else None),
+                timeout=timeout,
+                max_retries=max_retries,
+            )
+        except openai.OpenAIError as error:
+            raise InvalidRequestError(f"OpenAI({model!r}): {error}") from None
+        if base_url is not None:
+            cards = language_loop().run(self._models())
+            self.ours = any(card.owned_by == "superinfer" for card in cards)
+            if self.ours:
+                self.name, self.abilities = "a superinfer server over HTTP", _OURS  # type: ignore[misc]
+                served = [card.id for card in cards]
+                self.model = self.model or served[0]
+                if self.model not in served:
+                    raise InvalidRequestError(f"model {model!r} is not served at {base_url}; it serves {served[0]!r}")
+        if is_chat_model is not None and not self.ours:
+            self.abilities = replace(self.abilities, plain=not is_chat_model)
+
+    async def _models(self) -> list[Any]:
+        """Those the server lists; none where it has no such list."""
+        import openai
+
+        try:
+            return (await self._client.models.list(timeout=10.0)).data
+        except openai.APIConnectionError as error:
+            raise EngineUnavailableError(f"no server answers at {self._client.base_url}: {error}") from None
+        except openai.APIError:
+            return []
+
+    def flush_cache(self) -> None:
+        """Later requests share KV only among themselves. Raises UnsupportedError where the server is not ours."""
+        if not self.ours:
+            super().flush_cache()
+        self._salt = f"flushed {uuid.uuid4().hex} "
+
+    async def _ask(self, request: CallRequest) -> AsyncGenerator[TextDelta, None]:
+        import openai
+
+        answering = Answering(request.sampling.n)
+        try:
+            async with await self._open(request) as chunks:
+                async for chunk in chunks:
+                    for choice in chunk.choices:
+                        text = choice.text if request.chat.plain is not None else choice.delta.content
+                        if text:
+                            yield answering.text(choice.index, text)
+                        if choice.finish_reason is not None:
+                            answering.reasons[choice.index] = "length" if choice.finish_reason == "length" else "stop"
+                    _account(answering, chunk)
+        except openai.APIError as error:
+            raise as_ours(error) from error
+        for delta in answering.last():
+            yield delta
+
+    async def _open(self, request: CallRequest) -> Any:
+        asked: dict[str, Any] = {"model": self.model, "stream": True, "stream_options": {"include_usage": True}}
+        asked |= given(request.sampling, _NAMES)
+        if request.stop:
+            asked["stop"] = list(request.stop)
+        if request.sampling.max_tokens is not None:
+            asked[self._limit if request.chat.plain is None else "max_tokens"] = request.sampling.max_tokens
+        extra = self._extra(request) if self.ours else {}
+        if request.chat.plain is not None:
+            return await self._client.completions.create(prompt=request.chat.plain, extra_body=extra, **asked)
+        messages = list(request.chat.messages)
+        if request.chat.begun:
+            messages.append({"role": "assistant", "content": request.chat.begun})
+            extra["continue_final_message"] = True
+        return await self._client.chat.completions.create(messages=messages, extra_body=extra, **asked)
+
+    def _extra(self, request: CallRequest) -> dict[str, Any]:
+        """What our server takes beyond OpenAI's fields."""
+        extra = given(request.sampling, _OWN_NAMES)
+        if self._salt or request.cache_salt:
+            extra["cache_salt"] = self._salt + request.cache_salt
+        if request.slo is not None and request.slo.promises_anything:
+            extra["slo"] = slo_fields(request.slo)
+        return extra
+
+    async def _close(self) -> None:
+        await self._client.close()
+
+
+def server_backend(url: str, timeout: float) -> OpenAI:
+    """The model that a superinfer server at `url` serves. Raises InvalidRequestError where another server answers."""
+    base = url.rstrip("/")
+    backend = OpenAI(
+        "", base_url=base if base.endswith("/v1") else f"{base}/v1", timeout=max(timeout, 600.0), max_retries=0
+    )
+    if not backend.ours:
+        backend.close()
+        raise InvalidRequestError(f"{url} is no superinfer server; use OpenAI(model, base_url={base + '/v1'!r})")
+    return backend
+
+
+def slo_fields(slo: SLO) -> dict[str, Any]:
+    """The `slo` field of our HTTP API: milliseconds."""
+    times = {f"{name}_ms": getattr(slo, name) * 1e3 for name in ("ttft", "tbt", "deadline") if getattr(slo, name)}
+    return {**times, "weight": slo.weight, "on_miss": slo.on_miss}
+
+
+def _account(answering: Answering, chunk: Any) -> None:
+    """Usage and, from our server, what became of the SLO."""
+    usage = getattr(chunk, "usage", None)
+    if usage is not None:
+        answering.prompt_tokens, answering.output_tokens = usage.prompt_tokens, usage.completion_tokens
+        details = getattr(usage, "prompt_tokens_details", None)
+        answering.cached_tokens = (getattr(details, "cached_tokens", None) or 0) if details else 0
+    slo = (getattr(chunk, "model_extra", None) or {}).get("slo")
+    if slo is None:
+        return
+    stages = {f"{name}_s": slo[f"{name}_ms"] / 1e3 for name in ("queue", "prefill", "decode", "e2e", "max_tbt")}
+    first = slo["ttft_ms"]
+    answering.stages = {
+        **stages,
+        "ttft_s": None if first is None else first / 1e3,
+        "met": slo["met"],
+        "why": slo["why"],
+    }
+    if slo["truncated"]:
+        answering.reasons = dict.fromkeys(answering.reasons, "deadline")
+
+
+def as_ours(error: Any) -> SuperinferError:
+    """Our error for one of the `openai` library's, or of a library whose errors are made from those."""
+    import openai
+
+    body = getattr(error, "body", None)
+    body = body.get("error", body) if isinstance(body, dict) else None
+    code = getattr(error, "code", None) or (body.get("code") if isinstance(body, dict) else None)
+    known = error_from_code(code, error.message) if isinstance(code, str) else None
+    if known is not None and type(known) is not SuperinferError:
+        return known
+    if isinstance(error, openai.APITimeoutError):
+        return DeadlineMissedError(f"the service did not answer in time: {error.message}")
+    if isinstance(error, openai.APIConnectionError):
+        return EngineUnavailableError(f"the service does not answer: {error.message}")
+    if isinstance(error, openai.RateLimitError):
+        return QueueFullError(error.message)
+    if isinstance(error, openai.APIStatusError) and 400 <= error.status_code < 500:
+        return InvalidRequestError(error.message)
+    return SuperinferError(f"the service failed: {error.message}")
+
+
+def _library() -> Any:
+    try:
+        import openai
+    except ImportError:
+        raise UnsupportedError("OpenAI() needs the openai package: pip install 'superinfer[openai]'") from None
+    return openai

@@ -1,0 +1,103 @@
+"""What of a program's time one call may take, and what the engine is told of it. See docs/slo.md.
+
+Pure: what was learnt and what was traced go in, numbers come out. Times in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import msgspec
+
+from superinfer.lang.callgraph import Call, CallGraph
+from superinfer.lang.history import History
+from superinfer.lang.promise import SPENT_DEADLINE, Promise
+from superinfer.runtime.protocol import Hints
+from superinfer.runtime.slo import SLO
+
+YIELD_S = 60.0  # later than its program's deadline is due what belongs to a program that will miss it
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a call takes and what must follow it. `seconds`: False where only their proportion is known."""
+
+    own: float
+    tail: float
+    seconds: bool = True
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What goes to the engine with a call. planned: the deadline in `slo` is a plan, not the promise; it cuts
+    nothing short. enforced: the promise, where it may cut the call short: that is then the client's to do."""
+
+    slo: SLO | None
+    hints: Hints | None
+    planned: float | None = None
+    enforced: SLO | None = None
+
+
+def share(left: float, estimate: Estimate) -> float:
+    """The part of `left` that the call may take."""
+    if estimate.seconds and left - estimate.tail >= estimate.own:
+        return left - estimate.tail
+    whole = estimate.own + estimate.tail
+    return left * estimate.own / whole if whole > 0 else left
+
+
+class Planner:
+    """Plans the calls of one program from its history, and from a trace where there is one."""
+
+    def __init__(self, program: str, history: History) -> None:
+        self.program = program
+        self.history = history
+        self._traced: dict[str, Estimate] = {}
+        self._extended: set[str] = set()
+
+    def learn_trace(self, graph: CallGraph) -> None:
+        """Use a trace for the places that no run has come to yet. One that stopped early does not know what follows."""
+        if not graph.complete:
+            return
+        own = [float(call.max_tokens) for call in graph.calls]
+        tails = graph.longest(own, [0.0] * len(own))
+        self._traced = {call.site: Estimate(own[call.index], tails[call.index], seconds=False) for call in graph.calls}
+        extended = {call.extends for call in graph.calls}
+        self._extended = {call.site for call in graph.calls if call.index in extended}
+
+    def estimate(self, site: str) -> Estimate | None:
+        """None where nothing is known."""
+        known = self.history.site(self.program, site)
+        if known is not None:
+            return Estimate(known.work, known.tail + known.tail_spread)
+        return self._traced.get(site)
+
+    def send(self, call: Call, promise: Promise, left: float, group: str) -> Sent:
+        """What to send with a call that has been promised `promise`, with `left` of the program's time."""
+        return self._planned(call, promise, left, self._hints(call, group))
+
+    def _planned(self, call: Call, promise: Promise, left: float, hints: Hints | None) -> Sent:
+        slo = promise.slo
+        if slo is None or slo.deadline is None or not 0 < left < math.inf:
+            return Sent(slo, hints)
+        estimate = self.estimate(call.site)
+        if estimate is None:
+            return Sent(slo, hints)
+        if estimate.seconds and left < estimate.own + estimate.tail:
+            planned = left + YIELD_S  # the promise is as good as lost: those that can be kept go first
+        elif (planned := max(share(left, estimate), SPENT_DEADLINE)) >= slo.deadline:
+            return Sent(slo, hints)
+        sent = msgspec.structs.replace(slo, deadline=planned, on_miss="finish")
+        return Sent(sent, hints, planned, enforced=slo if slo.on_miss != "finish" else None)
+
+    def _hints(self, call: Call, group: str) -> Hints | None:
+        known = self.history.site(self.program, call.site)
+        if known is None:
+            keep = 0.0 if call.site in self._extended else None
+            return Hints(group=group, keep_s=keep) if group or keep is not None else None
+        return Hints(
+            group=group,
+            expected_tokens=known.tokens if known.tokens > 0 else None,
+            keep_s=known.gap if known.extended >= 0.5 else None,
+        )

@@ -1,0 +1,103 @@
+"""Services at the other end of a socket: as much of OpenAI's and Anthropic's API as a client needs to see."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class Service(ThreadingHTTPServer):
+    """Answers with `words`, one chunk each, `word_s` seconds apart. Keeps what it was asked."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.words = ["so ", "it ", "is"]
+        self.word_s = 0.0
+        self.status = 200
+        self.asked: list[dict[str, Any]] = []
+        self.gone = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection of a Service."""
+
+    server: Service
+
+    def log_message(self, *args: Any) -> None:
+        """Nothing on stderr."""
+
+    def do_GET(self) -> None:
+        self._json(
+            200, {"object": "list", "data": [{"id": "m", "object": "model", "owned_by": "someone", "created": 1}]}
+        )
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append({"path": self.path, **body})
+        if self.server.status != 200:
+            return self._json(self.server.status, {"error": {"message": "no", "type": "x", "code": "x"}})
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        try:
+            for event in anthropic(self.server.words) if "messages" in self.path else openai(self.server.words):
+                name = f"event: {event['type']}\n" if "type" in event else ""
+                self.wfile.write(f"{name}data: {json.dumps(event)}\n\n".encode())
+                self.wfile.flush()
+                time.sleep(self.server.word_s)
+            if "messages" not in self.path:
+                self.wfile.write(b"data: [DONE]\n\n")
+        except OSError:
+            self.server.gone += 1
+
+    def _json(self, status: int, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def openai(words: list[str]) -> Iterator[dict[str, Any]]:
+    """Chunks of a chat completion."""
+    head = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    for word in words:
+        yield {**head, "choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]}
+    yield {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}
+    yield {**head, "choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}}
+
+
+def anthropic(words: list[str]) -> Iterator[dict[str, Any]]:
+    """Events of a message."""
+    message = {"id": "m", "type": "message", "role": "assistant", "model": "m", "content": [], "stop_reason": None}
+    usage = {"input_tokens": 7, "output_tokens": 0, "cache_read_input_tokens": 2}
+    yield {"type": "message_start", "message": {**message, "stop_sequence": None, "usage": usage}}
+    yield {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+    for word in words:
+        yield {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}}
+    yield {"type": "content_block_stop", "index": 0}
+    ended = {"stop_reason": "end_turn", "stop_sequence": None}
+    yield {"type": "message_delta", "delta": ended, "usage": {"output_tokens": 3}}
+    yield {"type": "message_stop"}
+
+
+@contextmanager
+def serving() -> Iterator[Service]:
+    """A running service."""
+    with Service() as service:
+        thread = threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        yield service
+        service.shutdown()

@@ -1,0 +1,243 @@
+"""Backends over HTTP: a superinfer server for real, others at the socket; what they cannot do is refused unsent."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+from fake_services import Service, serving
+
+import superinfer as si
+from superinfer.runtime.launch import EngineProcess
+
+
+@si.function
+def chat(s, question, **arguments):
+    s += si.system("Be brief.") + si.user(question)
+    s += si.assistant(si.gen("answer", max_tokens=8, temperature=0, **arguments))
+    s += si.user("And?") + si.assistant(si.gen("more", max_tokens=4, temperature=0))
+
+
+# ------------------------------------------------------------------------------------------------ our own server
+
+
+@pytest.fixture(scope="module")
+def server(talking_engine: EngineProcess) -> Iterator[str]:
+    """The URL of `superinfer serve` in front of the session's engine."""
+    command = [sys.executable, "-m", "superinfer", "serve", "--engine", talking_engine.address, "--port", "0"]
+    process = subprocess.Popen([*command, "--model-name", "tiny"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    line = next(line for line in process.stdout if "serving at" in line)
+    yield line.split("serving at ")[1].split()[0].removesuffix("/v1")
+    process.terminate()
+    process.wait(10)
+
+
+def test_a_program_says_the_same_over_http_as_on_the_engine(server: str, endpoint: si.RuntimeEndpoint) -> None:
+    @si.function
+    def program(s):
+        s += si.user("hello")
+        s += si.assistant("Well, " + si.gen("x", max_tokens=6, temperature=0, ignore_eos=True, top_k=5))
+        s += si.user("and") + si.assistant(si.gen("y", max_tokens=4, temperature=0, min_tokens=4))
+
+    here = program.run(backend=endpoint)
+    with si.RuntimeEndpoint(server) as backend:
+        there = program.run(backend=backend)
+    assert [there[name] for name in "xy"] == [here[name] for name in "xy"]
+    assert there.messages() == here.messages()
+    meta = there.get_meta_info("x")
+    assert (meta["finish_reason"], meta["completion_tokens"]) == ("length", 6)
+    assert meta["prompt_tokens"] == here.get_meta_info("x")["prompt_tokens"]
+
+
+def test_an_slo_goes_to_our_server_and_its_verdict_comes_back(server: str) -> None:
+    with si.OpenAI("tiny", base_url=f"{server}/v1") as backend:
+        assert backend.ours
+        state = chat.run("hi", backend=backend, deadline=30.0, slo=si.SLO(ttft=20.0))
+        first, _ = state.slo_report().rows
+        assert first.met and first.slo.ttft == 20.0 and first.queue_s is not None and first.prefill_s > 0
+
+        @si.function
+        def long(s, on_miss):
+            late = si.SLO(deadline=0.05, on_miss=on_miss)
+            s += si.user("x") + si.assistant(si.gen("x", max_tokens=900, ignore_eos=True, slo=late))
+
+        state = long.run("truncate", backend=backend)
+        assert state.get_meta_info("x")["finish_reason"] == "deadline" and state.slo_report().met is False
+        with pytest.warns(RuntimeWarning, match="DeadlineMissedError"):
+            assert isinstance(long.run("raise", backend=backend).error(), si.DeadlineMissedError)
+
+
+def test_plain_text_samples_and_streams_work_on_our_server(server: str) -> None:
+    @si.function
+    def program(s):
+        s += "once" + si.gen("x", n=2, max_tokens=4, ignore_eos=True)
+
+    with si.RuntimeEndpoint(server) as backend:
+        state = program.run(backend=backend)
+        assert len(state["x"]) == 2 and state.text() == "once" + state["x"][0]
+        streamed = chat.run("hi", backend=backend, stream=True)
+        assert "".join(streamed.text_iter("answer")) == streamed["answer"]
+        backend.flush_cache()
+        assert program.run(backend=backend).error() is None
+
+
+def test_our_server_refuses_by_name_what_it_cannot_do(server: str) -> None:
+    with si.RuntimeEndpoint(server) as backend:
+
+        @si.function
+        def scored(s):
+            s += si.user("x") + si.assistant(si.select("y", ["a", "b"]))
+
+        with pytest.warns(RuntimeWarning, match=r"select\(\)"):
+            assert isinstance(scored.run(backend=backend).error(), si.UnsupportedError)
+
+        @si.function
+        def too_long(s):
+            s += si.user("x" * 2000) + si.assistant(si.gen("y"))
+
+        with pytest.warns(RuntimeWarning, match="context"):
+            assert isinstance(too_long.run(backend=backend).error(), si.InvalidRequestError)
+    with pytest.raises(si.InvalidRequestError, match="is not served"):
+        si.OpenAI("other", base_url=f"{server}/v1")
+
+
+# ------------------------------------------------------------------------------------------------ other services
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with serving() as service:
+        yield service
+
+
+def backends(service: Service) -> list[si.Backend]:
+    return [
+        si.OpenAI("m", base_url=f"{service.url}/v1"),
+        si.Anthropic("m", base_url=service.url, api_key="k", max_retries=0),
+    ]
+
+
+def test_messages_go_out_and_text_comes_back(service: Service) -> None:
+    for backend in backends(service):
+        with backend:
+            state = chat.run("hi", backend=backend, stop="\n", top_p=0.5)
+        assert (state["answer"], state.get_meta_info("answer")["completion_tokens"]) == ("so it is", 3)
+        assert state.messages()[-1] == {"role": "assistant", "content": "so it is"}
+    first, second, third, fourth = service.asked
+    assert first["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    assert (first["max_tokens"], first["temperature"], first["top_p"], first["stop"]) == (8, 0.0, 0.5, ["\n"])
+    assert [m["role"] for m in second["messages"]] == ["system", "user", "assistant", "user"]
+    assert (third["system"], third["messages"]) == ("Be brief.", [{"role": "user", "content": "hi"}])
+    assert third["stop_sequences"] == ["\n"] and [m["role"] for m in fourth["messages"]] == [
+        "user",
+        "assistant",
+        "user",
+    ]
+    assert "slo" not in first and "cache_salt" not in first
+
+
+@pytest.mark.parametrize(
+    ("say", "named"),
+    [
+        (lambda s: s.user("u") or si.assistant(si.gen("x", min_p=0.1)), "min_p=0.1"),
+        (lambda s: s.user("u") or si.assistant(si.gen("x", ignore_eos=True)), "ignore_eos"),
+        (lambda s: s.user("u") or si.assistant(si.gen("x", return_logprob=True)), "return_logprob"),
+        (lambda s: s.user("u") or si.assistant(si.select("x", ["a", "b"])), r"select\(\)"),
+        (lambda s: s.user("u") or si.user(si.gen("x")), "inside a user message"),
+        (lambda s: s.user("u") or "raw" + si.assistant(si.gen("x")), "text between messages"),
+        (lambda s: s.user("u") or si.tool("9") + si.assistant(si.gen("x")), r"tools\(\)"),
+    ],
+)
+def test_what_a_service_cannot_do_is_refused_before_anything_is_sent(service: Service, say, named: str) -> None:
+    @si.function
+    def program(s):
+        s += si.user("u")
+        s += say(_Nothing())
+
+    for backend in backends(service):
+        with backend, pytest.warns(RuntimeWarning, match=named):
+            assert isinstance(program.run(backend=backend).error(), si.UnsupportedError)
+    assert service.asked == []
+
+
+class _Nothing:
+    def user(self, text: str) -> None:
+        """So that each case reads as a program."""
+
+
+def test_n_and_plain_text_are_refused_where_there_is_none_of_it(service: Service) -> None:
+    @si.function
+    def several(s):
+        s += si.user("u") + si.assistant(si.gen("x", n=2))
+
+    @si.function
+    def plain(s):
+        s += "once" + si.gen("x")
+
+    chat_only, anthropic = backends(service)
+    with chat_only, anthropic:
+        with pytest.warns(RuntimeWarning, match="n=2"):
+            several.run(backend=anthropic)
+        with pytest.warns(RuntimeWarning, match="text outside roles"):
+            plain.run(backend=chat_only)
+    assert service.asked == []
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_deadlines_are_enforced_from_here_where_the_service_knows_none(service: Service, at: int) -> None:
+    service.words, service.word_s = ["w "] * 200, 0.02
+
+    @si.function
+    def program(s, on_miss):
+        s += si.user("u") + si.assistant(si.gen("x", slo=si.SLO(deadline=0.3, on_miss=on_miss)))
+
+    backend = backends(service)[at]
+    with backend:
+        started = time.monotonic()
+        state = program.run("truncate", backend=backend)
+        assert 0.25 < time.monotonic() - started < 2
+        assert state["x"].startswith("w w") and state.get_meta_info("x")["finish_reason"] == "deadline"
+        with pytest.warns(RuntimeWarning, match="DeadlineMissedError"):
+            assert isinstance(program.run("raise", backend=backend).error(), si.DeadlineMissedError)
+    end = time.monotonic() + 3
+    while service.gone < 2 and time.monotonic() < end:
+        time.sleep(0.02)
+    assert service.gone == 2  # the request was given up, not only its answer
+
+
+@pytest.mark.parametrize(("status", "kind"), [(429, si.QueueFullError), (400, si.InvalidRequestError)])
+def test_a_services_errors_are_ours(service: Service, status: int, kind: type[Exception]) -> None:
+    service.status = status
+    openai = si.OpenAI("m", base_url=f"{service.url}/v1", max_retries=0)
+    for backend in (openai, backends(service)[1]):
+        with backend, pytest.warns(RuntimeWarning):
+            assert type(chat.run("hi", backend=backend).error()) is kind
+
+
+def test_nobody_at_the_address_is_said_so() -> None:
+    for make in (
+        lambda: si.OpenAI("m", base_url="http://127.0.0.1:9/v1", max_retries=0),
+        lambda: si.RuntimeEndpoint("http://127.0.0.1:9"),
+    ):
+        with pytest.raises(si.EngineUnavailableError):
+            make()
+
+
+def test_a_server_that_is_not_ours_is_no_runtime_endpoint(service: Service) -> None:
+    with pytest.raises(si.InvalidRequestError, match="no superinfer server; use OpenAI"):
+        si.RuntimeEndpoint(service.url)
+
+
+def test_litellm_answers_through_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the network while it is imported
+    with si.LiteLLM("gpt-4o-mini", mock_response="so it is", api_key="k") as backend:
+        state = chat.run("hi", backend=backend)
+        assert state["answer"] == "so it is"
+        with pytest.warns(RuntimeWarning, match="ignore_eos"):
+            assert isinstance(chat.run("hi", backend=backend, ignore_eos=True).error(), si.UnsupportedError)
+    with pytest.warns(RuntimeWarning, match="closed"):
+        chat.run("hi", backend=backend)
