@@ -447,7 +447,7 @@ class LiveRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 class LiveReport(Message, frozen=True, kw_only=True):
     """The engine's unfinished sequences: how many in each state, and some of them, `omitted` others left out.
 
-    Each state has its share of `requests`; of one state they are the oldest.
+    Each state has its share of `requests`: of each client's, in the order of clients, the oldest.
     """
 
     token: int

@@ -10,9 +10,9 @@ from superinfer.runtime.scheduler.sequence import Sequence
 
 
 def live_report(asked: GetLive, live: Iterable[Sequence], now: float) -> LiveReport:
-    """The report on `live`, which is in order of arrival.
+    """The report on `live`, in order of arrival for each client.
 
-    One look at every sequence to sort it by state, 0.1 µs each; all else is done for the `asked.limit` reported only.
+    One look at every sequence to sort it by state; all else is done for the `asked.limit` reported only.
     """
     states: dict[LiveState, list[Sequence]] = {"computing": [], "loading": [], "rotated": [], "waiting": []}
     computing, loading = states["computing"], states["loading"]
