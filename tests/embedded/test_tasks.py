@@ -151,7 +151,7 @@ def test_nothing_is_named_after_the_colour_of_another_thing():
     assert not facts.rivals(facts.Fact(colour, "red lamp", "red", ""), lamp)
 
 
-def test_every_question_of_a_drill_is_graded_and_most_are_reversed():
+def test_every_answer_of_a_drill_is_graded_and_ends():
     for seed in range(60):
         drill = qa.drill(Draw(seed))
         graded = [text for text, is_graded in render(drill) if is_graded]

@@ -559,13 +559,16 @@ def rivals(a: Fact, b: Fact) -> bool:
     )
 
 
-def world(draw: Draw, n: int) -> list[Fact]:
-    """`n` facts, some subjects with several; no two of one kind share a subject, none answers another's question."""
+def world(draw: Draw, n: int, classes: int = 3) -> list[Fact]:
+    """`n` facts, some subjects with several; no two of one kind share a subject, none answers another's question.
+
+    The subjects are of one to `classes` of the classes above.
+    """
     facts: list[Fact] = []
-    classes = draw.some(CLASSES, draw.integer(1, 3))
+    drawn = draw.some(CLASSES, draw.integer(1, classes))
     tries = 0
     while len(facts) < n and tries < 4 * n + 20:
-        make, kinds = draw.pick(classes)
+        make, kinds = draw.pick(drawn)
         subject = make(draw)
         if any(subject in f.subject or f.subject in subject for f in facts):
             tries += 1

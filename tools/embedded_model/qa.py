@@ -152,8 +152,11 @@ def single_fact(draw: Draw) -> Dialogue:
 
 
 def drill(draw: Draw) -> Dialogue:
-    """For training alone: a short context and a reversed question about each of its facts, the hardest there are."""
-    known = facts.world(draw, draw.integer(2, 9))
+    """For training alone: a short context and a reversed question about each of its facts.
+
+    Most have subjects of one class: among others the question's wording ("Who ...?") already rules subjects out.
+    """
+    known = facts.world(draw, draw.integer(2, 9), classes=1 if draw.chance(0.8) else 3)
     text = context(draw, known, lists=0.3)
     draw.rng.shuffle(known)
     reversible = [fact for fact in known if fact.kind.who] or known

@@ -77,9 +77,9 @@ def save(network: Network, tokenizer: PreTrainedTokenizerFast, folder: Path, sha
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def rate(progress: float, step: int) -> float:
-    """Share of the peak learning rate: 100 warm-up steps, flat, then linear to zero over the last 65 % of the run."""
-    return min(1.0, (step + 1) / 100) * min(1.0, max(0.0, 1.0 - progress) / 0.65)
+def rate(progress: float, step: int, warmup: int) -> float:
+    """Share of the peak learning rate: `warmup` steps, flat, then linear to zero over the last 65 % of the run."""
+    return min(1.0, (step + 1) / warmup) * min(1.0, max(0.0, 1.0 - progress) / 0.65)
 
 
 class Trainer:
@@ -150,7 +150,7 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, folder: 
         progress = step / args.steps if args.steps else elapsed / budget
         if progress >= 1:
             break
-        loss, right, first = trainer.step(batch, rate(progress, step))
+        loss, right, first = trainer.step(batch, rate(progress, step, args.warmup))
         step += 1
         answers += int((batch.roles == ANSWER).sum())
         if step % args.log == 0 or step <= 3:
@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.02, help="peak rate of the matrices (Muon)")
     parser.add_argument("--lr-embed", type=float, default=0.004, help="peak rate of embedding and norms (AdamW)")
     parser.add_argument("--first-weight", type=float, default=4.0, help="extra weight of an answer's first token")
+    parser.add_argument("--warmup", type=int, default=100, help="steps over which the rates rise to their peaks")
     parser.add_argument("--prompt-weight", type=float, default=PROMPT_WEIGHT, help="weight of a prompt's tokens")
     parser.add_argument("--focus", type=float, default=0.0, help="share of dialogues that are reversed-question drills")
     parser.add_argument("--bf16", action="store_true", help="bf16 products on a CPU too, where it is fast at them")
