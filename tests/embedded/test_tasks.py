@@ -8,7 +8,7 @@ from itertools import islice
 
 import pytest
 
-from tools.embedded_model import arithmetic, smalltalk
+from tools.embedded_model import arithmetic, facts, qa, smalltalk
 from tools.embedded_model.agent import value_of
 from tools.embedded_model.dialogue import IM_END, render
 from tools.embedded_model.draw import Draw
@@ -86,6 +86,76 @@ def test_extracted_json_has_the_asked_keys_and_values_from_the_message():
             for value in values.values():
                 if isinstance(value, str | float):
                     assert str(value) in message["content"]
+
+
+def worlds(count: int) -> list[tuple[Draw, list[facts.Fact]]]:
+    draws = [Draw(f"{split}/{i}", split) for i in range(count) for split in ("train", "heldout")]
+    return [(draw, facts.world(draw, qa.size(draw, most=30))) for draw in draws]
+
+
+def test_a_reversed_question_has_exactly_one_answer():
+    def words(text: str) -> str:
+        return " " + " ".join(text.lower().split()) + " "
+
+    asked = 0
+    for _, known in worlds(700):
+        for fact in known:
+            for who in fact.kind.who:
+                question, value = who.format(v=fact.value).lower(), words(fact.value)
+                fits = [f for f in known if any(w.format(v=f.value).lower() == question for w in f.kind.who)]
+                assert fits == [fact]
+                others = [f for f in known if f.subject != fact.subject]
+                assert not any(f.kind is fact.kind and value in words(f.value) for f in others), question
+                if question == f"what is {value.strip()}?":
+                    assert not any(value in words(f.subject) for f in others), question
+                asked += 1
+    assert asked > 5000
+
+
+def test_what_a_reversed_question_names_and_asks_for_stands_in_the_text():
+    for draw, known in worlds(150):
+        text = qa.context(draw, known).lower()
+        for fact in known:
+            assert fact.value in fact.sentence and fact.subject.lower() in fact.sentence.lower()
+            assert fact.value.lower() in text and fact.subject.lower() in text
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "rivals"),
+    [
+        ("cat", "cat called Mira", True),
+        ("5 May", "May 5", True),
+        ("5 May", "1990-05-05", True),
+        ("14:00", "2 pm", True),
+        ("12 am", "0:00", True),
+        ("$5", "5 dollars", True),
+        ("$5", "$50", False),
+        ("$5", "$5.21", False),
+        ("$5", "€5", False),
+        ("5 EUR", "€5", True),
+        ("10:00", "0:10", False),
+        ("5 May", "6 May", False),
+        ("the kitchen", "the cellar", False),
+        ("2:00", "2 pm", False),
+    ],
+)
+def test_values_that_say_the_same_are_not_given_to_two_subjects(one, other, rivals):
+    kind = facts.THING[0]
+    assert facts.rivals(facts.Fact(kind, "lamp", one, ""), facts.Fact(kind, "cup", other, "")) is rivals
+
+
+def test_nothing_is_named_after_the_colour_of_another_thing():
+    colour, price = facts.PAINTED, facts.THING[0]
+    cup, lamp = facts.Fact(colour, "cup", "red", ""), facts.Fact(price, "red lamp", "$5", "")
+    assert facts.rivals(cup, lamp) and facts.rivals(lamp, cup)
+    assert not facts.rivals(facts.Fact(colour, "red lamp", "red", ""), lamp)
+
+
+def test_every_answer_of_a_drill_is_graded_and_ends():
+    for seed in range(60):
+        drill = qa.drill(Draw(seed))
+        graded = [text for text, is_graded in render(drill) if is_graded]
+        assert graded and all(text.endswith((IM_END, "\n")) for text in graded)
 
 
 def test_agents_calculate_and_report_what_their_tools_returned():

@@ -30,7 +30,8 @@ class Batch:
 class Batches(torch.utils.data.Dataset[Batch]):
     """Batch `i` depends on (seed, i) alone, so the data do not depend on how many workers make them."""
 
-    def __init__(self, tokenizer_file: str, seed: int, count: int, rows: int, length: int) -> None:
+    def __init__(self, tokenizer_file: str, seed: int, count: int, rows: int, length: int, focus: float = 0.0) -> None:
+        self.focus = focus
         self.tokenizer_file, self.seed, self.count, self.rows, self.length = (
             tokenizer_file,
             seed,
@@ -47,7 +48,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
         if self.tokenizer is None:  # one for each worker process
             self.tokenizer = Tokenizer.from_file(self.tokenizer_file)
         arrays = np.zeros((3, self.rows, self.length), np.int16)
-        source = stream(f"{self.seed}/{i}")
+        source = stream(f"{self.seed}/{i}", focus=self.focus)
         used, segments, row = [0] * self.rows, [0] * self.rows, 0
         closed: set[int] = set()
         misses = 0

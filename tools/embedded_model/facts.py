@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -529,24 +530,54 @@ def state(draw: Draw, kind: FactKind, subject: str, value: str) -> Fact:
     return Fact(kind, subject, value, sentence[0].upper() + sentence[1:])
 
 
-def world(draw: Draw, n: int) -> list[Fact]:
-    """`n` facts, some subjects with several; no two facts of one kind share a subject or a value."""
+MONTHS = {month.lower(): f"month {i + 1}" for i, month in enumerate(words.MONTHS)}
+SPELLINGS = {**MONTHS, "$": "dollars", "€": "euros", "eur": "euros", "£": "pounds"}
+PAINTED = next(kind for kind in THING if kind.label == "colour")
+SAME_QUESTION = {"total": "price"}  # "What costs $5?" fits an order too
+
+
+def meaning(value: str) -> frozenset[str]:
+    """What a value says, however it is written: "May 5" and "5 May", "2 pm" and "14:00", "$5" and "5 dollars"."""
+    value = re.sub(r"(\d+) ([ap])m\b", lambda m: f"{int(m[1]) % 12 + 12 * (m[2] == 'p')}:00", value)
+    value = re.sub(r"(\d{4})-(\d\d)-(\d\d)", lambda m: f"{m[1]} {words.MONTHS[int(m[2]) - 1]} {int(m[3])}", value)
+    return frozenset(SPELLINGS.get(word, word) for word in re.findall(r"\d+[:.]\d+|\w+|[$€£]", value.lower()))
+
+
+def rivals(a: Fact, b: Fact) -> bool:
+    """Whether a question that names the value of one fact could be answered with the subject of the other.
+
+    So it is if one value says what the other says or a part of it ("Who has a cat?" where one has a cat and one a cat
+    called Mira; "Who was born on 5 May?" of 5 May and of 5 May 1990), or if a subject is called by a thing's colour
+    ("What is red?" of a cup that is red and a red lamp).
+    """
+    if SAME_QUESTION.get(a.kind.label, a.kind.label) == SAME_QUESTION.get(b.kind.label, b.kind.label):
+        first, second = meaning(a.value), meaning(b.value)
+        if first <= second or second <= first:
+            return True
+    return any(
+        p.kind is PAINTED and p.subject != q.subject and p.value in q.subject.split() for p, q in ((a, b), (b, a))
+    )
+
+
+def world(draw: Draw, n: int, classes: int = 3) -> list[Fact]:
+    """`n` facts, some subjects with several; no two of one kind share a subject, none answers another's question.
+
+    The subjects are of one to `classes` of the classes above.
+    """
     facts: list[Fact] = []
-    seen: set[tuple[str, str]] = set()
-    classes = draw.some(CLASSES, draw.integer(1, 3))
+    drawn = draw.some(CLASSES, draw.integer(1, classes))
     tries = 0
     while len(facts) < n and tries < 4 * n + 20:
-        make, kinds = draw.pick(classes)
+        make, kinds = draw.pick(drawn)
         subject = make(draw)
         if any(subject in f.subject or f.subject in subject for f in facts):
             tries += 1
             continue
         for kind in draw.some(kinds, draw.pick((1, 1, 1, 2, 2, 3))):
-            value = kind.value(draw)
+            fact = Fact(kind, subject, kind.value(draw), "")
             tries += 1
-            if len(facts) < n and (kind.label, value.lower()) not in seen:
-                seen.add((kind.label, value.lower()))
-                facts.append(state(draw, kind, subject, value))
+            if len(facts) < n and not any(rivals(fact, other) for other in facts):
+                facts.append(state(draw, kind, subject, fact.value))
     draw.rng.shuffle(facts)
     return facts
 
@@ -559,9 +590,9 @@ def reverse_question(draw: Draw, fact: Fact) -> str:
     return draw.loose(draw.pick(fact.kind.who)).format(s=fact.subject, v=fact.value)
 
 
-def article(draw: Draw, facts: Sequence[Fact], fillers: float = 0.2) -> str:
+def article(draw: Draw, facts: Sequence[Fact], fillers: float = 0.2, lists: float = 0.15) -> str:
     """The facts as running text or as a list of lines, with filler sentences in between."""
-    if draw.chance(0.15):
+    if draw.chance(lists):
         mark = draw.pick(("- ", "* ", "", "• "))
         return "\n".join(f"{mark}{f.subject} {draw.pick(('-', '/', '|'))} {f.kind.label}: {f.value}" for f in facts)
     sentences = _sentences(draw, facts, fillers)

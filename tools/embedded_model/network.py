@@ -76,8 +76,8 @@ class Block(nn.Module):
         k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
         if isinstance(mask, BlockMask):
             a = flex_attention(q, k, v, block_mask=mask)
-        else:
-            a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:  # a CPU: spelt out this takes half as long as scaled_dot_product_attention (bf16, rows of 256 tokens)
+            a = (q * self.dim**-0.5 @ k.mT).masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
         x = x + self.self_attn["o_proj"](a.transpose(1, 2).reshape(batch, length, -1))
         h = self.post_attention_layernorm(x)
         return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](h)) * self.mlp["up_proj"](h))
@@ -109,7 +109,10 @@ class Network(nn.Module):
         weights: torch.Tensor,
         mask: BlockMask | torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean weighted cross entropy (nats) and, of every position, whether the likeliest token is the target."""
+        """Mean weighted cross entropy (nats) and, of every position, whether the likeliest token is the target.
+
+        A position without weight counts as not right on a CPU, where its logits are not worked out.
+        """
         c = self.config
         position = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float32)
         frequency = 10000.0 ** (
@@ -120,10 +123,16 @@ class Network(nn.Module):
         x = self.embed_tokens(tokens)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
-        logits = F.linear(self.norm(x), self.embed_tokens.weight).float().flatten(0, 1)
-        losses = F.cross_entropy(logits, targets.flatten(), reduction="none")
-        w = weights.flatten()
-        return (losses * w).sum() / w.sum(), (logits.argmax(-1) == targets.flatten()).view_as(targets)
+        x, y, w = x.flatten(0, 1), targets.flatten(), weights.flatten()
+        if not x.is_cuda:
+            (kept,) = w.nonzero(as_tuple=True)
+            x, y, w = x[kept], y[kept], w[kept]
+        logits = F.linear(self.norm(x), self.embed_tokens.weight).float()
+        losses = F.cross_entropy(logits, y, reduction="none")
+        right = logits.argmax(-1) == y
+        if not x.is_cuda:
+            right = torch.zeros(targets.numel(), dtype=torch.bool).index_copy(0, kept, right)
+        return (losses * w).sum() / w.sum(), right.view_as(targets)
 
     def checkpoint(self) -> dict[str, torch.Tensor]:
         """The weights under the names of LlamaForCausalLM, bf16; the output head is tied and not stored."""

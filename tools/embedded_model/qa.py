@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from tools.embedded_model import facts
 from tools.embedded_model.dialogue import Dialogue, Message, chat, turn
 from tools.embedded_model.draw import Draw
@@ -64,13 +66,13 @@ def asked(draw: Draw, known: list[facts.Fact], refuse: float = 0.12) -> tuple[st
     return facts.question(draw, fact), fact.value
 
 
-def context(draw: Draw, known: list[facts.Fact]) -> str:
-    """One article, or several titled documents."""
+def context(draw: Draw, known: list[facts.Fact], lists: float = 0.15) -> str:
+    """One article, or several titled documents; `lists` is the share of articles that are lists of lines."""
     if len(known) < 3 or draw.chance(0.7):
-        return facts.article(draw, known)
+        return facts.article(draw, known, lists=lists)
     n = draw.integer(2, min(6, len(known)))
     title = draw.pick(TITLES)
-    parts = [facts.article(draw, known[i::n], 0.4) for i in range(n)]
+    parts = [facts.article(draw, known[i::n], 0.4, lists) for i in range(n)]
     return draw.pick(("\n", "\n\n")).join(title.format(i=i + 1) + part for i, part in enumerate(parts))
 
 
@@ -85,8 +87,18 @@ def size(draw: Draw, most: int = 85) -> int:
 def one(draw: Draw) -> Dialogue:
     """A chat about one context: one to nine questions, since every one is a lesson in finding things."""
     known = facts.world(draw, size(draw))
-    text = context(draw, known)
-    question, answer = asked(draw, known)
+
+    def pairs() -> Iterator[tuple[str, str]]:
+        yield asked(draw, known)
+        for _ in range(min(len(known), draw.pick((0, 0, 1, 2, 4, 8)))):
+            yield asked(draw, known)
+
+    return talk(draw, context(draw, known), pairs())
+
+
+def talk(draw: Draw, text: str, pairs: Iterator[tuple[str, str]]) -> Dialogue:
+    """The chat in which these questions about the text are asked and answered."""
+    question, answer = next(pairs)
     messages: list[Message]
     if draw.chance(0.3):
         system = draw.say(SYSTEM_LAYOUTS, SYSTEM_LAYOUTS_NEW).format(c=text)
@@ -98,8 +110,7 @@ def one(draw: Draw) -> Dialogue:
             turn("user", layout.format(c=text, q=question)),
             turn("assistant", answer),
         ]
-    for _ in range(min(len(known), draw.pick((0, 0, 1, 2, 4, 8)))):
-        question, answer = asked(draw, known)
+    for question, answer in pairs:
         messages += [turn("user", question), turn("assistant", answer)]
     return chat(KIND, *messages)
 
@@ -138,6 +149,31 @@ def single_fact(draw: Draw) -> Dialogue:
         question, answer = asked(draw, known)
         messages += [turn("user", question), turn("assistant", answer)]
     return chat(KIND, *messages)
+
+
+def drill(draw: Draw) -> Dialogue:
+    """For training alone: a short context and a reversed question about each of its facts.
+
+    Most have subjects of one class: among others the question's wording ("Who ...?") already rules subjects out.
+    """
+    known = facts.world(draw, draw.integer(2, 9), classes=1 if draw.chance(0.8) else 3)
+    text = context(draw, known, lists=0.3)
+    draw.rng.shuffle(known)
+    reversible = [fact for fact in known if fact.kind.who] or known
+    pairs = [
+        (facts.reverse_question(draw, f), f.subject) if f.kind.who else (facts.question(draw, f), f.value)
+        for f in reversible
+    ]
+    if draw.chance(0.65):
+        return talk(draw, text, iter(pairs))
+    q, a = draw.pick((("Q:", "A:"), ("Q:", "A:"), ("Question:", "Answer:")))
+    gap = draw.pick(("\n", "\n\n"))
+    pieces = [f"{draw.pick(('Context:', 'Text:', 'Passage:'))} {text}"]
+    for question, answer in pairs:
+        pieces[-1] += f"{gap}{q} {question}\n{a}"
+        pieces += [f" {answer}\n", ""]
+        gap = gap[:-1]  # the answer has brought one newline
+    return Dialogue(KIND, pieces=tuple(pieces[:-1]))
 
 
 def draw_qa(draw: Draw) -> Dialogue:

@@ -65,12 +65,17 @@ def draw_dialogue(kind: str, draw: Draw) -> Dialogue:
             return dialogue
 
 
-def stream(seed: int | str, split: str = "train") -> Iterator[Dialogue]:
-    """Endless dialogues of all kinds in their shares."""
+def stream(seed: int | str, split: str = "train", focus: float = 0.0) -> Iterator[Dialogue]:
+    """Endless dialogues of all kinds in their shares; `focus` is the share of reversed-question drills before that."""
     draw = Draw(seed, split)
     names = list(KINDS)
     shares = [share for _, share in KINDS.values()]
     while True:
+        if focus and draw.chance(focus):
+            drill = qa.drill(draw)
+            if draw.fresh(drill.text()):
+                yield drill
+            continue
         yield draw_dialogue(draw.rng.choices(names, shares)[0], draw)
 
 

@@ -77,9 +77,9 @@ def save(network: Network, tokenizer: PreTrainedTokenizerFast, folder: Path, sha
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def rate(progress: float, step: int) -> float:
-    """Share of the peak learning rate: 100 warm-up steps, flat, then linear to zero over the last 65 % of the run."""
-    return min(1.0, (step + 1) / 100) * min(1.0, max(0.0, 1.0 - progress) / 0.65)
+def rate(progress: float, step: int, warmup: int) -> float:
+    """Share of the peak learning rate: `warmup` steps, flat, then linear to zero over the last 65 % of the run."""
+    return min(1.0, (step + 1) / warmup) * min(1.0, max(0.0, 1.0 - progress) / 0.65)
 
 
 class Trainer:
@@ -100,12 +100,13 @@ class Trainer:
             torch.optim.AdamW(others, lr=args.lr_embed, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda),
         ]
         self.peaks = [args.lr, args.lr_embed]
-        self.cuda, self.first_weight = cuda, args.first_weight
+        self.cuda, self.bf16 = cuda, args.bf16
+        self.prompt_weight, self.first_weight = args.prompt_weight, args.first_weight
         self.forward = torch.compile(self.network, dynamic=False) if cuda else self.network
         self.mask = torch.compile(block_mask, dynamic=False) if cuda else dense_mask
 
-    def step(self, batch: Batch, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """One update; the loss and the share of answer tokens predicted right, both still on the device."""
+    def step(self, batch: Batch, share: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One update; the loss, the shares of answer tokens and of first ones predicted right, all on the device."""
         tokens, segments, roles = (
             t.to(self.device, non_blocking=True).int() for t in (batch.tokens, batch.segments, batch.roles)
         )
@@ -114,9 +115,9 @@ class Trainer:
         own[:, -1] = False
         answer = (roles.roll(-1, 1) == ANSWER) & own
         first = answer & (roles != ANSWER)
-        weights = torch.where(answer, ANSWER_WEIGHT, PROMPT_WEIGHT) + first * self.first_weight
+        weights = torch.where(answer, ANSWER_WEIGHT, self.prompt_weight) + first * self.first_weight
         weights = weights * (own & (segments > 0))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             loss, right = self.forward(tokens, targets, weights, self.mask(segments))
         loss.backward()
         for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
@@ -124,12 +125,14 @@ class Trainer:
                 group["lr"] = peak * share
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), (right & answer).sum() / answer.sum()
+        return loss.detach(), (right & answer).sum() / answer.sum(), (right & first).sum() / first.sum()
 
 
 def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, float]:
     trainer = Trainer(args, len(tokenizer))
-    batches = Batches(str(folder / "tokenizer.json"), args.seed, args.steps or 10**7, args.rows, args.length)
+    batches = Batches(
+        str(folder / "tokenizer.json"), args.seed, args.steps or 10**7, args.rows, args.length, args.focus
+    )
     loader = torch.utils.data.DataLoader(
         batches,
         batch_size=None,
@@ -147,13 +150,14 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, folder: 
         progress = step / args.steps if args.steps else elapsed / budget
         if progress >= 1:
             break
-        loss, right = trainer.step(batch, rate(progress, step))
+        loss, right, first = trainer.step(batch, rate(progress, step, args.warmup))
         step += 1
         answers += int((batch.roles == ANSWER).sum())
         if step % args.log == 0 or step <= 3:
             speed = step * args.rows * args.length / max(time.monotonic() - start, 1e-9) / 1e6
             print(
-                f"step {step} {elapsed:.0f} s loss {loss.item():.4f} right {right.item():.4f} {speed:.2f} Mtok/s",
+                f"step {step} {elapsed:.0f} s loss {loss.item():.4f} right {right.item():.4f} "
+                f"first {first.item():.4f} {speed:.4f} Mtok/s",
                 flush=True,
             )
         if time.monotonic() - saved > 120:
@@ -182,12 +186,17 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.02, help="peak rate of the matrices (Muon)")
     parser.add_argument("--lr-embed", type=float, default=0.004, help="peak rate of embedding and norms (AdamW)")
     parser.add_argument("--first-weight", type=float, default=4.0, help="extra weight of an answer's first token")
+    parser.add_argument("--warmup", type=int, default=100, help="steps over which the rates rise to their peaks")
+    parser.add_argument("--prompt-weight", type=float, default=PROMPT_WEIGHT, help="weight of a prompt's tokens")
+    parser.add_argument("--focus", type=float, default=0.0, help="share of dialogues that are reversed-question drills")
+    parser.add_argument("--bf16", action="store_true", help="bf16 products on a CPU too, where it is fast at them")
     parser.add_argument("--init", type=Path, help="go on from this folder's weights and tokenizer")
     parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 1))
     parser.add_argument("--tokenizer-dialogues", type=int, default=30_000)
     parser.add_argument("--log", type=int, default=250)
     parser.add_argument("--eval", type=int, default=500, help="held-out dialogues per kind; 0 skips the evaluation")
     args = parser.parse_args()
+    args.bf16 |= args.device == "cuda"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     torch.set_float32_matmul_precision("high")
     if args.init:
