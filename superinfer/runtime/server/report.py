@@ -6,6 +6,7 @@ import msgspec
 
 from superinfer.errors import RequestCancelledError
 from superinfer.runtime.protocol import FinishReason, RequestReport
+from superinfer.runtime.server.promises import Promise
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -29,6 +30,7 @@ class SloReport(msgspec.Struct, frozen=True):
     Of several choices: `met` says whether all met it, the rest is of the one that was latest.
     truncated: the deadline passed and `on_miss="truncate"` ended the answer there.
     why: the stage that cost most, where it was missed.
+    ttft_met, tbt_met, deadline_met: null where that was not promised. slo_class: the operator's class it counts under.
     """
 
     met: bool | None
@@ -40,16 +42,20 @@ class SloReport(msgspec.Struct, frozen=True):
     decode_ms: float
     truncated: bool
     why: str
+    ttft_met: bool | None = None
+    tbt_met: bool | None = None
+    deadline_met: bool | None = None
+    slo_class: str = ""
 
 
 class Tally:
     """Collects the reports of all choices of one answer."""
 
-    def __init__(self, choices: int, per_prompt: int, *, slo: bool) -> None:
-        """`choices` in all, `per_prompt` of them for each prompt; `slo`: whether one was given."""
+    def __init__(self, choices: int, per_prompt: int, promise: Promise | None = None) -> None:
+        """`choices` in all, `per_prompt` of them for each prompt."""
         self._choices = choices
         self._per_prompt = per_prompt
-        self._slo = slo
+        self.promise = promise or Promise()
         self._reports: dict[int, RequestReport] = {}
         self._truncated = False
 
@@ -82,7 +88,8 @@ class Tally:
 
     def slo(self) -> SloReport | msgspec.UnsetType:
         """Unset where no SLO was given."""
-        if not self._slo or not self._reports:
+        slo = self.promise.slo
+        if slo is None or not self._reports:
             return msgspec.UNSET
         reports = list(self._reports.values())
         worst = max(reports, key=lambda r: (r.met is False, r.lateness_s if r.lateness_s is not None else r.e2e_s))
@@ -96,7 +103,16 @@ class Tally:
             decode_ms=_ms(worst.decode_s),
             truncated=self._truncated,
             why=worst.why,
+            ttft_met=None if slo.ttft is None else worst.ttft_met,
+            tbt_met=None if slo.tbt is None else worst.tbt_met,
+            deadline_met=None if slo.deadline is None else worst.deadline_met,
+            slo_class=self.promise.slo_class,
         )
+
+    @property
+    def reports(self) -> list[RequestReport]:
+        """Of the choices that have finished."""
+        return list(self._reports.values())
 
 
 def _ms(seconds: float) -> float:

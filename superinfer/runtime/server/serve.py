@@ -14,6 +14,7 @@ from superinfer.errors import InvalidRequestError
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.launch import Progress, launch_engine
 from superinfer.runtime.server.app import create_app
+from superinfer.runtime.server.settings import ServerSettings
 from superinfer.runtime.text import TextClient
 
 DEFAULT_GRACE_S = 5.0
@@ -87,7 +88,7 @@ async def _serve(
 ) -> None:
     url = url_of(listener)
     async with await TextClient.connect(address, name="http server", timeout=CONNECT_TIMEOUT_S) as text:
-        app = create_app(text, model_name=model_name)
+        app = create_app(text, ServerSettings(model_name=model_name))
         # The connections have one more second after the streams were ended, to hear of it.
         settings = uvicorn.Config(
             app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=int(grace) + 2

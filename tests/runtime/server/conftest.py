@@ -16,6 +16,7 @@ import uvicorn
 from superinfer.runtime.launch import EngineProcess
 from superinfer.runtime.server.app import create_app
 from superinfer.runtime.server.serve import bind, url_of
+from superinfer.runtime.server.settings import ServerSettings
 from superinfer.runtime.text import TextClient
 
 MODEL = "tiny"
@@ -47,7 +48,7 @@ def _serving(address: str) -> Iterator[Served]:
 
     async def main() -> None:
         async with await TextClient.connect(address) as text:
-            app = create_app(text, model_name=MODEL)
+            app = create_app(text, ServerSettings(model_name=MODEL, tool_parser="hermes"))
             server = uvicorn.Server(
                 uvicorn.Config(app, lifespan="off", log_level="warning", timeout_graceful_shutdown=1)
             )
