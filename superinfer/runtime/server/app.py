@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any, NamedTuple
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -20,8 +21,11 @@ from superinfer.runtime.server.completion import CompletionWriter, only_prompt, 
 from superinfer.runtime.server.errors import ApiError, as_api_error, bad_request
 from superinfer.runtime.server.gate import Gate
 from superinfer.runtime.server.params import check_length
+from superinfer.runtime.server.parsing.pieces import AnswerReader
 from superinfer.runtime.server.relay import ClientGone
 from superinfer.runtime.server.report import Tally
+from superinfer.runtime.server.responses import RESPONSES_PASS, ResponsesRequest, ResponseStore, chat_of, items_of
+from superinfer.runtime.server.responses_answer import ResponsesWriter
 from superinfer.runtime.server.schema import ChatRequest, CompletionRequest
 from superinfer.runtime.server.service import Service, json_response
 from superinfer.runtime.server.settings import ServerSettings
@@ -42,6 +46,7 @@ def create_app(text: TextClient, settings: ServerSettings | None = None) -> Fast
     _add_errors(app)
     _add_models(app, service)
     _add_completions(app, service)
+    _add_responses(app, service)
     _add_tokens(app, service)
     app.add_middleware(Gate, settings=service.settings)
     return app
@@ -77,7 +82,9 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     async def chat_completions(http: Request) -> Response:
         request = schema.parse(await http.body(), ChatRequest, schema.CHAT_PASS)
         service.check_model(request.model)
-        return await answer_chat(http, service, request)
+        chat = await prepare_chat(http, service, request)
+        writer = ChatWriter(request, text.tokenizer, chat.tally, chat.readers)
+        return await service.answer(http, [chat.request], writer, stream=bool(request.stream))
 
     @app.post("/v1/completions")
     async def completions(http: Request) -> Response:
@@ -130,8 +137,16 @@ async def _scored(
     return json_response(writer.whole_scored(await service.results(http, requests), [scores for scores, _ in found]))
 
 
-async def answer_chat(http: Request, service: Service, request: ChatRequest) -> Response:
-    """The answer to a chat request."""
+class Chat(NamedTuple):
+    """A chat request made ready: what to ask the engine, and a reader for each choice."""
+
+    request: TextRequest
+    tally: Tally
+    readers: list[AnswerReader]
+
+
+async def prepare_chat(http: Request, service: Service, request: ChatRequest) -> Chat:
+    """Raises ApiError, InvalidRequestError."""
     text = service.text
     plan = tool_plan(request)
     sampling = sampling_of_chat(request, grammar_of_chat(request, plan))
@@ -141,10 +156,44 @@ async def answer_chat(http: Request, service: Service, request: ChatRequest) -> 
     check_length("messages", len(prompt.ids), sampling, text.info)
     promise = service.promise(request, http)
     skip = not service.formats.sees_special(plan.names)
-    requests = [service.request(request, prompt.ids, sampling, promise, skip_special=skip)]
+    asked = service.request(request, prompt.ids, sampling, promise, skip_special=skip)
     readers = [service.reader(plan, prompt.end, constrained=constrained) for _ in range(sampling.n)]
-    writer = ChatWriter(request, text.tokenizer, Tally(sampling.n, sampling.n, promise), readers)
-    return await service.answer(http, requests, writer, stream=bool(request.stream))
+    return Chat(asked, Tally(sampling.n, sampling.n, promise), readers)
+
+
+def _add_responses(app: FastAPI, service: Service) -> None:
+    store = ResponseStore(service.settings.responses_bytes)
+
+    @app.post("/v1/responses")
+    async def create(http: Request) -> Response:
+        request = schema.parse(await http.body(), ResponsesRequest, RESPONSES_PASS)
+        service.check_model(request.model)
+        history: list[dict[str, Any]] = []
+        if request.previous_response_id is not None:
+            history = store.get(request.previous_response_id, "previous_response_id").items
+        chat = await prepare_chat(http, service, chat_of(request, history))
+
+        def keep(response_id: str, body: bytes, output: list[dict[str, Any]]) -> None:
+            given = items_of(request)
+            store.put(response_id, body, given, [*history, *given, *output])
+
+        kept = keep if request.store is not False and service.settings.responses_bytes else None
+        writer = ResponsesWriter(request, service.text.tokenizer, chat.tally, chat.readers[0], kept)
+        return await service.answer(http, [chat.request], writer, stream=bool(request.stream))
+
+    @app.get("/v1/responses/{response_id}")
+    async def retrieve(response_id: str) -> Response:
+        return json_response(store.get(response_id).body)
+
+    @app.get("/v1/responses/{response_id}/input_items")
+    async def input_items(response_id: str) -> Response:
+        items = store.get(response_id).input
+        return _json({"object": "list", "data": items, "has_more": False, "first_id": None, "last_id": None})
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete(response_id: str) -> Response:
+        store.remove(response_id)
+        return _json({"id": response_id, "object": "response", "deleted": True})
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
