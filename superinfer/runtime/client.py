@@ -39,9 +39,11 @@ from superinfer.runtime.protocol import (
     Failed,
     Generate,
     GetHealth,
+    GetLive,
     GetStats,
     HealthReport,
     Hello,
+    LiveReport,
     ModelInfo,
     RequestReport,
     Score,
@@ -215,6 +217,12 @@ class AsyncEngineClient:
         token = next(self._tokens)
         return await self._ask(GetStats(token=token), token, timeout)
 
+    async def live(self, limit: int = 256, timeout: float = 5.0) -> LiveReport:
+        """What the engine does now, at most `limit` sequences of it. Raises like `stats`."""
+        token = next(self._tokens)
+        report: LiveReport = await self._ask(GetLive(token=token, limit=limit), token, timeout)
+        return report
+
     async def shutdown_engine(self) -> None:
         """Ask the engine process to end. Requests that are not finished fail."""
         await self._send(Shutdown())
@@ -299,7 +307,7 @@ class AsyncEngineClient:
                     stream(_error_of(message))
             case Failed():
                 self._fail(_error_of(message))
-            case HealthReport() | StatsReport():
+            case HealthReport() | StatsReport() | LiveReport():
                 answer = self._answers.get(message.token)
                 if answer is not None and not answer.done():
                     answer.set_result(message)

@@ -200,6 +200,13 @@ class GetStats(Message, frozen=True, kw_only=True):
     token: int = 0
 
 
+class GetLive(Message, frozen=True, kw_only=True):
+    """Ask for a LiveReport of at most `limit` sequences; `token` comes back in it. Meant for a few times a second."""
+
+    token: int = 0
+    limit: int = 256
+
+
 class Shutdown(Message, frozen=True, kw_only=True):
     """Ask the engine to end: unfinished requests fail with a clear error, then the process exits."""
 
@@ -384,14 +391,48 @@ class StatsReport(Message, frozen=True, kw_only=True):
     tiers: TierStats | None = None
 
 
+LiveState = Literal["waiting", "gpu", "cpu", "loading"]
+
+
+class LiveSequence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One unfinished sequence as it is now.
+
+    state: where its KV is: "waiting" has none yet, or lost it to a preemption; "cpu" is rotated out; "loading" has a
+        slot and waits for copies.
+    slack_s: until its next token is due, negative when late; None where nothing is promised. age_s: since arrival.
+    """
+
+    request_id: str
+    index: int = 0
+    state: LiveState
+    prompt_tokens: int
+    output_tokens: int
+    age_s: float
+    slack_s: float | None = None
+    slo_class: str = ""
+    program: str = ""
+
+
+class LiveReport(Message, frozen=True, kw_only=True):
+    """What the engine does now: unfinished sequences, oldest first and cut at the limit asked for, and how many there
+    are in all. output_tokens, bytes_in, bytes_out (DRAM to HBM and back): counters since start."""
+
+    token: int
+    sequences: list[LiveSequence]
+    unfinished: int
+    output_tokens: int
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
 class Stopping(Message, frozen=True, kw_only=True):
     """Last message of an engine that ends on purpose."""
 
     reason: str
 
 
-ToEngine = Hello | Generate | Score | Cancel | GetHealth | GetStats | Shutdown
-ToClient = Welcome | Refused | Deltas | Failed | HealthReport | StatsReport | Stopping
+ToEngine = Hello | Generate | Score | Cancel | GetHealth | GetStats | GetLive | Shutdown
+ToClient = Welcome | Refused | Deltas | Failed | HealthReport | StatsReport | LiveReport | Stopping
 
 T = TypeVar("T")
 

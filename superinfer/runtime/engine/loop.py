@@ -12,6 +12,7 @@ from superinfer.errors import InvalidRequestError, QueueFullError, SuperinferErr
 from superinfer.runtime.engine.executor import Executor
 from superinfer.runtime.engine.frontdoor import FrontDoor
 from superinfer.runtime.engine.intake import Intake
+from superinfer.runtime.engine.live import live_sequences
 from superinfer.runtime.engine.tier_stats import tier_stats
 from superinfer.runtime.protocol import (
     Cancel,
@@ -19,8 +20,10 @@ from superinfer.runtime.protocol import (
     Failed,
     Generate,
     GetHealth,
+    GetLive,
     GetStats,
     HealthReport,
+    LiveReport,
     Score,
     SequenceDelta,
     Shutdown,
@@ -144,6 +147,8 @@ class EngineLoop:
                 self._door.send(client, self._health(token))
             case GetStats(token=token):
                 self._door.send(client, self._stats(token))
+            case GetLive(token=token, limit=limit):
+                self._door.send(client, self._now(token, limit))
             case Shutdown():
                 self.stop("a client asked it to shut down")
 
@@ -262,6 +267,19 @@ class EngineLoop:
             running=counts.running,
             waiting=counts.waiting,
             idle_s=now - self._turned,
+        )
+
+    def _now(self, token: int, limit: int) -> LiveReport:
+        tiers, tier = self._scheduler.counts().tiers, self._executor.tier
+        block_bytes = tier.block_bytes if tier is not None else 0
+        unfinished = (s for requests in self._live.values() for sequences in requests.values() for s in sequences)
+        return LiveReport(
+            token=token,
+            sequences=live_sequences(unfinished, limit, time.monotonic()),
+            unfinished=self._num_live,
+            output_tokens=self._counters.output_tokens,
+            bytes_in=tiers.totals.blocks_in * block_bytes if tiers is not None else 0,
+            bytes_out=tiers.totals.blocks_out * block_bytes if tiers is not None else 0,
         )
 
     def _stats(self, token: int) -> StatsReport:

@@ -10,9 +10,10 @@ import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from superinfer.errors import EngineUnavailableError, SuperinferError
+from superinfer.errors import SuperinferError
 from superinfer.runtime.protocol import RequestReport, TokenLogprob
 from superinfer.runtime.server import completion, schema, tokens
 from superinfer.runtime.server.chat import prompt_of, sampling_of_chat
@@ -20,6 +21,7 @@ from superinfer.runtime.server.chat_answer import ChatWriter
 from superinfer.runtime.server.completion import CompletionWriter, only_prompt, prompts_of, sampling_of_completion
 from superinfer.runtime.server.errors import ApiError, as_api_error, bad_request
 from superinfer.runtime.server.gate import Gate
+from superinfer.runtime.server.operations import add_operations, answered
 from superinfer.runtime.server.params import check_length
 from superinfer.runtime.server.parsing.pieces import AnswerReader
 from superinfer.runtime.server.relay import ClientGone
@@ -32,8 +34,6 @@ from superinfer.runtime.server.settings import ServerSettings
 from superinfer.runtime.server.stream import while_connected
 from superinfer.runtime.server.structured import grammar_of_chat, tool_plan
 from superinfer.runtime.text import TextClient, TextRequest
-
-HEALTH_TIMEOUT_S = 2.0
 
 
 def create_app(text: TextClient, settings: ServerSettings | None = None) -> FastAPI:
@@ -48,7 +48,12 @@ def create_app(text: TextClient, settings: ServerSettings | None = None) -> Fast
     _add_completions(app, service)
     _add_responses(app, service)
     _add_tokens(app, service)
-    app.add_middleware(Gate, settings=service.settings)
+    add_operations(app, service)
+    app.add_middleware(Gate, settings=service.settings, finished=answered(app, service.metrics))
+    if origins := service.settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
+        )
     return app
 
 
@@ -69,10 +74,6 @@ def _add_models(app: FastAPI, service: Service) -> None:
     async def model(model: str) -> Response:
         service.check_model(model)
         return _json(card)
-
-    @app.get("/health")
-    async def health() -> Response:
-        return await _health(service)
 
 
 def _add_completions(app: FastAPI, service: Service) -> None:
@@ -102,7 +103,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         promise = service.promise(request, http)
         requests = [service.request(request, prompt, sampling, promise) for prompt in prompts]
         writer = CompletionWriter(
-            request, text.tokenizer, Tally(choices, sampling.n, promise), prompts, choices=choices
+            request, text.tokenizer, service.tally(http, choices, sampling.n, promise), prompts, choices=choices
         )
         if request.echo and request.logprobs is not None:
             return await _scored(http, service, request, requests, writer)
@@ -158,7 +159,7 @@ async def prepare_chat(http: Request, service: Service, request: ChatRequest) ->
     skip = not service.formats.sees_special(plan.names)
     asked = service.request(request, prompt.ids, sampling, promise, skip_special=skip)
     readers = [service.reader(plan, prompt.end, constrained=constrained) for _ in range(sampling.n)]
-    return Chat(asked, Tally(sampling.n, sampling.n, promise), readers)
+    return Chat(asked, service.tally(http, sampling.n, sampling.n, promise), readers)
 
 
 def _add_responses(app: FastAPI, service: Service) -> None:
@@ -212,22 +213,6 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         if request.model is not None:
             service.check_model(request.model)
         return _json(await asyncio.to_thread(tokens.detokenize, request, text.tokenizer, text.info))
-
-
-async def _health(service: Service) -> Response:
-    report = await service.text.client.health(HEALTH_TIMEOUT_S)
-    if report.status != "ok":
-        raise EngineUnavailableError("the engine is stopping")
-    return _json(
-        {
-            "status": report.status,
-            "model": service.model,
-            "running": report.running,
-            "waiting": report.waiting,
-            "uptime_s": round(report.uptime_s, 3),
-            "idle_s": round(report.idle_s, 3),
-        }
-    )
 
 
 def _json(content: object) -> Response:

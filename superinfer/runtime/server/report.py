@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
 from superinfer.errors import RequestCancelledError
 from superinfer.runtime.protocol import FinishReason, RequestReport
 from superinfer.runtime.server.promises import Promise
+
+Observe = Callable[[RequestReport, FinishReason, Promise], None]
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -51,11 +55,14 @@ class SloReport(msgspec.Struct, frozen=True):
 class Tally:
     """Collects the reports of all choices of one answer."""
 
-    def __init__(self, choices: int, per_prompt: int, promise: Promise | None = None) -> None:
-        """`choices` in all, `per_prompt` of them for each prompt."""
+    def __init__(
+        self, choices: int, per_prompt: int, promise: Promise | None = None, observe: Observe | None = None
+    ) -> None:
+        """`choices` in all, `per_prompt` of them for each prompt. `observe` is told of each that finishes."""
         self._choices = choices
         self._per_prompt = per_prompt
         self.promise = promise or Promise()
+        self._observe = observe
         self._reports: dict[int, RequestReport] = {}
         self._truncated = False
 
@@ -66,6 +73,8 @@ class Tally:
             raise RequestCancelledError("the request was cancelled before it finished; send it again")
         if report is not None:
             self._reports[index] = report
+            if self._observe is not None:
+                self._observe(report, reason, self.promise)
         self._truncated |= reason == "deadline"
         return "stop" if reason == "stop" else "length"
 

@@ -7,17 +7,20 @@ from collections.abc import Mapping, Sequence
 from fastapi import Request
 from fastapi.responses import Response
 
-from superinfer.runtime.protocol import SamplingParams
+from superinfer.runtime.protocol import FinishReason, RequestReport, SamplingParams
 from superinfer.runtime.server.errors import ApiError
+from superinfer.runtime.server.metrics import Metrics
 from superinfer.runtime.server.params import check_ids, stop_of
 from superinfer.runtime.server.parsing.families import formats_of
 from superinfer.runtime.server.parsing.pieces import AnswerReader
 from superinfer.runtime.server.promises import Promise, Promises
 from superinfer.runtime.server.relay import Feed
+from superinfer.runtime.server.report import Tally
 from superinfer.runtime.server.schema import Common
 from superinfer.runtime.server.settings import ServerSettings
 from superinfer.runtime.server.stream import EventStream, Writer, collect, watched
 from superinfer.runtime.server.structured import ToolPlan
+from superinfer.runtime.server.tracing import trace_request, tracer_to
 from superinfer.runtime.text import TextClient, TextDelta, TextRequest, TextResult
 
 
@@ -30,6 +33,8 @@ class Service:
         self.settings = settings
         self.model = settings.model_name or text.info.model
         self.promises = Promises(settings)
+        self.metrics = Metrics(self.model)
+        self._tracer = tracer_to(settings.otlp_endpoint, self.model) if settings.otlp_endpoint else None
         self.formats = formats_of(
             text.tokenizer,
             text.info.architecture,
@@ -70,6 +75,21 @@ class Service:
             program=request.prompt_cache_key or "",
             skip_special=skip_special,
         )
+
+    def tally(self, http: Request, choices: int, per_prompt: int, promise: Promise) -> Tally:
+        """One whose reports reach the metrics, the trace and the access log."""
+        carrier, log = dict(http.headers), http.scope.setdefault("superinfer.log", {})
+
+        def observe(report: RequestReport, reason: FinishReason, promise: Promise) -> None:
+            self.metrics.finished(report, reason, promise)
+            if self._tracer is not None:
+                trace_request(self._tracer, carrier, report, reason, promise)
+            log["prompt_tokens"] = report.prompt_tokens
+            log["output_tokens"] = log.get("output_tokens", 0) + report.output_tokens
+            if report.met is not None:
+                log["slo_class"], log["slo_met"] = promise.slo_class, log.get("slo_met", True) and report.met
+
+        return Tally(choices, per_prompt, promise, observe)
 
     def reader(self, plan: ToolPlan, prompt_end: str, *, constrained: bool) -> AnswerReader:
         """Tells one choice's reasoning, content and tool calls apart."""

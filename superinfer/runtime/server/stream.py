@@ -133,9 +133,10 @@ class EventStream(Response):
         except asyncio.CancelledError:
             if not stalled.fired:
                 raise
-            abort = scope.get("extensions", {}).get(ABORT)  # closing would wait for what it does not read
-            if abort is not None:
-                abort()
+            connection = scope.get("extensions", {}).get(ABORT)
+            if connection is not None:
+                connection["abort"]()  # closing would wait until the client reads
+                await asyncio.sleep(0)  # the server hears of it
         finally:
             stalled.stop()
 

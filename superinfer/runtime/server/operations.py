@@ -1,0 +1,96 @@
+"""What an operator asks a server: whether it is well, its metrics, what it does now, and the page that shows that."""
+
+from __future__ import annotations
+
+import contextlib
+from importlib.resources import files
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.responses import Response, StreamingResponse
+from starlette.routing import Match
+from starlette.types import Scope
+
+from superinfer.errors import EngineUnavailableError, SuperinferError
+from superinfer.runtime.server.errors import ApiError
+from superinfer.runtime.server.gate import Finished
+from superinfer.runtime.server.live import Live
+from superinfer.runtime.server.metrics import Metrics
+from superinfer.runtime.server.service import Service
+
+HEALTH_TIMEOUT_S = 2.0
+_PAGE = {
+    "": ("index.html", "text/html"),
+    "page.css": ("page.css", "text/css"),
+    "page.js": ("page.js", "text/javascript"),
+}
+
+
+def add_operations(app: FastAPI, service: Service) -> None:
+    """Adds /health, /ready, /metrics, /v1/live and the page."""
+    live = Live(service.text.client, service.metrics)
+
+    @app.get("/health")
+    async def health() -> Response:
+        return await _health(service)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        return await _health(service)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        stats = None
+        with contextlib.suppress(SuperinferError):
+            stats = await service.text.client.stats(HEALTH_TIMEOUT_S)
+        return Response(service.metrics.text(stats), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/live")
+    async def watch() -> Response:
+        if live.full:
+            raise ApiError(429, "too many watch already; close another page", code="too_many_requests")
+        return StreamingResponse(live.events(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+
+    if service.settings.page:
+        _add_page(app)
+
+
+def _add_page(app: FastAPI) -> None:
+    # Nothing of the page comes from elsewhere, and nothing may.
+    policy = "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self' data:"
+    headers = {"content-security-policy": policy, "cache-control": "no-cache"}
+
+    def add(path: str, name: str, kind: str) -> None:
+        body = files("superinfer.runtime.server").joinpath("page", name).read_bytes()
+
+        @app.get(f"/{path}")
+        async def part() -> Response:
+            return Response(body, media_type=kind, headers=headers)
+
+    for path, (name, kind) in _PAGE.items():
+        add(path, name, kind)
+
+
+async def _health(service: Service) -> Response:
+    report = await service.text.client.health(HEALTH_TIMEOUT_S)
+    if report.status != "ok":
+        raise EngineUnavailableError("the engine is stopping")
+    body = {
+        "status": report.status,
+        "model": service.model,
+        "running": report.running,
+        "waiting": report.waiting,
+        "uptime_s": round(report.uptime_s, 3),
+        "idle_s": round(report.idle_s, 3),
+    }
+    return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+def answered(app: FastAPI, metrics: Metrics) -> Finished:
+    """Counts each answer under its route: what clients make up as paths must not become labels."""
+
+    def count(scope: Scope, status: int, seconds: float) -> None:
+        matched = (route for route in app.routes if route.matches(scope)[0] is Match.FULL)
+        metrics.answered(str(getattr(next(matched, None), "path", "other")), status)
+
+    return count
