@@ -29,7 +29,7 @@ from superinfer.runtime.server.report import Tally
 from superinfer.runtime.server.responses import RESPONSES_PASS, ResponsesRequest, ResponseStore, chat_of, items_of
 from superinfer.runtime.server.responses_answer import ResponsesWriter
 from superinfer.runtime.server.schema import ChatRequest, CompletionRequest
-from superinfer.runtime.server.service import Service, json_response
+from superinfer.runtime.server.service import Service, aside, json_response
 from superinfer.runtime.server.settings import ServerSettings
 from superinfer.runtime.server.stream import while_connected
 from superinfer.runtime.server.structured import grammar_of_chat, tool_plan
@@ -91,8 +91,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     async def completions(http: Request) -> Response:
         request = schema.parse(await http.body(), CompletionRequest, schema.COMPLETION_PASS)
         service.check_model(request.model)
-        # Tokenizing a long prompt takes a while, in which the other streams must go on.
-        prompts = await asyncio.to_thread(prompts_of, request, text.tokenizer, text.info)
+        prompts = await aside(http, prompts_of, request, text.tokenizer, text.info)
         sampling = sampling_of_completion(request, max(map(len, prompts)), text.info)
         for prompt in prompts:
             check_length("prompt", len(prompt), sampling, text.info)
@@ -152,8 +151,7 @@ async def prepare_chat(http: Request, service: Service, request: ChatRequest) ->
     plan = tool_plan(request)
     sampling = sampling_of_chat(request, grammar_of_chat(request, plan))
     constrained = sampling.grammar is not None
-    # Rendering and tokenizing a long prompt takes a while, in which the other streams must go on.
-    prompt = await asyncio.to_thread(prompt_of, request, plan, text.tokenizer, constrained=constrained)
+    prompt = await aside(http, prompt_of, request, plan, text.tokenizer, constrained=constrained)
     check_length("messages", len(prompt.ids), sampling, text.info)
     promise = service.promise(request, http)
     skip = not service.formats.sees_special(plan.names)
@@ -205,14 +203,14 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         request = schema.parse(await http.body(), tokens.TokenizeRequest, {})
         if request.model is not None:
             service.check_model(request.model)
-        return _json(await asyncio.to_thread(tokens.tokenize, request, text.tokenizer, text.info))
+        return _json(await aside(http, tokens.tokenize, request, text.tokenizer, text.info))
 
     @app.post("/detokenize")
     async def detokenize(http: Request) -> Response:
         request = schema.parse(await http.body(), tokens.DetokenizeRequest, {})
         if request.model is not None:
             service.check_model(request.model)
-        return _json(await asyncio.to_thread(tokens.detokenize, request, text.tokenizer, text.info))
+        return _json(await aside(http, tokens.detokenize, request, text.tokenizer, text.info))
 
 
 def _json(content: object) -> Response:

@@ -63,11 +63,7 @@ def chat_of(request: ResponsesRequest, history: list[dict[str, Any]]) -> ChatReq
     messages = [Message(role="system", content=request.instructions)] if request.instructions else []
     for at, item in enumerate([*history, *items_of(request)]):
         _add_item(messages, item, f"input[{at - len(history)}]")
-    shared = {
-        field.name: getattr(request, field.name)
-        for field in msgspec.structs.fields(Common)
-        if field.name not in ("max_tokens", "n")
-    }
+    shared = {name: getattr(request, name) for name in Common.__struct_fields__ if name not in ("max_tokens", "n")}
     return ChatRequest(
         **shared,
         messages=messages,

@@ -102,7 +102,7 @@ function draw(sequences, unfinished) {
 
 function lane() {
   const lane = document.createElement("div"), pill = document.createElement("div");
-  const dot = document.createElement("i"), text = document.createElement("span"), bar = document.createElement("i");
+  const dot = document.createElement("b"), text = document.createElement("span"), bar = document.createElement("i");
   lane.className = "lane";
   pill.append(dot, text, bar);
   lane.append(pill);
