@@ -54,7 +54,7 @@ class FunctionDelta(msgspec.Struct, frozen=True):
 class CallDelta(msgspec.Struct, frozen=True):
     """A tool call, or the new part of it: the first one has `id` and `type`."""
 
-    function: FunctionCall | FunctionDelta
+    function: FunctionDelta
     id: str | Unset = UNSET
     type: str | Unset = UNSET
     index: int | Unset = UNSET
@@ -206,7 +206,7 @@ def message_of(pieces: list[Piece]) -> AnswerMessage:
     """The message that the pieces of one answer make."""
     text, reasoning, calls = gather(pieces)
     content = text if text.strip() or not (calls or reasoning) else None
-    found: Any = [CallDelta(call, call_id(), "function") for call in calls]
+    found: Any = [CallDelta(FunctionDelta(call.name, call.arguments), call_id(), "function") for call in calls]
     return AnswerMessage("assistant", content, reasoning or UNSET, found or UNSET, None)
 
 

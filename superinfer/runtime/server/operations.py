@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from importlib import metadata
 from importlib.resources import files
 
 import msgspec
@@ -16,6 +17,7 @@ from superinfer.runtime.server.errors import ApiError
 from superinfer.runtime.server.gate import Finished
 from superinfer.runtime.server.live import Live
 from superinfer.runtime.server.metrics import Metrics
+from superinfer.runtime.server.openapi import openapi
 from superinfer.runtime.server.service import Service
 
 HEALTH_TIMEOUT_S = 2.0
@@ -50,6 +52,13 @@ def add_operations(app: FastAPI, service: Service) -> None:
         if live.full:
             raise ApiError(429, "too many watch already; close another page", code="too_many_requests")
         return StreamingResponse(live.events(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+
+    keys = bool(service.settings.api_keys)
+    document = msgspec.json.encode(openapi(version=metadata.version("superinfer"), with_keys=keys))
+
+    @app.get("/openapi.json")
+    async def described() -> Response:
+        return Response(document, media_type="application/json")
 
     if service.settings.page:
         _add_page(app)
