@@ -51,7 +51,8 @@ function show(now) {
   draw(now.sequences, now.unfinished);
 }
 
-function blocks(tier, [used, total] = []) {
+function blocks(tier, pair) {
+  const [used, total] = pair ?? [0, 0]; // null: there is no such tier
   $(`${tier}-blocks`).textContent = total ? `${Math.round((100 * used) / total)} %` : "–";
   $(`${tier}-bar`).style.width = total ? `${(100 * used) / total}%` : "0";
 }
