@@ -9,6 +9,9 @@ import httpx
 import openai
 import pytest
 
+from superinfer.errors import OverloadedError
+from superinfer.runtime.server.errors import as_api_error
+
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 PLAIN: dict[str, Any] = {"model": "tiny", "prompt": "hello", "max_tokens": 4}
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
@@ -214,3 +217,11 @@ def test_running_streams_are_not_disturbed_by_refused_requests(client: openai.Op
             change, status, _, _ = CHAT_CASES[i // 10 % len(CHAT_CASES)]
             assert http.post("/v1/chat/completions", content=json.dumps(CHAT | change)).status_code == status
     assert text == alone
+
+
+def test_a_promise_that_cannot_be_kept_is_a_503_with_retry_after() -> None:
+    error = OverloadedError("the queue is 9 s long")
+    error.retry_after_s = 8.2
+    answer = as_api_error(error).response()
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "9")
+    assert json.loads(answer.body)["error"]["code"] == "overloaded"
