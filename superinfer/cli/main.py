@@ -14,8 +14,10 @@ from typer.core import TyperGroup
 
 from superinfer.bench.commands import app as bench
 from superinfer.cli.options import EngineAddress, with_engine_options
+from superinfer.cli.server_options import with_server_options
 from superinfer.errors import InvalidRequestError, SuperinferError
 from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.server.settings import ServerSettings
 from superinfer.runtime.sim.command import simulate
 
 # Signals that end a process without unwinding it; as an exception they let the engine and its socket be cleaned up.
@@ -119,15 +121,15 @@ def run(
 
 @app.command()
 @with_engine_options
+@with_server_options
 def serve(
     config: EngineConfig,
+    settings: ServerSettings,
     engine: EngineAddress = "",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 8000,
-    model_name: Annotated[str, typer.Option(help="What clients call the model.", show_default="the model")] = "",
-    grace: Annotated[float, typer.Option(help="Seconds running answers may go on when the server is stopped.")] = 5.0,
 ) -> None:
-    """Serve the OpenAI API over HTTP until Ctrl-C or SIGTERM."""
+    """Serve the OpenAI API, and a page that shows what the engine does, over HTTP until Ctrl-C or SIGTERM."""
     from superinfer.cli.engines import start_progress
     from superinfer.runtime.server.serve import serve
 
@@ -136,15 +138,7 @@ def serve(
         print(f"serving at {url}/v1 and showing at {url}/ (Ctrl-C to stop)", flush=True)
 
     with start_progress("starting the engine") as progress:
-        serve(
-            engine or config,
-            host=host,
-            port=port,
-            model_name=model_name,
-            grace=grace,
-            on_progress=progress,
-            on_ready=ready,
-        )
+        serve(engine or config, settings, host=host, port=port, on_progress=progress, on_ready=ready)
 
 
 @app.command()

@@ -63,6 +63,7 @@ class Function:
         self.bound = dict(bound or {})
         self.backend = backend
         self.is_async = inspect.iscoroutinefunction(func)
+        self._last: Ledger | None = None
         self.signature = inspect.signature(func)
         parameters = list(self.signature.parameters)
         if not parameters:

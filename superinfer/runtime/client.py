@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import os
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from typing import Any
 
 import zmq
@@ -25,6 +25,7 @@ from superinfer.errors import (
     EngineDeadError,
     EngineUnavailableError,
     InvalidRequestError,
+    OverloadedError,
     ProtocolError,
     RequestCancelledError,
     error_from_code,
@@ -58,6 +59,10 @@ HEARTBEAT_INTERVAL_MS = 400
 HEARTBEAT_TIMEOUT_MS = 1200  # a frozen engine is noticed within 0.4 + 1.2 s, inside the 2 s that we promise
 
 
+# Called on the client's loop with each delta of a request as it arrives, or with the error that ended it.
+Sink = Callable[[SequenceDelta | Exception], None]
+
+
 def new_request_id() -> str:
     """An id no other request of this connection has."""
     return uuid.uuid4().hex
@@ -82,7 +87,7 @@ class AsyncEngineClient:
             (zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS),
         ):
             self._socket.setsockopt(option, value)
-        self._streams: dict[str, asyncio.Queue[SequenceDelta | Exception]] = {}
+        self._streams: dict[str, Sink] = {}
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._tokens = itertools.count(1)
         self._dead: Exception | None = None
@@ -127,6 +132,30 @@ class AsyncEngineClient:
 
     # ------------------------------------------------------------------ calls
 
+    async def open(self, request: Generate | Score, sink: Sink) -> None:
+        """Send a request whose deltas go to `sink`, until `release`. Raises EngineDeadError, InvalidRequestError.
+
+        For callers with thousands of streams, to whom a queue and a task for each would be the larger part of the work;
+        `generate` and `score` are made of it. `sink` must not raise, and must not call `open` or `release`.
+        """
+        if self._dead is not None:
+            raise self._dead
+        if request.request_id in self._streams:
+            raise InvalidRequestError(
+                f"request id {request.request_id!r} is already in use on this connection; give a new one"
+            )
+        self._streams[request.request_id] = sink
+        try:
+            await self._send(request)
+        except BaseException:
+            del self._streams[request.request_id]
+            raise
+
+    def release(self, request_id: str, *, finished: bool) -> None:
+        """Forget a request given to `open`; it is cancelled unless it has `finished`."""
+        if self._streams.pop(request_id, None) is not None and not finished:
+            self._send_soon(Cancel(request_id=request_id))
+
     async def generate(self, request: Generate) -> AsyncGenerator[SequenceDelta, None]:
         """Deltas of all `n` continuations as they come. Closing the iterator early cancels the request.
 
@@ -135,8 +164,7 @@ class AsyncEngineClient:
         """
         open_sequences = request.sampling.n
         raises = request.slo is not None and request.slo.on_miss == "raise"
-        async with self._stream(request.request_id) as deltas:
-            await self._send(request)
+        async with self._stream(request) as deltas:
             try:
                 while open_sequences:
                     delta = await deltas.get()
@@ -146,7 +174,7 @@ class AsyncEngineClient:
                     if delta.finish_reason is not None:
                         open_sequences -= 1
                         if raises and delta.finish_reason == "deadline":
-                            raise DeadlineMissedError(_deadline_text(request, delta))
+                            raise DeadlineMissedError(deadline_text(request, delta))
                     yield delta
             finally:
                 if open_sequences:
@@ -155,8 +183,7 @@ class AsyncEngineClient:
     async def score(self, request: Score) -> tuple[list[TokenLogprob], RequestReport]:
         """Log probabilities of the prompt tokens from `request.start` on. Raises like `generate`."""
         scores: list[TokenLogprob] = []
-        async with self._stream(request.request_id) as deltas:
-            await self._send(request)
+        async with self._stream(request) as deltas:
             finished = False
             try:
                 while True:
@@ -242,16 +269,13 @@ class AsyncEngineClient:
                 zmq.Socket.send(zmq.Socket.shadow(self._socket), protocol.encode(message), zmq.NOBLOCK)
 
     @contextlib.asynccontextmanager
-    async def _stream(self, request_id: str) -> AsyncIterator[asyncio.Queue[SequenceDelta | Exception]]:
-        if self._dead is not None:
-            raise self._dead
-        if request_id in self._streams:
-            raise InvalidRequestError(f"request id {request_id!r} is already in use on this connection; give a new one")
-        stream = self._streams[request_id] = asyncio.Queue()
+    async def _stream(self, request: Generate | Score) -> AsyncIterator[asyncio.Queue[SequenceDelta | Exception]]:
+        deltas: asyncio.Queue[SequenceDelta | Exception] = asyncio.Queue()
+        await self.open(request, deltas.put_nowait)
         try:
-            yield stream
+            yield deltas
         finally:
-            del self._streams[request_id]
+            self.release(request.request_id, finished=True)
 
     async def _ask(self, message: protocol.Message, token: int, timeout: float) -> Any:
         answer = self._answers[token] = asyncio.get_running_loop().create_future()
@@ -278,13 +302,13 @@ class AsyncEngineClient:
                 for delta in deltas:
                     stream = self._streams.get(delta.request_id)
                     if stream is not None:  # else: cancelled, and its last delta was already under way
-                        stream.put_nowait(delta)
+                        stream(delta)
             case Failed(request_id=str(request_id)):
                 stream = self._streams.get(request_id)
                 if stream is not None:
-                    stream.put_nowait(error_from_code(message.code, message.message))
+                    stream(_error_of(message))
             case Failed():
-                self._fail(error_from_code(message.code, message.message))
+                self._fail(_error_of(message))
             case HealthReport() | StatsReport() | LiveReport():
                 answer = self._answers.get(message.token)
                 if answer is not None and not answer.done():
@@ -315,14 +339,22 @@ class AsyncEngineClient:
         """The link is of no further use: everyone who waits, and everyone who calls later, gets `error`."""
         if self._dead is None:
             self._dead = error
-        for stream in self._streams.values():
-            stream.put_nowait(self._dead)
+        for stream in list(self._streams.values()):
+            stream(self._dead)
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(self._dead)
 
 
-def _deadline_text(request: Generate, delta: SequenceDelta) -> str:
+def _error_of(failed: Failed) -> Exception:
+    error = error_from_code(failed.code, failed.message)
+    if isinstance(error, OverloadedError):
+        error.retry_after_s = failed.retry_after_s
+    return error
+
+
+def deadline_text(request: Generate, delta: SequenceDelta) -> str:
+    """What DeadlineMissedError says."""
     took = f" after {delta.report.e2e_s:.3f} s with {delta.report.output_tokens} tokens" if delta.report else ""
     deadline = request.slo.deadline if request.slo else None
     return f"request {request.request_id} missed its deadline of {deadline} s: stopped{took}"

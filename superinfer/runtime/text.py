@@ -43,9 +43,9 @@ class TextRequest:
     stop: tuple[str, ...] = ()
     stop_regex: tuple[str, ...] = ()
     slo: SLO | None = None
+    slo_class: str = ""
     cache_salt: str = ""
     program: str = ""
-    slo_class: str = ""
     hints: Hints | None = None
     add_special: bool = True
     skip_special: bool = True
@@ -125,24 +125,32 @@ class TextClient:
             raise InvalidRequestError("the prompt is empty; give at least one token")
         return ids
 
-    async def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
-        """Text deltas of all continuations as they come. Closing the iterator early cancels. Raises like `generate`."""
-        wire = Generate(
+    def wire(self, request: TextRequest) -> Generate:
+        """The message that asks an engine for it. Raises InvalidRequestError for an empty prompt."""
+        return Generate(
             request_id=new_request_id(),
             prompt=self.tokenize(request),
             sampling=request.sampling,
             slo=request.slo,
+            slo_class=request.slo_class,
             cache_salt=request.cache_salt,
             program=request.program,
-            slo_class=request.slo_class,
             hints=request.hints,
         )
-        readers = [
-            _SequenceReader(
+
+    def readers(self, request: TextRequest) -> list[SequenceReader]:
+        """One for each continuation of the request."""
+        return [
+            SequenceReader(
                 self.tokenizer.detokenizer(skip_special=request.skip_special), Stopper(request.stop, request.stop_regex)
             )
             for _ in range(request.sampling.n)
         ]
+
+    async def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
+        """Text deltas of all continuations as they come. Closing the iterator early cancels. Raises like `generate`."""
+        wire = self.wire(request)
+        readers = self.readers(request)
         async with contextlib.aclosing(self.client.generate(wire)) as deltas:
             async for delta in deltas:
                 reader = readers[delta.index]
@@ -195,8 +203,12 @@ class TextClient:
         await self.close()
 
 
-class _SequenceReader:
-    """Turns one sequence's token deltas into text deltas, holding back what may become a stop string."""
+class SequenceReader:
+    """Turns one sequence's token deltas into text deltas, holding back what may become a stop string.
+
+    stopped_by: the stop string that was found. Its continuation is then to be cancelled, and the last delta brings the
+        report.
+    """
 
     def __init__(self, detokenizer: Detokenizer, stopper: Stopper) -> None:
         self._detokenizer = detokenizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
@@ -35,9 +35,20 @@ class Tokenizer:
         return bool(self._hf.chat_template)
 
     @property
+    def chat_template(self) -> str:
+        """The template's source; "" where there is none."""
+        return str(self._hf.chat_template or "")
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Text of the tokens that `skip_special` leaves out."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
+
+    @property
     def template_takes_tools(self) -> bool:
         """Whether the chat template mentions tools at all; one that does not would drop them in silence."""
-        return "tools" in str(self._hf.chat_template or "")
+        return "tools" in self.chat_template
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`. `special`: add what the model wants around a prompt (a BOS, say); a rendered chat
@@ -58,10 +69,12 @@ class Tokenizer:
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text for `messages` by the model's own template.
 
         continue_final_message: the last (assistant) message is a beginning that the model is to continue.
+        variables: further names that the template may ask for, such as Qwen3's `enable_thinking`.
         Raises InvalidRequestError when the model has no template or the template refuses the messages.
         """
         if not self.has_chat_template:
@@ -76,6 +89,7 @@ class Tokenizer:
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt and not continue_final_message,
                     continue_final_message=continue_final_message,
+                    **(variables or {}),
                 )
             )
         except Exception as error:  # a template is a program of the model's author: it may raise anything

@@ -26,6 +26,7 @@ from superinfer.runtime.protocol import (
     GetLive,
     GetStats,
     HealthReport,
+    LiveReport,
     Score,
     SequenceDelta,
     Shutdown,

@@ -4,56 +4,66 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterable
-from typing import Protocol
+from typing import Any, NamedTuple
 
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from superinfer.errors import EngineUnavailableError, SuperinferError
-from superinfer.runtime.protocol import SamplingParams
-from superinfer.runtime.server import completion, schema
-from superinfer.runtime.server.chat import ChatWriter, prompt_of, sampling_of_chat
-from superinfer.runtime.server.completion import CompletionWriter, prompts_of, sampling_of_completion
+from superinfer.errors import SuperinferError
+from superinfer.runtime.protocol import RequestReport, TokenLogprob
+from superinfer.runtime.server import completion, schema, tokens
+from superinfer.runtime.server.chat import prompt_of, sampling_of_chat
+from superinfer.runtime.server.chat_answer import ChatWriter
+from superinfer.runtime.server.completion import CompletionWriter, only_prompt, prompts_of, sampling_of_completion
 from superinfer.runtime.server.errors import ApiError, as_api_error, bad_request
-from superinfer.runtime.server.live import add_page
-from superinfer.runtime.server.params import check_ids, check_length, slo_of, stop_of
+from superinfer.runtime.server.gate import Gate
+from superinfer.runtime.server.operations import add_operations, answered
+from superinfer.runtime.server.params import check_length
+from superinfer.runtime.server.parsing.pieces import AnswerReader
+from superinfer.runtime.server.relay import ClientGone
 from superinfer.runtime.server.report import Tally
-from superinfer.runtime.server.schema import ChatRequest, Common, CompletionRequest
-from superinfer.runtime.server.stream import ClientGone, EventStream, collect, deltas_of, events, while_connected
-from superinfer.runtime.text import TextClient, TextDelta, TextRequest, TextResult
-
-MAX_BODY_BYTES = 32 << 20
-HEALTH_TIMEOUT_S = 2.0
-
-
-class Writer(Protocol):
-    """What the two endpoints' writers have in common."""
-
-    def chunks(self, delta: TextDelta) -> Iterable[bytes]: ...
-
-    def whole(self, results: list[TextResult]) -> bytes: ...
+from superinfer.runtime.server.responses import RESPONSES_PASS, ResponsesRequest, ResponseStore, chat_of, items_of
+from superinfer.runtime.server.responses_answer import ResponsesWriter
+from superinfer.runtime.server.schema import ChatRequest, CompletionRequest
+from superinfer.runtime.server.service import Service, aside, json_response
+from superinfer.runtime.server.settings import ServerSettings
+from superinfer.runtime.server.stream import while_connected
+from superinfer.runtime.server.structured import grammar_of_chat, tool_plan
+from superinfer.runtime.text import TextClient, TextRequest
 
 
-def create_app(text: TextClient, *, model_name: str = "") -> FastAPI:
-    """The application that answers for one engine. `model_name`: what clients call the model; "": the engine's name.
+def create_app(text: TextClient, settings: ServerSettings | None = None) -> FastAPI:
+    """The application that answers for one engine. It does not own `text`.
 
-    It does not own `text`.
+    Raises InvalidRequestError for settings that this model cannot have.
     """
-    name = model_name or text.info.model
+    service = Service(text, settings or ServerSettings())
     app = FastAPI(title="superinfer", docs_url=None, redoc_url=None, openapi_url=None)
     _add_errors(app)
-    add_page(app, text, name)
-    created = int(time.time())
+    _add_models(app, service)
+    _add_completions(app, service)
+    _add_responses(app, service)
+    _add_tokens(app, service)
+    add_operations(app, service)
+    app.add_middleware(Gate, settings=service.settings, finished=answered(app, service.metrics))
+    if origins := service.settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
+        )
+    return app
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
     card = {
-        "id": name,
+        "id": service.model,
         "object": "model",
-        "created": created,
+        "created": int(time.time()),
         "owned_by": "superinfer",
-        "max_model_len": text.info.max_model_len,
+        "max_model_len": service.text.info.max_model_len,
     }
 
     @app.get("/v1/models")
@@ -62,31 +72,26 @@ def create_app(text: TextClient, *, model_name: str = "") -> FastAPI:
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
-        _check_model(model, name)
+        service.check_model(model)
         return _json(card)
 
-    @app.get("/health")
-    async def health() -> Response:
-        return await _health(text, name)
+
+def _add_completions(app: FastAPI, service: Service) -> None:
+    text = service.text
 
     @app.post("/v1/chat/completions")
     async def chat_completions(http: Request) -> Response:
-        request = schema.parse(await _body(http), ChatRequest, schema.CHAT_PASS)
-        _check_model(request.model, name)
-        sampling = sampling_of_chat(request)
-        # Rendering and tokenizing a long prompt takes a while, in which the other streams must go on.
-        prompt = await asyncio.to_thread(prompt_of, request, text.tokenizer)
-        check_length("messages", len(prompt), sampling, text.info)
-        requests = [_text_request(request, prompt, sampling, text)]
-        tally = Tally(sampling.n, sampling.n, slo=request.slo is not None)
-        writer = ChatWriter(request, text.tokenizer, tally, choices=sampling.n)
-        return await _answer(http, text, requests, writer, stream=bool(request.stream))
+        request = schema.parse(await http.body(), ChatRequest, schema.CHAT_PASS)
+        service.check_model(request.model)
+        chat = await prepare_chat(http, service, request)
+        writer = ChatWriter(request, text.tokenizer, chat.tally, chat.readers)
+        return await service.answer(http, [chat.request], writer, stream=bool(request.stream))
 
     @app.post("/v1/completions")
     async def completions(http: Request) -> Response:
-        request = schema.parse(await _body(http), CompletionRequest, schema.COMPLETION_PASS)
-        _check_model(request.model, name)
-        prompts = await asyncio.to_thread(prompts_of, request, text.tokenizer, text.info)
+        request = schema.parse(await http.body(), CompletionRequest, schema.COMPLETION_PASS)
+        service.check_model(request.model)
+        prompts = await aside(http, prompts_of, request, text.tokenizer, text.info)
         sampling = sampling_of_completion(request, max(map(len, prompts)), text.info)
         for prompt in prompts:
             check_length("prompt", len(prompt), sampling, text.info)
@@ -94,75 +99,118 @@ def create_app(text: TextClient, *, model_name: str = "") -> FastAPI:
         if choices > completion.MAX_PROMPTS:
             message = f"n={sampling.n} of {len(prompts)} prompts are over {completion.MAX_PROMPTS} choices; lower n"
             raise bad_request(message, param="n")
-        requests = [_text_request(request, prompt, sampling, text) for prompt in prompts]
-        tally = Tally(choices, sampling.n, slo=request.slo is not None)
-        prompt_tokens = sum(map(len, prompts))
-        writer = CompletionWriter(request, text.tokenizer, tally, choices=choices, prompt_tokens=prompt_tokens)
-        return await _answer(http, text, requests, writer, stream=bool(request.stream))
-
-    return app
-
-
-async def _answer(
-    http: Request, text: TextClient, requests: list[TextRequest], writer: Writer, *, stream: bool
-) -> Response:
-    deltas = deltas_of(text, requests)
-    if not stream:
-        choices = sum(request.sampling.n for request in requests)
-        return Response(
-            writer.whole(await while_connected(http, collect(deltas, choices))), media_type="application/json"
+        promise = service.promise(request, http)
+        requests = [service.request(request, prompt, sampling, promise) for prompt in prompts]
+        writer = CompletionWriter(
+            request, text.tokenizer, service.tally(http, choices, sampling.n, promise), prompts, choices=choices
         )
-    # Waiting for the first delta before the headers go out gives an error until then its HTTP status.
-    first = await while_connected(http, _first(deltas))
-    return EventStream(events(first, deltas, writer.chunks))
+        if request.echo and request.logprobs is not None:
+            return await _scored(http, service, request, requests, writer)
+        if only_prompt(request):
+            return json_response(writer.prompts_only([]))
+        return await service.answer(http, requests, writer, stream=bool(request.stream))
+
+    @app.post("/v1/embeddings")
+    async def embeddings(http: Request) -> Response:
+        message = f"model {service.model!r} makes no embeddings: it generates text; ask an embedding model's server"
+        raise ApiError(400, message, code="unsupported")
 
 
-async def _first(deltas: AsyncGenerator[TextDelta, None]) -> TextDelta:
-    return await anext(deltas)
+async def _scored(
+    http: Request,
+    service: Service,
+    request: CompletionRequest,
+    requests: list[TextRequest],
+    writer: CompletionWriter,
+) -> Response:
+    """An answer that begins with its prompts' logprobs."""
+
+    async def score(one: TextRequest) -> tuple[list[TokenLogprob], RequestReport]:
+        prompt = [token_id for token_id in one.prompt if isinstance(token_id, int)]
+        return await service.text.score(prompt, 1, slo=one.slo, cache_salt=one.cache_salt, program=one.program)
+
+    if any(len(one.prompt) < 2 for one in requests):
+        raise bad_request("echo=true with logprobs needs prompts of at least two tokens", param="prompt")
+    found = await while_connected(http, asyncio.gather(*map(score, requests)))
+    if only_prompt(request):
+        return json_response(writer.prompts_only(found))
+    return json_response(writer.whole_scored(await service.results(http, requests), [scores for scores, _ in found]))
 
 
-def _text_request(request: Common, prompt: list[int], sampling: SamplingParams, text: TextClient) -> TextRequest:
-    check_ids("stop_token_ids", sampling.stop_token_ids, text.info)
-    return TextRequest(
-        prompt=prompt,
-        sampling=sampling,
-        stop=stop_of(request),
-        slo=slo_of(request.slo),
-        cache_salt=request.cache_salt or "",
-    )
+class Chat(NamedTuple):
+    """A chat request made ready: what to ask the engine, and a reader for each choice."""
+
+    request: TextRequest
+    tally: Tally
+    readers: list[AnswerReader]
 
 
-async def _body(http: Request) -> bytes:
-    """The request's body, at most MAX_BODY_BYTES of it."""
-    body = bytearray()
-    async for chunk in http.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            message = f"the request body is over {MAX_BODY_BYTES >> 20} MiB; send less at once"
-            raise ApiError(413, message, code="request_too_large")
-    return bytes(body)
+async def prepare_chat(http: Request, service: Service, request: ChatRequest) -> Chat:
+    """Raises ApiError, InvalidRequestError."""
+    text = service.text
+    plan = tool_plan(request)
+    sampling = sampling_of_chat(request, grammar_of_chat(request, plan))
+    constrained = sampling.grammar is not None
+    prompt = await aside(http, prompt_of, request, plan, text.tokenizer, constrained=constrained)
+    check_length("messages", len(prompt.ids), sampling, text.info)
+    promise = service.promise(request, http)
+    skip = not service.formats.sees_special(plan.names)
+    asked = service.request(request, prompt.ids, sampling, promise, skip_special=skip)
+    readers = [service.reader(plan, prompt.end, constrained=constrained) for _ in range(sampling.n)]
+    return Chat(asked, service.tally(http, sampling.n, sampling.n, promise), readers)
 
 
-def _check_model(asked: str, served: str) -> None:
-    if asked != served:
-        message = f"model {asked!r:.200} is not served here; use {served!r}"
-        raise ApiError(404, message, param="model", code="model_not_found")
+def _add_responses(app: FastAPI, service: Service) -> None:
+    store = ResponseStore(service.settings.responses_bytes)
+
+    @app.post("/v1/responses")
+    async def create(http: Request) -> Response:
+        request = schema.parse(await http.body(), ResponsesRequest, RESPONSES_PASS)
+        service.check_model(request.model)
+        history: list[dict[str, Any]] = []
+        if request.previous_response_id is not None:
+            history = store.get(request.previous_response_id, "previous_response_id").items
+        chat = await prepare_chat(http, service, chat_of(request, history))
+
+        def keep(response_id: str, body: bytes, output: list[dict[str, Any]]) -> None:
+            given = items_of(request)
+            store.put(response_id, body, given, [*history, *given, *output])
+
+        kept = keep if request.store is not False and service.settings.responses_bytes else None
+        writer = ResponsesWriter(request, service.text.tokenizer, chat.tally, chat.readers[0], kept)
+        return await service.answer(http, [chat.request], writer, stream=bool(request.stream))
+
+    @app.get("/v1/responses/{response_id}")
+    async def retrieve(response_id: str) -> Response:
+        return json_response(store.get(response_id).body)
+
+    @app.get("/v1/responses/{response_id}/input_items")
+    async def input_items(response_id: str) -> Response:
+        items = store.get(response_id).input
+        return _json({"object": "list", "data": items, "has_more": False, "first_id": None, "last_id": None})
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete(response_id: str) -> Response:
+        store.remove(response_id)
+        return _json({"id": response_id, "object": "response", "deleted": True})
 
 
-async def _health(text: TextClient, name: str) -> Response:
-    report = await text.client.health(HEALTH_TIMEOUT_S)
-    if report.status != "ok":
-        raise EngineUnavailableError("the engine is stopping")
-    return _json(
-        {
-            "status": report.status,
-            "model": name,
-            "running": report.running,
-            "waiting": report.waiting,
-            "uptime_s": round(report.uptime_s, 3),
-            "idle_s": round(report.idle_s, 3),
-        }
-    )
+def _add_tokens(app: FastAPI, service: Service) -> None:
+    text = service.text
+
+    @app.post("/tokenize")
+    async def tokenize(http: Request) -> Response:
+        request = schema.parse(await http.body(), tokens.TokenizeRequest, {})
+        if request.model is not None:
+            service.check_model(request.model)
+        return _json(await aside(http, tokens.tokenize, request, text.tokenizer, text.info))
+
+    @app.post("/detokenize")
+    async def detokenize(http: Request) -> Response:
+        request = schema.parse(await http.body(), tokens.DetokenizeRequest, {})
+        if request.model is not None:
+            service.check_model(request.model)
+        return _json(await aside(http, tokens.detokenize, request, text.tokenizer, text.info))
 
 
 def _json(content: object) -> Response:
@@ -176,8 +224,7 @@ def _add_errors(app: FastAPI) -> None:
     async def routing(http: Request, error: Exception) -> Response:
         """No such URL, or not with this method."""
         assert isinstance(error, HTTPException)
-        message = f"{http.method} {http.url.path}: {error.detail}; the routes are /v1/models, /v1/chat/completions, "
-        message += "/v1/completions and /health"
+        message = f"{http.method} {http.url.path}: {error.detail}; the routes are those of /openapi.json"
         response = ApiError(error.status_code, message, code="no_such_route").response()
         response.headers.update(error.headers or {})
         return response

@@ -1,33 +1,23 @@
-"""/v1/chat/completions: messages to a prompt, deltas to chunks or one answer."""
+"""/v1/chat/completions: from a request's messages and tools to a prompt and sampling parameters."""
 
 from __future__ import annotations
 
 import json
-import time
-import uuid
-from collections.abc import Iterator
-from typing import Any
-
-import msgspec
+from typing import Any, NamedTuple
 
 from superinfer.errors import UnsupportedError
-from superinfer.runtime.protocol import SamplingParams, TokenLogprob
+from superinfer.runtime.protocol import Grammar, SamplingParams
 from superinfer.runtime.server.errors import bad_request
 from superinfer.runtime.server.params import sampling_of
-from superinfer.runtime.server.report import SloReport, Tally, Usage
 from superinfer.runtime.server.schema import ChatRequest, FunctionCall, Message
-from superinfer.runtime.server.tool_calls import ToolCallReader
-from superinfer.runtime.text import TextDelta, TextResult
+from superinfer.runtime.server.structured import ToolPlan
 from superinfer.runtime.tokenization import ChatMessage, Tokenizer
 
-Unset = msgspec.UnsetType
-UNSET = msgspec.UNSET
+# What render_chat sets itself.
+_RENDERING = {"messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "chat_template"}
 
 
-# ---------------------------------------------------------------------------- request
-
-
-def sampling_of_chat(request: ChatRequest) -> SamplingParams:
+def sampling_of_chat(request: ChatRequest, grammar: Grammar | None = None) -> SamplingParams:
     """Raises ApiError or InvalidRequestError."""
     short, long = request.max_tokens, request.max_completion_tokens
     if short is not None and long is not None and short != long:
@@ -41,43 +31,55 @@ def sampling_of_chat(request: ChatRequest) -> SamplingParams:
     if not 0 <= (request.top_logprobs or 0) <= 20:
         raise bad_request(f"top_logprobs={request.top_logprobs} must be between 0 and 20", param="top_logprobs")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return sampling_of(request, max_tokens=short if long is None else long, logprobs=logprobs)
+    return sampling_of(request, max_tokens=short if long is None else long, logprobs=logprobs, grammar=grammar)
 
 
-def tools_of(request: ChatRequest, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The tools to render; none where tool_choice is "none". Raises ApiError, UnsupportedError."""
-    choice, tools = request.tool_choice, request.tools or []
-    if choice not in (None, "auto", "none"):
-        raise UnsupportedError(f"tool_choice={choice!r:.80} is not supported by this server; use 'auto' or 'none'")
-    for at, tool in enumerate(tools):
-        function = tool.get("function")
-        if (
-            tool.get("type") != "function"
-            or not isinstance(function, dict)
-            or not isinstance(function.get("name"), str)
-        ):
-            raise bad_request(
-                f"tools[{at}]={tool!r:.80} is not a function tool; "
-                'give {"type": "function", "function": {"name": ..., "parameters": {...}}}',
-                param=f"tools[{at}]",
-            )
-    if not tools or choice == "none":
-        return []
-    if not tokenizer.template_takes_tools:
-        raise UnsupportedError("tools=[...] cannot be honoured: this model's chat template does not know tools")
-    return tools
+class ChatPrompt(NamedTuple):
+    """Token ids of the rendered messages, and the end of their text: it may have opened the reasoning."""
+
+    ids: list[int]
+    end: str
 
 
-def prompt_of(request: ChatRequest, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of the rendered messages. Raises ApiError, InvalidRequestError."""
+def prompt_of(request: ChatRequest, plan: ToolPlan, tokenizer: Tokenizer, *, constrained: bool) -> ChatPrompt:
+    """The prompt. `constrained`: the output is, so that a model that can think is asked not to.
+
+    Raises ApiError, InvalidRequestError.
+    """
     if not request.messages:
         raise bad_request("messages=[] is empty; give at least one message", param="messages")
+    if plan.tools and not tokenizer.template_takes_tools and not (plan.named or plan.listed):
+        raise UnsupportedError("tools=[...] cannot be honoured: this model's chat template does not know tools")
     messages = [_for_template(at, message) for at, message in enumerate(request.messages)]
     go_on = bool(request.continue_final_message)
     if go_on and messages[-1]["role"] != "assistant":
         raise bad_request("continue_final_message=true needs a last message of role 'assistant'", param="messages")
-    text = tokenizer.render_chat(messages, tools=tools_of(request, tokenizer), continue_final_message=go_on)
-    return tokenizer.encode(text, special=False)
+    text = tokenizer.render_chat(
+        messages,
+        tools=plan.tools,
+        continue_final_message=go_on,
+        variables=_variables(request, tokenizer, constrained),
+    )
+    return ChatPrompt(tokenizer.encode(text, special=False), text[-32:])
+
+
+def _variables(request: ChatRequest, tokenizer: Tokenizer, constrained: bool) -> dict[str, Any]:
+    """What the template is told beside the messages."""
+    variables = dict(request.chat_template_kwargs or {})
+    if taken := _RENDERING & variables.keys():
+        raise bad_request(f"chat_template_kwargs.{min(taken)} has a parameter of its own", param="chat_template_kwargs")
+    effort, template = request.reasoning_effort, tokenizer.chat_template
+    if "enable_thinking" in template and (effort == "none" or constrained):
+        variables.setdefault("enable_thinking", False)
+    if "reasoning_effort" in template and effort is not None:
+        variables.setdefault("reasoning_effort", effort)
+    elif effort not in (None, "none") and "enable_thinking" not in template:
+        raise bad_request(
+            f"reasoning_effort={effort!r:.80} is not supported: this model's chat template knows no such choice",
+            param="reasoning_effort",
+            code="unsupported_parameter",
+        )
+    return variables
 
 
 def _for_template(at: int, message: Message) -> ChatMessage:
@@ -94,6 +96,8 @@ def _for_template(at: int, message: Message) -> ChatMessage:
     for key in ("name", "tool_call_id"):
         if getattr(message, key) is not None:
             out[key] = getattr(message, key)
+    if reasoning := message.reasoning_content or message.reasoning:
+        out["reasoning_content"] = reasoning
     if message.tool_calls:
         out["tool_calls"] = [
             {
@@ -138,182 +142,3 @@ def _arguments(where: str, function: FunctionCall) -> dict[str, Any]:
             param=f"{where}.tool_calls",
         )
     return arguments
-
-
-# ---------------------------------------------------------------------------- answer
-
-
-class TokenInfo(msgspec.Struct, frozen=True):
-    """bytes: null where the token is only part of a character."""
-
-    token: str
-    logprob: float
-    bytes: list[int] | None
-
-
-class ScoredToken(TokenInfo, frozen=True):
-    """A chosen token and its rivals."""
-
-    top_logprobs: list[TokenInfo]
-
-
-class ChatLogprobs(msgspec.Struct, frozen=True):
-    """Parallel to the generated tokens."""
-
-    content: list[ScoredToken]
-    refusal: None = None
-
-
-class CallDelta(msgspec.Struct, frozen=True):
-    """A tool call; in a stream it comes whole."""
-
-    id: str
-    function: FunctionCall
-    type: str = "function"
-    index: int | Unset = UNSET
-
-
-class AnswerMessage(msgspec.Struct, frozen=True):
-    """The message of a choice, or the new part of it."""
-
-    role: str | Unset = UNSET
-    content: str | Unset | None = UNSET
-    tool_calls: list[CallDelta] | Unset = UNSET
-
-
-class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """A choice has a message, a chunk's choice a delta."""
-
-    index: int
-    message: AnswerMessage | Unset = UNSET
-    delta: AnswerMessage | Unset = UNSET
-    logprobs: ChatLogprobs | None = None
-    finish_reason: str | None = None
-
-
-class ChatAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole answer or a chunk, by `object`."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage | Unset | None = UNSET
-    slo: SloReport | Unset = UNSET
-
-
-class ChatWriter:
-    """Writes one answer: `chunks` as it streams, or `whole` at its end."""
-
-    def __init__(self, request: ChatRequest, tokenizer: Tokenizer, tally: Tally, *, choices: int) -> None:
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._model = request.model
-        self._tokenizer = tokenizer
-        self._tally = tally
-        self._usage = bool(request.stream_options and request.stream_options.include_usage)
-        with_tools = bool(request.tools) and request.tool_choice != "none"
-        self._readers = [ToolCallReader() if with_tools else None for _ in range(choices)]
-        self._started = [False] * choices
-
-    def chunks(self, delta: TextDelta) -> Iterator[bytes]:
-        """The chunks for one delta; after the last, the closing ones."""
-        index, reader = delta.index, self._readers[delta.index]
-        if not self._started[index]:
-            self._started[index] = True
-            yield self._chunk(ChatChoice(index=index, delta=AnswerMessage(role="assistant", content="")))
-        logprobs = self._logprobs(delta.logprobs)
-        for message in self._pieces(reader, delta):
-            yield self._chunk(ChatChoice(index=index, delta=message, logprobs=logprobs))
-            logprobs = None
-        if delta.finish_reason is None:
-            return
-        reason = self._tally.finish(index, delta.finish_reason, delta.report)
-        reason = "tool_calls" if reader is not None and reader.found and reason == "stop" else reason
-        slo = self._tally.slo() if self._tally.complete else UNSET
-        last = ChatChoice(index=index, delta=AnswerMessage(), logprobs=logprobs, finish_reason=reason)
-        yield self._chunk(last, slo=slo)
-        if self._tally.complete and self._usage:
-            yield self._encode("chat.completion.chunk", [], self._tally.usage(), slo)
-
-    def _pieces(self, reader: ToolCallReader | None, delta: TextDelta) -> Iterator[AnswerMessage]:
-        """At least one message where there are logprobs to go with it."""
-        pieces: list[str | FunctionCall] = [delta.text] if reader is None else list(reader.push(delta.text))
-        if reader is not None and delta.finish_reason is not None:
-            pieces.append(reader.flush())
-        messages = []
-        calls = 0 if reader is None else reader.found - sum(isinstance(piece, FunctionCall) for piece in pieces)
-        for piece in pieces:
-            if isinstance(piece, FunctionCall):
-                messages.append(AnswerMessage(tool_calls=[CallDelta(_call_id(), piece, index=calls)]))
-                calls += 1
-            elif piece:
-                messages.append(AnswerMessage(content=piece))
-        if not messages and delta.logprobs and delta.finish_reason is None:
-            messages.append(AnswerMessage(content=""))
-        yield from messages
-
-    def whole(self, results: list[TextResult]) -> bytes:
-        """The answer of an unstreamed request."""
-        choices = []
-        for result in results:
-            assert result.finish_reason is not None
-            reason = self._tally.finish(result.index, result.finish_reason, result.report)
-            message, called = self._message(result)
-            choices.append(
-                ChatChoice(
-                    index=result.index,
-                    message=message,
-                    logprobs=self._logprobs(result.logprobs),
-                    finish_reason="tool_calls" if called and reason == "stop" else reason,
-                )
-            )
-        return self._encode("chat.completion", choices, self._tally.usage(), self._tally.slo())
-
-    def _message(self, result: TextResult) -> tuple[AnswerMessage, bool]:
-        reader = self._readers[result.index]
-        if reader is None:
-            return AnswerMessage(role="assistant", content=result.text), False
-        pieces = [*reader.push(result.text), reader.flush()]
-        calls = [CallDelta(_call_id(), piece) for piece in pieces if isinstance(piece, FunctionCall)]
-        text = "".join(piece for piece in pieces if isinstance(piece, str))
-        if not calls:
-            return AnswerMessage(role="assistant", content=text), False
-        return AnswerMessage(role="assistant", content=text if text.strip() else None, tool_calls=calls), True
-
-    def _logprobs(self, logprobs: list[TokenLogprob] | None) -> ChatLogprobs | None:
-        if logprobs is None:
-            return None
-        return ChatLogprobs(
-            [
-                ScoredToken(*self._token(t.token_id, t.logprob), [TokenInfo(*self._token(*pair)) for pair in t.top])
-                for t in logprobs
-            ]
-        )
-
-    def _token(self, token_id: int, logprob: float) -> tuple[str, float, list[int] | None]:
-        text = self._tokenizer.decode([token_id], skip_special=False)
-        return text, logprob, None if "�" in text else list(text.encode())
-
-    def _chunk(self, choice: ChatChoice, slo: SloReport | Unset = UNSET) -> bytes:
-        return self._encode("chat.completion.chunk", [choice], None if self._usage else UNSET, slo)
-
-    def _encode(
-        self, kind: str, choices: list[ChatChoice], usage: Usage | Unset | None, slo: SloReport | Unset
-    ) -> bytes:
-        return msgspec.json.encode(
-            ChatAnswer(
-                id=self._id,
-                object=kind,
-                created=self._created,
-                model=self._model,
-                choices=choices,
-                usage=usage,
-                slo=slo,
-            )
-        )
-
-
-def _call_id() -> str:
-    return f"call_{uuid.uuid4().hex[:24]}"

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 
 import msgspec
 
-from superinfer.runtime.protocol import ModelInfo, SamplingParams, TokenLogprob
+from superinfer.runtime.protocol import ModelInfo, RequestReport, SamplingParams, TokenLogprob
 from superinfer.runtime.server.errors import bad_request
 from superinfer.runtime.server.params import check_ids, sampling_of
-from superinfer.runtime.server.report import SloReport, Tally, Usage
+from superinfer.runtime.server.report import PromptTokensDetails, SloReport, Tally, Usage
 from superinfer.runtime.server.schema import CompletionRequest
+from superinfer.runtime.server.stream import error_event, event
+from superinfer.runtime.server.structured import grammar_of
 from superinfer.runtime.text import TextDelta, TextResult
 from superinfer.runtime.tokenization import Tokenizer
 
@@ -21,6 +23,8 @@ MAX_PROMPTS = 1024
 
 Unset = msgspec.UnsetType
 UNSET = msgspec.UNSET
+
+_encode = msgspec.json.Encoder().encode
 
 
 # ---------------------------------------------------------------------------- request
@@ -31,7 +35,23 @@ def sampling_of_completion(request: CompletionRequest, longest_prompt: int, info
     room = max(1, info.max_model_len - longest_prompt)
     default = min(max(DEFAULT_MAX_TOKENS, request.min_tokens or 0), room)
     max_tokens = default if request.max_tokens is None else request.max_tokens
-    return sampling_of(request, max_tokens=max_tokens, logprobs=request.logprobs)
+    if request.echo and request.logprobs:
+        raise bad_request(
+            f"logprobs={request.logprobs} with echo=true is not supported: a prompt's tokens have no rivals; use "
+            "logprobs=0 for the logprob of each token",
+            param="logprobs",
+            code="unsupported_parameter",
+        )
+    if request.echo and request.stream and request.logprobs is not None:
+        raise bad_request("stream=true with echo=true and logprobs is not supported; leave one out", param="echo")
+    if max_tokens == 0 and request.echo:
+        max_tokens = 1  # only the prompt is asked for: see `only_prompt`
+    return sampling_of(request, max_tokens=max_tokens, logprobs=request.logprobs, grammar=grammar_of(request))
+
+
+def only_prompt(request: CompletionRequest) -> bool:
+    """Whether nothing is to be generated: max_tokens=0 with echo."""
+    return bool(request.echo) and request.max_tokens == 0
 
 
 def prompts_of(request: CompletionRequest, tokenizer: Tokenizer, info: ModelInfo) -> list[list[int]]:
@@ -70,7 +90,7 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
     """Parallel to the generated tokens. text_offset: of each token in the choice's text, characters."""
 
     tokens: list[str]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float]] | None
     text_offset: list[int]
 
@@ -92,41 +112,67 @@ class CompletionAnswer(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     choices: list[CompletionChoice]
     object: str = "text_completion"
+    service_tier: str | Unset = UNSET
     usage: Usage | Unset | None = UNSET
     slo: SloReport | Unset = UNSET
 
 
 class CompletionWriter:
-    """Writes one answer: `chunks` as it streams, or `whole` at its end."""
+    """Writes one answer: `events` as it streams, or `whole` at its end."""
+
+    event_end = event(b"[DONE]")
+    failure = staticmethod(error_event)
 
     def __init__(
-        self, request: CompletionRequest, tokenizer: Tokenizer, tally: Tally, *, choices: int, prompt_tokens: int = 0
+        self, request: CompletionRequest, tokenizer: Tokenizer, tally: Tally, prompts: list[list[int]], *, choices: int
     ) -> None:
+        """`prompts`: token ids of each, for `echo`."""
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = request.model
         self._top = request.logprobs or 0
+        self._with_logprobs = request.logprobs is not None
         self._tokenizer = tokenizer
         self._tally = tally
         options = request.stream_options
         self._usage = bool(options and options.include_usage)
         self._continuous = bool(options and options.continuous_usage_stats)
-        self._prompt_tokens, self._output_tokens = prompt_tokens, 0
+        self._prompt_tokens, self._output_tokens = sum(map(len, prompts)), 0
         self._offsets = [0] * choices
+        self._prompts = prompts if request.echo else []
+        self._per_prompt = choices // len(prompts)
+        self._begun = [not request.echo] * choices
+        self._frames = [self._frame(index) for index in range(choices)] if request.stream else []
 
-    def chunks(self, delta: TextDelta) -> Iterator[bytes]:
+    def events(self, delta: TextDelta) -> Iterator[bytes]:
         """The chunks for one delta; after the last, the closing ones."""
-        logprobs = self._logprobs(delta.index, delta.logprobs)
+        index, text = delta.index, delta.text
+        if not self._begun[index]:
+            self._begun[index], text = True, self._echoed(index) + text
+        if delta.finish_reason is None and delta.logprobs is None and not self._continuous:
+            if text:
+                before, after = self._frames[index]
+                yield before + _encode(text) + after  # most of all chunks
+            return
+        logprobs = self._logprobs(index, delta.logprobs)
         reason = None
         if delta.finish_reason is not None:
-            reason = self._tally.finish(delta.index, delta.finish_reason, delta.report)
-        elif not delta.text and logprobs is None and not self._continuous:
-            return
+            reason = self._tally.finish(index, delta.finish_reason, delta.report)
         slo = self._tally.slo() if reason and self._tally.complete else UNSET
-        choice = CompletionChoice(index=delta.index, text=delta.text, logprobs=logprobs, finish_reason=reason)
-        yield self._encode([choice], self._so_far(delta), slo)
+        choice = CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=reason)
+        yield event(self._answer([choice], self._so_far(delta), slo))
         if reason and self._tally.complete and self._usage:
-            yield self._encode([], self._tally.usage(), slo)
+            yield event(self._answer([], self._tally.usage(), slo))
+
+    def _frame(self, index: int) -> tuple[bytes, bytes]:
+        """A chunk of plain text around its text."""
+        mark = "\x00"
+        whole = event(self._answer([CompletionChoice(index=index, text=mark)], None if self._usage else UNSET, UNSET))
+        before, after = whole.split(_encode(mark))
+        return before, after
+
+    def _echoed(self, index: int) -> str:
+        return self._tokenizer.decode(self._prompts[index // self._per_prompt]) if self._prompts else ""
 
     def _so_far(self, delta: TextDelta) -> Usage | Unset | None:
         """What a chunk with a choice says of usage."""
@@ -138,18 +184,41 @@ class CompletionWriter:
 
     def whole(self, results: list[TextResult]) -> bytes:
         """The answer of an unstreamed request."""
+        return self.whole_scored(results, [])
+
+    def whole_scored(self, results: list[TextResult], scores: list[list[TokenLogprob]]) -> bytes:
+        """The same; `scores`: of each prompt's tokens from the second on, where they were asked for."""
         choices = []
         for result in results:
             assert result.finish_reason is not None
-            choices.append(
-                CompletionChoice(
-                    index=result.index,
-                    text=result.text,
-                    logprobs=self._logprobs(result.index, result.logprobs),
-                    finish_reason=self._tally.finish(result.index, result.finish_reason, result.report),
-                )
-            )
-        return self._encode(choices, self._tally.usage(), self._tally.slo())
+            reason = self._tally.finish(result.index, result.finish_reason, result.report)
+            choices.append(self._choice(result, reason, scores))
+        return self._answer(choices, self._tally.usage(), self._tally.slo())
+
+    def prompts_only(self, scores: list[tuple[list[TokenLogprob], RequestReport]]) -> bytes:
+        """The answer where nothing was to be generated: the prompts, scored where that was asked for."""
+        choices = [
+            self._choice(TextResult(index), "length", [score for score, _ in scores])
+            for index in range(len(self._offsets))
+        ]
+        tokens, cached = sum(map(len, self._prompts)), sum(report.cached_tokens for _, report in scores)
+        return self._answer(choices, Usage(tokens, 0, tokens, PromptTokensDetails(cached)), UNSET)
+
+    def _choice(self, result: TextResult, reason: str, scores: list[list[TokenLogprob]]) -> CompletionChoice:
+        index = result.index
+        logprobs = None
+        if self._with_logprobs:
+            prompt: CompletionLogprobs | None = None
+            if self._prompts:
+                ids = self._prompts[index // self._per_prompt]
+                prompt = self._logprobs(index, [TokenLogprob(ids[0], 0.0), *scores[index // self._per_prompt]])
+            logprobs = self._logprobs(index, result.logprobs)
+            if prompt is not None:
+                # nothing is before the first token, so that it has no probability
+                logprobs = _joined(prompt, logprobs, first=None)
+        return CompletionChoice(
+            index=index, text=self._echoed(index) + result.text, logprobs=logprobs, finish_reason=reason
+        )
 
     def _logprobs(self, index: int, logprobs: list[TokenLogprob] | None) -> CompletionLogprobs | None:
         if logprobs is None:
@@ -165,9 +234,27 @@ class CompletionWriter:
     def _token(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id], skip_special=False)
 
-    def _encode(self, choices: list[CompletionChoice], usage: Usage | Unset | None, slo: SloReport | Unset) -> bytes:
-        return msgspec.json.encode(
+    def _answer(self, choices: list[CompletionChoice], usage: Usage | Unset | None, slo: SloReport | Unset) -> bytes:
+        return _encode(
             CompletionAnswer(
-                id=self._id, created=self._created, model=self._model, choices=choices, usage=usage, slo=slo
+                id=self._id,
+                created=self._created,
+                model=self._model,
+                choices=choices,
+                service_tier=self._tally.promise.tier or UNSET,
+                usage=usage,
+                slo=slo,
             )
         )
+
+
+def _joined(prompt: CompletionLogprobs, output: CompletionLogprobs | None, first: None) -> CompletionLogprobs:
+    values = [first, *prompt.token_logprobs[1:]]
+    if output is None:
+        return CompletionLogprobs(prompt.tokens, values, None, prompt.text_offset)
+    return CompletionLogprobs(
+        prompt.tokens + output.tokens,
+        values + output.token_logprobs,
+        None,
+        prompt.text_offset + output.text_offset,
+    )

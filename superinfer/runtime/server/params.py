@@ -1,19 +1,19 @@
-"""From the fields of a request to what `TextClient` takes: sampling, stop strings, the SLO, lengths."""
+"""From the fields of a request to what `TextClient` takes: sampling, stop strings, lengths."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from superinfer.runtime.protocol import ModelInfo, SamplingParams
+from superinfer.runtime.protocol import Grammar, ModelInfo, SamplingParams
 from superinfer.runtime.server.errors import bad_request
-from superinfer.runtime.server.schema import Common, SloFields
-from superinfer.runtime.slo import SLO
+from superinfer.runtime.server.schema import Common
 
 MAX_STOP = 16
 
 
-def sampling_of(request: Common, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+def sampling_of(
+    request: Common, *, max_tokens: int | None, logprobs: int | None, grammar: Grammar | None = None
+) -> SamplingParams:
     """Raises InvalidRequestError for a value out of its range."""
     given = {
         name: getattr(request, name)
@@ -33,7 +33,12 @@ def sampling_of(request: Common, *, max_tokens: int | None, logprobs: int | None
         if getattr(request, name) is not None
     }
     return SamplingParams(
-        max_tokens=max_tokens, logprobs=logprobs, stop_token_ids=tuple(request.stop_token_ids or ()), **given
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        stop_token_ids=tuple(request.stop_token_ids or ()),
+        logit_bias=bias_of(request.logit_bias),
+        grammar=grammar,
+        **given,
     )
 
 
@@ -50,30 +55,16 @@ def stop_of(request: Common) -> tuple[str, ...]:
     return tuple(strings)
 
 
-def slo_of(fields: SloFields | None) -> SLO | None:
-    """Seconds from milliseconds. Raises ApiError for NaN, infinite, zero or negative values."""
-    if fields is None:
-        return None
-    for name in ("ttft_ms", "tbt_ms", "deadline_ms", "weight"):
-        value = getattr(fields, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            unit = "" if name == "weight" else " of milliseconds"
-            raise bad_request(
-                f"slo.{name}={value!r} must be a finite number{unit} greater than 0; leave it out to promise nothing",
-                param=f"slo.{name}",
-                code="invalid_slo",
-            )
-    return SLO(
-        ttft=_seconds(fields.ttft_ms),
-        tbt=_seconds(fields.tbt_ms),
-        deadline=_seconds(fields.deadline_ms),
-        weight=1.0 if fields.weight is None else fields.weight,
-        on_miss=fields.on_miss or "finish",
-    )
-
-
-def _seconds(milliseconds: float | None) -> float | None:
-    return None if milliseconds is None else milliseconds / 1e3
+def bias_of(bias: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
+    """(token id, bias) pairs of OpenAI's map, whose keys are strings. Raises ApiError."""
+    pairs = []
+    for key, value in (bias or {}).items():
+        if not key.isascii() or not key.isdigit():
+            raise bad_request(f"logit_bias={key!r:.80} is not a token id; keys are ids in decimal", param="logit_bias")
+        if not -100 <= value <= 100:
+            raise bad_request(f"logit_bias={value!r} of token {key} must be between -100 and 100", param="logit_bias")
+        pairs.append((int(key), float(value)))
+    return tuple(pairs)
 
 
 def check_ids(name: str, ids: Sequence[int], info: ModelInfo) -> None:

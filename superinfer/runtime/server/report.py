@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
 from superinfer.errors import RequestCancelledError
 from superinfer.runtime.protocol import FinishReason, RequestReport
+from superinfer.runtime.server.promises import Promise
+
+Observe = Callable[[RequestReport, FinishReason, Promise], None]
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -30,6 +35,8 @@ class SloReport(msgspec.Struct, frozen=True):
     truncated: the deadline passed and `on_miss="truncate"` ended the answer there.
     queue_ms .. preempted_ms: a stage each, see RequestReport; they sum to e2e_ms. lateness_ms: the worst lag behind
     the promise, negative where it was kept. why: the stage that cost most, where it was missed.
+    why: the stage that cost most, where it was missed.
+    ttft_met, tbt_met, deadline_met: null where that was not promised. slo_class: the operator's class it counts under.
     """
 
     met: bool | None
@@ -45,16 +52,23 @@ class SloReport(msgspec.Struct, frozen=True):
     lateness_ms: float | None
     truncated: bool
     why: str
+    ttft_met: bool | None = None
+    tbt_met: bool | None = None
+    deadline_met: bool | None = None
+    slo_class: str = ""
 
 
 class Tally:
     """Collects the reports of all choices of one answer."""
 
-    def __init__(self, choices: int, per_prompt: int, *, slo: bool) -> None:
-        """`choices` in all, `per_prompt` of them for each prompt; `slo`: whether one was given."""
+    def __init__(
+        self, choices: int, per_prompt: int, promise: Promise | None = None, observe: Observe | None = None
+    ) -> None:
+        """`choices` in all, `per_prompt` of them for each prompt. `observe` is told of each that finishes."""
         self._choices = choices
         self._per_prompt = per_prompt
-        self._slo = slo
+        self.promise = promise or Promise()
+        self._observe = observe
         self._reports: dict[int, RequestReport] = {}
         self._truncated = False
 
@@ -65,6 +79,8 @@ class Tally:
             raise RequestCancelledError("the request was cancelled before it finished; send it again")
         if report is not None:
             self._reports[index] = report
+            if self._observe is not None:
+                self._observe(report, reason, self.promise)
         self._truncated |= reason == "deadline"
         return "stop" if reason == "stop" else "length"
 
@@ -87,7 +103,8 @@ class Tally:
 
     def slo(self) -> SloReport | msgspec.UnsetType:
         """Unset where no SLO was given."""
-        if not self._slo or not self._reports:
+        slo = self.promise.slo
+        if slo is None or not self._reports:
             return msgspec.UNSET
         reports = list(self._reports.values())
         worst = max(reports, key=lambda r: (r.met is False, r.lateness_s if r.lateness_s is not None else r.e2e_s))
@@ -105,7 +122,16 @@ class Tally:
             lateness_ms=None if worst.lateness_s is None else _ms(worst.lateness_s),
             truncated=self._truncated,
             why=worst.why,
+            ttft_met=None if slo.ttft is None else worst.ttft_met,
+            tbt_met=None if slo.tbt is None else worst.tbt_met,
+            deadline_met=None if slo.deadline is None else worst.deadline_met,
+            slo_class=self.promise.slo_class,
         )
+
+    @property
+    def reports(self) -> list[RequestReport]:
+        """Of the choices that have finished."""
+        return list(self._reports.values())
 
 
 def _ms(seconds: float) -> float:

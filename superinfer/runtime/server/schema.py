@@ -40,8 +40,18 @@ class SloFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     on_miss: Literal["finish", "truncate", "raise"] | None = None
 
 
+class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """vLLM's way to constrain an output; at most one of them. grammar: EBNF as xgrammar reads it."""
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What chat and plain completions share."""
+    """What all endpoints that generate share."""
 
     model: str
     max_tokens: int | None = None
@@ -58,10 +68,16 @@ class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    logit_bias: dict[str, float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     slo: SloFields | None = None
+    service_tier: str | None = None
     cache_salt: str | None = None
+    prompt_cache_key: str | None = None
+    structured_outputs: StructuredOutputs | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
 
 
 class FunctionCall(msgspec.Struct, frozen=True):
@@ -80,7 +96,8 @@ class ToolCall(msgspec.Struct, frozen=True):
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One message of a chat. The last three are what clients send back of an earlier answer: empty or null."""
+    """One message of a chat. From `refusal` on: what clients send back of an earlier answer. Of these only the
+    reasoning may hold something, which the model's template may show again."""
 
     role: Role
     content: str | list[dict[str, Any]] | None = None
@@ -91,6 +108,8 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     audio: None = None
     function_call: None = None
     annotations: list[Any] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class ChatRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -102,6 +121,10 @@ class ChatRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
 
 
@@ -111,41 +134,31 @@ class CompletionRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields
     prompt: str | list[Any]
     logprobs: int | None = None
     stream_options: CompletionStreamOptions | None = None
+    echo: bool | None = None
 
 
 # Documented parameters that have no field above, with the values that ask for nothing: these pass, others are refused.
 ANYTHING = object()
-_SHARED_PASS: dict[str, tuple[Any, ...]] = {
-    "user": (ANYTHING,),
-    "metadata": (ANYTHING,),
-    "logit_bias": ({},),
-}
-CHAT_PASS: dict[str, tuple[Any, ...]] = _SHARED_PASS | {
+CHAT_PASS: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none",),
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (True,),
     "prediction": (),
-    "prompt_cache_key": (ANYTHING,),
     "prompt_cache_options": (),
     "prompt_cache_retention": ("in_memory",),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "safety_identifier": (ANYTHING,),
-    "service_tier": ("auto", "default"),
     "store": (False,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-COMPLETION_PASS: dict[str, tuple[Any, ...]] = _SHARED_PASS | {
+COMPLETION_PASS: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
 }
 
-T = TypeVar("T", bound=Common)
+T = TypeVar("T", bound=msgspec.Struct)
 
 
 def parse(body: bytes, cls: type[T], passing: dict[str, tuple[Any, ...]]) -> T:
@@ -156,7 +169,7 @@ def parse(body: bytes, cls: type[T], passing: dict[str, tuple[Any, ...]]) -> T:
         raise bad_request(f"the request body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(raw, dict):
         raise bad_request(f"the request body is a JSON {type(raw).__name__}; send an object", code="invalid_json")
-    fields = {field.name for field in msgspec.structs.fields(cls)}
+    fields = cls.__struct_fields__  # `structs.fields` would evaluate every annotation, for each request
     raw = {name: value for name, value in raw.items() if value is not None}
     for name in [name for name in raw if name not in fields]:
         _check_refused(name, raw.pop(name), passing)

@@ -6,29 +6,32 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Callable, Iterator
+import ssl
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from superinfer.errors import InvalidRequestError
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.launch import Progress, launch_engine
 from superinfer.runtime.server.app import create_app
+from superinfer.runtime.server.settings import ServerSettings
+from superinfer.runtime.server.stream import ABORT
 from superinfer.runtime.text import TextClient
 
-DEFAULT_GRACE_S = 5.0
 CONNECT_TIMEOUT_S = 5.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def serve(
     engine: EngineConfig | str,
+    settings: ServerSettings | None = None,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    model_name: str = "",
-    grace: float = DEFAULT_GRACE_S,
     on_progress: Progress | None = None,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
@@ -36,17 +39,41 @@ def serve(
 
     engine: settings of one to start, which ends with the server; or the address of one that runs, which lives on.
     port: 0 picks a free one.
-    grace: seconds that running answers may go on after the signal; a second signal ends it at once.
     on_ready: called with the URL once requests are accepted.
-    Raises InvalidRequestError (host or port cannot be had; found before an engine is started) and whatever
+    Raises InvalidRequestError (host, port or TLS files cannot be had; found before an engine is started) and whatever
     `launch_engine` and `TextClient.connect` raise.
     """
+    settings = settings or ServerSettings()
+    check_tls(settings)
     with bind(host, port) as listener:
         if isinstance(engine, str):
-            asyncio.run(_serve(engine, listener, model_name, grace, on_ready))
+            run(_serve(engine, listener, settings, on_ready))
             return
         with launch_engine(engine, on_progress=on_progress) as process:
-            asyncio.run(_serve(process.address, listener, model_name, grace, on_ready))
+            run(_serve(process.address, listener, settings, on_ready))
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """Run on uvloop where there is one: a third less time for each token that is streamed."""
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(main)
+        return
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main)
+
+
+def check_tls(settings: ServerSettings) -> None:
+    """Raises InvalidRequestError where the certificate or its key cannot be used."""
+    if not settings.tls_cert:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidRequestError(
+            f"tls_cert={settings.tls_cert!r} with tls_key={settings.tls_key!r} cannot be used: {error}"
+        ) from None
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -69,10 +96,10 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def url_of(listener: socket.socket) -> str:
-    """http://HOST:PORT of a bound socket."""
+def url_of(listener: socket.socket, scheme: str = "http") -> str:
+    """SCHEME://HOST:PORT of a bound socket."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 class _Server(uvicorn.Server):
@@ -83,21 +110,48 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve(
-    address: str, listener: socket.socket, model_name: str, grace: float, on_ready: Callable[[str], None] | None
-) -> None:
-    url = url_of(listener)
-    async with await TextClient.connect(address, name="http server", timeout=CONNECT_TIMEOUT_S) as text:
-        app = create_app(text, model_name=model_name)
+def uvicorn_config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
+    """How uvicorn is to run the application."""
+    return uvicorn.Config(
+        app,
+        http=_http_protocol(),
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        backlog=4096,
+        ssl_certfile=settings.tls_cert or None,
+        ssl_keyfile=settings.tls_key or None,
         # The connections have one more second after the streams were ended, to hear of it.
-        settings = uvicorn.Config(
-            app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=int(grace) + 2
-        )
-        server = _Server(settings)
+        timeout_graceful_shutdown=int(settings.grace_s) + 2,
+    )
+
+
+def _http_protocol() -> Any:
+    """uvicorn's, on httptools where that is installed, which lets an answer cut its connection."""
+    try:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    except ImportError:
+        return "auto"
+
+    class Protocol(HttpToolsProtocol):
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self.scope.setdefault("extensions", {})[ABORT] = {"abort": self.transport.abort}
+
+    return Protocol
+
+
+async def _serve(
+    address: str, listener: socket.socket, settings: ServerSettings, on_ready: Callable[[str], None] | None
+) -> None:
+    url = url_of(listener, "https" if settings.tls_cert else "http")
+    async with await TextClient.connect(address, name="http server", timeout=CONNECT_TIMEOUT_S) as text:
+        app = create_app(text, settings)
+        server = _Server(uvicorn_config(app, settings))
         stop = asyncio.Event()
         _on_signals(server, stop)
         viewers = asyncio.create_task(_end_live(stop, app))
-        watcher = asyncio.create_task(_end_streams(stop, text, grace))
+        watcher = asyncio.create_task(_end_streams(stop, text, settings.grace_s))
         running = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started and not running.done():
             await asyncio.sleep(0.01)
@@ -124,7 +178,8 @@ def _on_signals(server: uvicorn.Server, stop: asyncio.Event) -> None:
 async def _end_live(stop: asyncio.Event, app: FastAPI) -> None:
     """Who looks at the page is no reason to wait."""
     await stop.wait()
-    app.state.live.close()
+    if hasattr(app.state, "live"):  # without a page nobody looks
+        app.state.live.close()
 
 
 async def _end_streams(stop: asyncio.Event, text: TextClient, grace: float) -> None:

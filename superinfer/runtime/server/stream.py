@@ -1,125 +1,175 @@
-"""Runs the requests behind one HTTP answer, notices a client that went away, and writes server-sent events."""
+"""Sends answers: whole ones and server-sent events; and notices a client that goes away or does not read."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from typing import Protocol, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import StreamingResponse
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from superinfer.runtime.server.errors import as_api_error
-from superinfer.runtime.text import TextClient, TextDelta, TextRequest, TextResult
+from superinfer.runtime.server.relay import ClientGone, Feed
+from superinfer.runtime.text import TextDelta, TextResult
 
 T = TypeVar("T")
 
-DONE = b"data: [DONE]\n\n"
+ABORT = "superinfer.abort"  # the ASGI extension by which our HTTP protocol lets a connection be cut
+
+EVENT_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # no proxy may keep tokens back
+]
 
 
-class ClientGone(Exception):
-    """The HTTP client closed its connection: nobody is left to answer."""
+class Writer(Protocol):
+    """Turns an answer's deltas into bytes. `event_end` closes a stream that ended well."""
+
+    event_end: bytes
+
+    def events(self, delta: TextDelta) -> Iterable[bytes]:
+        """Server-sent events of one delta; after the last one, the closing ones too."""
+
+    def failure(self, error: BaseException) -> bytes:
+        """The event of an error after the first token."""
+
+    def whole(self, results: list[TextResult]) -> bytes:
+        """The answer of a request that was not streamed."""
 
 
-async def deltas_of(text: TextClient, requests: Sequence[TextRequest]) -> AsyncGenerator[TextDelta, None]:
-    """Deltas of all requests as they come, choices numbered through. The first error ends them all; so does closing."""
-    arrived: asyncio.Queue[TextDelta | Exception | None] = asyncio.Queue()
+def event(data: bytes, kind: bytes = b"") -> bytes:
+    """One server-sent event."""
+    return b"event: " + kind + b"\ndata: " + data + b"\n\n" if kind else b"data: " + data + b"\n\n"
 
-    async def pump(first: int, request: TextRequest) -> None:
-        try:
-            async with contextlib.aclosing(text.stream(request)) as deltas:
-                async for delta in deltas:
-                    arrived.put_nowait(dataclasses.replace(delta, index=first + delta.index))
-        except Exception as error:
-            arrived.put_nowait(error)
-        else:
-            arrived.put_nowait(None)
 
-    tasks = [asyncio.create_task(pump(i * request.sampling.n, request)) for i, request in enumerate(requests)]
+def error_event(error: BaseException) -> bytes:
+    """How most streams end that fail: no [DONE] follows."""
+    return event(as_api_error(error).encode(), b"error")
+
+
+@contextlib.asynccontextmanager
+async def watched(receive: Receive, feed: Feed) -> AsyncGenerator[None, None]:
+    """Fails the feed with ClientGone once the client disconnects.
+
+    The request's body must have been read: what the client sends next can then only be its farewell.
+    """
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        feed.fail(ClientGone())
+
+    watcher = asyncio.create_task(watch())
     try:
-        running = len(tasks)
-        while running:
-            match await arrived.get():
-                case None:
-                    running -= 1
-                case TextDelta() as delta:
-                    yield delta
-                case error:
-                    raise error
+        yield
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        watcher.cancel()
 
 
-async def collect(deltas: AsyncGenerator[TextDelta, None], choices: int) -> list[TextResult]:
+async def while_connected(http: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled with ClientGone raised once the client disconnects."""
+    task = asyncio.ensure_future(work)
+
+    async def watch() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if watcher.done():
+            raise ClientGone from None
+        raise
+    finally:
+        watcher.cancel()
+
+
+async def collect(feed: Feed, choices: int) -> list[TextResult]:
     """All choices, finished."""
     results = [TextResult(index) for index in range(choices)]
-    async with contextlib.aclosing(deltas):
-        async for delta in deltas:
+    while deltas := await feed.get():
+        for delta in deltas:
             results[delta.index].add(delta)
     return results
 
 
-async def while_connected(http: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled with ClientGone raised once the client disconnects.
+class EventStream(Response):
+    """Server-sent events of a feed whose first deltas are here. Several that are ready go out as one write.
 
-    The request's body must have been read: what the client sends next can then only be its farewell.
+    It owns the feed. `write_timeout`: seconds that a client may take to read anything, before it counts as gone.
     """
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnected(http.receive))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone
-    finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
 
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def events(
-    first: TextDelta, rest: AsyncGenerator[TextDelta, None], chunks: Callable[[TextDelta], Iterable[bytes]]
-) -> AsyncGenerator[bytes, None]:
-    """Server-sent events of an answer whose first delta is here. An error from now on is an event of its own, and
-    then no [DONE] follows."""
-    async with contextlib.aclosing(rest):
-        try:
-            for chunk in chunks(first):
-                yield _event(chunk)
-            async for delta in rest:
-                for chunk in chunks(delta):
-                    yield _event(chunk)
-        except Exception as error:
-            yield b"event: error\n" + _event(as_api_error(error).encode())
-        else:
-            yield DONE
-
-
-def _event(data: bytes) -> bytes:
-    return b"data: " + data + b"\n\n"
-
-
-class EventStream(StreamingResponse):
-    """Closes its source however the sending ended, so that a client's disconnect cancels the request at once."""
-
-    def __init__(self, source: AsyncGenerator[bytes, None]) -> None:
-        # no proxy may keep tokens back
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(source, media_type="text/event-stream", headers=headers)
-        self._source = source
+    def __init__(
+        self, feed: Feed, first: list[TextDelta], writer: Writer, *, write_timeout: float, opening: bytes = b""
+    ) -> None:
+        super().__init__(status_code=200)
+        self.raw_headers = list(EVENT_HEADERS)
+        self._feed, self._first, self._writer = feed, first, writer
+        self._write_timeout, self._opening = write_timeout, opening
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI side."""
+        task = asyncio.current_task()
+        assert task is not None
+        stalled = _Stall(self._write_timeout, task.cancel)
         try:
-            await super().__call__(scope, receive, send)
+            with self._feed:
+                async with watched(receive, self._feed):
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                    try:
+                        end = await self._pump(send, stalled)
+                    except ClientGone:
+                        return
+                    except Exception as error:
+                        end = self._writer.failure(error)
+                    stalled.since = asyncio.get_running_loop().time()
+                    await send({"type": "http.response.body", "body": end})
+        except asyncio.CancelledError:
+            if not stalled.fired:
+                raise
+            connection = scope.get("extensions", {}).get(ABORT)
+            if connection is not None:
+                connection["abort"]()  # closing would wait until the client reads
+                await asyncio.sleep(0)  # the server hears of it
         finally:
-            await self._source.aclose()
+            stalled.stop()
+
+    async def _pump(self, send: Send, stalled: _Stall) -> bytes:
+        deltas, body, now = self._first, self._opening, asyncio.get_running_loop().time
+        while deltas:
+            body += b"".join([chunk for delta in deltas for chunk in self._writer.events(delta)])
+            if body:
+                stalled.since = now()
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                stalled.since = None
+            body = b""
+            deltas = await self._feed.get()
+        return self._writer.event_end
+
+
+class _Stall:
+    """Calls `act` once a write has taken `timeout` seconds. One timer for a whole stream, not one for each write."""
+
+    def __init__(self, timeout: float, act: Callable[[], object]) -> None:
+        self.since: float | None = None
+        self.fired = False
+        self._timeout, self._act = timeout, act
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(timeout / 2, self._check)
+
+    def _check(self) -> None:
+        if self.since is not None and self._loop.time() - self.since > self._timeout:
+            self.fired = True
+            self._act()
+        else:
+            self._timer = self._loop.call_later(self._timeout / 2, self._check)
+
+    def stop(self) -> None:
+        """No more checks."""
+        self._timer.cancel()

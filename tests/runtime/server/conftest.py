@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
 import uvicorn
 
 from superinfer.runtime.launch import EngineProcess
 from superinfer.runtime.server.app import create_app
-from superinfer.runtime.server.serve import bind, url_of
+from superinfer.runtime.server.serve import bind, run, url_of, uvicorn_config
+from superinfer.runtime.server.settings import ServerSettings
 from superinfer.runtime.text import TextClient
 
 MODEL = "tiny"
@@ -38,8 +40,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def _serving(address: str) -> Iterator[Served]:
+def _serving(address: str, **settings: Any) -> Iterator[Served]:
     """Serve the engine at `address` from a thread."""
+    chosen = msgspec.convert({"model_name": MODEL, "tool_parser": "hermes", "grace_s": 1} | settings, ServerSettings)
     listener = bind("127.0.0.1", 0)
     url = url_of(listener)
     ready = threading.Event()
@@ -47,15 +50,12 @@ def _serving(address: str) -> Iterator[Served]:
 
     async def main() -> None:
         async with await TextClient.connect(address) as text:
-            app = create_app(text, model_name=MODEL)
-            server = uvicorn.Server(
-                uvicorn.Config(app, lifespan="off", log_level="warning", timeout_graceful_shutdown=1)
-            )
+            server = uvicorn.Server(uvicorn_config(create_app(text, chosen), chosen))
             servers.append(server)
             ready.set()
             await server.serve(sockets=[listener])
 
-    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+    thread = threading.Thread(target=lambda: run(main()), daemon=True)
     thread.start()
     assert ready.wait(30), "the server did not start"
     yield Served(url)
@@ -65,7 +65,7 @@ def _serving(address: str) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
-def serving() -> Callable[[str], contextlib.AbstractContextManager[Served]]:
+def serving() -> Callable[..., contextlib.AbstractContextManager[Served]]:
     """Serves the engine at an address."""
     return _serving
 

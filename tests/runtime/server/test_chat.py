@@ -36,7 +36,7 @@ def test_streaming_gives_the_same_text_in_pieces(client: openai.OpenAI) -> None:
     chunks = list(ask(client, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
     pieces = [c.choices[0].delta.content for c in chunks if c.choices[0].delta.content]
-    assert "".join(pieces) == whole and len(pieces) > 3
+    assert "".join(pieces) == whole and len(pieces) > 1
     assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == ["length"]
     assert len({c.id for c in chunks}) == 1
     assert all(c.usage is None for c in chunks)

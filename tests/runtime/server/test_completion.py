@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -70,3 +71,26 @@ def test_min_tokens_and_stop_ids_are_honoured(client: openai.OpenAI) -> None:
     assert ask(client, extra_body={"stop_token_ids": any_token}).usage.completion_tokens == 1
     late = ask(client, extra_body={"stop_token_ids": any_token, "min_tokens": 5, "ignore_eos": True})
     assert late.usage.completion_tokens > 5
+
+
+def test_echo_gives_the_prompt_back_and_scores_it(client: openai.OpenAI) -> None:
+    plain = ask(client, temperature=0, logprobs=0).choices[0]
+    echoed = ask(client, echo=True, temperature=0, logprobs=0).choices[0]
+    assert echoed.text == "once upon" + plain.text
+    assert "".join(echoed.logprobs.tokens) == echoed.text and echoed.logprobs.token_logprobs[0] is None
+    assert all(logprob < 0 for logprob in echoed.logprobs.token_logprobs[1:9])
+    assert echoed.logprobs.token_logprobs[9:] == pytest.approx(plain.logprobs.token_logprobs, abs=1e-4)
+    only = ask(client, echo=True, max_tokens=0, logprobs=0).choices[0]
+    assert only.text == "once upon" and len(only.logprobs.tokens) == 9
+    streamed = "".join(c.choices[0].text for c in ask(client, echo=True, temperature=0, stream=True))
+    assert streamed == echoed.text
+
+
+def test_text_and_tokens_turn_into_each_other(http: httpx.Client) -> None:
+    made = http.post("/tokenize", json={"model": MODEL, "prompt": "once", "return_token_strs": True}).json()
+    assert (made["count"], made["token_strs"], made["max_model_len"]) == (4, list("once"), 2048)
+    assert http.post("/detokenize", json={"tokens": made["tokens"]}).json() == {"prompt": "once"}
+    chat = http.post("/tokenize", json={"messages": [{"role": "user", "content": "hi"}]}).json()
+    assert http.post("/detokenize", json={"tokens": chat["tokens"]}).json()["prompt"].startswith("<|im_start|>user\nhi")
+    assert http.post("/tokenize", json={}).status_code == 400
+    assert http.post("/detokenize", json={"tokens": [10**6]}).json()["error"]["param"] == "tokens"

@@ -9,12 +9,18 @@ import httpx
 import openai
 import pytest
 
+from superinfer.errors import OverloadedError
+from superinfer.runtime.server.errors import as_api_error
+
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 PLAIN: dict[str, Any] = {"model": "tiny", "prompt": "hello", "max_tokens": 4}
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
 BAD_CALL = [
     {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}]}
 ]
+
+TOOL = {"type": "function", "function": {"name": "weather"}}
+NAMED = {"type": "function", "function": {"name": "other"}}
 
 CHAT_CASES: list[tuple[dict[str, Any], int, str, str]] = [
     # change to a good request, status, code, what the message must contain
@@ -60,7 +66,16 @@ CHAT_CASES: list[tuple[dict[str, Any], int, str, str]] = [
     ({"logprobs": True, "top_logprobs": 21}, 400, "invalid_request", "top_logprobs=21"),
     ({"stream": "yes"}, 400, "invalid_type", "stream='yes'"),
     ({"tools": [{"type": "magic"}]}, 400, "invalid_request", "tools[0]="),
-    ({"tool_choice": "required"}, 400, "unsupported", "tool_choice='required'"),
+    ({"tool_choice": "required"}, 400, "invalid_request", "tool_choice='required'"),
+    ({"tools": [TOOL], "tool_choice": "perhaps"}, 400, "invalid_request", "tool_choice='perhaps'"),
+    ({"tools": [TOOL], "tool_choice": NAMED}, 400, "invalid_request", "tool_choice='other'"),
+    ({"response_format": {"type": "yaml"}}, 400, "invalid_request", "'yaml'"),
+    ({"response_format": {"type": "json_schema"}}, 400, "invalid_request", "json_schema is missing"),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, 400, "invalid_request", "2 constraints"),
+    ({"logit_bias": {"hello": 2}}, 400, "invalid_request", "logit_bias='hello'"),
+    ({"logit_bias": {"1": 200}}, 400, "invalid_request", "logit_bias=200"),
+    ({"logit_bias": {"1000000": 2}}, 400, "invalid_request", "1000000"),
+    ({"chat_template_kwargs": {"messages": []}}, 400, "invalid_request", "chat_template_kwargs.messages"),
     ({"slo": {"ttft_ms": -5}}, 400, "invalid_slo", "slo.ttft_ms=-5"),
     ({"slo": {"tbt_ms": 0}}, 400, "invalid_slo", "slo.tbt_ms=0"),
     ({"slo": {"deadline_ms": float("nan")}}, 400, "invalid_slo", "slo.deadline_ms=nan"),
@@ -78,14 +93,11 @@ UNSUPPORTED: dict[str, Any] = {
     "audio": {"voice": "x"},
     "functions": [{"name": "f"}],
     "function_call": "auto",
-    "logit_bias": {"1": 2},
     "modalities": ["audio"],
     "moderation": {"model": "m"},
-    "parallel_tool_calls": False,
     "prediction": {"type": "content"},
     "prompt_cache_options": {"mode": "explicit"},
     "reasoning_effort": "high",
-    "response_format": {"type": "json_object"},
     "service_tier": "priority",
     "store": True,
     "verbosity": "low",
@@ -105,7 +117,9 @@ PLAIN_CASES: list[tuple[dict[str, Any], int, str, str]] = [
     ({"max_tokens": 0}, 400, "invalid_request", "max_tokens=0"),
     ({"logprobs": 21}, 400, "invalid_request", "logprobs=21"),
     ({"logprobs": True}, 400, "invalid_type", "logprobs=True"),
-    ({"echo": True}, 400, "unsupported_parameter", "echo=True"),
+    ({"echo": True, "logprobs": 2}, 400, "unsupported_parameter", "logprobs=2"),
+    ({"echo": True, "logprobs": 0, "stream": True}, 400, "invalid_request", "echo=true"),
+    ({"echo": True, "logprobs": 0, "prompt": [5]}, 400, "invalid_request", "two tokens"),
     ({"suffix": "x"}, 400, "unsupported_parameter", "suffix='x'"),
     ({"best_of": 3}, 400, "unsupported_parameter", "best_of=3"),
     ({"messages": []}, 400, "unknown_parameter", "'messages'"),
@@ -166,10 +180,16 @@ def test_an_oversized_body_is_refused(http: httpx.Client) -> None:
 
 
 def test_unknown_urls_and_methods_get_the_same_shape(http: httpx.Client) -> None:
-    missing, method = http.get("/v1/embeddings"), http.get("/v1/completions")
+    missing, method = http.get("/v1/audio"), http.get("/v1/completions")
     assert (missing.status_code, method.status_code) == (404, 405)
-    assert "/v1/embeddings" in missing.json()["error"]["message"]
+    assert "/v1/audio" in missing.json()["error"]["message"]
     assert method.json()["error"]["code"] == "no_such_route"
+
+
+def test_embeddings_are_refused_by_name(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="makes no embeddings") as refused:
+        client.embeddings.create(model="tiny", input="hello")
+    assert refused.value.code == "unsupported"
 
 
 def test_the_openai_client_raises_its_own_classes(client: openai.OpenAI) -> None:
@@ -197,3 +217,11 @@ def test_running_streams_are_not_disturbed_by_refused_requests(client: openai.Op
             change, status, _, _ = CHAT_CASES[i // 10 % len(CHAT_CASES)]
             assert http.post("/v1/chat/completions", content=json.dumps(CHAT | change)).status_code == status
     assert text == alone
+
+
+def test_a_promise_that_cannot_be_kept_is_a_503_with_retry_after() -> None:
+    error = OverloadedError("the queue is 9 s long")
+    error.retry_after_s = 8.2
+    answer = as_api_error(error).response()
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "9")
+    assert json.loads(answer.body)["error"]["code"] == "overloaded"

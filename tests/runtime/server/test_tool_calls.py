@@ -1,4 +1,4 @@
-"""Tool calls found in the model's text."""
+"""Tool calls and reasoning found in the model's text, in every family's format, however the text is cut."""
 
 from __future__ import annotations
 
@@ -12,39 +12,71 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from superinfer.runtime.protocol import RequestReport
-from superinfer.runtime.server.chat import ChatWriter
+from superinfer.runtime.server.chat_answer import ChatWriter, gather
+from superinfer.runtime.server.parsing.families import TOOL_FORMATS, Formats, formats_of
+from superinfer.runtime.server.parsing.pieces import AnswerReader, Piece
 from superinfer.runtime.server.report import Tally
 from superinfer.runtime.server.schema import ChatRequest, FunctionCall, Message
-from superinfer.runtime.server.tool_calls import ToolCallReader
 from superinfer.runtime.text import TextDelta, TextResult
 from superinfer.runtime.tokenization import Tokenizer
 
-CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "O\\"}slo", "days": [1, {"a": 2}]}}\n</tool_call>'
+ARGUMENTS = {"city": 'O"}slo', "days": [1, {"a": 2}]}
 REPORT = RequestReport(
     prompt_tokens=3, cached_tokens=0, output_tokens=9, queue_s=0, prefill_s=0, decode_s=0, e2e_s=0.1, ttft_s=0.1
 )
+INNER = '{"name": "weather", "arguments": {"city": "O\\"}slo", "days": [1, {"a": 2}]}}'
+LLAMA = INNER.replace("arguments", "parameters")
+PYTHON = "weather(city='O\"}slo', days=[1, {'a': 2}])"
+ARGS = json.dumps(ARGUMENTS)
+
+# format, the model's text, the content around the calls, number of calls
+WRITTEN = [
+    ("hermes", f"Let me see. {CALL}\n{CALL} a < b <tool_cal", "Let me see. \n a < b <tool_cal".replace("\n", ""), 2),
+    ("hermes", f"{CALL}{CALL}", "", 2),
+    ("hermes", CALL.replace("\n</tool_call>", ""), "", 1),  # cut off, but certain
+    ("llama3_json", f"<|python_tag|>{LLAMA}; {LLAMA}", "", 2),
+    ("llama3_json", f" {LLAMA}", "", 1),
+    ("llama3_json", f"[{LLAMA}, {LLAMA}]", "", 2),
+    ("llama3_json", '{"answer": 42} is it', '{"answer": 42} is it', 0),
+    ("llama3_json", '{"name": "nobody", "parameters": {}} x', '{"name": "nobody", "parameters": {}} x', 0),
+    ("llama3_json", "It rains.", "It rains.", 0),
+    ("mistral", f"[TOOL_CALLS][{INNER}, {INNER}]", "", 2),
+    ("mistral", f"So: [TOOL_CALLS]weather[ARGS]{ARGS}[TOOL_CALLS]weather[CALL_ID]a1[ARGS]{ARGS}", "So: ", 2),
+    ("mistral", "none [TOOL", "none [TOOL", 0),
+    ("pythonic", f"[{PYTHON}, {PYTHON}]", "", 2),
+    ("pythonic", "[1, 2] are numbers", "[1, 2] are numbers", 0),
+    ("pythonic", "[weather('Oslo')]", "[weather('Oslo')]", 0),
+    ("pythonic", "It rains.", "It rains.", 0),
+]
 
 
-def read(pieces: list[str]) -> list[str | FunctionCall]:
-    """Everything found; neighbouring text joined."""
-    reader = ToolCallReader()
-    found = [item for piece in pieces for item in reader.push(piece)] + [reader.flush()]
-    joined: list[str | FunctionCall] = []
-    for item in found:
-        if isinstance(item, str) and joined and isinstance(joined[-1], str):
-            joined[-1] += item
-        elif item:
-            joined.append(item)
-    return joined
-
-
-@given(st.lists(st.integers(0, 200), max_size=8))
-def test_calls_are_found_however_the_text_is_cut(cuts: list[int]) -> None:
-    text = f"Let me see. {CALL}\n{CALL} a < b <tool_cal"
+def pieces(text: str, cuts: list[int]) -> list[str]:
     edges = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
-    pieces = [text[a:b] for a, b in itertools.pairwise(edges)]
-    call = FunctionCall("weather", '{"city": "Oslo"}')
-    assert read(pieces) == ["Let me see. ", call, "\n", call, " a < b <tool_cal"]
+    return [text[a:b] for a, b in itertools.pairwise(edges)]
+
+
+def reader(tools: str, *, reasoning: bool = False, one_call: bool = False, prompt_end: str = "") -> AnswerReader:
+    formats = Formats(tools, reasoning, ())
+    return formats.reader(frozenset(["weather"]), prompt_end=prompt_end, constrained=False, one_call=one_call)
+
+
+def read(reader: AnswerReader, texts: list[str]) -> list[Piece]:
+    return [piece for text in texts for piece in reader.push(text)] + reader.finish()
+
+
+@pytest.mark.parametrize(("tools", "text", "content", "calls"), WRITTEN)
+@given(cuts=st.lists(st.integers(0, 220), max_size=8))
+def test_calls_are_found_however_the_text_is_cut(
+    tools: str, text: str, content: str, calls: int, cuts: list[int]
+) -> None:
+    found_content, reasoning, found = gather(read(reader(tools), pieces(text, cuts)))
+    assert (found_content, reasoning, len(found)) == (content, "", calls)
+    assert all(call.name == "weather" and json.loads(call.arguments) == ARGUMENTS for call in found)
+
+
+def test_every_format_is_tried_above() -> None:
+    assert {tools for tools, *_ in WRITTEN} == set(TOOL_FORMATS)
 
 
 @pytest.mark.parametrize(
@@ -57,32 +89,93 @@ def test_calls_are_found_however_the_text_is_cut(cuts: list[int]) -> None:
         '<tool_call>{"name": "f"',
     ],
 )
-def test_what_is_no_call_stays_text(text: str) -> None:
-    assert read([text]) == [text]
+@given(cuts=st.lists(st.integers(0, 40), max_size=4))
+def test_what_is_no_call_stays_text(text: str, cuts: list[int]) -> None:
+    assert gather(read(reader("hermes"), pieces(text, cuts))) == (text, "", [])
 
 
-def writer(checkpoint: Path) -> ChatWriter:
+def test_arguments_come_while_they_are_written() -> None:
+    read_so_far = reader("hermes").push('<tool_call>{"name": "weather", "arguments": {"city": "Os')
+    assert read_so_far == [Piece("call", "weather"), Piece("arguments", '{"city": "Os')]
+
+
+def test_keys_in_another_order_and_a_call_without_arguments_are_understood() -> None:
+    text = '<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call><tool_call>{"name": "g"}</tool_call>'
+    assert gather(read(reader("hermes"), [text]))[2] == [FunctionCall("f", '{"a": 1}'), FunctionCall("g", "{}")]
+
+
+def test_without_parallel_calls_only_the_first_one_counts() -> None:
+    text, _, calls = gather(read(reader("hermes", one_call=True), [f"so: {CALL}{CALL} and more"]))
+    assert text == "so: " and len(calls) == 1
+
+
+@given(cuts=st.lists(st.integers(0, 60), max_size=6))
+def test_reasoning_is_split_from_the_answer(cuts: list[int]) -> None:
+    for text, prompt_end in (
+        ("<think>\nwell, 1 < 2\n\n</think>\n\nTwo.", ""),
+        ("\nwell, 1 < 2\n\n</think>\n\nTwo.", "assistant\n<think>\n"),
+    ):
+        found = read(reader("hermes", reasoning=True, prompt_end=prompt_end), pieces(text, cuts))
+        assert gather(found)[:2] == ("Two.", "well, 1 < 2")
+    late = "I write <think> as I like </think>"
+    assert gather(read(reader("hermes", reasoning=True), pieces(late, cuts)))[:2] == (late, "")
+
+
+def test_a_call_may_follow_reasoning() -> None:
+    content, reasoning, calls = gather(read(reader("hermes", reasoning=True), [f"<think>hm</think>\n{CALL}"]))
+    assert (content, reasoning, len(calls)) == ("", "hm", 1)
+
+
+@pytest.mark.parametrize(
+    ("template", "architecture", "tools", "thinks"),
+    [
+        ("{{ tools }}<tool_call>{% if enable_thinking %}<think>{% endif %}", "Qwen3ForCausalLM", "hermes", True),
+        ("{{ tools }}[TOOL_CALLS]", "MistralForCausalLM", "mistral", False),
+        ("{{ tools }}", "MixtralForCausalLM", "mistral", False),
+        ("{{ tools }}<|python_tag|>", "LlamaForCausalLM", "llama3_json", False),
+        ("{{ tools }}[func_name1(params_name1=params_value1", "LlamaForCausalLM", "pythonic", False),
+        ("{{ tools }}", "Qwen2ForCausalLM", "hermes", False),
+        ("{{ messages }}", "LlamaForCausalLM", "hermes", False),
+    ],
+)
+def test_the_template_or_the_architecture_tells_the_format(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, template: str, architecture: str, tools: str, thinks: bool
+) -> None:
+    monkeypatch.setattr(Tokenizer, "chat_template", template)
+    tokenizer = Tokenizer(str(tiny_checkpoint))
+    found = formats_of(tokenizer, architecture)
+    assert (found.tools, found.reasoning) == (tools, thinks)
+    assert formats_of(tokenizer, architecture, tools="pythonic", reasoning="think").tools == "pythonic"
+
+
+def writer(checkpoint: Path, *, stream: bool = False, tools: str = "hermes") -> ChatWriter:
     tool: dict[str, Any] = {"type": "function", "function": {"name": "weather"}}
-    request = ChatRequest(model="tiny", messages=[Message(role="user", content="x")], tools=[tool])
-    return ChatWriter(request, Tokenizer(str(checkpoint)), Tally(1, 1, slo=False), choices=1)
+    request = ChatRequest(model="tiny", messages=[Message(role="user", content="x")], tools=[tool], stream=stream)
+    return ChatWriter(request, Tokenizer(str(checkpoint)), Tally(1, 1), [reader(tools, reasoning=True)])
 
 
 def test_an_answer_with_a_call_has_openais_shape(tiny_checkpoint: Path) -> None:
-    result = TextResult(0, CALL, [1], None, "stop", None, REPORT)
+    result = TextResult(0, f"<think>rain?</think>{CALL}", [1], None, "stop", None, REPORT)
     (choice,) = json.loads(writer(tiny_checkpoint).whole([result]))["choices"]
     assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+    assert choice["message"]["reasoning_content"] == "rain?"
     (call,) = choice["message"]["tool_calls"]
     assert call["type"] == "function" and call["id"].startswith("call_")
-    assert call["function"] == {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    assert call["function"]["name"] == "weather" and json.loads(call["function"]["arguments"]) == ARGUMENTS
 
 
-def test_streamed_calls_are_numbered_and_whole(tiny_checkpoint: Path) -> None:
-    write = writer(tiny_checkpoint)
-    deltas = [TextDelta(0, piece, [1]) for piece in ("so: ", CALL[:20], CALL[20:] + CALL)]
+def test_streamed_calls_come_in_pieces_that_join(tiny_checkpoint: Path) -> None:
+    write = writer(tiny_checkpoint, stream=True)
+    deltas = [TextDelta(0, piece, [1]) for piece in ("<think>rain?</think>so: ", CALL[:50], CALL[50:] + CALL)]
     deltas.append(TextDelta(0, "", [], None, "stop", None, REPORT))
-    choices = [json.loads(chunk)["choices"][0] for delta in deltas for chunk in write.chunks(delta)]
+    events = [event for delta in deltas for event in write.events(delta)]
+    choices = [json.loads(event.removeprefix(b"data: "))["choices"][0] for event in events]
     calls = [call for choice in choices for call in choice["delta"].get("tool_calls", [])]
-    assert [call["index"] for call in calls] == [0, 1]
-    assert all(json.loads(call["function"]["arguments"]) == {"city": "Oslo"} for call in calls)
+    arguments = {0: "", 1: ""}
+    for call in calls:
+        arguments[call["index"]] += call["function"]["arguments"]
+    assert [call["function"]["name"] for call in calls if "id" in call] == ["weather", "weather"]
+    assert all(json.loads(text) == ARGUMENTS for text in arguments.values()) and len(calls) > 4
     assert "".join(choice["delta"].get("content") or "" for choice in choices) == "so: "
+    assert "".join(choice["delta"].get("reasoning_content") or "" for choice in choices) == "rain?"
     assert choices[-1]["finish_reason"] == "tool_calls"

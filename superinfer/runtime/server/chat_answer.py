@@ -1,0 +1,239 @@
+"""/v1/chat/completions: from deltas to chunks or one answer."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from superinfer.runtime.protocol import TokenLogprob
+from superinfer.runtime.server.parsing.pieces import AnswerReader, Piece
+from superinfer.runtime.server.report import SloReport, Tally, Usage
+from superinfer.runtime.server.schema import ChatRequest, FunctionCall
+from superinfer.runtime.server.stream import error_event, event
+from superinfer.runtime.text import TextDelta, TextResult
+from superinfer.runtime.tokenization import Tokenizer
+
+Unset = msgspec.UnsetType
+UNSET = msgspec.UNSET
+
+_encode = msgspec.json.Encoder().encode
+
+
+class TokenInfo(msgspec.Struct, frozen=True):
+    """bytes: null where the token is only part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ScoredToken(TokenInfo, frozen=True):
+    """A chosen token and its rivals."""
+
+    top_logprobs: list[TokenInfo]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    """Parallel to the generated tokens."""
+
+    content: list[ScoredToken]
+    refusal: None = None
+
+
+class FunctionDelta(msgspec.Struct, frozen=True):
+    """The new part of a call: its name comes first, then its arguments, piece by piece."""
+
+    name: str | Unset = UNSET
+    arguments: str = ""
+
+
+class CallDelta(msgspec.Struct, frozen=True):
+    """A tool call, or the new part of it: the first one has `id` and `type`."""
+
+    function: FunctionDelta
+    id: str | Unset = UNSET
+    type: str | Unset = UNSET
+    index: int | Unset = UNSET
+
+
+class AnswerMessage(msgspec.Struct, frozen=True):
+    """The message of a choice, or the new part of it. `reasoning_content`: what a model thought before its answer."""
+
+    role: str | Unset = UNSET
+    content: str | Unset | None = UNSET
+    reasoning_content: str | Unset = UNSET
+    tool_calls: list[CallDelta] | Unset = UNSET
+    refusal: Unset | None = UNSET
+
+
+class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """A choice has a message, a chunk's choice a delta."""
+
+    index: int
+    message: AnswerMessage | Unset = UNSET
+    delta: AnswerMessage | Unset = UNSET
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class ChatAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole answer or a chunk, by `object`."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    service_tier: str | Unset = UNSET
+    system_fingerprint: str | Unset | None = UNSET
+    usage: Usage | Unset | None = UNSET
+    slo: SloReport | Unset = UNSET
+
+
+class ChatWriter:
+    """Writes one answer: `events` as it streams, or `whole` at its end."""
+
+    event_end = event(b"[DONE]")
+    failure = staticmethod(error_event)
+
+    def __init__(self, request: ChatRequest, tokenizer: Tokenizer, tally: Tally, readers: list[AnswerReader]) -> None:
+        """`readers`: one for each choice."""
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._model = request.model
+        self._tokenizer = tokenizer
+        self._tally = tally
+        self._usage = bool(request.stream_options and request.stream_options.include_usage)
+        self._readers = readers
+        self._started = [False] * len(readers)
+        self._frames = [self._frame(index) for index in range(len(readers))] if request.stream else []
+
+    def events(self, delta: TextDelta) -> Iterator[bytes]:
+        """The chunks for one delta; after the last, the closing ones."""
+        index, reader = delta.index, self._readers[delta.index]
+        if not self._started[index]:
+            self._started[index] = True
+            yield self._chunk(ChatChoice(index=index, delta=AnswerMessage(role="assistant", content="")))
+        calls = reader.calls
+        pieces = reader.push(delta.text)
+        if delta.finish_reason is not None:
+            pieces += reader.finish()
+        logprobs = self._logprobs(delta.logprobs)
+        for piece in pieces:
+            calls += piece.kind == "call"
+            if logprobs is None and piece.kind == "content":
+                before, after = self._frames[index]
+                yield before + _encode(piece.text) + after  # most of all chunks
+            else:
+                yield self._chunk(ChatChoice(index=index, delta=_delta(piece, calls - 1), logprobs=logprobs))
+            logprobs = None
+        if delta.finish_reason is None:
+            if logprobs is not None:
+                yield self._chunk(ChatChoice(index=index, delta=AnswerMessage(content=""), logprobs=logprobs))
+            return
+        reason = self._reason(delta, reader)
+        slo = self._tally.slo() if self._tally.complete else UNSET
+        last = ChatChoice(index=index, delta=AnswerMessage(), logprobs=logprobs, finish_reason=reason)
+        yield self._chunk(last, slo=slo)
+        if self._tally.complete and self._usage:
+            yield event(self._answer("chat.completion.chunk", [], self._tally.usage(), slo))
+
+    def _frame(self, index: int) -> tuple[bytes, bytes]:
+        """A chunk of plain content around its text."""
+        mark = "\x00"
+        whole = self._chunk(ChatChoice(index=index, delta=AnswerMessage(content=mark)))
+        before, after = whole.split(_encode(mark))
+        return before, after
+
+    def _reason(self, end: TextDelta | TextResult, reader: AnswerReader) -> str:
+        assert end.finish_reason is not None
+        reason = self._tally.finish(end.index, end.finish_reason, end.report)
+        return "tool_calls" if reader.calls and reason == "stop" else reason
+
+    def whole(self, results: list[TextResult]) -> bytes:
+        """The answer of an unstreamed request."""
+        choices = []
+        for result in results:
+            reader = self._readers[result.index]
+            message = message_of(reader.push(result.text) + reader.finish())
+            reason = self._reason(result, reader)
+            logprobs = self._logprobs(result.logprobs)
+            choices.append(ChatChoice(index=result.index, message=message, logprobs=logprobs, finish_reason=reason))
+        return self._answer("chat.completion", choices, self._tally.usage(), self._tally.slo())
+
+    def _logprobs(self, logprobs: list[TokenLogprob] | None) -> ChatLogprobs | None:
+        if logprobs is None:
+            return None
+        return ChatLogprobs([scored_token(self._tokenizer, t) for t in logprobs])
+
+    def _chunk(self, choice: ChatChoice, slo: SloReport | Unset = UNSET) -> bytes:
+        return event(self._answer("chat.completion.chunk", [choice], None if self._usage else UNSET, slo))
+
+    def _answer(
+        self, kind: str, choices: list[ChatChoice], usage: Usage | Unset | None, slo: SloReport | Unset
+    ) -> bytes:
+        return _encode(
+            ChatAnswer(
+                id=self._id,
+                object=kind,
+                created=self._created,
+                model=self._model,
+                choices=choices,
+                service_tier=self._tally.promise.tier or UNSET,
+                usage=usage,
+                slo=slo,
+            )
+        )
+
+
+def _delta(piece: Piece, call: int) -> AnswerMessage:
+    match piece.kind:
+        case "content":
+            return AnswerMessage(content=piece.text)
+        case "reasoning":
+            return AnswerMessage(reasoning_content=piece.text)
+        case "call":
+            return AnswerMessage(tool_calls=[CallDelta(FunctionDelta(piece.text), call_id(), "function", call)])
+        case _:
+            return AnswerMessage(tool_calls=[CallDelta(FunctionDelta(arguments=piece.text), index=call)])
+
+
+def message_of(pieces: list[Piece]) -> AnswerMessage:
+    """The message that the pieces of one answer make."""
+    text, reasoning, calls = gather(pieces)
+    content = text if text.strip() or not (calls or reasoning) else None
+    found: Any = [CallDelta(FunctionDelta(call.name, call.arguments), call_id(), "function") for call in calls]
+    return AnswerMessage("assistant", content, reasoning or UNSET, found or UNSET, None)
+
+
+def gather(pieces: list[Piece]) -> tuple[str, str, list[FunctionCall]]:
+    """Content, reasoning and calls."""
+    text = "".join(piece.text for piece in pieces if piece.kind == "content")
+    reasoning = "".join(piece.text for piece in pieces if piece.kind == "reasoning")
+    calls: list[FunctionCall] = []
+    for piece in pieces:
+        if piece.kind == "call":
+            calls.append(FunctionCall(piece.text, ""))
+        elif piece.kind == "arguments":
+            calls[-1] = FunctionCall(calls[-1].name, calls[-1].arguments + piece.text)
+    return text, reasoning, calls
+
+
+def scored_token(tokenizer: Tokenizer, scored: TokenLogprob) -> ScoredToken:
+    """A token with its rivals, as OpenAI shows them."""
+    rivals = [TokenInfo(*_token(tokenizer, *pair)) for pair in scored.top]
+    return ScoredToken(*_token(tokenizer, scored.token_id, scored.logprob), rivals)
+
+
+def _token(tokenizer: Tokenizer, token_id: int, logprob: float) -> tuple[str, float, list[int] | None]:
+    text = tokenizer.decode([token_id], skip_special=False)
+    return text, logprob, None if "\ufffd" in text else list(text.encode())
+
+
+def call_id() -> str:
+    """A fresh id of a tool call."""
+    return f"call_{uuid.uuid4().hex[:24]}"

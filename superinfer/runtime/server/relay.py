@@ -1,0 +1,139 @@
+"""From the engine's deltas to one HTTP answer, without a task or a queue in between.
+
+What an answer has not taken yet lies here, merged: a reader that is slower than the engine gets larger pieces, never a
+longer queue. So an answer holds at most its own tokens, whatever its client does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from superinfer.errors import DeadlineMissedError
+from superinfer.runtime.client import deadline_text
+from superinfer.runtime.protocol import Generate, SequenceDelta
+from superinfer.runtime.text import SequenceReader, TextClient, TextDelta, TextRequest
+
+MERGE_AT = 64  # deltas held unmerged
+
+
+class ClientGone(Exception):
+    """The HTTP client closed its connection: nobody is left to answer."""
+
+
+class Feed:
+    """The text of all continuations of some requests, choices numbered through. Use it as a context manager: leaving
+    it cancels what has not finished. The first error ends them all."""
+
+    def __init__(self, text: TextClient, requests: Sequence[TextRequest], *, eager: bool) -> None:
+        """`eager`: give out deltas as they come, rather than when something has ended."""
+        self._text = text
+        self._wires = [text.wire(request) for request in requests]
+        self._readers = [reader for request in requests for reader in text.readers(request)]
+        self._owner = [at for at, request in enumerate(requests) for _ in range(request.sampling.n)]
+        self._first = [self._owner.index(at) for at in range(len(requests))]
+        self._open = [request.sampling.n for request in requests]
+        self._eager = eager or any(request.stop for request in requests)
+        self._pending: list[tuple[int, SequenceDelta]] = []
+        self._merge_at = MERGE_AT
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def start(self) -> None:
+        """Send the requests. Raises EngineDeadError."""
+        for at, wire in enumerate(self._wires):
+            await self._text.client.open(wire, self._sink(at))
+
+    def _sink(self, at: int) -> Callable[[SequenceDelta | Exception], None]:
+        first, wire = self._first[at], self._wires[at]
+
+        def take(delta: SequenceDelta | Exception) -> None:
+            if isinstance(delta, Exception):
+                self.fail(delta)
+                return
+            self._pending.append((first + delta.index, delta))
+            if delta.finish_reason is not None:
+                self._open[at] -= 1
+                if delta.finish_reason == "deadline" and wire.slo is not None and wire.slo.on_miss == "raise":
+                    self.fail(DeadlineMissedError(deadline_text(wire, delta)))
+                self._wake()
+            elif self._eager:
+                self._wake()
+            if len(self._pending) >= self._merge_at:
+                self._merge()
+
+        return take
+
+    def fail(self, error: Exception) -> None:
+        """Whoever reads gets `error`, once."""
+        self._error = self._error or error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _merge(self) -> None:
+        """One delta a continuation in place of all that are held."""
+        merged: dict[int, list[SequenceDelta]] = {}
+        for choice, delta in self._pending:
+            merged.setdefault(choice, []).append(delta)
+        self._pending = [(choice, _joined(deltas)) for choice, deltas in merged.items()]
+        self._merge_at = MERGE_AT + 2 * len(self._pending)
+
+    async def get(self) -> list[TextDelta]:
+        """What came since the last call, waiting for it; [] once all has finished. Raises what ended the requests."""
+        while True:
+            if self._error is not None:
+                raise self._error
+            if self._pending:
+                if len(self._pending) > 1:
+                    self._merge()
+                pending, self._pending = self._pending, []
+                if out := [text for choice, delta in pending if (text := self._read(choice, delta)) is not None]:
+                    return out
+                continue
+            if not any(self._open):
+                return []
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    def _read(self, choice: int, delta: SequenceDelta) -> TextDelta | None:
+        reader: SequenceReader = self._readers[choice]
+        was_stopped = reader.stopped_by is not None
+        out = reader.read(delta)
+        if reader.stopped_by is not None and not was_stopped and delta.finish_reason is None:
+            self._text.client.cancel(self._wire_of(choice).request_id, delta.index)  # its last delta has the report
+        if out is None or out.index == choice:
+            return out
+        return TextDelta(choice, out.text, out.token_ids, out.logprobs, out.finish_reason, out.stop, out.report)
+
+    def _wire_of(self, choice: int) -> Generate:
+        return self._wires[self._owner[choice]]
+
+    def close(self) -> None:
+        """Cancel what has not finished. Safe to call twice."""
+        for wire, unfinished in zip(self._wires, self._open, strict=True):
+            self._text.client.release(wire.request_id, finished=unfinished == 0)
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _joined(deltas: list[SequenceDelta]) -> SequenceDelta:
+    if len(deltas) == 1:
+        return deltas[0]
+    logprobs = [logprob for delta in deltas for logprob in delta.logprobs or []]
+    return msgspec.structs.replace(
+        deltas[-1],
+        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
+        logprobs=logprobs if any(delta.logprobs is not None for delta in deltas) else None,
+    )

@@ -1,0 +1,204 @@
+"""/v1/responses: from a request, and the stored one it continues, to a chat request."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from superinfer.runtime.server.errors import ApiError, bad_request
+from superinfer.runtime.server.schema import ANYTHING, ChatRequest, Common, FunctionCall, Message, ToolCall
+
+RESPONSES_PASS: dict[str, tuple[Any, ...]] = {
+    "background": (False,),
+    "conversation": (),
+    "include": ([], ["reasoning.encrypted_content"], ["message.output_text.logprobs"]),
+    "max_tool_calls": (),
+    "prompt": (),
+    "prompt_cache_retention": ("in_memory",),
+    "safety_identifier": (ANYTHING,),
+    "truncation": ("disabled",),
+}
+
+
+class Reasoning(msgspec.Struct, frozen=True, kw_only=True):
+    """effort: as reasoning_effort of a chat. A summary is never made: the reasoning itself is shown."""
+
+    effort: str | None = None
+    summary: str | None = None
+
+
+class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """format: `{"type": "text"}`, `json_object`, or `json_schema` with its name and schema."""
+
+    format: dict[str, Any] | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ResponsesRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of /v1/responses."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    max_output_tokens: int | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: Reasoning | None = None
+    text: TextOptions | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+def chat_of(request: ResponsesRequest, history: list[dict[str, Any]]) -> ChatRequest:
+    """The chat that `history` (items of earlier responses) and the request's own items make. Raises ApiError."""
+    if (request.n or 1) != 1 or request.max_tokens is not None:
+        name, remedy = ("n", "ask n times") if request.max_tokens is None else ("max_tokens", "use max_output_tokens")
+        raise bad_request(f"{name}={getattr(request, name)} is no parameter of responses; {remedy}", param=name)
+    if request.max_output_tokens is not None and request.max_output_tokens < 1:
+        message = f"max_output_tokens={request.max_output_tokens} must be at least 1"
+        raise bad_request(message, param="max_output_tokens")
+    messages = [Message(role="system", content=request.instructions)] if request.instructions else []
+    for at, item in enumerate([*history, *items_of(request)]):
+        _add_item(messages, item, f"input[{at - len(history)}]")
+    shared = {name: getattr(request, name) for name in Common.__struct_fields__ if name not in ("max_tokens", "n")}
+    return ChatRequest(
+        **shared,
+        messages=messages,
+        max_completion_tokens=request.max_output_tokens,
+        logprobs=True if request.top_logprobs is not None else None,
+        top_logprobs=request.top_logprobs,
+        tools=[_tool(at, tool) for at, tool in enumerate(request.tools or [])] or None,
+        tool_choice=_tool_choice(request.tool_choice),
+        parallel_tool_calls=request.parallel_tool_calls,
+        response_format=_format(request.text.format if request.text else None),
+        reasoning_effort=request.reasoning.effort if request.reasoning else None,
+        chat_template_kwargs=request.chat_template_kwargs,
+    )
+
+
+def items_of(request: ResponsesRequest) -> list[dict[str, Any]]:
+    """The request's input as items."""
+    if isinstance(request.input, str):
+        return [{"type": "message", "role": "user", "content": request.input}]
+    return request.input
+
+
+def _add_item(messages: list[Message], item: dict[str, Any], where: str) -> None:
+    kind = item.get("type", "message")
+    try:
+        if kind == "message":
+            messages.append(Message(role=_role(item, where), content=_text(item.get("content"), where)))
+        elif kind == "function_call":
+            call = ToolCall(FunctionCall(str(item["name"]), str(item["arguments"])), str(item["call_id"]))
+            last = messages[-1] if messages else None
+            if last is not None and last.role == "assistant":  # calls of one turn are one message in a chat
+                calls = [*(last.tool_calls or []), call]
+                messages[-1] = msgspec.structs.replace(last, tool_calls=calls)
+            else:
+                messages.append(Message(role="assistant", content="", tool_calls=[call]))
+        elif kind == "function_call_output":
+            content = _text(item["output"], where)
+            messages.append(Message(role="tool", content=content, tool_call_id=str(item["call_id"])))
+        elif kind != "reasoning":  # templates that show earlier reasoning show only the last turn's
+            raise bad_request(
+                f"{where}.type={kind!r:.80} is not supported; use message, function_call, function_call_output or "
+                "reasoning",
+                param=f"{where}.type",
+                code="unsupported_content",
+            )
+    except KeyError as error:
+        name = f"{where}.{error.args[0]}"
+        raise bad_request(f"{name} is missing; add it", param=name, code="missing_parameter") from None
+
+
+def _role(item: dict[str, Any], where: str) -> Any:
+    role = item["role"]
+    if role not in ("system", "developer", "user", "assistant"):
+        raise bad_request(f"{where}.role={role!r:.80} is not known", param=f"{where}.role", code="invalid_type")
+    return role
+
+
+def _text(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise bad_request(f"{where}.content={content!r:.80} is no text", param=f"{where}.content", code="invalid_type")
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("input_text", "output_text", "text", "refusal"):
+            raise bad_request(
+                f"{where}.content: a part of type {kind!r:.80} is not supported: this server takes text only",
+                param=f"{where}.content",
+                code="unsupported_content",
+            )
+        parts.append(str(part.get("text", part.get("refusal", ""))))
+    return "\n".join(parts)
+
+
+def _tool(at: int, tool: dict[str, Any]) -> dict[str, Any]:
+    """Responses name a function beside its type, chats inside."""
+    if tool.get("type") != "function" or not isinstance(tool.get("name"), str):
+        raise bad_request(
+            f'tools[{at}]={tool!r:.80} is not a function tool; give {{"type": "function", "name": ...}}',
+            param=f"tools[{at}]",
+        )
+    function = {key: tool[key] for key in ("name", "description", "parameters") if tool.get(key) is not None}
+    return {"type": "function", "function": function}
+
+
+def _tool_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        return {"type": "function", "function": {"name": choice.get("name")}}
+    return choice
+
+
+def _format(given: dict[str, Any] | None) -> dict[str, Any] | None:
+    if given is None or given.get("type") != "json_schema":
+        return given
+    return {"type": "json_schema", "json_schema": {key: value for key, value in given.items() if key != "type"}}
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """One kept response: its JSON, the items it was asked with, and all items up to its own output."""
+
+    body: bytes
+    input: list[dict[str, Any]]
+    items: list[dict[str, Any]]
+    size: int
+
+
+class ResponseStore:
+    """Responses by id, in at most `max_bytes` of JSON; the oldest go first."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._stored: dict[str, Stored] = {}
+        self._bytes = 0
+
+    def put(self, response_id: str, body: bytes, given: list[dict[str, Any]], items: list[dict[str, Any]]) -> None:
+        """Keep it; one that alone is over the limit is not kept."""
+        size = len(body) + len(msgspec.json.encode(items))
+        if size > self._max_bytes:
+            return
+        self._stored[response_id] = Stored(body, given, items, size)
+        self._bytes += size
+        while self._bytes > self._max_bytes:
+            self.remove(next(iter(self._stored)))
+
+    def get(self, response_id: str, param: str | None = None) -> Stored:
+        """Raises ApiError for one that is not kept."""
+        found = self._stored.get(response_id)
+        if found is None:
+            message = f"response {response_id!r:.80} is not stored here: it never was, or newer ones took its place"
+            code = "previous_response_not_found" if param else "response_not_found"
+            raise ApiError(400 if param else 404, message, param=param, code=code)
+        return found
+
+    def remove(self, response_id: str) -> None:
+        """Forget it. Raises ApiError for one that is not kept."""
+        self._bytes -= self.get(response_id).size
+        del self._stored[response_id]

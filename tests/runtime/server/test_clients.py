@@ -1,0 +1,251 @@
+"""The libraries that applications use, each against the embedded model behind `superinfer serve`'s application.
+
+The embedded model answers a tool question with a call, which is what agents need; see its model card.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import openai
+import pytest
+from pydantic import BaseModel
+
+from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.launch import launch_engine
+
+MODEL = "tiny"
+QUESTION = "What is the weather in Oslo?"
+
+
+@pytest.fixture(scope="module")
+def chatty(serving: Callable[..., Any]) -> Iterator[Any]:
+    """The embedded model, which speaks and calls tools."""
+    with (
+        launch_engine(EngineConfig(device="cpu", threads=1, kv_tokens=16384)) as engine,
+        serving(engine.address, tool_parser="auto") as served,
+    ):
+        yield served
+
+
+@pytest.fixture
+def key(monkeypatch: pytest.MonkeyPatch, chatty: Any) -> str:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{chatty.url}/v1")
+    monkeypatch.setenv("OPENAI_AGENTS_DISABLE_TRACING", "1")
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    return "none"
+
+
+def weather(city: str) -> str:
+    """The weather in a city."""
+    return f"It rains in {city}."
+
+
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOL: Any = {
+    "type": "function",
+    "function": {"name": "weather", "description": "The weather in a city.", "parameters": PARAMETERS},
+}
+
+
+class City(BaseModel):
+    """A structured answer."""
+
+    name: str
+
+
+def needs_grammar(error: Exception) -> None:
+    """Skips where the engine says that it constrains nothing; anything else is a failure."""
+    if "takes no grammar" in str(error):
+        pytest.skip("this engine takes no grammar")
+    raise error
+
+
+def test_openai_calls_a_tool_and_uses_its_answer(chatty: Any) -> None:
+    with chatty.openai() as client:
+        messages: list[Any] = [{"role": "user", "content": QUESTION}]
+        first = client.chat.completions.create(
+            model=MODEL, messages=messages, tools=[TOOL], temperature=0, max_tokens=64
+        )
+        assert first.choices[0].finish_reason == "tool_calls", first
+        (call,) = first.choices[0].message.tool_calls
+        assert call.function.name == "weather" and json.loads(call.function.arguments) == {"city": "Oslo"}
+        messages += [
+            first.choices[0].message,
+            {"role": "tool", "tool_call_id": call.id, "content": weather("Oslo")},
+        ]
+        second = client.chat.completions.create(
+            model=MODEL, messages=messages, tools=[TOOL], temperature=0, max_tokens=64
+        )
+        assert second.choices[0].message.content
+
+
+async def test_openai_async_streams_the_same_call(chatty: Any) -> None:
+    async with chatty.openai_async() as client:
+        stream = await client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": QUESTION}],
+            tools=[TOOL],
+            temperature=0,
+            max_tokens=64,
+            stream=True,
+        )
+        name, arguments = "", ""
+        async for chunk in stream:
+            for call in chunk.choices[0].delta.tool_calls or []:
+                name += call.function.name or ""
+                arguments += call.function.arguments or ""
+        assert name == "weather" and json.loads(arguments) == {"city": "Oslo"}
+
+
+def test_openai_responses_calls_a_tool(chatty: Any) -> None:
+    tool: Any = {"type": "function", **TOOL["function"], "strict": True}
+    with chatty.openai() as client:
+        answer = client.responses.create(model=MODEL, input=QUESTION, tools=[tool], temperature=0, max_output_tokens=64)
+        (call,) = answer.output
+        assert call.type == "function_call" and json.loads(call.arguments) == {"city": "Oslo"}
+        output: Any = {"type": "function_call_output", "call_id": call.call_id, "output": weather("Oslo")}
+        after = client.responses.create(
+            model=MODEL, input=[output], previous_response_id=answer.id, tools=[tool], temperature=0,
+            max_output_tokens=64,
+        )  # fmt: skip
+        assert after.output_text
+
+
+def test_openai_parses_structured_output(chatty: Any) -> None:
+    with chatty.openai() as client:
+        ask: Any = {"model": MODEL, "messages": [{"role": "user", "content": "Name a city."}], "max_tokens": 200}
+        try:
+            parsed = client.chat.completions.parse(**ask, response_format=City).choices[0].message.parsed
+            assert isinstance(parsed, City)
+        except openai.BadRequestError as error:
+            needs_grammar(error)
+        except openai.LengthFinishReasonError:
+            pass  # a JSON string may be as long as the model likes
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_call_can_be_demanded(chatty: Any, choice: Any, stream: bool) -> None:
+    with chatty.openai() as client:
+        ask: Any = {
+            "model": MODEL,
+            "messages": [{"role": "user", "content": QUESTION}],
+            "tools": [TOOL],
+            "tool_choice": choice,
+            "temperature": 0,
+            "max_tokens": 300,
+        }
+        try:
+            if not stream:
+                answer = client.chat.completions.create(**ask)
+                calls = [(call.function.name, call.function.arguments) for call in answer.choices[0].message.tool_calls]
+            else:
+                with client.chat.completions.stream(**ask) as events:
+                    answer = events.get_final_completion()
+                calls = [(call.function.name, call.function.arguments) for call in answer.choices[0].message.tool_calls]
+        except openai.BadRequestError as error:
+            needs_grammar(error)
+        except openai.LengthFinishReasonError:
+            return
+        assert calls and calls[0][0] == "weather"
+        if answer.choices[0].finish_reason != "length":
+            assert set(json.loads(calls[0][1])) == {"city"}
+
+
+def test_logit_bias_reaches_the_engine(chatty: Any) -> None:
+    with chatty.openai() as client:
+        ask: Any = {"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}], "temperature": 0}
+        try:
+            answer = client.chat.completions.create(**ask, max_tokens=5, logit_bias={"300": 100})
+            plain = client.chat.completions.create(**ask, max_tokens=5)
+            assert answer.choices[0].message.content != plain.choices[0].message.content
+        except openai.BadRequestError as error:
+            needs_grammar(error)
+
+
+def test_langchain_invokes_streams_and_binds_tools(chatty: Any, key: str) -> None:
+    chat_openai = pytest.importorskip("langchain_openai").ChatOpenAI
+    llm = chat_openai(model=MODEL, temperature=0, max_tokens=32)
+    assert llm.invoke("Hello! What can you do?").content
+    pieces = [chunk.content for chunk in llm.stream("Hello! What can you do?")]
+    assert "".join(pieces) == llm.invoke("Hello! What can you do?").content
+    called = llm.bind_tools([weather]).invoke(QUESTION)
+    assert called.tool_calls[0]["name"] == "weather" and called.tool_calls[0]["args"] == {"city": "Oslo"}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_litellm_completes_and_streams(chatty: Any, key: str) -> None:
+    litellm = pytest.importorskip("litellm")
+    ask: Any = {
+        "model": f"openai/{MODEL}", "api_base": f"{chatty.url}/v1", "api_key": key, "temperature": 0, "max_tokens": 32,
+        "messages": [{"role": "user", "content": "Hello! What can you do?"}],
+    }  # fmt: skip
+    whole = litellm.completion(**ask).choices[0].message.content
+    assert whole and "".join(c.choices[0].delta.content or "" for c in litellm.completion(**ask, stream=True)) == whole
+    with pytest.raises(litellm.exceptions.NotFoundError):
+        litellm.completion(**ask | {"model": "openai/other"})
+
+
+@pytest.mark.parametrize("api", ["chat", "responses"])
+async def test_openai_agents_run_a_tool(chatty: Any, key: str, api: str) -> None:
+    agents = pytest.importorskip("agents")
+    ran: list[str] = []
+
+    def weather(city: str) -> str:
+        """The weather in a city."""
+        ran.append(city)
+        return f"It rains in {city}."
+
+    async with chatty.openai_async() as client:
+        models = {"chat": agents.OpenAIChatCompletionsModel, "responses": agents.OpenAIResponsesModel}
+        agent = agents.Agent(
+            name="helper",
+            model=models[api](model=MODEL, openai_client=client),
+            tools=[agents.function_tool(weather)],
+            model_settings=agents.ModelSettings(temperature=0, max_tokens=48),
+        )
+        config = agents.RunConfig(tracing_disabled=True)
+        result = await agents.Runner.run(agent, QUESTION, run_config=config, max_turns=3)
+    assert ran == ["Oslo"] and result.final_output
+
+
+def test_pydantic_ai_runs_a_tool(chatty: Any, key: str) -> None:
+    ai = pytest.importorskip("pydantic_ai")
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    ran: list[str] = []
+    provider = OpenAIProvider(base_url=f"{chatty.url}/v1", api_key=key)
+    agent = ai.Agent(OpenAIChatModel(MODEL, provider=provider), model_settings={"temperature": 0, "max_tokens": 48})
+
+    @agent.tool_plain
+    def weather(city: str) -> str:
+        """The weather in a city."""
+        ran.append(city)
+        return f"It rains in {city}."
+
+    async def run() -> Any:
+        return await agent.run(QUESTION)
+
+    assert asyncio.run(run()).output and ran == ["Oslo"]
+
+
+def test_instructor_gets_a_model(chatty: Any, key: str) -> None:
+    instructor = pytest.importorskip("instructor")
+    with chatty.openai() as client:
+        patched = instructor.from_openai(client, mode=instructor.Mode.JSON_SCHEMA)
+        try:
+            city = patched.chat.completions.create(
+                model=MODEL, messages=[{"role": "user", "content": "Name a city."}], response_model=City, max_retries=1,
+                max_tokens=200,
+            )  # fmt: skip
+            assert isinstance(city, City)
+        except Exception as error:
+            if "length" in str(error).lower() or "incomplete" in str(error).lower():
+                return  # a JSON string may be as long as the model likes
+            needs_grammar(error)

@@ -1,0 +1,121 @@
+"""The Responses API, through the real OpenAI client."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openai
+import pytest
+
+from superinfer.runtime.server.responses import ResponseStore
+
+ASK: dict[str, Any] = {"model": "tiny", "input": "hello", "max_output_tokens": 12, "extra_body": {"ignore_eos": True}}
+
+
+def ask(client: openai.OpenAI, **more: Any) -> Any:
+    extra = {"ignore_eos": True, "seed": 7} | more.pop("extra_body", {})
+    return client.responses.create(**(ASK | {"extra_body": extra} | more))
+
+
+def test_an_answer_has_text_usage_and_a_status(client: openai.OpenAI) -> None:
+    answer = ask(client)
+    assert answer.object == "response" and answer.id.startswith("resp_")
+    assert answer.status == "incomplete" and answer.incomplete_details.reason == "max_output_tokens"
+    assert len(answer.output_text) == 12 and answer.usage.output_tokens == 12
+    chat = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "hello"}], max_tokens=12, seed=7,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    assert answer.output_text == chat.choices[0].message.content
+    assert answer.usage.input_tokens == chat.usage.prompt_tokens  # type: ignore[union-attr]
+
+
+def test_the_stream_is_what_openais_client_expects(client: openai.OpenAI) -> None:
+    whole = ask(client).output_text
+    events = list(ask(client, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type for event in events]
+    assert kinds[:4] == [
+        "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
+    ]  # fmt: skip
+    assert kinds[-4:] == [
+        "response.output_text.done", "response.content_part.done", "response.output_item.done", "response.incomplete",
+    ]  # fmt: skip
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole
+    assert events[-1].response.output_text == whole and events[-1].response.usage.output_tokens == 12
+    with client.responses.stream(model="tiny", input="hello", max_output_tokens=12, extra_body={"seed": 7}) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+    assert whole.startswith("".join(deltas)[:4]) and deltas
+
+
+def test_a_response_continues_an_earlier_one(client: openai.OpenAI) -> None:
+    first = ask(client, instructions="be brief")
+    second = ask(client, input="and then?", previous_response_id=first.id)
+    by_hand = ask(
+        client,
+        input=[
+            {"role": "user", "content": "hello"},
+            {"role": "assistant", "content": first.output_text},
+            {"role": "user", "content": "and then?"},
+        ],
+        store=False,
+    )
+    assert second.usage.input_tokens == by_hand.usage.input_tokens  # instructions are not carried over, as at OpenAI
+    assert second.output_text == by_hand.output_text
+    assert client.responses.retrieve(second.id).output_text == second.output_text
+    assert [item.content for item in client.responses.input_items.list(second.id)] == ["and then?"]  # type: ignore[union-attr]
+    client.responses.delete(first.id)
+    with pytest.raises(openai.BadRequestError, match="not stored") as gone:
+        ask(client, previous_response_id=first.id)
+    assert gone.value.code == "previous_response_not_found"
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(by_hand.id)  # store=False
+
+
+def test_items_of_every_kind_are_rendered(client: openai.OpenAI) -> None:
+    items: list[Any] = [
+        {"type": "message", "role": "developer", "content": "be brief"},
+        {"role": "user", "content": [{"type": "input_text", "text": "how is Oslo?"}]},
+        {"type": "reasoning", "id": "rs_1", "summary": []},
+        {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": '{"city": "Oslo"}'},
+        {"type": "function_call_output", "call_id": "c1", "output": "rain"},
+    ]
+    turns = ["system\nbe brief", "user\nhow is Oslo?", "assistant\nOslo", "tool\nrain"]
+    expected = sum(1 + len(turn) + 2 for turn in turns) + 1 + len("assistant\n")
+    assert ask(client, input=items).usage.input_tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "unsupported_content"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "unsupported_content"),
+        ({"input": [{"type": "function_call"}]}, "missing_parameter"),
+        ({"input": [{"role": "robot", "content": "x"}]}, "invalid_type"),
+        ({"input": []}, "invalid_request"),
+        ({"tools": [{"type": "web_search"}]}, "invalid_request"),
+        ({"background": True}, "unsupported_parameter"),
+        ({"truncation": "auto"}, "unsupported_parameter"),
+        ({"max_output_tokens": 0}, "invalid_request"),
+        ({"max_output_tokens": 5000}, "context_length_exceeded"),
+    ],
+)
+def test_what_is_wrong_is_refused_by_name(client: openai.OpenAI, change: dict[str, Any], code: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, **change)
+    assert refused.value.code == code
+
+
+def test_the_slo_and_tier_are_reported(client: openai.OpenAI) -> None:
+    answer = ask(client, extra_body={"slo": {"deadline_ms": 60_000}})
+    assert answer.slo["met"] is True and answer.service_tier == "default"
+
+
+def test_stored_responses_are_bounded_in_bytes_and_the_oldest_goes() -> None:
+    store = ResponseStore(2000)
+    for number in range(50):
+        store.put(str(number), b"x" * 300, [], [])
+    kept = [number for number in range(50) if str(number) in store._stored]
+    assert kept == list(range(44, 50)) and store._bytes <= 2000
+    store.put("large", b"x" * 3000, [], [])
+    assert "large" not in store._stored and "49" in store._stored
