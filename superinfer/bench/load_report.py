@@ -92,7 +92,7 @@ def report(samples: Sequence[Sample], delay: ClientDelay) -> LoadReport:
     """Sum up one run."""
     good = [sample for sample in samples if not sample.error]
     started = min((sample.due for sample in samples), default=0.0)
-    ended = max((s.due + s.timeline.last for s in samples if s.timeline.last is not None), default=started)
+    ended = max((s.due + s.timeline.last for s in samples if s.timeline.first is not None), default=started)
     duration = max(ended - started, 1e-9)
     verdicts = [verdict_of(sample) for sample in samples]
     promised = [(s, v) for s, v in zip(samples, verdicts, strict=True) if _promises(s)]

@@ -211,7 +211,7 @@ def _take(chunk: _Chunk, sample: Sample, now: float) -> None:
         sample.counted |= chunk.usage is not None
         if new > 0:
             timeline = sample.timeline
-            if timeline.last is not None:
+            if timeline.first is not None:
                 sample.gaps.append(now - timeline.last)
             timeline.tokens(new, now)
             sample.tokens += new

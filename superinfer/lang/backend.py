@@ -166,7 +166,7 @@ class RuntimeEndpoint(TextBackend):
     A server is spoken to over HTTP and gives an `OpenAI` backend, which scores nothing: `select` needs an engine.
     """
 
-    def __new__(cls, address: str = "", **options: Any) -> Any:
+    def __new__(cls, address: str = "", *rest: Any, **options: Any) -> Any:
         if not address.startswith(("http://", "https://")):
             return super().__new__(cls)
         from superinfer.lang.openai_backend import server_backend  # takes a second to import

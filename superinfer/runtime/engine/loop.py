@@ -26,7 +26,6 @@ from superinfer.runtime.protocol import (
     GetLive,
     GetStats,
     HealthReport,
-    LiveReport,
     Score,
     SequenceDelta,
     Shutdown,

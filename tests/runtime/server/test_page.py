@@ -131,17 +131,19 @@ def test_a_request_is_a_card_that_moves_with_its_kv_cache(tab: Any, rotating: En
 
 
 def test_late_requests_stand_out_and_kept_promises_are_counted_by_class(
-    tab: Any, tiny_engine: EngineProcess, served: Any
+    tab: Any, rotating: EngineProcess, serving: Any
 ) -> None:
-    with busy(tiny_engine.address, 2, 1900, slo=SLO(ttft=0.000001, tbt=0.000001), slo_class="hopeless"):
-        look(tab, served.url)
-        tab.wait_for_selector(".card.late .slack:has-text('−')")
-    with EngineClient(tiny_engine.address) as client:
-        sampling = SamplingParams(max_tokens=2, ignore_eos=True)
-        for slo, name in ((SLO(ttft=60), "easy"), (SLO(ttft=1e-6), "hopeless")):
-            list(client.generate(Generate(request_id=name, prompt=[5], sampling=sampling, slo=slo, slo_class=name)))
-    tab.wait_for_selector("#classes li:has-text('easy'):has-text('100 % of 1')")
-    tab.wait_for_selector("#classes li:has-text('hopeless'):has-text('0 % of 1')")
+    with serving(rotating.address) as server:
+        with busy(rotating.address, 2, 900, slo=SLO(ttft=0.000001, tbt=0.000001), slo_class="hopeless"):
+            look(tab, server.url)
+            tab.wait_for_selector(".card.late .slack:has-text('−')")
+        with EngineClient(rotating.address) as client:
+            sampling = SamplingParams(max_tokens=2, ignore_eos=True)
+            for slo, name in ((SLO(ttft=60), "easy"), (SLO(ttft=1e-6), "hopeless")):
+                list(client.generate(Generate(request_id=name, prompt=[5], sampling=sampling, slo=slo, slo_class=name)))
+        tab.wait_for_selector("#classes li:has-text('easy'):has-text('100 % of 1')")
+        tab.wait_for_selector("#classes li:has-text('hopeless'):has-text('0 % of 1')")
+        tab.goto("about:blank")  # before the server ends
 
 
 def test_a_thousand_requests_are_counted_and_some_of_them_drawn(
