@@ -46,7 +46,8 @@ class Rota(BatchScheduler):
         self._units = self.cost.units()
         self._forecast = Forecast()
         self._verdicts: Verdicts = NOTHING
-        self._victims: list[tuple[float, Sequence]] = []  # kept residents: due of their next token, soonest first
+        # Kept residents, those furthest ahead first: when their next token is due, and who they are.
+        self._victims: tuple[np.ndarray, list[Sequence | None]] = (np.zeros(0), [])
         self._tightest = math.inf  # pace of the kept residents that promise most
         self._promised = 0  # kept sequences
         self._aged: Sequence | None = None  # a leftover that has waited long enough: served before all others
@@ -212,8 +213,10 @@ class Rota(BatchScheduler):
             if not is_back and self._draft.budget <= 0:
                 continue
             path = self._cached_path(sequence)
-            if sequence.table is None and self._kv.is_being_computed(sequence.tokens, sequence.salt, path):
-                continue
+            if sequence.table is None and self.prefix_aware:
+                if self._kv.is_being_computed(sequence.tokens, sequence.salt, path):
+                    continue
+                self._roster.prefill[sequence.row] = len(sequence.tokens) - len(path) * self._kv.page_size
             if not (self._free_slots and self._reserve(sequence, path)) and not (
                 self._displace(sequence, path, start_by - now, now) and self._reserve_anew(sequence)
             ):
@@ -293,11 +296,9 @@ class Rota(BatchScheduler):
         if self._rotation is None:
             return
         worth = now + max(0.0, slack) + TURNS * self._kv.num_blocks * self._block_s()
-        for due, victim in reversed(self._victims):
-            if due <= worth:
-                return
-            if victim.kept:
-                yield victim
+        due, victims = self._victims
+        ahead = int(np.searchsorted(-due, -worth))  # how many are due later than that
+        yield from (victim for victim in victims[:ahead] if victim is not None and victim.kept)
 
     def _block_s(self) -> float:
         return self._rotation.block_s if self._rotation is not None else 0.0
@@ -424,9 +425,8 @@ class Rota(BatchScheduler):
         sequences = self._roster.sequences
         chosen = candidates[rows]
         mine, mine_due, mine_pace = rows[chosen], due[chosen], pace[chosen]
-        order = np.argsort(mine_due, kind="stable")
-        victims = [(float(mine_due[at]), sequences[mine[at]]) for at in order]
-        self._victims = [(at, s) for at, s in victims if s is not None]
+        order = np.argsort(-mine_due, kind="stable")
+        self._victims = mine_due[order], [sequences[row] for row in mine[order].tolist()]
         self._tightest = float(mine_pace.min()) if len(mine_pace) else math.inf
 
     def _rotate_out(self, sequence: Sequence, now: float) -> bool:
