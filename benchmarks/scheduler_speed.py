@@ -117,7 +117,8 @@ def main() -> None:
     simulated = [simulated_rate(policy, live) for live in (4000, 16_000) for policy in ("fcfs", "rota")]
     for run in simulated:
         print(
-            f"{run['policy']}, {run['peak_live']:,.0f} live: {run['per_wall_second']:.0f} simulated requests/s of wall time, "
+            f"{run['policy']}, {run['peak_live']:,.0f} live: "
+            f"{run['per_wall_second']:.0f} simulated requests/s of wall time, "
             f"{run['per_cpu_second']:.0f} of CPU time; plan p99 {run['plan_cpu_p99_ms']:.2f} ms, "
             f"max {run['plan_cpu_max_ms']:.2f} ms (CPU)"
         )
