@@ -27,6 +27,7 @@ BUSY = 0.7  # share of the machine's time asked for, below which, if nobody is l
 UNSEEN = 8  # unless so many have come since the last one
 PATIENCE_S = 30.0  # a leftover that has waited so long may displace others
 PRESSING_STEPS = 8  # steps before its work must begin, somebody's KV is given up for a kept request, without DRAM
+MAX_MARKED = 128  # sequences whose standing changes in one triage; the next one sees to the rest
 SMOOTHING = 0.1  # weight of the newest step
 
 
@@ -199,18 +200,21 @@ class Rota(BatchScheduler):
 
     def _admit_kept(self, now: float) -> None:
         """Let kept sequences in, soonest due first; for one whose turn it is, rotate out whoever is furthest ahead."""
+        backs_wait = False
         for sequence in list(islice(self._waiting, MAX_LOOKED_AT)):
             if not sequence.kept:
                 break
             if sequence.is_under_way:
                 continue
-            start_by = self._start_by(sequence) if sequence is not self._aged else now
             is_back = sequence.table is not None
+            if (is_back and backs_wait) or (not is_back and self._draft.budget <= 0):
+                continue
+            start_by = self._start_by(sequence) if sequence is not self._aged else now
             if is_back and start_by > now + 2 * self._step_s and not self._has_room(sequence):
+                backs_wait = True  # those behind it are in less of a hurry
                 continue
             if is_back and self._rotation is not None and self._rotation.backlog_s > 2 * self._step_s:
-                continue
-            if not is_back and self._draft.budget <= 0:
+                backs_wait = True
                 continue
             path = self._cached_path(sequence)
             if sequence.table is None and self.prefix_aware:
@@ -399,7 +403,9 @@ class Rota(BatchScheduler):
             self._aged = self._longest_waiting(rows, kept, now)
         if self._aged is not None:
             kept[self._aged.row] = True
-        for row in rows[kept[rows] != flags[rows]].tolist():
+        changed = rows[kept[rows] != flags[rows]]
+        changed = changed[np.argsort(~kept[changed], kind="stable")][:MAX_MARKED]  # who is kept now, first
+        for row in changed.tolist():
             sequence = sequences[row]
             assert sequence is not None
             sequence.kept = flags[row] = bool(kept[row])
