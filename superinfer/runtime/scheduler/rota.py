@@ -152,7 +152,10 @@ class Rota(BatchScheduler):
         draft.budget = min(draft.budget, self._chunk_tokens())
         self._prefill(kept, now)
         self._admit_kept(now)
-        if (self._credit > 0.0 or not self._promised) and draft.budget > 0:
+        is_idle = not draft.work  # the kept wait for something: a step without work would help nobody
+        if is_idle:
+            self._decode([s for s in leftovers if s.scheduled >= s.resume_at], now)
+        if (self._credit > 0.0 or not self._promised or is_idle) and draft.budget > 0:
             before = draft.prefill
             self._prefill(leftovers, now)
             self._admit_leftovers(now)
