@@ -48,7 +48,7 @@ def step_times(policy: str, resident: int, waiting: int, steps: int, blocked: bo
         plan = scheduler.plan(now)
         planned = time.perf_counter()
         assert plan is not None
-        result = StepResult(plan.step, {work.slot: 5 for work in plan.work if work.sample})
+        result = StepResult(plan.step, {work.slot: 5 for work in plan.work if work.sample}, elapsed=0.02)
         now += 0.02
         begun = time.perf_counter()
         scheduler.commit(result, now)
@@ -75,15 +75,19 @@ def step_times(policy: str, resident: int, waiting: int, steps: int, blocked: bo
     }
 
 
-def simulated_rate(live: int) -> dict[str, float]:
+def simulated_rate(policy: str, live: int) -> dict[str, Any]:
     """Requests simulated in one second, wall and CPU, with up to `live` unfinished at a time."""
     jobs = make_jobs("lmsys", rate=200, duration=live / 125, seed=0, slos=[(1.0, SLO(ttft=1.0, tbt=0.1))])
     started = time.process_time()
     result = simulate(
-        jobs, profile_of("h100-pcie5"), shape_of("llama-3-8b"), SimConfig(kv_tokens=80_000, max_batch_size=256)
+        jobs,
+        profile_of("h100-pcie5"),
+        shape_of("llama-3-8b"),
+        SimConfig(policy=policy, kv_tokens=80_000, max_batch_size=256),
     )
     cpu_s = time.process_time() - started
     return {
+        "policy": policy,
         "requests": result.requests,
         "peak_live": result.peak_live,
         "per_wall_second": result.requests_per_wall_s,
@@ -110,10 +114,11 @@ def main() -> None:
                 f"plan {times['plan_p50_ms']:.3f} ms (p90 {times['plan_p90_ms']:.3f}), "
                 f"commit {times['commit_p50_ms']:.3f} ms"
             )
-    simulated = [simulated_rate(live) for live in (4000, 16_000)]
+    simulated = [simulated_rate(policy, live) for live in (4000, 16_000) for policy in ("fcfs", "rota")]
     for run in simulated:
         print(
-            f"{run['peak_live']:,.0f} live: {run['per_wall_second']:.0f} simulated requests/s of wall time, "
+            f"{run['policy']}, {run['peak_live']:,.0f} live: "
+            f"{run['per_wall_second']:.0f} simulated requests/s of wall time, "
             f"{run['per_cpu_second']:.0f} of CPU time; plan p99 {run['plan_cpu_p99_ms']:.2f} ms, "
             f"max {run['plan_cpu_max_ms']:.2f} ms (CPU)"
         )

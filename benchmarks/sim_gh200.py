@@ -39,14 +39,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--duration", type=float, default=120.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--models", default="qwen2.5-32b,mixtral-8x7b,llama-3-8b")
+    parser.add_argument(
+        "--only", nargs="*", default=[], metavar="MODEL/WORKLOAD/RATE,RATE", help="cells of the grid, rather than all"
+    )
     parser.add_argument("--batch", type=int, default=1024, help="sequences in one step")
     arguments = parser.parse_args()
     profile = profile_of("gh200-144")
     rows: list[dict[str, Any]] = []
-    for (model, workload), rates in sorted(GRID.items(), key=lambda item: arguments.models.find(item[0][0])):
-        if model not in arguments.models:
-            continue
+    for model, workload, rates in _cells(arguments.only):
         shape = shape_of(model)
         points = []
         for rate in rates:
@@ -64,16 +64,28 @@ def main() -> None:
                 rows.append({"model": model, "workload": workload, "rate": rate, "policy": policy} | _columns(result))
                 print(_line(rows[-1]), flush=True)
         plot(points, RESULTS, f"sim-gh200-{model}-{workload}")
+        _write(arguments, profile.name, rows)  # what there is so far: the whole grid takes hours
+
+
+def _cells(only: list[str]) -> list[tuple[str, str, tuple[float, ...]]]:
+    if not only:
+        return [(model, workload, rates) for (model, workload), rates in GRID.items()]
+    parts = [text.split("/") for text in only]
+    return [(model, workload, tuple(map(float, rates.split(",")))) for model, workload, rates in parts]
+
+
+def _write(arguments: argparse.Namespace, hardware: str, rows: list[dict[str, Any]]) -> None:
+    only = f" --only {' '.join(arguments.only)}" if arguments.only else ""
+    command = f"python benchmarks/sim_gh200.py --duration {arguments.duration:g} --seed {arguments.seed} "
     out = write(
         "sim-gh200",
-        f"python benchmarks/sim_gh200.py --duration {arguments.duration:g} --seed {arguments.seed} "
-        f"--models {arguments.models} --batch {arguments.batch}",
+        f"{command}--batch {arguments.batch}{only}",
         {
-            "simulated": True, "hardware": profile.name, "duration_s": arguments.duration, "dram_bytes": DRAM_BYTES,
+            "simulated": True, "hardware": hardware, "duration_s": arguments.duration, "dram_bytes": DRAM_BYTES,
             "slo": {"ttft": STREAM.ttft, "tbt": STREAM.tbt}, "gains": _gains(rows), "runs": rows,
         },
     )  # fmt: skip
-    print(f"written to {out}")
+    print(f"written to {out}", flush=True)
 
 
 def _columns(result: SimResult) -> dict[str, float]:
@@ -96,7 +108,7 @@ def _columns(result: SimResult) -> dict[str, float]:
 
 def _line(row: dict[str, Any]) -> str:
     return (
-        f"{row['model']:13} {row['workload']:8} {row['rate']:4}/s {row['policy']:9} TTFT {row['ttft_met']:6.1%}  "
+        f"{row['model']:13} {row['workload']:8} {row['rate']:4g}/s {row['policy']:9} TTFT {row['ttft_met']:6.1%}  "
         f"all {row['met']:6.1%}  {row['tokens_per_s']:6,.0f} tok/s  TBT p50 {row['tbt_p50_ms']:.0f} p99 "
         f"{row['tbt_p99_ms']:.0f} ms  {row['rotations']:,} rotations"
     )

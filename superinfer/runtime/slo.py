@@ -87,9 +87,24 @@ class Verdict(NamedTuple):
 
 
 class TokenTimeline:
-    """Watches one request's tokens against its SLO, in O(1) memory. Times are seconds since arrival."""
+    """Watches one request's tokens against its SLO, in O(1) memory. Times are seconds since arrival.
 
-    __slots__ = ("_deadline", "_lag", "_start", "_tbt", "_ttft_lag", "count", "first", "last", "max_tbt", "slo")
+    is_late: a token came after it was due: what was promised of the stream cannot be met any more.
+    """
+
+    __slots__ = (
+        "_deadline",
+        "_lag",
+        "_start",
+        "_tbt",
+        "_ttft_lag",
+        "count",
+        "first",
+        "is_late",
+        "last",
+        "max_tbt",
+        "slo",
+    )
 
     def __init__(self, slo: SLO | None) -> None:
         self.slo = slo
@@ -97,6 +112,7 @@ class TokenTimeline:
         self.last = 0.0
         self.count = 0
         self.max_tbt = 0.0
+        self.is_late = False
         self._lag = -math.inf
         self._ttft_lag = -math.inf
         # Of a stream, as plain numbers: `tokens` runs for every token of every request.
@@ -124,6 +140,7 @@ class TokenTimeline:
         if self.first is None:
             self.first = now
             self._ttft_lag = now - self._start
+            self.is_late = self._ttft_lag > 0
             if self._start == math.inf:
                 self._start = now
         elif now - self.last > self.max_tbt:
@@ -133,13 +150,10 @@ class TokenTimeline:
             lag = now - (due if due < self._deadline else self._deadline)
             if lag > self._lag:
                 self._lag = lag
+                if lag > 0:
+                    self.is_late = True
         self.last = now
         self.count += n
-
-    @property
-    def is_late(self) -> bool:
-        """Whether a token came after it was due: what was promised of the stream cannot be met any more."""
-        return self._lag > 0 or self._ttft_lag > 0
 
     def verdict(self, now: float) -> Verdict:
         """Judge the request as finished (or given up) at `now`."""

@@ -16,9 +16,11 @@ PAGE = 4
 class Bench:
     """A scheduler over two tiers and a TieredMemoryExecutor in step, with a clock of our own."""
 
-    def __init__(self, blocks=12, dram=40, slots=4, batch_tokens=12, depth=1, policy="lru", quantum=0, **executor):
+    def __init__(
+        self, blocks=12, dram=40, slots=4, batch_tokens=12, depth=1, policy="lru", quantum=0, cost=None, **executor
+    ):
         self.kv = build_cache(blocks, dram, PAGE, prefix_cache=executor.pop("prefix_cache", True))
-        self.scheduler = build_scheduler(policy, self.kv, SchedulerLimits(slots, batch_tokens, blocks * PAGE))
+        self.scheduler = build_scheduler(policy, self.kv, SchedulerLimits(slots, batch_tokens, blocks * PAGE), cost)
         self.scheduler.quantum = quantum
         self.executor = TieredMemoryExecutor(blocks, dram, PAGE, **executor)
         self.depth = depth

@@ -27,6 +27,7 @@ BUSY = 0.7  # share of the machine's time asked for, below which, if nobody is l
 UNSEEN = 8  # unless so many have come since the last one
 PATIENCE_S = 30.0  # a leftover that has waited so long may displace others
 PRESSING_STEPS = 8  # steps before its work must begin, somebody's KV is given up for a kept request, without DRAM
+MAX_MARKED = 128  # sequences whose standing changes in one triage; the next one sees to the rest
 SMOOTHING = 0.1  # weight of the newest step
 
 
@@ -46,7 +47,8 @@ class Rota(BatchScheduler):
         self._units = self.cost.units()
         self._forecast = Forecast()
         self._verdicts: Verdicts = NOTHING
-        self._victims: list[tuple[float, Sequence]] = []  # kept residents: due of their next token, soonest first
+        # Kept residents, those furthest ahead first: when their next token is due, and who they are.
+        self._victims: tuple[np.ndarray, list[Sequence | None]] = (np.zeros(0), [])
         self._tightest = math.inf  # pace of the kept residents that promise most
         self._promised = 0  # kept sequences
         self._aged: Sequence | None = None  # a leftover that has waited long enough: served before all others
@@ -150,7 +152,10 @@ class Rota(BatchScheduler):
         draft.budget = min(draft.budget, self._chunk_tokens())
         self._prefill(kept, now)
         self._admit_kept(now)
-        if (self._credit > 0.0 or not self._promised) and draft.budget > 0:
+        is_idle = not draft.work  # the kept wait for something: a step without work would help nobody
+        if is_idle:
+            self._decode([s for s in leftovers if s.scheduled >= s.resume_at], now)
+        if (self._credit > 0.0 or not self._promised or is_idle) and draft.budget > 0:
             before = draft.prefill
             self._prefill(leftovers, now)
             self._admit_leftovers(now)
@@ -198,22 +203,27 @@ class Rota(BatchScheduler):
 
     def _admit_kept(self, now: float) -> None:
         """Let kept sequences in, soonest due first; for one whose turn it is, rotate out whoever is furthest ahead."""
+        backs_wait = False
         for sequence in list(islice(self._waiting, MAX_LOOKED_AT)):
             if not sequence.kept:
                 break
             if sequence.is_under_way:
                 continue
-            start_by = self._start_by(sequence) if sequence is not self._aged else now
             is_back = sequence.table is not None
+            if (is_back and backs_wait) or (not is_back and self._draft.budget <= 0):
+                continue
+            start_by = self._start_by(sequence) if sequence is not self._aged else now
             if is_back and start_by > now + 2 * self._step_s and not self._has_room(sequence):
+                backs_wait = True  # those behind it are in less of a hurry
                 continue
             if is_back and self._rotation is not None and self._rotation.backlog_s > 2 * self._step_s:
-                continue
-            if not is_back and self._draft.budget <= 0:
+                backs_wait = True
                 continue
             path = self._cached_path(sequence)
-            if sequence.table is None and self._kv.is_being_computed(sequence.tokens, sequence.salt, path):
-                continue
+            if sequence.table is None and self.prefix_aware:
+                if self._kv.is_being_computed(sequence.tokens, sequence.salt, path):
+                    continue
+                self._roster.prefill[sequence.row] = len(sequence.tokens) - len(path) * self._kv.page_size
             if not (self._free_slots and self._reserve(sequence, path)) and not (
                 self._displace(sequence, path, start_by - now, now) and self._reserve_anew(sequence)
             ):
@@ -293,11 +303,9 @@ class Rota(BatchScheduler):
         if self._rotation is None:
             return
         worth = now + max(0.0, slack) + TURNS * self._kv.num_blocks * self._block_s()
-        for due, victim in reversed(self._victims):
-            if due <= worth:
-                return
-            if victim.kept:
-                yield victim
+        due, victims = self._victims
+        ahead = int(np.searchsorted(-due, -worth))  # how many are due later than that
+        yield from (victim for victim in victims[:ahead] if victim is not None and victim.kept)
 
     def _block_s(self) -> float:
         return self._rotation.block_s if self._rotation is not None else 0.0
@@ -398,7 +406,9 @@ class Rota(BatchScheduler):
             self._aged = self._longest_waiting(rows, kept, now)
         if self._aged is not None:
             kept[self._aged.row] = True
-        for row in rows[kept[rows] != flags[rows]].tolist():
+        changed = rows[kept[rows] != flags[rows]]
+        changed = changed[np.argsort(~kept[changed], kind="stable")][:MAX_MARKED]  # who is kept now, first
+        for row in changed.tolist():
             sequence = sequences[row]
             assert sequence is not None
             sequence.kept = flags[row] = bool(kept[row])
@@ -424,9 +434,8 @@ class Rota(BatchScheduler):
         sequences = self._roster.sequences
         chosen = candidates[rows]
         mine, mine_due, mine_pace = rows[chosen], due[chosen], pace[chosen]
-        order = np.argsort(mine_due, kind="stable")
-        victims = [(float(mine_due[at]), sequences[mine[at]]) for at in order]
-        self._victims = [(at, s) for at, s in victims if s is not None]
+        order = np.argsort(-mine_due, kind="stable")
+        self._victims = mine_due[order], [sequences[row] for row in mine[order].tolist()]
         self._tightest = float(mine_pace.min()) if len(mine_pace) else math.inf
 
     def _rotate_out(self, sequence: Sequence, now: float) -> bool:

@@ -85,12 +85,10 @@ def triage(demand: Demand, supply: float = 1.0) -> Verdicts:
     flags[order] = kept
     streams, prefills = flags[:count] & flags[count:], flags[count:]
     kept = np.where(is_prefill, kept, streams[who])
-    loads = [
-        (float(work[kept & is_prefill].sum()) / h, float(work[kept & ~is_prefill].sum()) / h)
-        for h, work in zip(HORIZONS, works, strict=True)
-    ]
-    prefill_load, decode_load = (max(column) for column in zip(*loads, strict=True))
-    return Verdicts(prefills, streams, prefill_load, decode_load, max(a + b for a, b in loads))
+    asked = np.stack(works)
+    loads = asked @ np.stack([kept & is_prefill, kept & ~is_prefill], axis=1) / HORIZONS[:, None]
+    prefill_load, decode_load = loads.max(axis=0).tolist()
+    return Verdicts(prefills, streams, prefill_load, decode_load, float(loads.sum(axis=1).max()))
 
 
 def _price(demand: Demand) -> np.ndarray:

@@ -18,6 +18,7 @@ from superinfer.runtime.protocol import SamplingParams
 from superinfer.runtime.scheduler.base import Scheduler, SchedulerLimits
 from superinfer.runtime.scheduler.cost import CostError, StepCost, StepRates
 from superinfer.runtime.scheduler.registry import build_scheduler
+from superinfer.runtime.scheduler.rota import Rota
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate
 from superinfer.runtime.sim.executor import SimExecutor
 from superinfer.runtime.sim.hardware import HardwareProfile
@@ -35,7 +36,8 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The simulated engine. Defaults of the batch are vLLM's for a server on an H100-class GPU (8,192 and 1,024).
 
     kv_tokens: size of the KV pool; None: what the weights leave. dram_tokens: of a second tier behind the profile's
-    link; 0: none. depth: steps planned ahead of the results, as in the engine: 1 waits for each. The time `plan` itself
+    link; 0: none. prefix_aware: whether policy "rota" decides by what of a prompt is cached; off only to measure what
+    that is worth. depth: steps planned ahead of the results, as in the engine: 1 waits for each. The time `plan` itself
     takes is measured, not simulated.
     """
 
@@ -47,6 +49,7 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_tokens: int = 8192
     max_model_len: int = 131072
     prefix_cache: bool = True
+    prefix_aware: bool = True
     depth: int = 1
 
 
@@ -163,6 +166,8 @@ def simulate(jobs: Many[Job], profile: HardwareProfile, shape: ModelShape, confi
     kv = build_cache(num_blocks, tier.num_blocks if tier else 0, config.page_size, prefix_cache=config.prefix_cache)
     batch = SchedulerLimits(limits.num_slots, config.max_batch_tokens, limits.max_model_len)
     scheduler = build_scheduler(config.policy, kv, batch, StepCost(rates))
+    if isinstance(scheduler, Rota):
+        scheduler.prefix_aware = config.prefix_aware
     link = _link(profile, tier.block_bytes) if tier else None
     executor = SimExecutor(rates, limits, depth=config.depth, tier=tier, link=link)
     run = _Run(scheduler, executor, StepCost(rates))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from rotation_bench import Bench
 from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.protocol import Hints
 from superinfer.runtime.scheduler.base import SchedulerLimits
+from superinfer.runtime.scheduler.cost import StepCost, StepRates
 from superinfer.runtime.scheduler.plan import StepResult
 from superinfer.runtime.scheduler.registry import build_scheduler
 from superinfer.runtime.scheduler.sequence import Sequence, Status
@@ -59,6 +62,11 @@ shapes = st.fixed_dictionaries(
 )
 
 
+def dear_prefills() -> StepCost:
+    """A machine on which the bench's link, a millisecond a block, is always quicker than computing again."""
+    return StepCost(StepRates.unknown()._replace(token_s=0.01))
+
+
 def play(bench: Bench, work) -> list[Sequence]:
     sequences = []
     for prompt, max_tokens, pause, slo, expected in work:
@@ -72,7 +80,7 @@ def play(bench: Bench, work) -> list[Sequence]:
 @settings(max_examples=120, deadline=None)
 @given(jobs, shapes, st.sampled_from([0, 1, 8]))
 def test_everyone_ends_with_the_tokens_it_would_get_alone(work, shape, max_waits):
-    bench = Bench(policy="rota", **shape)
+    bench = Bench(policy="rota", cost=dear_prefills(), **shape)
     bench.scheduler._rotation.max_waits = max_waits
     sequences = play(bench, work)
     bench.run()
@@ -80,6 +88,20 @@ def test_everyone_ends_with_the_tokens_it_would_get_alone(work, shape, max_waits
     assert all(s.num_output == s.max_tokens for s in sequences)
     bench.check_all_given_back()
     assert not bench.scheduler._roster.live.any()
+
+
+def test_the_schedules_drawn_here_do_rotate():
+    rng, rotations = random.Random(0), 0
+    for seed in range(60):
+        bench = Bench(policy="rota", cost=dear_prefills(), blocks=10, dram=60, seed=seed, depth=2)
+        for _ in range(8):
+            slo = rng.choice([SLO(ttft=0.1, tbt=0.05), SLO(ttft=1.0, tbt=0.2), None])
+            bench.add([rng.randrange(4) for _ in range(rng.randrange(4, 20))], 12, slo=slo)
+            for _ in range(3):
+                bench.step()
+        bench.run()
+        rotations += bench.kv.totals.rotations_out
+    assert rotations > 100
 
 
 @settings(max_examples=100, deadline=None)
@@ -91,7 +113,7 @@ def test_everyone_ends_with_the_tokens_it_would_get_alone(work, shape, max_waits
     st.sets(st.integers(0, 25), max_size=2),
 )
 def test_failed_copies_failed_steps_and_cancels_disturb_no_other(work, shape, cancels, fails, failing_steps):
-    bench = Bench(policy="rota", **shape)
+    bench = Bench(policy="rota", cost=dear_prefills(), **shape)
     bench.executor.fails = fails
     sequences = play(bench, work)
     for turn in range(26):

@@ -10,7 +10,9 @@ import msgspec
 import pytest
 
 from superinfer.errors import InvalidRequestError, UnsupportedError
-from superinfer.runtime.engine.executor import ExecutorLimits
+from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
+from superinfer.runtime.kv.copies import BlockCopy
+from superinfer.runtime.kv.link import VirtualLink
 from superinfer.runtime.protocol import SamplingParams
 from superinfer.runtime.scheduler.cost import StepLoad, StepRates
 from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan
@@ -82,6 +84,41 @@ def test_promises_are_judged_and_requests_without_one_are_left_out():
     assert result.goodput == pytest.approx(1 / result.duration)
     silent = simulate([job(0.0, 100, 3)], H100, LLAMA, SimConfig())
     assert (silent.met, silent.ttft_met, silent.goodput) == (None, None, 0.0)
+
+
+def test_a_second_tier_moves_what_one_tier_would_compute_again():
+    jobs = make_jobs("lmsys", rate=40, duration=5, seed=4, slos=[(1.0, SLO(ttft=1.0, tbt=0.1))])
+    one, two = (
+        simulate(jobs, H100, LLAMA, SimConfig(policy="fcfs", kv_tokens=8192, dram_tokens=dram, max_batch_size=64))
+        for dram in (0, 65_536)
+    )
+    assert one.moved is None and one.preemptions > 0
+    moved = two.moved
+    assert two.preemptions == 0
+    assert moved.rotations_out == moved.rotations_in > 0
+    assert moved.bytes_in % (16 * LLAMA.kv_bytes_per_token) == 0 and moved.bytes_in > 0
+    assert moved.bytes_out >= moved.mirrored > 0
+    assert moved.gbps_out * 1e9 <= H100.link_out
+    assert 0 < moved.busy_out < 1 and moved.busy_both <= min(moved.busy_in, moved.busy_out)
+    assert 0 <= moved.stall_share < 0.2
+    assert max(sample.rotated for sample in two.residency) > 0
+
+
+def test_a_step_that_waits_for_a_copy_ends_later_by_what_the_link_takes():
+    limits, block = ExecutorLimits(8, 16, 4, 128, 100), 1000
+    link = VirtualLink(block, 1e6)  # a block takes 1 ms
+    executor = SimExecutor(RATES, limits, tier=TierLimits(8, block), link=link)
+    init = SlotInit(0, SamplingParams(), 0, (1,))
+    work = (SlotWork(0, 0, 1, (1,), (0,), True),)
+    copies = (BlockCopy(1, False, 0, 0), BlockCopy(2, True, 1, 1), BlockCopy(3, True, 2, 2))
+    executor.submit(StepPlan(1, work, (init,), copies=copies, waits=(1,)))
+    result = executor.collect()
+    compute_s = RATES.seconds(StepLoad(1, 0, 0, 1.0))
+    assert result.elapsed == pytest.approx(0.001 + compute_s)
+    assert result.link.stall_s == pytest.approx(0.001)
+    assert result.copied == [1, 2, 3]
+    with pytest.raises(RuntimeError, match="one tier only"):
+        SimExecutor(RATES, limits).submit(StepPlan(1, work, (init,), copies=copies))
 
 
 def test_shared_prompts_are_computed_once():

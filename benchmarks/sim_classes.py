@@ -1,0 +1,94 @@
+"""RotaSched, simulated on one H100: mixed classes, and prompts that share prefixes.
+
+Mixed: half the requests of an Azure trace are interactive (ttft 1 s, tbt 100 ms), half are a batch without a promise.
+Agents: 20 tenants with a system prompt of 2,000 tokens each, and Mooncake's conversations, with the scheduler's
+knowledge of prefixes on and off (the cache itself is on in both).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from record import write
+
+from superinfer.runtime.sim.hardware import profile_of
+from superinfer.runtime.sim.shapes import shape_of
+from superinfer.runtime.sim.simulate import SimConfig, SimResult, simulate
+from superinfer.runtime.sim.workload import Job, lognormal, make_jobs
+from superinfer.runtime.slo import SLO
+
+STREAM = SLO(ttft=1.0, tbt=0.1)
+H100, LLAMA = profile_of("h100-pcie5"), shape_of("llama-3-8b")
+KV_TOKENS, DRAM_TOKENS = 153_600, 524_288
+TENANTS, SYSTEM, PART = 20, 2000, 500
+
+
+def agents(rate: float, duration: float, seed: int) -> list[Job]:
+    """Requests of TENANTS, each its system prompt and up to PART tokens of its own; answers of 200 +- 150 tokens."""
+    rng = np.random.default_rng(seed)
+    times = np.cumsum(rng.exponential(1 / rate, int(rate * duration * 2)))
+    times = times[times < duration]
+    outputs = lognormal(rng, 200, 150, len(times))
+    jobs = []
+    for number, (at, output) in enumerate(zip(times, outputs, strict=True)):
+        tenant, own = int(rng.integers(TENANTS)), int(rng.integers(50, PART))
+        blocks = (*(tenant * 10 + part for part in range(SYSTEM // PART)), -1 - number)
+        jobs.append(Job(float(at), SYSTEM + own, int(output), blocks, PART, STREAM))
+    return jobs
+
+
+def run(jobs: list[Job], policy: str, **settings: Any) -> SimResult:
+    """On the H100 with both tiers."""
+    config = SimConfig(policy=policy, kv_tokens=KV_TOKENS, dram_tokens=DRAM_TOKENS, **settings)
+    return simulate(jobs, H100, LLAMA, config)
+
+
+def main() -> None:
+    """Simulate, print, write results/sim-classes.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("azure", type=Path)
+    parser.add_argument("mooncake", type=Path)
+    parser.add_argument("--mixed-rates", default="20,22")
+    parser.add_argument("--agent-rates", default="30,40,60")
+    parser.add_argument("--mooncake-rates", default="2,3")
+    parser.add_argument("--duration", type=float, default=60.0)
+    arguments = parser.parse_args()
+    mixed, shared = [], []
+    for rate in map(float, arguments.mixed_rates.split(",")):
+        jobs = make_jobs(
+            "azure", rate=rate, duration=arguments.duration, seed=0, trace=arguments.azure,
+            slos=[(0.5, STREAM), (0.5, SLO.batch())],
+        )  # fmt: skip
+        for policy in ("fcfs", "rota"):
+            result = run(jobs, policy)
+            row = {"rate": rate, "policy": policy, "interactive_met": result.met, "ttft_met": result.ttft_met}
+            mixed.append(row | {"tokens_per_s": result.tokens_per_s, "duration_s": result.duration})
+            print(mixed[-1], flush=True)
+    for name, rates in (("agents", arguments.agent_rates), ("mooncake", arguments.mooncake_rates)):
+        for rate in map(float, rates.split(",")):
+            if name == "agents":
+                jobs = agents(rate, arguments.duration, seed=0)
+            else:
+                jobs = make_jobs(
+                    "mooncake", rate=rate, duration=arguments.duration, seed=0, trace=arguments.mooncake,
+                    slos=[(1.0, SLO(ttft=5.0, tbt=0.1))],
+                )  # fmt: skip
+            for policy, aware in (("rota", True), ("rota", False), ("fcfs", True)):
+                result = run(jobs, policy, prefix_aware=aware)
+                row = {"workload": name, "rate": rate, "policy": policy, "prefix_aware": aware, "met": result.met}
+                shared.append(row | {"goodput": result.goodput, "cached": result.cached, "ttft_met": result.ttft_met})
+                print(shared[-1], flush=True)
+    out = write(
+        "sim-classes",
+        f"python benchmarks/sim_classes.py azure_conv_2023.csv mooncake_conversation.jsonl --mixed-rates "
+        f"{arguments.mixed_rates} --agent-rates {arguments.agent_rates} --mooncake-rates {arguments.mooncake_rates}",
+        {"simulated": True, "hardware": H100.name, "model": LLAMA.name, "mixed": mixed, "shared_prefixes": shared},
+    )
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()
