@@ -265,8 +265,8 @@ class AsyncEngineClient:
     def _send_soon(self, message: protocol.Message) -> None:
         """Send without waiting. The send queue has no limit, so this cannot block; a dead link needs no message."""
         if self._dead is None:
-            # By the asyncio socket, which looks for what arrived meanwhile: sending takes in the signal that tells of it.
-            sent = self._socket.send(protocol.encode(message), zmq.NOBLOCK)
+            # By the asyncio socket, which then looks for what has arrived: sending takes in the signal that tells so.
+            sent: Any = self._socket.send(protocol.encode(message), zmq.NOBLOCK)
             sent.add_done_callback(lambda future: future.exception())
 
     @contextlib.asynccontextmanager

@@ -42,11 +42,11 @@ class LoadCost:
         """A step of `plan_tokens` tokens, `decodes` of them decodes, with so many copies in and out, is done."""
         if plan_tokens - decodes > decodes:  # mostly prefill: its time is that of the tokens
             self.token_s = _smooth(self.token_s, max(0.0, result.elapsed - result.link.stall_s) / plan_tokens)
-        if blocks_in and result.link.in_s:
+        if blocks_in and result.link.in_s > 0:
             before = self.block_s if self._has_loaded else None
             self.block_s = _smooth(before, result.link.in_s / blocks_in)
             self._has_loaded = True
-        elif blocks_out and result.link.out_s and not self._has_loaded:
+        elif blocks_out and result.link.out_s > 0 and not self._has_loaded:
             self.block_s = _smooth(self.block_s, result.link.out_s / blocks_out)
 
     def loads(self, blocks: int, tokens: int, queued: int) -> bool:

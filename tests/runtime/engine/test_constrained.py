@@ -210,8 +210,8 @@ def test_a_grammar_that_hangs_the_compiler_is_given_up_and_others_are_compiled(e
     assert re.fullmatch(PHONE.source, served.text)
 
 
-def test_a_checkpoint_without_a_tokenizer_says_so(random_llama):
-    compiler = GrammarCompiler(str(random_llama), 512, (2,))
+def test_a_checkpoint_without_a_tokenizer_says_so(tmp_path):
+    compiler = GrammarCompiler(str(tmp_path), 512, (2,))
     with pytest.raises(InvalidRequestError, match="tokenizer"):
         compiler.request(PHONE).result(60)
     compiler.close()
