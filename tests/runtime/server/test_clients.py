@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import openai
 import pytest
 from pydantic import BaseModel
 
@@ -45,24 +44,26 @@ def weather(city: str) -> str:
     return f"It rains in {city}."
 
 
-PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+# The embedded model was not trained on the form of a demanded call: in a string without an end it would go on for ever.
+CITY = {"type": "string", "maxLength": 12}
+PARAMETERS = {"type": "object", "properties": {"city": CITY}, "required": ["city"], "additionalProperties": False}
 TOOL: Any = {
     "type": "function",
     "function": {"name": "weather", "description": "The weather in a city.", "parameters": PARAMETERS},
 }
 
 
-class City(BaseModel):
+PERSON_TEXT = "Ann Lee is 34 years old.\n\nExtract name and age as JSON."
+
+
+class Person(BaseModel):
     """A structured answer."""
 
     name: str
+    age: int
 
 
-def needs_grammar(error: Exception) -> None:
-    """Skips where the engine says that it constrains nothing; anything else is a failure."""
-    if "takes no grammar" in str(error):
-        pytest.skip("this engine takes no grammar")
-    raise error
+ANN = Person(name="Ann Lee", age=34)
 
 
 def test_openai_calls_a_tool_and_uses_its_answer(chatty: Any) -> None:
@@ -118,14 +119,10 @@ def test_openai_responses_calls_a_tool(chatty: Any) -> None:
 
 def test_openai_parses_structured_output(chatty: Any) -> None:
     with chatty.openai() as client:
-        ask: Any = {"model": MODEL, "messages": [{"role": "user", "content": "Name a city."}], "max_tokens": 200}
-        try:
-            parsed = client.chat.completions.parse(**ask, response_format=City).choices[0].message.parsed
-            assert isinstance(parsed, City)
-        except openai.BadRequestError as error:
-            needs_grammar(error)
-        except openai.LengthFinishReasonError:
-            pass  # a JSON string may be as long as the model likes
+        ask: Any = {"model": MODEL, "messages": [{"role": "user", "content": PERSON_TEXT}], "temperature": 0}
+        assert client.chat.completions.parse(**ask, response_format=Person).choices[0].message.parsed == ANN
+        answer = client.chat.completions.create(**ask, response_format={"type": "json_object"}, max_tokens=60)
+        assert json.loads(answer.choices[0].message.content) == {"name": "Ann Lee", "age": 34}
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
@@ -137,35 +134,27 @@ def test_a_tool_call_can_be_demanded(chatty: Any, choice: Any, stream: bool) -> 
             "messages": [{"role": "user", "content": QUESTION}],
             "tools": [TOOL],
             "tool_choice": choice,
+            "parallel_tool_calls": False,  # nor does it know when a list of calls is long enough
             "temperature": 0,
             "max_tokens": 300,
         }
-        try:
-            if not stream:
-                answer = client.chat.completions.create(**ask)
-                calls = [(call.function.name, call.function.arguments) for call in answer.choices[0].message.tool_calls]
-            else:
-                with client.chat.completions.stream(**ask) as events:
-                    answer = events.get_final_completion()
-                calls = [(call.function.name, call.function.arguments) for call in answer.choices[0].message.tool_calls]
-        except openai.BadRequestError as error:
-            needs_grammar(error)
-        except openai.LengthFinishReasonError:
-            return
-        assert calls and calls[0][0] == "weather"
-        if answer.choices[0].finish_reason != "length":
-            assert set(json.loads(calls[0][1])) == {"city"}
+        if not stream:
+            answer = client.chat.completions.create(**ask)
+        else:
+            with client.chat.completions.stream(**ask) as events:
+                answer = events.get_final_completion()
+        calls = [
+            (call.function.name, json.loads(call.function.arguments)) for call in answer.choices[0].message.tool_calls
+        ]
+        assert calls[0][0] == "weather" and set(calls[0][1]) == {"city"}
 
 
 def test_logit_bias_reaches_the_engine(chatty: Any) -> None:
     with chatty.openai() as client:
         ask: Any = {"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}], "temperature": 0}
-        try:
-            answer = client.chat.completions.create(**ask, max_tokens=5, logit_bias={"300": 100})
-            plain = client.chat.completions.create(**ask, max_tokens=5)
-            assert answer.choices[0].message.content != plain.choices[0].message.content
-        except openai.BadRequestError as error:
-            needs_grammar(error)
+        answer = client.chat.completions.create(**ask, max_tokens=5, logit_bias={"300": 100})
+        plain = client.chat.completions.create(**ask, max_tokens=5)
+        assert answer.choices[0].message.content != plain.choices[0].message.content
 
 
 def test_langchain_invokes_streams_and_binds_tools(chatty: Any, key: str) -> None:
@@ -239,13 +228,8 @@ def test_instructor_gets_a_model(chatty: Any, key: str) -> None:
     instructor = pytest.importorskip("instructor")
     with chatty.openai() as client:
         patched = instructor.from_openai(client, mode=instructor.Mode.JSON_SCHEMA)
-        try:
-            city = patched.chat.completions.create(
-                model=MODEL, messages=[{"role": "user", "content": "Name a city."}], response_model=City, max_retries=1,
-                max_tokens=200,
-            )  # fmt: skip
-            assert isinstance(city, City)
-        except Exception as error:
-            if "length" in str(error).lower() or "incomplete" in str(error).lower():
-                return  # a JSON string may be as long as the model likes
-            needs_grammar(error)
+        messages: Any = [{"role": "user", "content": PERSON_TEXT}]
+        answer = patched.chat.completions.create(
+            model=MODEL, messages=messages, response_model=Person, max_retries=1, temperature=0, max_tokens=60
+        )
+        assert answer.model_dump() == ANN.model_dump()  # it is of a class that instructor derives
