@@ -68,8 +68,9 @@ class Rotation:
         self.kv = kv
         link = kv.link
         self.cost = LoadCost(link.block_in_s if link is not None else None)
-        self.max_waits = link.max_waits if link is not None else MAX_WAITS
-        self.mirror_blocks = link.mirror_blocks if link is not None else MIRROR_BLOCKS
+        # A fast link allows more. A slow one is bounded by time, in `can_wait` and `copies_of_plan`, not by number.
+        self.max_waits = max(MAX_WAITS, link.max_waits if link is not None else 0)
+        self.mirror_blocks = max(MIRROR_BLOCKS, link.mirror_blocks if link is not None else 0)
         self._oldest, self._oldest_since, self._stuck_s = 0, 0.0, 0.0
         self._link = LinkUse()
         self._sizes: dict[int, tuple[int, int]] = {}  # by step under way: tokens, decodes
