@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 from paged_batches import dense_answer, make_batch  # noqa: E402
 
-from superinfer.kernels import activation, filters, fused, norm, rope, sampling  # noqa: E402
+from superinfer.kernels import activation, filters, fused, host_memory, norm, rope, sampling  # noqa: E402
 from superinfer.kernels.paged import TorchAttention  # noqa: E402
 from superinfer.kernels.paged_triton import TritonAttention  # noqa: E402
 
@@ -116,6 +116,25 @@ def test_filters_find_the_threshold_that_a_sort_finds():
     top_p = torch.tensor([0.9, 1.0, 1.0, 0.5, 0.99, 0.3, 0.7, 0.8, 1.0], dtype=torch.float64)
     min_p = torch.tensor([0, 0, 0.1, 0, 0, 0, 0.02, 0, 0], dtype=torch.float64)
     expected = sampling.filter_threshold(scaled, scaled.exp().double(), top_k, top_p, min_p)
-    found = filters.filter_threshold(*(x.to(DEVICE) for x in (scaled, top_k, top_p, min_p))).cpu()
+    columns = torch.stack((top_p, min_p), dim=1).to(DEVICE)  # as the sampler has them: columns of one tensor
+    found = filters.filter_threshold(scaled.to(DEVICE), top_k.to(DEVICE), columns[:, 0], columns[:, 1]).cpu()
     kept, wanted = scaled >= found[:, None], scaled >= expected[:, None]
     assert torch.equal(kept, wanted), (kept.sum(1), wanted.sum(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, torch.float32])
+@pytest.mark.parametrize("count", [0, 1, 513, 4096])
+def test_small_copies_take_every_byte_and_no_other(dtype, count):
+    torch.manual_seed(4)
+    source = torch.randint(0, 100, (count + 2,)).to(dtype)
+    if CUDA:
+        source = source.pin_memory()
+    target = torch.full((count + 2,), 101, dtype=dtype, device=DEVICE)
+    host_memory.copy(target[1 : count + 1], source[1 : count + 1])
+    assert torch.equal(target[1 : count + 1].cpu(), source[1 : count + 1])
+    assert target[[0, -1]].tolist() == [101, 101]
+
+
+def test_a_small_copy_between_different_sizes_is_refused():
+    with pytest.raises(ValueError, match="8 bytes do not fit 4 bytes"):
+        host_memory.copy(torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from superinfer.kernels import filters, fused, fused_moe, paged_triton
+from superinfer.kernels import filters, fused, fused_moe, host_memory, paged_triton
 
 INT = "i32"
 # What one block of threads may have, A100 and H100: CUDA's programming guide, "Compute Capabilities".
@@ -38,7 +38,8 @@ def kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     paged = {**pointers(kind, "q", "kv", "out"), "scale": "fp32"}
     paged |= pointers(INT, "qo_indptr", "kv_indptr", "kv_indices", "last_page_len")
     paged |= numbers("window", "page", "block_step", "value_step", "offset_step")
-    chosen = {**pointers("fp32", "scaled", "out"), "top_k": "*i64", "top_p": "*fp64", **numbers("vocab")}
+    chosen = {**pointers("fp32", "scaled", "out"), "top_k": "*i64", "top_p": "*fp64"}
+    chosen |= numbers("vocab", "top_k_step", "top_p_step")
     return [
         (fused._rms_norm, norm, dict(ADD=True, BLOCK=4096)),
         (fused._rms_norm, norm, dict(ADD=False, BLOCK=128)),
@@ -46,6 +47,7 @@ def kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
         (fused._rope_and_store, rope, dict(heads, HALF_2=64)),
         (paged_triton._paged_attention, paged, dict(heads, DIM_2=128, QUERIES=4, KEYS=32)),
         (paged_triton._paged_attention, paged, dict(heads, DIM_2=128, QUERIES=16, KEYS=32)),
+        (host_memory._copy_words, {**pointers("i64", "dst", "src"), **numbers("count")}, dict(BLOCK=512)),
         (filters._filter_threshold, chosen, dict(INFINITY=filters.INFINITY_BITS, BLOCK=4096)),
     ]
 

@@ -22,9 +22,13 @@ log = logging.getLogger("superinfer.engine")
 class Constraints:
     """One matcher for each slot whose request has a grammar."""
 
-    def __init__(self, slots: int, device: torch.device, grammars: GrammarCompiler) -> None:
+    def __init__(
+        self, slots: int, device: torch.device, grammars: GrammarCompiler, send: Callable[[np.ndarray], torch.Tensor]
+    ) -> None:
+        """send: an array to the device, before the work that comes next."""
         self._grammars = grammars
         self._device = device
+        self._send = send
         self._slots = slots
         self._matchers: dict[int, xgrammar.GrammarMatcher] = {}
         self._bitmask: torch.Tensor | None = None  # [slots, vocab / 32] int32, on the host
@@ -61,8 +65,8 @@ class Constraints:
         self._batch.batch_fill_next_token_bitmask(matchers, self._bitmask, indices)
         used = self._bitmask[: indices[-1] + 1]
         _let_dead_ends_end(used.numpy(), at)
-        if self._device.type == "cuda":  # pinned anew each step: the copy before may still be under way
-            used = used.pin_memory().to(self._device, non_blocking=True)
+        if self._device.type == "cuda":
+            used = self._send(used.numpy())
         xgrammar.apply_token_bitmask_inplace(logits, used, indices=indices)
 
     def sampled(self, slots: np.ndarray, rows: np.ndarray, read: Callable[[], list[int]]) -> None:

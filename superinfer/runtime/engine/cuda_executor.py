@@ -19,8 +19,10 @@ from superinfer.kernels.sampling import token_logprobs
 from superinfer.runtime.engine.cuda_batch import ChunkBatch, DecodeBatch, decode_buckets
 from superinfer.runtime.engine.executor import Duplex, ExecutorLimits, TierLimits
 from superinfer.runtime.engine.grammar import GrammarCompiler
-from superinfer.runtime.engine.readback import Marker, Pending
+from superinfer.runtime.engine.marker import Marker
+from superinfer.runtime.engine.readback import Pending
 from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
+from superinfer.runtime.engine.staging import HostStage
 from superinfer.runtime.engine.step_inputs import BlockTables
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import Progress
@@ -109,7 +111,9 @@ class CudaExecutor:
         self._decodes = DecodeBatch(limits, self._tables, self._device)
         self._chunks = ChunkBatch(limits, max_batch_tokens, self._tables, self._device)
         self.grammars = GrammarCompiler(path, config.vocab_size, config.eos_token_ids)
-        self._sampling = SamplingState(limits.num_slots, config.vocab_size, self._device, self.grammars)
+        self._stage = HostStage(self._device)
+        self._to_device = self._stage.to_device
+        self._sampling = SamplingState(limits.num_slots, config.vocab_size, self._device, self.grammars, self._stage)
         # One slot more than there are: padding rows take their token there.
         self._last_tokens = torch.zeros(limits.num_slots + 1, dtype=torch.int64, device=self._device)
         # Shared by all buckets: of their own, they would keep 1 GB for a vocabulary of 128,000.
@@ -163,6 +167,7 @@ class CudaExecutor:
 
     def _start(self, plan: StepPlan) -> Pending:
         pending = Pending(plan.step, Marker(self._device), Marker(self._device))
+        self._stage.next_step()
         if self._duplex is not None:
             self._duplex.start(plan.copies, plan.waits)
         pending.begun.record()
@@ -284,12 +289,6 @@ class CudaExecutor:
 
     def _attention(self, places: torch.Tensor, calls: list[tuple[int, AttentionCall]]) -> SplitAttention:
         return SplitAttention(self._views, places, self._model.config.num_kv_heads, calls)
-
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self._device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
 
     # ------------------------------------------------------------------ graphs
 
