@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 from paged_batches import dense_answer, make_batch  # noqa: E402
 
-from superinfer.kernels import activation, filters, fused, host_memory, norm, rope, sampling  # noqa: E402
+from superinfer.kernels import activation, filters, fused, host_memory, norm, rope, sampling, skinny  # noqa: E402
 from superinfer.kernels.paged import TorchAttention  # noqa: E402
 from superinfer.kernels.paged_triton import TritonAttention  # noqa: E402
 
@@ -138,3 +138,43 @@ def test_small_copies_take_every_byte_and_no_other(dtype, count):
 def test_a_small_copy_between_different_sizes_is_refused():
     with pytest.raises(ValueError, match="8 bytes do not fit 4 bytes"):
         host_memory.copy(torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("parts,depth", [(1, 128), (2, 64)])
+def test_parts_of_a_product_add_up_to_it(rows, parts, depth):
+    torch.manual_seed(5)
+    x, weight = randn(rows, 256, dtype=HALF), randn(128, 256, dtype=HALF)
+    found = skinny.run(x, weight, skinny.Tiles(16, 64, depth, parts, 2, 4))
+    assert found.shape == (parts, rows, 128) and found.dtype == torch.float32
+    torch.testing.assert_close(found.sum(0).cpu(), x.cpu().float() @ weight.cpu().float().T, rtol=1e-3, atol=1e-3)
+
+
+def test_tiles_give_every_multiprocessor_its_share_and_leave_other_products_to_cublas():
+    for rows, outputs, depth in ((1, 4096, 4096), (16, 6144, 4096), (33, 4096, 14336), (64, 4096, 4096)):
+        tiles = skinny.choose_tiles(rows, outputs, depth, 132)
+        assert tiles is not None and tiles.rows >= rows and depth % (tiles.parts * tiles.depth) == 0
+        programs = outputs // tiles.columns * tiles.parts
+        assert -(-programs // 132) * 132 / programs <= skinny.EVEN
+    for rows, outputs, depth in ((65, 4096, 4096), (1, 28672, 4096), (1, 4100, 4096), (1, 512, 4096), (1, 4096, 100)):
+        assert skinny.choose_tiles(rows, outputs, depth, 132) is None
+
+
+def test_a_norm_and_a_rotation_of_parts_equal_those_of_their_sum():
+    torch.manual_seed(6)
+    parts = randn(3, 4, 64)
+    whole = parts.sum(0).to(HALF)
+    residual, weight, floor = randn(4, 64, dtype=HALF), randn(64, dtype=HALF), torch.tensor(1e-3, device=DEVICE)
+    expected = fused.add_rms_norm(whole, residual.clone(), weight, floor)
+    found = fused.add_rms_norm(parts, residual.clone(), weight, floor)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)
+
+    qkv = randn(2, 4, 6, 16)
+    cos, sin = randn(4, 1, 16, dtype=HALF), randn(4, 1, 16, dtype=HALF)
+    places = torch.arange(4, dtype=torch.int32, device=DEVICE)
+    caches = [torch.zeros(1, 2, 16, 1, 16, dtype=HALF, device=DEVICE) for _ in range(2)]
+    found = fused.rope_and_store(qkv, cos, sin, places, caches[0], 1)
+    expected = fused.rope_and_store(qkv.sum(0).to(HALF), cos, sin, places, caches[1], 1)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(*caches, rtol=2e-3, atol=2e-3)

@@ -107,6 +107,8 @@ class _NoAttention:
     ) -> torch.Tensor:
         """See AttentionBackend."""
         kv_heads = self._kv_heads
+        if qkv.dim() == 4:  # in parts
+            qkv = qkv.sum(0).to(cos.dtype)
         return qkv[:, : qkv.shape[1] - 2 * kv_heads].flatten(1)
 
     def __init__(self, kv_heads: int) -> None:
