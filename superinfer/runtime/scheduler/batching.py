@@ -7,142 +7,24 @@ tier it gives them up to that: see docs/duplexkv.md.
 
 from __future__ import annotations
 
-import heapq
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from itertools import islice
 
-from superinfer.runtime.config import Admission
-from superinfer.runtime.kv.cache import KVCache, Node
+from superinfer.runtime.kv.cache import Node
 from superinfer.runtime.kv.copies import BlockCopy
-from superinfer.runtime.kv.duplex import DuplexCache
 from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler import stages
-from superinfer.runtime.scheduler.base import SchedulerCounts, SchedulerLimits
-from superinfer.runtime.scheduler.cost import StepCost, StepLoad, StepRates
+from superinfer.runtime.scheduler.draft import Draft
+from superinfer.runtime.scheduler.places import Places
 from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan, StepResult
-from superinfer.runtime.scheduler.queue import WaitingQueue
-from superinfer.runtime.scheduler.rotation import Rotation
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
 
 # Waiting sequences looked at in one step: a long queue behind one prefix that is being computed costs no more.
 MAX_LOOKED_AT = 256
 
 
-@dataclass(slots=True)
-class Draft:
-    """A plan being made. budget: tokens left. waits: copies its work depends on; `patient`: however many they are.
-
-    decodes, kv_read, prefill, pairs: what its work comes to, as in a `StepLoad`.
-    """
-
-    budget: int
-    decodes: int = 0
-    kv_read: int = 0
-    prefill: int = 0
-    pairs: float = 0.0
-    work: dict[Sequence, SlotWork] = field(default_factory=dict)
-    init: list[SlotInit] = field(default_factory=list)
-    waits: set[int] = field(default_factory=set)
-    preempted: bool = False
-    patient: bool = False
-
-    @property
-    def load(self) -> StepLoad:
-        """What the work comes to."""
-        return StepLoad(self.prefill + self.decodes, self.decodes, self.kv_read, self.pairs)
-
-    def count(self, item: SlotWork, sign: int = 1) -> None:
-        """Count a prefill chunk's or a decode's load in, or out with -1."""
-        if item.tokens:
-            self.prefill += sign * item.length
-            self.kv_read += sign * item.start
-            self.pairs += sign * item.length * (item.start + (item.length + 1) / 2)
-        else:
-            self.decodes += sign
-            self.kv_read += sign * (item.start + 1)
-
-
-class BatchScheduler(ABC):
-    """Implements `Scheduler` for policies that are an order. Owns the KV bookkeeping."""
-
-    name = ""
-    admission: Admission = "accept"
-
-    def __init__(self, kv: KVCache, limits: SchedulerLimits, cost: StepCost | None = None) -> None:
-        self.cost = cost if cost is not None else StepCost(StepRates.unknown())
-        self._kv = kv
-        self._rotation = Rotation(kv) if isinstance(kv, DuplexCache) else None
-        self._draft = Draft(0)
-        self._limits = limits
-        self._waiting = WaitingQueue()
-        self._running: list[Sequence] = []
-        self._free_slots = list(range(limits.num_slots - 1, -1, -1))
-        self._freed: list[int] = []
-        self._deadlines: list[tuple[float, int, Sequence]] = []
-        self._planned: dict[int, list[tuple[Sequence, SlotWork]]] = {}
-        self._loads: dict[int, StepLoad] = {}
-        self._step = 0
-        self._preemptions = 0
-
-    @abstractmethod
-    def rank(self, sequence: Sequence, now: float) -> tuple[float, ...]:
-        """Sort key: smaller is served first, let in first, and preempted last.
-
-        A waiting sequence keeps the key it had when it began to wait: time must move all keys alike.
-        """
-
-    # ------------------------------------------------------------------ requests come and go
-
-    def add(self, sequence: Sequence) -> None:
-        """See Scheduler.add."""
-        self._waiting.add(sequence, self.rank(sequence, sequence.arrival))
-        slo = sequence.slo
-        if slo is not None and slo.deadline is not None and slo.on_miss != "finish":
-            heapq.heappush(self._deadlines, (sequence.arrival + slo.deadline, sequence.id, sequence))
-            self._prune_deadlines()
-
-    def overload(self, sequence: Sequence, now: float) -> float | None:
-        """See Scheduler.overload. A policy that foresees nothing takes all."""
-        return None
-
-    def cancel(self, sequence: Sequence, now: float) -> SequenceUpdate | None:
-        """See Scheduler.cancel."""
-        if sequence.status is Status.FINISHED:
-            return None
-        self._finish(sequence, "cancelled", now)
-        return SequenceUpdate(sequence, [], None, "cancelled")
-
-    def expire(self, now: float) -> list[SequenceUpdate]:
-        """See Scheduler.expire."""
-        updates = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            sequence = heapq.heappop(self._deadlines)[2]
-            if sequence.status is not Status.FINISHED:
-                self._finish(sequence, "deadline", now)
-                updates.append(SequenceUpdate(sequence, [], None, "deadline"))
-        return updates
-
-    def _prune_deadlines(self) -> None:
-        """Forget finished sequences whose deadline is far away, once they outnumber the live ones."""
-        if len(self._deadlines) > 64 + 2 * (len(self._running) + len(self._waiting)):
-            self._deadlines = [entry for entry in self._deadlines if entry[2].status is not Status.FINISHED]
-            heapq.heapify(self._deadlines)
-
-    def counts(self) -> SchedulerCounts:
-        """See Scheduler.counts."""
-        kv = self._kv
-        return SchedulerCounts(
-            len(self._running),
-            len(self._waiting),
-            self._preemptions,
-            kv.num_blocks,
-            kv.num_free,
-            kv.num_cached,
-            self._rotation.gauges() if self._rotation is not None else None,
-            sum(sequence.table is not None for sequence in self._waiting) if self._rotation is not None else 0,
-        )
+class BatchScheduler(Places):
+    """Implements `Scheduler` for policies that are an order."""
 
     # ------------------------------------------------------------------ plan
 
@@ -187,7 +69,7 @@ class BatchScheduler(ABC):
                 self._decode([sequence] if not sequence.is_prefilling else [], now)
                 self._continue(sequence, now)
 
-    def _make_room(self, now: float) -> None:  # noqa: B027 - most policies do nothing here
+    def _make_room(self, now: float) -> None:
         """For policies that rotate by choice: called before each plan."""
 
     def _finish_plan(self, draft: Draft) -> StepPlan | None:
@@ -451,91 +333,3 @@ class BatchScheduler(ABC):
                 self._finish(sequence, None, now)
                 lost.append(sequence)
         return lost
-
-    # ------------------------------------------------------------------ places given up
-
-    def _finish(self, sequence: Sequence, reason: FinishReason | None, now: float) -> None:
-        if sequence.status is Status.RUNNING:
-            self._leave_slot(sequence)
-        else:
-            self._waiting.remove(sequence)
-        if sequence.table is not None:
-            self._drop_table(sequence)
-        sequence.status = Status.FINISHED
-        sequence.finish_reason = reason
-        sequence.finished_at = now
-        sequence.stages.end(now)
-
-    def _preempt(self, sequence: Sequence, now: float) -> None:
-        """Room is needed: the sequence gives up its slot and blocks, to the second tier if there is room."""
-        self._draft.preempted = True
-        self._undraft(sequence)
-        if self._rotate_out(sequence, now):
-            return
-        self._preemptions += 1
-        sequence.preemptions += 1
-        self._leave_slot(sequence)
-        self._drop_table(sequence)
-        self._wait_again(sequence, now, stages.PREEMPTED)
-
-    def _rotate_out(self, sequence: Sequence, now: float) -> bool:
-        """The sequence's KV goes to the second tier; False when there is none, or it is full."""
-        if self._rotation is None or sequence.table is None:
-            return False
-        if not self._rotation.kv.park(sequence.table, sequence.scheduled):
-            return False
-        sequence.rotations += 1
-        self._leave_slot(sequence)
-        self._wait_again(sequence, now, stages.ROTATED)
-        return True
-
-    def _undraft(self, sequence: Sequence) -> None:
-        """Take back what the plan being made has for this sequence."""
-        item = self._draft.work.pop(sequence, None)
-        if item is not None:
-            sequence.scheduled = item.start
-            sequence.in_flight -= item.sample
-            assert sequence.table is not None
-            sequence.table.sent -= len(item.new_blocks)
-            self._draft.count(item, -1)
-            self._draft.budget += item.length
-
-    def _drop_broken(self, now: float) -> None:
-        """A copy failed: who holds what is lost starts again, and what it has under way is not believed."""
-        for sequence in [*self._running, *self._waiting]:
-            if sequence.table is None or not self._rotation or not self._rotation.is_lost(sequence.table):
-                continue
-            for items in self._planned.values():
-                sequence.in_flight -= sum(work.sample for s, work in items if s is sequence)
-                items[:] = [(s, work) for s, work in items if s is not sequence]
-            self._preemptions += 1
-            sequence.preemptions += 1
-            self._drop_table(sequence)
-            if sequence.status is Status.RUNNING:
-                self._leave_slot(sequence)
-                self._wait_again(sequence, now, stages.PREEMPTED)
-            sequence.stages.enter(stages.PREEMPTED, now)
-
-    def _wait_again(self, sequence: Sequence, now: float, stage: str) -> None:
-        sequence.stages.enter(stage, now)
-        sequence.status = Status.WAITING
-        sequence.preempted_at = now
-        self._waiting.add(sequence, self.rank(sequence, now))
-
-    def _leave_slot(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
-        self._free_slots.append(sequence.slot)
-        if any(init.slot == sequence.slot for init in self._draft.init):  # never given to the executor
-            self._draft.init = [init for init in self._draft.init if init.slot != sequence.slot]
-        else:
-            self._freed.append(sequence.slot)
-        sequence.slot = -1
-
-    def _drop_table(self, sequence: Sequence) -> None:
-        """Its KV is given up. What chunks under way compute is no part of the table it will have next."""
-        assert sequence.table is not None
-        for items in self._planned.values():
-            items[:] = [(s, work) for s, work in items if s is not sequence or work.sample]
-        self._kv.release(sequence.table)
-        sequence.table = None
-        sequence.scheduled = sequence.committed = 0
