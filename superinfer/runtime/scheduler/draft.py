@@ -41,3 +41,9 @@ class Draft:
         else:
             self.decodes += sign
             self.kv_read += sign * (item.start + 1)
+
+    def count_decodes(self, count: int, kv_read: int) -> None:
+        """Count `count` decodes in, that read so many cached positions, their own included."""
+        self.budget -= count
+        self.decodes += count
+        self.kv_read += kv_read

@@ -40,7 +40,8 @@ class Places(ABC):
         self._free_slots = list(range(limits.num_slots - 1, -1, -1))
         self._freed: list[int] = []
         self._deadlines: list[tuple[float, int, Sequence]] = []
-        self._planned: dict[int, list[tuple[Sequence, SlotWork]]] = {}
+        self._planned: dict[int, dict[Sequence, SlotWork]] = {}
+        self._copy_waiting: list[Sequence] = []  # running, without work in the last plan for want of copies
         self._loads: dict[int, StepLoad] = {}
         self._step = 0
         self._preemptions = 0
@@ -156,9 +157,9 @@ class Places(ABC):
         for sequence in [*self._running, *self._waiting]:
             if sequence.table is None or not self._rotation or not self._rotation.is_lost(sequence.table):
                 continue
-            for items in self._planned.values():
-                sequence.in_flight -= sum(work.sample for s, work in items if s is sequence)
-                items[:] = [(s, work) for s, work in items if s is not sequence]
+            for works in self._planned.values():
+                work = works.pop(sequence, None)
+                sequence.in_flight -= work is not None and work.sample
             self._preemptions += 1
             sequence.preemptions += 1
             self._drop_table(sequence)
@@ -185,8 +186,10 @@ class Places(ABC):
     def _drop_table(self, sequence: Sequence) -> None:
         """Its KV is given up. What chunks under way compute is no part of the table it will have next."""
         assert sequence.table is not None
-        for items in self._planned.values():
-            items[:] = [(s, work) for s, work in items if s is not sequence or work.sample]
+        for works in self._planned.values():
+            work = works.get(sequence)
+            if work is not None and not work.sample:
+                del works[sequence]
         self._kv.release(sequence.table)
         sequence.table = None
         sequence.scheduled = sequence.committed = 0

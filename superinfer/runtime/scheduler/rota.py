@@ -126,17 +126,17 @@ class Rota(BatchScheduler):
         draft = self._draft = Draft(self._limits.max_batch_tokens)
         kept = [s for s in self._running if s.kept]
         leftovers = [s for s in self._running if not s.kept]
-        self._decode([s for s in kept if s.scheduled >= s.resume_at], now)
+        prefills = self._decode(kept, now)
         if self._credit > 0.0 or not self._standing.promised:
             before = self._seconds()
-            self._decode([s for s in leftovers if s.scheduled >= s.resume_at], now)
+            self._decode(leftovers, now)
             self._credit -= self._seconds() - before
         draft.budget = min(draft.budget, self._chunk_tokens())
-        self._prefill(kept, now)
+        self._prefill(prefills, now)
         self._admit_kept(now)
         is_idle = not draft.work  # the kept wait for something: a step without work would help nobody
         if is_idle:
-            self._decode([s for s in leftovers if s.scheduled >= s.resume_at], now)
+            self._decode(leftovers, now)
         if (self._credit > 0.0 or not self._standing.promised or is_idle) and draft.budget > 0:
             before = draft.prefill
             self._prefill(leftovers, now)
@@ -145,7 +145,7 @@ class Rota(BatchScheduler):
         if not draft.work and self._rotation is not None:
             self._wait_with_first(now)
         self._draft = Draft(0)
-        return self._finish_plan(draft)
+        return self._finish_plan(draft, now)
 
     def _prefill(self, running: list[Sequence], now: float) -> None:
         prefills = [s for s in running if s.scheduled < s.resume_at]

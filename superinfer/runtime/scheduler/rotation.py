@@ -10,7 +10,7 @@ from superinfer.runtime.kv.copies import BlockCopy, LinkUse
 from superinfer.runtime.kv.duplex import DuplexCache
 from superinfer.runtime.kv.tiers import TierNode
 from superinfer.runtime.scheduler.base import TierGauges
-from superinfer.runtime.scheduler.plan import StepPlan, StepResult
+from superinfer.runtime.scheduler.plan import StepResult
 
 # Both are for where the link has no profile; it has its own of the same meaning (kv/link_profile.py).
 # Copies a step may wait for: 8 blocks of 2 MiB are 0.3 ms of PCIe 5, 3 % of a step of 10 ms. Who needs more sits out.
@@ -121,9 +121,9 @@ class Rotation:
         self.kv.mirror(min(self.mirror_blocks, most))
         return self.kv.take_copies()
 
-    def planned(self, plan: StepPlan) -> None:
-        """Remember what the plan's result will be judged by."""
-        self._sizes[plan.step] = plan.num_tokens, sum(w.is_decode for w in plan.work)
+    def planned(self, step: int, tokens: int, decodes: int) -> None:
+        """Remember what a step's result will be judged by: tokens it computes, and how many of them are decodes."""
+        self._sizes[step] = tokens, decodes
 
     def dropped(self, step: int) -> None:
         """The step failed: it has no result. Its copies are reported with a later one."""
