@@ -53,11 +53,15 @@ class Places(ABC):
         A waiting sequence keeps the key it had when it began to wait: time must move all keys alike.
         """
 
+    def _queue_key(self, sequence: Sequence, now: float) -> tuple[float, ...]:
+        """By which it waits: its rank, unless a policy keeps an order of its own."""
+        return self.rank(sequence, now)
+
     # ------------------------------------------------------------------ requests come and go
 
     def add(self, sequence: Sequence) -> None:
         """See Scheduler.add."""
-        self._waiting.add(sequence, self.rank(sequence, sequence.arrival))
+        self._waiting.add(sequence, self._queue_key(sequence, sequence.arrival))
         slo = sequence.slo
         if slo is not None and slo.deadline is not None and slo.on_miss != "finish":
             heapq.heappush(self._deadlines, (sequence.arrival + slo.deadline, sequence.id, sequence))
@@ -172,7 +176,7 @@ class Places(ABC):
         sequence.stages.enter(stage, now)
         sequence.status = Status.WAITING
         sequence.preempted_at = now
-        self._waiting.add(sequence, self.rank(sequence, now))
+        self._waiting.add(sequence, self._queue_key(sequence, now))
 
     def _leave_slot(self, sequence: Sequence) -> None:
         self._running.remove(sequence)

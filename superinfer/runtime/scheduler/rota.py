@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterator
-from itertools import islice
+from operator import itemgetter
 
 import numpy as np
 
 from superinfer.runtime.kv.cache import KVCache, Node
 from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler.base import SchedulerLimits
-from superinfer.runtime.scheduler.batching import MAX_LOOKED_AT, BatchScheduler
+from superinfer.runtime.scheduler.batching import BatchScheduler
 from superinfer.runtime.scheduler.cost import StepCost
 from superinfer.runtime.scheduler.draft import Draft
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
@@ -22,9 +23,7 @@ TRIAGE_S = 0.05  # how old a triage may be: a few steps
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
 BUSY = 0.7  # share of the machine's time asked for, below which, if nobody is let go, requests are taken without a look
 UNSEEN = 8  # unless so many have come since the last one
-PATIENCE_S = 30.0  # a leftover that has waited so long may displace others
 PRESSING_STEPS = 8  # steps before its work must begin, somebody's KV is given up for a kept request, without DRAM
-MAX_MARKED = 128  # sequences whose standing changes in one triage; the next one sees to the rest
 
 
 class Rota(BatchScheduler):
@@ -40,7 +39,7 @@ class Rota(BatchScheduler):
         self._roster = self._standing.roster
         self._looked = -math.inf  # when the last triage was
         self._arrived = 0  # how many, since
-        self._aged: Sequence | None = None  # a leftover that has waited long enough: served before all others
+        self._joined: list[Sequence] = []  # who began to wait since then
         self._credit = 0.0  # seconds of machine time that leftovers may use now
         self._planned_at = 0.0
 
@@ -56,6 +55,7 @@ class Rota(BatchScheduler):
         if sequence.kept:
             self._standing.forecast.saw(sequence, len(sequence.tokens) - known)
         self._arrived += 1
+        self._joined.append(sequence)
         super().add(sequence)
 
     def overload(self, sequence: Sequence, now: float) -> float | None:
@@ -74,15 +74,20 @@ class Rota(BatchScheduler):
         if self.admission == "refuse":
             return max(1.0, self._standing.kept_s)
         roster.late[sequence.row] = sequence.is_degraded = True
+        roster.kept[sequence.row] = sequence.kept = False
         return None
 
     def rank(self, sequence: Sequence, now: float) -> tuple[float, ...]:
         """Kept before leftovers; the kept by when their work must begin, the others by age."""
-        if sequence is self._aged:
+        if sequence is self._standing.aged:
             return (-1.0, 0.0, sequence.id)
         if not sequence.kept:
             return (1.0, sequence.arrival, sequence.id)
         return (0.0, self._start_by(sequence), sequence.id)
+
+    def _queue_key(self, sequence: Sequence, now: float) -> tuple[float, ...]:
+        """By age alone: who is next is seen at each look, and costs no sequence its place in a sorted queue."""
+        return (sequence.arrival, sequence.id)
 
     def _start_by(self, sequence: Sequence) -> float:
         """When the work on a sequence's next token must begin at the latest, were it alone."""
@@ -183,18 +188,30 @@ class Rota(BatchScheduler):
 
     # ------------------------------------------------------------------ who gets in
 
+    def _waiting_kept(self) -> Iterator[Sequence]:
+        """The kept that wait, whose work must begin soonest first."""
+        aged, flags = self._standing.aged, self._roster.kept
+        if aged is not None and aged.status is Status.WAITING:
+            aged.kept = True
+            yield aged
+        joined = {s for s in self._joined if s.status is Status.WAITING and flags[s.row] and s is not aged}
+        new = sorted((self._start_by(s), s.id, s) for s in joined)
+        before = (entry for entry in self._standing.next_kept if entry[2] not in joined)  # theirs is a new place
+        for _, _, sequence in heapq.merge(before, new, key=itemgetter(0, 1)) if new else before:
+            if sequence.status is Status.WAITING and flags[sequence.row]:
+                sequence.kept = True
+                yield sequence
+
     def _admit_kept(self, now: float) -> None:
         """Let kept sequences in, soonest due first; for one whose turn it is, rotate out whoever is furthest ahead."""
         backs_wait = False
-        for sequence in list(islice(self._waiting, MAX_LOOKED_AT)):
-            if not sequence.kept:
-                break
+        for sequence in self._waiting_kept():
             if sequence.is_under_way:
                 continue
             is_back = sequence.table is not None
             if (is_back and backs_wait) or (not is_back and self._draft.budget <= 0):
                 continue
-            start_by = self._start_by(sequence) if sequence is not self._aged else now
+            start_by = self._start_by(sequence) if sequence is not self._standing.aged else now
             if is_back and start_by > now + 2 * self._standing.step_s and not self._has_room(sequence):
                 backs_wait = True  # those behind it are in less of a hurry
                 continue
@@ -215,11 +232,12 @@ class Rota(BatchScheduler):
     def _admit_leftovers(self, now: float) -> None:
         """Let leftovers in, oldest first, where there is room beyond what the running may soon need."""
         has_displaced = False
-        for sequence in list(islice(self._waiting, MAX_LOOKED_AT)):
+        for sequence in [*self._standing.next_rest, *self._joined]:
             if self._draft.budget <= 0 or not self._free_slots:
                 break
-            if sequence.kept or sequence.is_under_way:
+            if sequence.status is not Status.WAITING or self._roster.kept[sequence.row] or sequence.is_under_way:
                 continue
+            sequence.kept = False
             path = self._cached_path(sequence)
             if sequence.table is None and self._kv.is_being_computed(sequence.tokens, sequence.salt, path):
                 continue
@@ -257,7 +275,7 @@ class Rota(BatchScheduler):
         """Make room for `first`, whose work must begin in `slack` seconds: leftovers go, the latest first, then kept
         streams that are further ahead by more than a rotation is worth. False, and nothing done, if that is not enough.
         """
-        if self._rotation is None and slack > PRESSING_STEPS * self._standing.step_s:
+        if slack > PRESSING_STEPS * self._standing.step_s and not self._is_worth_moving(first.compute_length):
             return False  # who goes would have to be computed again
         missing = self._kv.blocks_for(first.compute_length) - self._kv.num_available
         missing -= sum(node.holders > 0 for node in (path if first.table is None else first.table.nodes))
@@ -265,7 +283,7 @@ class Rota(BatchScheduler):
         for victim in self._by_dispensability(first, slack, now):
             if missing <= 0 and (chosen or self._free_slots):
                 break
-            if victim.status is not Status.RUNNING or victim.table is None or victim is self._aged:
+            if victim.status is not Status.RUNNING or victim.table is None or victim is self._standing.aged:
                 continue
             if victim.let_in == now or (victim.kept and victim.is_prefilling):
                 continue
@@ -295,54 +313,25 @@ class Rota(BatchScheduler):
     def _block_s(self) -> float:
         return self._rotation.block_s if self._rotation is not None else 0.0
 
-    def _is_worth_moving(self, sequence: Sequence) -> bool:
-        """Whether moving a sequence's KV out and back is quicker than computing it again."""
-        blocks = self._kv.blocks_for(sequence.scheduled)
-        return 2 * blocks * self._block_s() <= self._standing.units.prefill_s(float(sequence.scheduled))
+    def _is_worth_moving(self, tokens: int) -> bool:
+        """Whether moving the KV of so many tokens out and back is quicker than computing it again."""
+        moved_s = 2 * self._kv.blocks_for(tokens) * self._block_s()
+        return self._rotation is not None and moved_s <= self._standing.units.prefill_s(float(tokens))
 
     # ------------------------------------------------------------------ triage
 
     def _look(self, now: float) -> None:
         """Triage: who is kept from now on."""
-        self._looked, self._arrived = now, 0
-        look = self._standing.look(self._running, self._block_s(), now)
-        self._mark(look.rows, look.kept, now)
+        self._looked, self._arrived, self._joined = now, 0, []
+        self._standing.look(self._running, self._block_s(), now)
 
-    def _mark(self, rows: np.ndarray, kept: np.ndarray, now: float) -> None:
-        """Tell sequences whether they are kept; who waits moves to its place in the queue."""
-        sequences = self._roster.sequences
-        flags = self._roster.kept
-        if self._aged is None or self._aged.status is Status.FINISHED:
-            self._aged = self._longest_waiting(rows, kept, now)
-        if self._aged is not None:
-            kept[self._aged.row] = True
-        changed = rows[kept[rows] != flags[rows]]
-        changed = changed[np.argsort(~kept[changed], kind="stable")][:MAX_MARKED]  # who is kept now, first
-        for row in changed.tolist():
-            sequence = sequences[row]
-            assert sequence is not None
-            sequence.kept = flags[row] = bool(kept[row])
-            if sequence.status is Status.WAITING:
-                self._waiting.remove(sequence)
-                self._waiting.add(sequence, self.rank(sequence, now))
-
-    def _longest_waiting(self, rows: np.ndarray, kept: np.ndarray, now: float) -> Sequence | None:
-        """The leftover whose turn it is, however much is promised to others: the oldest, if it waits since long."""
-        roster = self._roster
-        old = rows[~kept[rows] & (roster.arrival[rows] <= now - PATIENCE_S)]
-        if not len(old):
-            return None
-        sequence = roster.sequences[old[np.argmin(roster.arrival[old])]]
-        assert sequence is not None
-        if sequence.status is Status.WAITING:  # to the front
-            self._waiting.remove(sequence)
-            self._aged = sequence
-            self._waiting.add(sequence, self.rank(sequence, now))
-        return sequence
+    def _wait_again(self, sequence: Sequence, now: float, stage: str) -> None:
+        super()._wait_again(sequence, now, stage)
+        self._joined.append(sequence)
 
     def _rotate_out(self, sequence: Sequence, now: float) -> bool:
         """See BatchScheduler. DRAM that is full of leftovers makes room for who is kept: the latest is forgotten."""
-        if not self._is_worth_moving(sequence):
+        if not self._is_worth_moving(sequence.scheduled):
             return False
         roster, row = self._roster, sequence.row
         roster.produced[row] = sequence.num_output + sequence.in_flight
@@ -350,7 +339,9 @@ class Rota(BatchScheduler):
         roster.prefill[row] = max(0, sequence.resume_at - sequence.scheduled)
         roster.load[row] = self._kv.blocks_for(sequence.scheduled)
         while not super()._rotate_out(sequence, now):
-            parked = [s for s in self._waiting if s.table is not None and not s.kept] if sequence.kept else []
+            parked = (
+                [s for s in self._waiting if s.table is not None and not roster.kept[s.row]] if sequence.kept else []
+            )
             if self._rotation is None or not parked:
                 return False
             latest = max(parked, key=lambda s: (s.arrival, s.id))
