@@ -23,6 +23,7 @@ TRIAGE_S = 0.05  # how old a triage may be: a few steps
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
 BUSY = 0.7  # share of the machine's time asked for, below which, if nobody is let go, requests are taken without a look
 UNSEEN = 8  # unless so many have come since the last one
+MAX_MOVED = 8  # sequences rotated out in one plan, more only for one that needs more: each takes the host 0.1 ms
 PRESSING_STEPS = 8  # steps before its work must begin, somebody's KV is given up for a kept request, without DRAM
 
 
@@ -40,6 +41,7 @@ class Rota(BatchScheduler):
         self._looked = -math.inf  # when the last triage was
         self._arrived = 0  # how many, since
         self._joined: list[Sequence] = []  # who began to wait since then
+        self._moved = 0  # sequences displaced in the plan being made
         self._credit = 0.0  # seconds of machine time that leftovers may use now
         self._planned_at = 0.0
 
@@ -125,7 +127,7 @@ class Rota(BatchScheduler):
             self._look(now)
         if self._rotation is not None:
             self._rotation.watch(now)
-        passed, self._planned_at = max(0.0, now - self._planned_at), now
+        passed, self._planned_at, self._moved = max(0.0, now - self._planned_at), now, 0
         spare = max(LEFTOVER_SHARE, 1.0 - self._standing.verdicts.load) if self._standing.promised else 1.0
         self._credit = min(self._credit + spare * min(passed, 1.0), max(spare, 0.1) * 0.2)
         draft = self._draft = Draft(self._limits.max_batch_tokens)
@@ -196,7 +198,7 @@ class Rota(BatchScheduler):
             yield aged
         joined = {s for s in self._joined if s.status is Status.WAITING and flags[s.row] and s is not aged}
         new = sorted((self._start_by(s), s.id, s) for s in joined)
-        before = (entry for entry in self._standing.next_kept if entry[2] not in joined)  # theirs is a new place
+        before = (entry for entry in self._standing.next_kept() if entry[2] not in joined)  # theirs is a new place
         for _, _, sequence in heapq.merge(before, new, key=itemgetter(0, 1)) if new else before:
             if sequence.status is Status.WAITING and flags[sequence.row]:
                 sequence.kept = True
@@ -232,7 +234,7 @@ class Rota(BatchScheduler):
     def _admit_leftovers(self, now: float) -> None:
         """Let leftovers in, oldest first, where there is room beyond what the running may soon need."""
         has_displaced = False
-        for sequence in [*self._standing.next_rest, *self._joined]:
+        for sequence in [*self._standing.next_rest(), *self._joined]:
             if self._draft.budget <= 0 or not self._free_slots:
                 break
             if sequence.status is not Status.WAITING or self._roster.kept[sequence.row] or sequence.is_under_way:
@@ -277,6 +279,8 @@ class Rota(BatchScheduler):
         """
         if slack > PRESSING_STEPS * self._standing.step_s and not self._is_worth_moving(first.compute_length):
             return False  # who goes would have to be computed again
+        if self._moved >= MAX_MOVED:
+            return False
         missing = self._kv.blocks_for(first.compute_length) - self._kv.num_available
         missing -= sum(node.holders > 0 for node in (path if first.table is None else first.table.nodes))
         chosen: list[Sequence] = []
@@ -291,6 +295,7 @@ class Rota(BatchScheduler):
             missing -= self._kv.blocks_private(victim.table)
         if missing > 0 or not (chosen or self._free_slots):
             return False
+        self._moved += len(chosen)
         for victim in chosen:
             self._undraft(victim)
             if not self._rotate_out(victim, now):

@@ -6,6 +6,7 @@ docs/rotasched.md says why. Nothing here changes who runs: that is the policy's 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -31,8 +32,6 @@ class Standing:
     kept_s the machine time that all of them still ask for. tightest: pace of the kept residents that promise most.
     mean_output: tokens that a request without any is expected to have.
     victims: kept residents, those furthest ahead first: when their next token is due, and who they are.
-    next_kept: who of the kept that wait is next, with when its work must begin and its id, soonest first; next_rest: of
-        the others, oldest first. At most HEAD each.
     aged: a leftover that has waited long enough: served before all others until it ends.
     """
 
@@ -44,8 +43,8 @@ class Standing:
         self.units = cost.units()
         self.verdicts: Verdicts = NOTHING
         self.victims: tuple[np.ndarray, list[Sequence | None]] = (np.zeros(0), [])
-        self.next_kept: list[tuple[float, float, Sequence]] = []
-        self.next_rest: list[Sequence] = []
+        self._next_kept = np.zeros((3, 0))  # start, id, row
+        self._next_rest = np.zeros(0, dtype=np.intp)
         self.aged: Sequence | None = None
         self.tightest = math.inf
         self.promised = 0
@@ -92,13 +91,15 @@ class Standing:
         self.verdicts = verdicts = triage(self._with_foreseen(demand, now), 1.0 - LEFTOVER_SHARE)
         streams, prefills = verdicts.streams[: len(rows)], verdicts.prefills[: len(rows)]
         mine = np.where(produced > 0, streams, prefills)
+        were_kept = roster.kept[running]
         roster.whole[:] = roster.kept[:] = False
         roster.kept[rows], roster.whole[rows] = mine, streams
         self.promised = int(mine.sum())
         self.kept_s = float((prefill_s + left * token_s)[mine].sum())
         self._age(live, now)
-        for sequence, kept in zip(residents, roster.kept[running].tolist(), strict=True):
-            sequence.kept = kept
+        now_kept = roster.kept[running]
+        for at in np.flatnonzero(now_kept != were_kept).tolist():
+            residents[at].kept = bool(now_kept[at])
         self._order_victims(rows[mine & here], due[mine & here], pace[mine & here])
         waits = mine & ~here
         start = due - np.where(roster.load[rows] > 0.0, 2.0 * (link_s + self.step_s), prefill_s)
@@ -120,13 +121,29 @@ class Standing:
             first = np.argpartition(start, HEAD)[:HEAD]
             kept, start = kept[first], start[first]
         order = np.lexsort((roster.id[kept], start))
-        kept, start = kept[order], start[order]
-        ids, names = roster.id[kept].tolist(), [roster.sequences[row] for row in kept.tolist()]
-        self.next_kept = [entry for entry in zip(start.tolist(), ids, names, strict=True) if entry[2] is not None]
+        self._next_kept = np.stack([start, roster.id[kept], kept])[:, order]
         if len(rest) > HEAD:
             rest = rest[np.argpartition(roster.arrival[rest], HEAD)[:HEAD]]
-        rest = rest[np.lexsort((roster.id[rest], roster.arrival[rest]))]
-        self.next_rest = [s for row in rest.tolist() if (s := roster.sequences[row]) is not None]
+        self._next_rest = rest[np.lexsort((roster.id[rest], roster.arrival[rest]))]
+
+    def next_kept(self) -> Iterator[tuple[float, float, Sequence]]:
+        """Who of the kept that waited at the last look is next: when its work must begin, its id, itself; at most HEAD.
+
+        A row that has been given to another since then yields that one.
+        """
+        sequences = self.roster.sequences
+        for start, id, row in zip(*self._next_kept.tolist(), strict=True):
+            sequence = sequences[int(row)]
+            if sequence is not None:
+                yield start, id, sequence
+
+    def next_rest(self) -> Iterator[Sequence]:
+        """Who of the others is next: the oldest, at most HEAD. As `next_kept`."""
+        sequences = self.roster.sequences
+        for row in self._next_rest.tolist():
+            sequence = sequences[row]
+            if sequence is not None:
+                yield sequence
 
     def _with_foreseen(self, demand: Demand, now: float) -> Demand:
         """With what will ask for its part soon."""
