@@ -138,12 +138,14 @@ class Trainer:
         )
 
     def lessons(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Flat places [n] of values that should carry a subject, its tokens [n, 2]: n is fixed, the rest is 0."""
+        """Flat places [n] of values that should carry a subject, its tokens [n, 2]; n is fixed, the rest has no subject."""
         carried = batch.carried.flatten(1)
-        room = carried.shape[1] // 8
+        room = carried.shape[1] // 16
         found = carried[0].nonzero()[:room, 0]
-        places, subjects = torch.zeros(room, dtype=torch.long), torch.zeros(room, 2, dtype=torch.long)
+        places, subjects = torch.arange(room), torch.zeros(room, 2, dtype=torch.long)
         places[: len(found)], subjects[: len(found)] = found, carried[:, found].T.long()
+        if self.cuda:
+            places, subjects = places.pin_memory(), subjects.pin_memory()
         return places.to(self.device, non_blocking=True), subjects.to(self.device, non_blocking=True)
 
 
