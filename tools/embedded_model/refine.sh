@@ -12,7 +12,7 @@ shift 2
 device=${DEVICE:-cuda}
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 mkdir -p "$out"
-gpus=$(python3 -c 'import torch; print(min(2, max(1, torch.cuda.device_count())))')
+gpus=$(python3 -c "import torch; print(min(2, max(1, torch.cuda.device_count())))") || exit 1
 workers=$(($(nproc) / gpus - 2))
 [ "$workers" -gt 0 ] || workers=1
 

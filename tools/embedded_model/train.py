@@ -138,7 +138,7 @@ class Trainer:
         )
 
     def lessons(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Flat places [n] of values that should carry a subject, its tokens [n, 2]; n is fixed, the rest has no subject."""
+        """Flat places [n] of values that know a subject, its tokens [n, 2]; n is fixed, the rest is empty."""
         carried = batch.carried.flatten(1)
         room = carried.shape[1] // 16
         found = carried[0].nonzero()[:room, 0]
