@@ -103,7 +103,7 @@ class Network(nn.Module):
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5)
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                if name.endswith(("o_proj.weight", "down_proj.weight", "carry.weight")):
                     nn.init.zeros_(p)
 
     def forward(
@@ -136,13 +136,9 @@ class Network(nn.Module):
             if self.carry is not None and i + 1 == self.halfway:
                 read = self.carry(F.rms_norm(x.flatten(0, 1)[places], (c["hidden_size"],)))
                 read = read.view(-1, c["hidden_size"])  # a row for each of the two tokens
-                losses = F.cross_entropy(
-                    F.linear(read, self.embed_tokens.weight).float(),
-                    subjects.flatten(),
-                    ignore_index=0,
-                    reduction="sum",
-                )
-                carry = losses / (subjects > 0).sum().clamp(min=1)
+                read = F.linear(read, self.embed_tokens.weight.detach()).float()
+                total = F.cross_entropy(read, subjects.flatten(), ignore_index=0, reduction="sum")
+                carry = total / (subjects > 0).sum().clamp(min=1)
         x, y, w = x.flatten(0, 1), targets.flatten(), weights.flatten()
         if not x.is_cuda:
             (kept,) = w.nonzero(as_tuple=True)
