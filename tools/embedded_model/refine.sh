@@ -35,7 +35,7 @@ arm() { # NAME GPU, then arguments of train.py
     shift 2
     train "$name" "$@"
     local code=$?
-    if [ $code != 0 ] && [ "$SECONDS" -lt 120 ]; then # failed at its start: without the carry head it is stage 3's code
+    if [ $code != 0 ] && [ "$SECONDS" -lt 90 ]; then # failed at its start: the same without the carry head
         mv "$out/$name.log" "$out/$name-failed.log"
         train "$name" "$@" --carry 0
         code=$?
