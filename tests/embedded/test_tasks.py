@@ -171,7 +171,8 @@ def test_each_token_of_a_value_is_taught_the_subject_before_it_and_no_subject_th
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     lessons = zip(ids, *carry.targets(tokenizer, text, len(ids), told), strict=True)
     taught = [[tokenizer.decode([i]).strip() for i in lesson] for lesson in lessons if lesson[1] != carry.NONE]
-    assert [lesson[1:] for lesson in taught] == [["Lina", "Mel"]] * len(taught)
+    surname = tokenizer.decode([next(i for i in tokenizer.encode("Melnara").ids if tokenizer.decode([i]).strip())])
+    assert [lesson[1:] for lesson in taught] == [["Lina", surname]] * len(taught)
     assert "".join(value for value, *_ in taught) == "Oslo"
 
 
