@@ -153,19 +153,21 @@ def _rope_and_store(
 
 
 def rope_and_store(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: torch.Tensor, kv: torch.Tensor, kv_heads: int
-) -> torch.Tensor:
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: torch.Tensor, kv: torch.Tensor, kv_heads: int,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Rotate queries and keys, and write keys and values to where the cache keeps them.
 
     qkv: [tokens, heads + 2 · kv_heads, head_dim], heads and dimensions contiguous; or contiguous float32
     [parts, tokens, heads + 2 · kv_heads, head_dim], their sum. cos, sin: [tokens, 1, head_dim] from `rope_angles`.
     places: [tokens] int32, block · page + offset. kv: one layer's view of a block-first cache, [blocks, 2, page,
-    kv_heads, head_dim], any block stride. Returns the queries, [tokens, heads, head_dim], in kv's dtype.
+    kv_heads, head_dim], any block stride. Returns the queries, [tokens, heads, head_dim], in kv's dtype; in
+    `out` where that is given.
     """
     tokens, all_heads, head_dim = qkv.shape[-3:]
     parts = len(qkv) if qkv.dim() == 4 else 1
     heads = all_heads - 2 * kv_heads
-    q = kv.new_empty(tokens, heads, head_dim)
+    q = kv.new_empty(tokens, heads, head_dim) if out is None else out
     if tokens:
         shared = heads // kv_heads
         _rope_and_store[(tokens, kv_heads)](

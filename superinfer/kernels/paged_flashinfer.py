@@ -114,10 +114,10 @@ class FlashInferDecode:
         host_memory.copy(self._plans, there)
         self._stage.taken()
 
-    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0) -> torch.Tensor:
+    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
         """See AttentionCall.run."""
-        out: torch.Tensor = self._wrapper.run(q, kv)
-        return out
+        answer: torch.Tensor = self._wrapper.run(q, kv, out=out)
+        return answer
 
 
 class FlashInferPrefill:
@@ -148,7 +148,7 @@ class FlashInferPrefill:
         held = wrapper._qo_indptr_buf, wrapper._paged_kv_indptr_buf, wrapper._paged_kv_indices_buf
         self._used = [*self._used[-STAGES:], (*held, wrapper._paged_kv_last_page_len_buf)]
 
-    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0) -> torch.Tensor:
+    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
         """See AttentionCall.run."""
-        out: torch.Tensor = self._wrapper.run(q, kv)
-        return out
+        answer: torch.Tensor = self._wrapper.run(q, kv, out=out)
+        return answer
