@@ -73,7 +73,7 @@ class _Entries(NamedTuple):
 
     def work(self, horizons: np.ndarray) -> np.ndarray:
         """[horizons, entries]: seconds of the machine that each asks for by each of them."""
-        tokens = horizons[:, None] - self.due
+        tokens = np.maximum(horizons[:, None] - self.due, -1.0)  # some are never due
         is_due = tokens >= 0.0
         tokens *= self.per_s
         np.floor(tokens, out=tokens)
