@@ -22,6 +22,7 @@ from superinfer.errors import DeadlineMissedError, InvalidRequestError, Overload
 from superinfer.lang import calls
 from superinfer.lang.backend import Backend
 from superinfer.lang.callgraph import Call, CallGraph, site_of
+from superinfer.lang.conversation import Conversation
 from superinfer.lang.ir import (
     Expr,
     Gen,
@@ -35,7 +36,7 @@ from superinfer.lang.ir import (
     leaves,
 )
 from superinfer.lang.loop import language_loop, on_language_loop
-from superinfer.lang.planner import Planner, Sent
+from superinfer.lang.planner import NO_PAUSES, Planner, Sent, unseen
 from superinfer.lang.promise import Promise, Promises
 from superinfer.lang.prompt import Transcript
 from superinfer.lang.report import CallWatch, Ledger
@@ -106,10 +107,13 @@ class Run:
         planner: Planner | None = None,
         tracing: bool = False,
         slo_class: str = "",
+        session: Conversation | None = None,
     ) -> None:
         """due: by when the program must be done, on `clock`. planner: plans its calls and learns from them; None: each
-        is sent all that is left. tracing: nothing is sent, variables hold Unknown."""
+        is sent all that is left. tracing: nothing is sent, variables hold Unknown. session: what it is a turn of."""
         self.id = uuid.uuid4().hex
+        self.session = session
+        self.program_id = session.id if session is not None else self.id  # as the engine is told
         self.backend = backend
         self.sampling = sampling
         self.ledger = ledger
@@ -123,7 +127,11 @@ class Run:
         self.clock = time.monotonic
         self.task: asyncio.Task[Any] | None = None  # of a program that runs in the background on the language's loop
         self.executors: list[StreamExecutor] = []
-        self.root = StreamExecutor(self, Transcript(backend.render_chat))
+        self._has_ended = False
+        render = backend.render_chat
+        self.root = StreamExecutor(self, Transcript(render) if session is None else session.transcript(render))
+        if session is not None:
+            self.root.variables = session.variables()
         self.root.start()
 
     def abort(self, error: BaseException) -> None:
@@ -137,8 +145,20 @@ class Run:
         if self.task is not None:
             self.root.loop.call_soon_threadsafe(self.task.cancel)
 
+    def check_turn(self) -> None:
+        """Raises InvalidRequestError for a turn after which a session could not go on."""
+        role = self.root.transcript.role if self.root.error is None else None
+        if self.session is not None and role is not None:
+            raise InvalidRequestError(f"the turn ends inside a {role} message; end it, so that the session can go on")
+
     def end(self) -> None:
-        """The program has ended. From any thread."""
+        """The program has ended. From any thread. Safe to call twice."""
+        if self._has_ended:
+            return
+        self._has_ended = True
+        if self.session is not None:
+            ended_well = self.root.error is None
+            self.session.end(self.root.transcript if ended_well else None, self.root.variables)
         self.ledger.ended = self.clock()
         self.graph.ended = self.ledger.ended - self.ledger.started
         if self.planner is not None and all(executor.error is None for executor in self.executors):
@@ -369,7 +389,9 @@ class StreamExecutor:
         watch.slo = promise.slo
         sent = self._plan(call, promise)
         watch.planned = sent.planned
-        context = calls.Context(run.backend, prompt, sent.slo, run.id, watch, sent.hints, run.slo_class, sent.enforced)
+        context = calls.Context(
+            run.backend, prompt, sent.slo, run.program_id, watch, sent.hints, run.slo_class, sent.enforced
+        )
         why = "budget" if promise.spent else ""
         try:
             answer = await self._answer(context, expr, promise, variable)
@@ -409,9 +431,14 @@ class StreamExecutor:
 
     def _plan(self, call: Call, promise: Promise) -> Sent:
         group, self._group = self._group, ""
+        pauses, session = NO_PAUSES, self.run.session
+        if session is not None:
+            pauses = session.pauses()
+            group = group or (session.group() if call.index == 0 else "")
         if self.run.planner is None:
-            return Sent(promise.slo, Hints(group=group) if group else None)
-        return self.run.planner.send(call, promise, self.run.due - self.run.clock(), group)
+            keep = unseen(pauses)
+            return Sent(promise.slo, Hints(group=group, keep_s=keep) if group or keep is not None else None)
+        return self.run.planner.send(call, promise, self.run.due - self.run.clock(), group, pauses)
 
     async def _answer(
         self, context: calls.Context, expr: Gen | Select, promise: Promise, variable: Variable

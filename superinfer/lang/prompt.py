@@ -76,9 +76,9 @@ class Transcript:
         self.tools: tuple[dict[str, Any], ...] = ()
         self.role: str | None = None
 
-    def copy(self) -> Transcript:
-        """Equal and independent."""
-        twin = Transcript(self._render)
+    def copy(self, render: RenderChat | None = None) -> Transcript:
+        """Equal and independent; shown by `render` where one is given."""
+        twin = Transcript(render or self._render)
         twin._parts, twin.tools, twin.role = list(self._parts), self.tools, self.role
         return twin
 

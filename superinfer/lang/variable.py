@@ -139,10 +139,10 @@ class Variable:
         self.reasoning: Variable | None = None  # what the model thought before it said this, where that is told apart
 
     @classmethod
-    def of(cls, value: Any) -> Variable:
+    def of(cls, value: Any, meta: Meta = None) -> Variable:
         """A variable that has its value."""
         variable = cls()
-        variable.set(value)
+        variable.set(value, meta)
         return variable
 
     @property
