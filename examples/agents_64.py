@@ -125,9 +125,7 @@ def main() -> None:
     """Run them and say how it went."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--agents", type=int, default=64)
-    parser.add_argument(
-        "--deadline", type=float, default=40.0, help="seconds for a turn; some agents have half of it"
-    )
+    parser.add_argument("--deadline", type=float, default=40.0, help="seconds for a turn; some agents have half of it")
     chosen, _ = parser.parse_known_args()
     rng = random.Random(0)
     agents = [

@@ -112,8 +112,8 @@ class Conversation:
             if transcript is None:
                 return
             self._transcript = transcript.copy(_no_template)
-            made = {name: v for name, v in variables.items() if v.done and v.future.exception() is None}
-            self._variables = {name: (v.future.result(), v.meta) for name, v in made.items()}
+            made = {name: v for name, v in variables.items() if v.done and v.outcome.error is None}
+            self._variables = {name: (v.outcome.result(), v.meta) for name, v in made.items()}
             self.turns += 1
             self._ended_at = time.monotonic()
 

@@ -7,7 +7,6 @@ loop only. A fork is a step too: children begin from what their parent has said 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
 import math
 import threading
@@ -36,13 +35,14 @@ from superinfer.lang.ir import (
     leaves,
 )
 from superinfer.lang.loop import language_loop, on_language_loop
+from superinfer.lang.outcome import Outcome
 from superinfer.lang.planner import NO_PAUSES, Planner, Sent, unseen
 from superinfer.lang.promise import Promise, Promises
 from superinfer.lang.prompt import Transcript
 from superinfer.lang.report import CallWatch, Ledger
 from superinfer.lang.sampling import DEFAULT_MAX_TOKENS, Sampling
 from superinfer.lang.unknown import DataDependent
-from superinfer.lang.variable import Feed, Variable, new_future
+from superinfer.lang.variable import Feed, Variable
 from superinfer.runtime.protocol import Hints
 
 T = TypeVar("T")
@@ -66,7 +66,7 @@ class Ask:
     """Compute something from the state when its turn comes, even after a failure."""
 
     compute: Callable[[], Any]
-    answer: concurrent.futures.Future[Any]
+    answer: Outcome[Any]
 
 
 @dataclass(frozen=True)
@@ -220,9 +220,9 @@ class StreamExecutor:
         """Queue an append of what `children` have said. They must be idle."""
         self._put(Append(children))
 
-    def ask(self, compute: Callable[[], T]) -> concurrent.futures.Future[T]:
+    def ask(self, compute: Callable[[], T]) -> Outcome[T]:
         """The result of `compute` once all that was submitted before is done."""
-        answer: concurrent.futures.Future[T] = new_future()
+        answer: Outcome[T] = Outcome()
         if self.idle:  # nothing can change it meanwhile
             _compute(compute, answer)
         else:
@@ -494,8 +494,8 @@ class StreamExecutor:
         self._published = len(text)
 
 
-def _compute(compute: Callable[[], Any], answer: concurrent.futures.Future[Any]) -> None:
+def _compute(compute: Callable[[], Any], answer: Outcome[Any]) -> None:
     try:
-        answer.set_result(compute())
+        answer.set(compute())
     except BaseException as error:
-        answer.set_exception(error)
+        answer.fail(error)

@@ -246,7 +246,7 @@ class Function:
         try:
             state.ret_value = await self.func(state, *arguments[0], **arguments[1])
             for executor in run.executors:
-                await asyncio.wrap_future(executor.ask(lambda: None))
+                await executor.ask(lambda: None).get()
             run.check_turn()
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import queue
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 
 from superinfer.lang.callgraph import Call
 from superinfer.lang.loop import language_loop, on_language_loop
+from superinfer.lang.outcome import Outcome
 from superinfer.lang.unknown import as_text
 
 T = TypeVar("T")
@@ -134,7 +134,7 @@ class Variable:
     def __init__(self) -> None:
         self.feed = Feed()
         self.meta: Meta = None
-        self.future = new_future()
+        self.outcome: Outcome[Any] = Outcome()
         self.call: Call | None = None  # that makes it, once that has begun
         self.reasoning: Variable | None = None  # what the model thought before it said this, where that is told apart
 
@@ -147,7 +147,7 @@ class Variable:
 
     @property
     def done(self) -> bool:
-        return self.future.done()
+        return self.outcome.done
 
     def set(self, value: Any, meta: Meta = None) -> None:
         """Give it its value. What was not streamed becomes its text."""
@@ -155,14 +155,12 @@ class Variable:
         if not self.feed._text and isinstance(value, str) and (text := as_text(value)):
             self.feed.push(text, meta)
         self.feed.close()
-        if not self.future.done():
-            self.future.set_result(value)
+        self.outcome.set(value)
 
     def fail(self, error: BaseException) -> None:
         """Whoever reads it gets `error`, unless it has its value."""
         self.feed.close(error)
-        if not self.future.done():
-            self.future.set_exception(error)
+        self.outcome.fail(error)
         if self.reasoning is not None:
             self.reasoning.fail(error)
 
@@ -170,10 +168,3 @@ class Variable:
         """The program has ended without it: there is no text, and who asks for the value gets `error` or KeyError."""
         self.feed.close(error)
         self.fail(error or KeyError(f"the program ended without variable {name!r}"))
-
-
-def new_future() -> concurrent.futures.Future[Any]:
-    """A future that its waiters cannot cancel: there may be others."""
-    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()
-    return future
