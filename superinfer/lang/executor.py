@@ -15,7 +15,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from superinfer.errors import DeadlineMissedError, InvalidRequestError, OverloadedError, RequestCancelledError
 from superinfer.lang import calls
@@ -51,8 +51,7 @@ logger = logging.getLogger(__name__)
 MAX_TRACED = 1000  # calls, after which a trace is not expected to end
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """An expression to execute, the variable it fills if it fills one, and what held where it was appended."""
 
     expr: Expr
@@ -61,23 +60,20 @@ class Step:
     seen: frozenset[int]  # calls whose outcome the program knew when it appended this
 
 
-@dataclass(frozen=True)
-class Ask:
+class Ask(NamedTuple):
     """Compute something from the state when its turn comes, even after a failure."""
 
     compute: Callable[[], Any]
     answer: Outcome[Any]
 
 
-@dataclass(frozen=True)
-class Fork:
+class Fork(NamedTuple):
     """Let children begin from here."""
 
     children: tuple[StreamExecutor, ...]
 
 
-@dataclass(frozen=True)
-class Append:
+class Append(NamedTuple):
     """Append what children, all of them idle, have said since they were forked."""
 
     children: tuple[StreamExecutor, ...]

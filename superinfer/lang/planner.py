@@ -109,12 +109,12 @@ class Planner:
         estimate = self.estimate(call.site)
         if estimate is None:
             return Sent(slo, hints)
-        worth = msgspec.structs.replace(slo, weight=slo.weight * max(estimate.share, LEAST_SHARE))
+        weight = slo.weight * max(estimate.share, LEAST_SHARE)
         if estimate.seconds and left < estimate.own + estimate.tail:
             planned = left + YIELD_S  # the promise is as good as lost: those that can be kept go first
         elif (planned := max(share(left, estimate), SPENT_DEADLINE)) >= slo.deadline:
-            return Sent(worth, hints)
-        sent = msgspec.structs.replace(worth, deadline=planned, on_miss="finish")
+            return Sent(slo if weight == slo.weight else msgspec.structs.replace(slo, weight=weight), hints)
+        sent = SLO(ttft=slo.ttft, tbt=slo.tbt, deadline=planned, weight=weight)
         return Sent(sent, hints, planned, enforced=slo if slo.on_miss != "finish" else None)
 
     def _hints(self, call: Call, group: str, pauses: Pauses) -> Hints | None:
