@@ -145,9 +145,13 @@ def tools(tools: Sequence[Callable[..., Any] | dict[str, Any]]) -> Expr:
     return Tools(tuple(tool_schema(tool) for tool in tools))
 
 
+_ROLES: dict[str, tuple[RoleBegin, RoleEnd]] = {}  # of the few roles there are
+
+
 def _role(role: str, content: str | Expr | None) -> Expr:
     middle = () if content is None else leaves(to_expr(content))
-    return ExprList((RoleBegin(role), *middle, RoleEnd(role)))
+    begin, end = _ROLES.get(role) or _ROLES.setdefault(role, (RoleBegin(role), RoleEnd(role)))
+    return ExprList((begin, *middle, end))
 
 
 def system(content: str | Expr | None = None) -> Expr:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
-from typing import Generic, TypeVar, cast
-
-from superinfer.lang.loop import on_language_loop
+from typing import Generic, TypeAlias, TypeVar, cast
 
 T = TypeVar("T")
+
+_Waiter: TypeAlias = threading.Event | asyncio.Future[None]
 
 _lock = threading.Lock()  # of the lists of those who wait, all of them: held for an append
 
@@ -28,7 +27,7 @@ class Outcome(Generic[T]):
         self.done = False
         self._value: T | None = None
         self._error: BaseException | None = None
-        self._waiting: list[Callable[[], object]] | None = None
+        self._waiting: list[_Waiter] | None = None
 
     @classmethod
     def of(cls, value: T) -> Outcome[T]:
@@ -53,16 +52,17 @@ class Outcome(Generic[T]):
         with _lock:
             self.done = True
             waiting, self._waiting = self._waiting, None
-        for wake in waiting or ():
-            wake()
+        for waiter in waiting or ():
+            _wake(waiter)
 
-    def _when_done(self, wake: Callable[[], object]) -> None:
+    def _join(self, waiter: _Waiter) -> None:
+        """Wake it when the value is there."""
         with _lock:
             if not self.done:
                 self._waiting = self._waiting or []
-                self._waiting.append(wake)
+                self._waiting.append(waiter)
                 return
-        wake()
+        _wake(waiter)
 
     @property
     def error(self) -> BaseException | None:
@@ -73,7 +73,7 @@ class Outcome(Generic[T]):
         """The value, waiting for it on this thread. Raises the error."""
         if not self.done:
             event = threading.Event()
-            self._when_done(event.set)
+            self._join(event)
             event.wait()
         if self._error is not None:
             raise self._error
@@ -82,21 +82,24 @@ class Outcome(Generic[T]):
     async def get(self) -> T:
         """The value, waiting for it on this loop. Raises the error."""
         if not self.done:
-            loop = asyncio.get_running_loop()
-            waiter: asyncio.Future[None] = loop.create_future()
-
-            def arrived() -> None:
-                if not waiter.done():  # else its task was cancelled
-                    waiter.set_result(None)
-
-            def wake() -> None:
-                if on_language_loop() and here_too:
-                    arrived()
-                else:
-                    with contextlib.suppress(RuntimeError):  # that loop is closed: nobody waits there any more
-                        loop.call_soon_threadsafe(arrived)
-
-            here_too = on_language_loop()
-            self._when_done(wake)
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._join(waiter)
             await waiter
         return self.result()
+
+
+def _wake(waiter: _Waiter) -> None:
+    if isinstance(waiter, threading.Event):
+        waiter.set()
+        return
+    loop = waiter.get_loop()
+    if asyncio._get_running_loop() is loop:
+        _arrived(waiter)
+    else:
+        with contextlib.suppress(RuntimeError):  # that loop is closed: nobody waits there any more
+            loop.call_soon_threadsafe(_arrived, waiter)
+
+
+def _arrived(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():  # else its task was cancelled
+        waiter.set_result(None)

@@ -12,7 +12,7 @@ from superinfer.runtime.protocol import RequestReport
 from superinfer.runtime.slo import SLO, TokenTimeline, why_late_at_client
 
 
-class CallReport(msgspec.Struct, frozen=True, kw_only=True):
+class CallReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One call, seen from the program. Seconds; None where it does not apply.
 
     path: fork and variable scopes around the call, outermost first.
