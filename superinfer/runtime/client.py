@@ -81,6 +81,7 @@ class AsyncEngineClient:
         for option, value in (
             (zmq.LINGER, 200),
             (zmq.SNDHWM, 0),
+            (zmq.RCVHWM, 0),  # a loop that is busy for seconds loses nothing; what it asked for bounds what can come
             (zmq.RECONNECT_IVL, 100),
             (zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS),
             (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
