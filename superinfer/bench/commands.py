@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from superinfer.bench.constrained import constrained
 from superinfer.bench.kernels import kernels
 from superinfer.bench.latency import latency
 from superinfer.bench.link import link
@@ -13,5 +14,5 @@ from superinfer.bench.serve import serve
 
 app = typer.Typer(help="Measure a server under load, an engine, its kernels.", no_args_is_help=True)
 
-for command in (serve, offline, latency, kernels, link, programs):
+for command in (serve, offline, latency, kernels, link, programs, constrained):
     app.command()(command)
