@@ -2,12 +2,17 @@
 
 What an answer has not taken yet lies here, merged: a reader that is slower than the engine gets larger pieces, never a
 longer queue. So an answer holds at most its own tokens, whatever its client does.
+
+While whoever reads has taken all there was and waits, a delta can go `straight` to the client, inside the call that
+brings it: most deltas of a stream do. The last delta of a choice, an error, and all that comes while the client is slow
+go through `get`, so that there is one order and one end.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -23,6 +28,17 @@ class ClientGone(Exception):
     """The HTTP client closed its connection: nobody is left to answer."""
 
 
+class Straight(Protocol):
+    """A way to the client that never waits."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether `write` may be called now."""
+
+    def write(self, delta: TextDelta) -> None:
+        """Sends it."""
+
+
 class Feed:
     """The text of all continuations of some requests, choices numbered through. Use it as a context manager: leaving
     it cancels what has not finished. The first error ends them all."""
@@ -36,6 +52,7 @@ class Feed:
         self._first = [self._owner.index(at) for at in range(len(requests))]
         self._open = [request.sampling.n for request in requests]
         self._eager = eager or any(request.stop for request in requests)
+        self.straight: Straight | None = None
         self._pending: list[tuple[int, SequenceDelta]] = []
         self._merge_at = MERGE_AT
         self._error: Exception | None = None
@@ -53,6 +70,8 @@ class Feed:
             if isinstance(delta, Exception):
                 self.fail(delta)
                 return
+            if self._went_straight(first + delta.index, delta):
+                return
             self._pending.append((first + delta.index, delta))
             if delta.finish_reason is not None:
                 self._open[at] -= 1
@@ -65,6 +84,19 @@ class Feed:
                 self._merge()
 
         return take
+
+    def _went_straight(self, choice: int, delta: SequenceDelta) -> bool:
+        straight, waiter = self.straight, self._waiter
+        if straight is None or delta.finish_reason is not None or waiter is None or waiter.done():
+            return False
+        if not straight.is_open:
+            return False
+        try:
+            if (out := self._read(choice, delta)) is not None:
+                straight.write(out)
+        except Exception as error:  # of this answer alone: the other streams' deltas come by the same call
+            self.fail(error)
+        return True
 
     def fail(self, error: Exception) -> None:
         """Whoever reads gets `error`, once."""
