@@ -22,6 +22,8 @@ from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from superinfer.errors import QueueFullError
 from superinfer.runtime.engine.frontdoor import FrontDoor
 from superinfer.runtime.protocol import (
@@ -146,7 +148,8 @@ class NoopEngine:
                     waiting=len(self.live) - self.running,
                 ))  # fmt: skip
             case GetStats(token=token):
-                counts = dict.fromkeys(StatsReport.__struct_fields__[1:-1], 0) | {
+                needed = [field.name for field in msgspec.structs.fields(StatsReport) if field.required]
+                counts = dict.fromkeys(needed[1:], 0) | {
                     "running": self.running, "waiting": len(self.live) - self.running, "blocks_total": 1,
                     "output_tokens": self.output_tokens,
                 }  # fmt: skip
