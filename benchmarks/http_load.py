@@ -63,18 +63,28 @@ def servers(*flags: str, stamps: tuple[int, int] | None = None, **options: float
         )
         assert engine.stdout is not None
         address = engine.stdout.readline().strip()
-        command = [sys.executable, "-m", "superinfer", "serve", "--engine", address, "--port", "0", *flags]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
-            assert server.stdout is not None
-            line = next(line for line in server.stdout if line.startswith("serving at"))
-            port = int(line.split()[2].split(":")[2].split("/")[0])
-            yield Servers(port, address, psutil.Process(server.pid), psutil.Process(engine.pid), folder)
+            with server_before(address, *flags) as (port, server):
+                yield Servers(port, address, server, psutil.Process(engine.pid), folder)
         finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(30)
             engine.terminate()
             engine.wait(30)
+
+
+@contextlib.contextmanager
+def server_before(address: str, *flags: str) -> Iterator[tuple[int, psutil.Process]]:
+    """`superinfer serve` before the engine at `address`: its port and process."""
+    command = [sys.executable, "-m", "superinfer", "serve", "--engine", address, "--port", "0", *flags]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        line = next((line for line in server.stdout if line.startswith("serving at")), "")
+        if not line:
+            raise RuntimeError(f"the server ended with status {server.wait()} before it served")
+        yield int(line.split()[2].split(":")[2].split("/")[0]), psutil.Process(server.pid)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(30)
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

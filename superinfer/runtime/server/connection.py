@@ -65,7 +65,8 @@ def http_protocol() -> Any:
         def on_message_begin(self) -> None:
             super().on_message_begin()
             self._shortcut = Shortcut(self)
-            self.scope.setdefault("extensions", {})[EXTENSION] = self._shortcut
+            extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
+            extensions[EXTENSION] = self._shortcut
 
         def on_headers_complete(self) -> None:
             super().on_headers_complete()
