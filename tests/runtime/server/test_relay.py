@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from superinfer.errors import EngineDeadError
@@ -81,6 +81,8 @@ SAY = st.tuples(st.just("say"), st.integers(0, 2), st.text("abcdefgh", min_size=
 STEPS = st.lists(st.one_of(SAY, st.just(("open",)), st.just(("shut",)), st.just(("turn",))), max_size=60)
 
 
+# What waits to be read goes first, also where the client keeps up again meanwhile.
+@example(steps=[("turn",), ("shut",), ("say", 0, "a"), ("open",), ("say", 0, "b")])
 @given(steps=STEPS)
 def test_text_comes_whole_and_in_order_whatever_the_client_takes_when(tokenizer: Tokenizer, steps: Any) -> None:
     async def main() -> None:
