@@ -156,7 +156,9 @@ def writer(checkpoint: Path, *, stream: bool = False, tools: str = "hermes") -> 
 
 def test_an_answer_with_a_call_has_openais_shape(tiny_checkpoint: Path) -> None:
     result = TextResult(0, f"<think>rain?</think>{CALL}", [1], None, "stop", None, REPORT)
-    (choice,) = json.loads(writer(tiny_checkpoint).whole([result]))["choices"]
+    answer = json.loads(writer(tiny_checkpoint).whole([result]))
+    (choice,) = answer["choices"]
+    assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": len("rain?")}  # a token is a character
     assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
     assert choice["message"]["reasoning_content"] == "rain?"
     (call,) = choice["message"]["tool_calls"]
