@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 from noop_engine import Stamps as Stamps
 
 from superinfer.runtime.client import AsyncEngineClient
@@ -39,12 +38,12 @@ USAGE = {"stream_options": {"include_usage": True}}
 
 @dataclass
 class Servers:
-    """The processes under test. port: the server's; address: the engine's own door."""
+    """What is under test. port: the server's; address: the engine's own door; server, engine: their processes' ids."""
 
     port: int
     address: str
-    server: psutil.Process
-    engine: psutil.Process
+    server: int
+    engine: int
     folder: Path
 
 
@@ -66,15 +65,15 @@ def servers(*flags: str, stamps: tuple[int, int] | None = None, **options: float
         address = engine.stdout.readline().strip()
         try:
             with server_before(address, *flags) as (port, server):
-                yield Servers(port, address, server, psutil.Process(engine.pid), folder)
+                yield Servers(port, address, server, engine.pid, folder)
         finally:
             engine.terminate()
             engine.wait(30)
 
 
 @contextlib.contextmanager
-def server_before(address: str, *flags: str) -> Iterator[tuple[int, psutil.Process]]:
-    """`superinfer serve` before the engine at `address`: its port and process."""
+def server_before(address: str, *flags: str) -> Iterator[tuple[int, int]]:
+    """`superinfer serve` before the engine at `address`: its port, and its process's id."""
     command = [sys.executable, "-m", "superinfer", "serve", "--engine", address, "--port", "0", *flags]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -82,7 +81,7 @@ def server_before(address: str, *flags: str) -> Iterator[tuple[int, psutil.Proce
         line = next((line for line in server.stdout if line.startswith("serving at")), "")
         if not line:
             raise RuntimeError(f"the server ended with status {server.wait()} before it served")
-        yield int(line.split()[2].split(":")[2].split("/")[0]), psutil.Process(server.pid)
+        yield int(line.split()[2].split(":")[2].split("/")[0]), server.pid
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(30)
@@ -219,15 +218,15 @@ def keep_others_away() -> str:
     return "as any process"
 
 
-def cpu(process: psutil.Process) -> float:
-    """Seconds that it has computed."""
-    times = process.cpu_times()
-    return float(times.user + times.system)
+def cpu(pid: int) -> float:
+    """Seconds that a process has computed (Linux)."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def rss_mib(process: psutil.Process) -> float:
-    """Resident memory now."""
-    return float(process.memory_info().rss) / 2**20
+def rss_mib(pid: int) -> float:
+    """Resident memory of a process now (Linux)."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def quantile(values: list[float], q: float) -> float:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import os
 import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from superinfer.runtime.protocol import Generate, SamplingParams
 from superinfer.runtime.slo import SLO
 
 THROUGHPUT_GOAL, TTFT_GOAL_MS = 0.97, 2.0
+LONE_REQUESTS, LONE_TOKENS = 16, 4
 NO_HURRY_S = 600.0  # a promise, so that every answer says when the engine itself had the first token
 
 
@@ -48,7 +51,7 @@ class Job:
 
 
 @dataclass
-class Path_:
+class Seen:
     """What was seen of one way to the engine. Seconds; first: only of requests sent while others decoded."""
 
     took: float = 0.0
@@ -95,16 +98,16 @@ class Ways:
         # The status line comes with the first token, not before.
         return read.tokens, asked.reads[0][0] - asked.began, read.slo["ttft_ms"] / 1e3
 
-    async def loop(self, way: str, jobs: list[list[Job]]) -> Path_:
+    async def loop(self, way: str, jobs: list[list[Job]]) -> Seen:
         """One client for each list of jobs, all at once."""
-        ask, seen = getattr(self, way), Path_()
+        ask, seen = getattr(self, way), Seen()
 
         async def work(mine: list[Job]) -> None:
             for at, job in enumerate(mine):
                 tokens, first, engines = await ask(job)
                 assert tokens == job.output, f"{tokens} tokens came of {job.output}"
                 seen.tokens += tokens
-                if at or len(jobs) == 1:  # the first requests of all come at once, and wait for each other
+                if at or len(mine) == 1 or len(jobs) == 1:  # the first ones all come at once, and wait for each other
                     seen.first.append(first)
                     seen.added.append(first - engines)
 
@@ -114,12 +117,27 @@ class Ways:
         return seen
 
 
-def make_jobs(rng: random.Random, chosen: argparse.Namespace, vocab: int, clients: int) -> list[list[Job]]:
-    """Fresh prompts, so that nothing of them is cached; outputs from half to one and a half of `--output`."""
-    half = chosen.output // 2
-    lengths = [rng.randint(chosen.output - half, chosen.output + half) for _ in range(clients * chosen.requests)]
-    jobs = [Job(random_prompt(rng, chosen.prompt, vocab), length) for length in lengths]
-    return [jobs[at::clients] for at in range(clients)]
+def make_jobs(chosen: argparse.Namespace, round: int, way: str, vocab: int) -> list[list[Job]]:
+    """A list for each client. In a round both ways have the same lengths, outputs of half to one and a half of
+    `--output`, and other prompts, or one way would find the other's in the cache."""
+    lengths, prompts = random.Random(f"lengths {round}"), random.Random(f"{way} {round}")
+    half, requests = chosen.output // 2, chosen.requests if round >= 0 else 1
+    return [
+        [
+            Job(
+                random_prompt(prompts, chosen.prompt, vocab),
+                lengths.randint(chosen.output - half, chosen.output + half),
+            )
+            for _ in range(requests)
+        ]
+        for _ in range(chosen.batch)
+    ]
+
+
+def make_lone_jobs(chosen: argparse.Namespace, round: int, way: str, vocab: int) -> list[list[Job]]:
+    """One client's short requests, one after another."""
+    prompts = random.Random(f"alone {way} {round}")
+    return [[Job(random_prompt(prompts, chosen.prompt, vocab), LONE_TOKENS) for _ in range(LONE_REQUESTS)]]
 
 
 def measure(chosen: argparse.Namespace, address: str, port: int, model: str) -> dict[str, Any]:
@@ -127,18 +145,15 @@ def measure(chosen: argparse.Namespace, address: str, port: int, model: str) -> 
     rounds: dict[str, list[dict[str, float]]] = {"direct": [], "http": []}
     single: dict[str, list[dict[str, float]]] = {"direct": [], "http": []}
 
-    async def one(way: str, clients: int, seed: int) -> Path_:
+    async def one(way: str, make: Callable[..., list[list[Job]]], round: int) -> Seen:
         async with await AsyncEngineClient.connect(address) as client:
-            jobs = make_jobs(random.Random(seed), chosen, min(client.info.vocab_size, 128_000), clients)
-            if clients == 1:
-                jobs = [[Job(job.prompt, 4) for job in (jobs[0] * 8)[:16]]]
+            jobs = make(chosen, round, way, min(client.info.vocab_size, 128_000))
             return await Ways(client, port, model).loop(way, jobs)
 
     for round in range(-1, chosen.rounds):  # the first is to warm up
-        for at, way in enumerate(("direct", "http") if round % 2 else ("http", "direct")):
-            # The same lengths both ways; other prompts, or one way would find the other's in the cache.
-            found = http_load.run(one(way, chosen.batch, 1000 * round + at)).figures()
-            alone = http_load.run(one(way, 1, 1000 * round + 500 + at)).figures()
+        for way in ("direct", "http") if round % 2 else ("http", "direct"):
+            found = http_load.run(one(way, make_jobs, round)).figures()
+            alone = http_load.run(one(way, make_lone_jobs, round)).figures()
             if round >= 0:
                 rounds[way].append(found)
                 single[way].append(alone)
@@ -210,6 +225,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write everything here")
     chosen = parser.parse_args()
     check_writable(chosen.json)
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(f"the server needs {', '.join(missing)}, which are not installed")
+    slower = [name for name in ("uvloop", "httptools") if importlib.util.find_spec(name) is None]
+    if slower:
+        print(f"without {' and '.join(slower)} the server is slower than it need be", flush=True)
     config = EngineConfig(
         model=chosen.model, device=chosen.device, kv_tokens=chosen.kv_tokens, max_batch_size=chosen.batch,
         max_batch_tokens=max(chosen.max_batch_tokens, chosen.batch), address="tcp://127.0.0.1:0",
