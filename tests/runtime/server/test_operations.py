@@ -213,6 +213,23 @@ def test_a_client_that_reads_nothing_is_cut_off_and_its_request_cancelled(
         assert b"[DONE]" not in received
 
 
+def test_streams_do_not_need_the_shortcut_to_the_socket(
+    tiny_engine: EngineProcess, serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where httptools is not installed, all goes through ASGI's own `send`."""
+    asked = ASK | {"max_tokens": 60, "stream": True, "ignore_eos": True, "seed": 5}
+
+    def text() -> str:
+        with serving(tiny_engine.address) as served, served.openai() as client:
+            extra = {"ignore_eos": asked.pop("ignore_eos", True)}
+            chunks = client.chat.completions.create(**asked, extra_body=extra)
+            return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+    short = text()
+    monkeypatch.setattr("superinfer.runtime.server.serve.http_protocol", lambda: "h11")
+    assert text() == short and len(short) > 50
+
+
 def test_the_access_log_is_a_json_line_for_each_request(
     tiny_engine: EngineProcess, serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
