@@ -164,8 +164,8 @@ class _Straight:
     def is_open(self) -> bool:
         return self._shortcut.is_open
 
-    def write(self, delta: TextDelta) -> None:
-        if body := b"".join(self._events(delta)):
+    def write(self, deltas: list[TextDelta]) -> None:
+        if body := b"".join([chunk for delta in deltas for chunk in self._events(delta)]):
             self._shortcut.push(body)
 
 
