@@ -6,6 +6,7 @@ import io
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from superinfer.errors import InvalidRequestError
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.launch import EngineProcess, launch_engine
+from superinfer.runtime.server.service import SHORT_BODY, aside
 from superinfer.runtime.server.settings import load_settings
 
 ASK: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
@@ -274,3 +276,16 @@ def test_a_wrong_setting_is_named(tmp_path: Path, text: str, says: str) -> None:
     file.write_text(text)
     with pytest.raises(InvalidRequestError, match=says):
         load_settings({}, config=file, environment={})
+
+
+async def test_long_requests_are_tokenized_beside_the_event_loop() -> None:
+    class Http:
+        def __init__(self, size: int) -> None:
+            self._size = size
+
+        async def body(self) -> bytes:
+            return b"x" * self._size
+
+    loop = threading.get_ident()
+    assert await aside(Http(SHORT_BODY), threading.get_ident) == loop  # type: ignore[arg-type]
+    assert await aside(Http(SHORT_BODY + 1), threading.get_ident) != loop  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from superinfer.runtime.models.registry import MODELS
 from superinfer.runtime.protocol import RequestReport
 from superinfer.runtime.server.chat_answer import ChatWriter, gather
 from superinfer.runtime.server.parsing.families import TOOL_FORMATS, Formats, formats_of
@@ -146,6 +147,12 @@ def test_the_template_or_the_architecture_tells_the_format(
     found = formats_of(tokenizer, architecture)
     assert (found.tools, found.reasoning) == (tools, thinks)
     assert formats_of(tokenizer, architecture, tools="pythonic", reasoning="think").tools == "pythonic"
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_every_model_that_is_loaded_has_a_format_of_its_own(architecture: str) -> None:
+    named = [name for name, known in TOOL_FORMATS.items() if architecture.startswith(known.architectures)]
+    assert len(named) == 1, "its family is in the table, once"
 
 
 def writer(checkpoint: Path, *, stream: bool = False, tools: str = "hermes") -> ChatWriter:
