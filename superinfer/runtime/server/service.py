@@ -85,7 +85,8 @@ class Service:
 
     def tally(self, http: Request, choices: int, per_prompt: int, promise: Promise) -> Tally:
         """One whose reports reach the metrics, the trace and the access log."""
-        carrier, log = dict(http.headers), http.scope.setdefault("superinfer.log", {})
+        log = http.scope.setdefault("superinfer.log", {})
+        carrier = dict(http.headers) if self._tracer is not None else {}
 
         def observe(report: RequestReport, reason: FinishReason, promise: Promise) -> None:
             self.metrics.finished(report, reason, promise)
