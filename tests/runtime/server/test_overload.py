@@ -75,12 +75,12 @@ def test_what_cannot_be_kept_is_a_503_that_says_when_to_come_back(choosy: Any, s
 
 
 class SlowExecutor(MemoryExecutor):
-    """A step takes `seconds`."""
+    """A step takes `seconds`: long against what a busy machine may add to the way of a message."""
 
     limits = ExecutorLimits(num_blocks=64, page_size=16, num_slots=1, max_model_len=512, vocab_size=90)
     tier = None
     depth = 1
-    seconds = 0.25
+    seconds = 0.5
 
     def __init__(self) -> None:
         super().__init__(self.limits.num_blocks, self.limits.page_size)
@@ -94,7 +94,7 @@ class SlowExecutor(MemoryExecutor):
 
 @pytest.fixture(scope="module")
 def slow(tiny_checkpoint: Path, serving: Callable[..., Any]) -> Iterator[tuple[Any, EngineClient]]:
-    """A real engine with one place, of four steps a second: its server, and a connection of the test's own."""
+    """A real engine with one place, of two steps a second: its server, and a connection of the test's own."""
     executor = SlowExecutor()
     limits = executor.limits
     info = ModelInfo(
