@@ -11,6 +11,7 @@ from plan import Bench
 from servers import moved
 
 from superinfer.bench.load_report import columns, report
+from superinfer.bench.openai_stream import Sample
 from superinfer.bench.workload import Load, Span, make_load
 from superinfer.runtime.sim.workload import Job
 
@@ -77,8 +78,24 @@ def _at_rate(bench: Bench, rate: float, duration: float, seed: int) -> dict[str,
         "report": msgspec.to_builtins(found),
         "counters": counted,
         "settled_s": settled,
-        "samples": columns(outcome.samples),
+        "samples": raw(outcome.samples),
     }
+
+
+def raw(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    """The raw samples of a run, to a tenth of a millisecond, kinds of failures and lateness as numbers of a list: files
+    that go into a repository."""
+    found = columns(samples)
+    kept: dict[str, list[Any]] = {}
+    for name in ("due", "ttft", "e2e", "tpot", "max_tbt"):
+        kept[name] = [None if value is None else round(value, 4) for value in found[name]]
+    kept |= {name: found[name] for name in ("prompt_tokens", "output_tokens")}
+    for name in ("met", "ttft_met"):
+        kept[name] = [None if value is None else int(value) for value in found[name]]
+    for name in ("why", "error"):
+        kinds = sorted(set(found[name]))
+        kept[f"{name}_kinds"], kept[name] = kinds, [kinds.index(kind) for kind in found[name]]
+    return kept
 
 
 def fitting(jobs: Sequence[Job], bench: Bench) -> list[Job]:

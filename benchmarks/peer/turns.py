@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 from arms import PAGE
-from open_loop import settle
+from open_loop import raw, settle
 from plan import Bench
 from servers import moved
 
-from superinfer.bench.load_report import Spread, columns, report
+from superinfer.bench.load_report import Spread, report
 from superinfer.runtime.sim.workload import MOONCAKE_BLOCK, Job, read_mooncake
 
 
@@ -58,7 +58,7 @@ def turns(bench: Bench) -> dict[str, Any]:
         "ttft_first": msgspec.to_builtins(Spread.of(new)),
         "report": msgspec.to_builtins(found),
         "counters": counted,
-        "samples": columns(outcome.samples) | {"returns": replay.returns},
+        "samples": raw(outcome.samples) | {"returns": [int(again) for again in replay.returns]},
     }
 
 
