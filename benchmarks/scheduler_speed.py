@@ -1,6 +1,8 @@
-"""What scheduling costs: wall time of `plan` and `commit` with many requests, and simulated requests a second.
+"""What scheduling costs: CPU time of `plan` and `commit` with many requests, and simulated requests a second.
 
-Decoding steps of a full batch behind a long queue; then the simulator, with about 4,000 and 16,000 requests live.
+Decoding steps of a full batch, alone and behind a long queue, of which nobody is late yet; then the simulator, with
+about 4,000 and 16,000 requests live. CPU time of the thread, as other processes of the machine are no part of it; a
+busy machine still makes it longer, so a loop of fixed work is timed beside it (`unit_ms`: 1,500 additions).
 """
 
 from __future__ import annotations
@@ -9,12 +11,11 @@ import argparse
 import random
 import statistics
 import time
-from itertools import product
 from typing import Any
 
 from record import write
 
-from superinfer.runtime.kv.cache import KVCache
+from superinfer.runtime.kv.duplex import build_cache
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.plan import StepResult
 from superinfer.runtime.scheduler.registry import POLICIES, build_scheduler
@@ -25,10 +26,29 @@ from superinfer.runtime.sim.simulate import SimConfig, simulate
 from superinfer.runtime.sim.workload import make_jobs
 from superinfer.runtime.slo import SLO
 
+# Waiting; for blocks rather than slots; with a second tier.
+CASES = (
+    (0, False, False),
+    (1000, False, False),
+    (1000, True, False),
+    (1000, False, True),
+    (15_744, False, False),
+    (15_744, True, False),
+)
 
-def step_times(policy: str, resident: int, waiting: int, steps: int, blocked: bool) -> dict[str, float]:
+
+def unit_time() -> float:
+    """Seconds of CPU that 1,500 additions take now."""
+    started, total, pair = time.thread_time(), 0, (1, 2)
+    for number in range(1500):
+        total += pair[number & 1]
+    return time.thread_time() - started
+
+
+def step_times(policy: str, resident: int, waiting: int, steps: int, blocked: bool, dram: bool) -> dict[str, float]:
     """Milliseconds of steps in which all residents decode.
 
+    dram: with a second tier as large as the first, over a link that takes no time: "rota" rotates in every step.
     blocked: slots are free but no block is, so that every step looks at the queue in vain (blocks are large enough for
     a whole sequence then); otherwise all slots are taken.
     """
@@ -37,23 +57,25 @@ def step_times(policy: str, resident: int, waiting: int, steps: int, blocked: bo
     prompts = [[at] * rng.randrange(100, 400) for at in range(resident + waiting)]
     blocks = sum(-(-(len(prompt) + steps + 2) // page) for prompt in prompts[:resident])  # the residents' own, no more
     limits = SchedulerLimits(resident + (64 if blocked else 0), 2048, blocks * page)
-    scheduler = build_scheduler(policy, KVCache(blocks, page), limits)
+    scheduler = build_scheduler(policy, build_cache(blocks, blocks if dram else 0, page), limits)
     slo = SLO(ttft=1.0, tbt=0.1)
     now = 0.0
-    plans, commits = [], []
+    plans, commits, units = [], [], []
 
     def step() -> None:
         nonlocal now
-        started = time.perf_counter()
+        started = time.thread_time()
         plan = scheduler.plan(now)
-        planned = time.perf_counter()
+        planned = time.thread_time()
         assert plan is not None
-        result = StepResult(plan.step, {work.slot: 5 for work in plan.work if work.sample}, elapsed=0.02)
+        tokens = {work.slot: 5 for work in plan.work if work.sample}
+        result = StepResult(plan.step, tokens, elapsed=0.02, copied=[copy.id for copy in plan.copies])
         now += 0.02
-        begun = time.perf_counter()
+        begun = time.thread_time()
         scheduler.commit(result, now)
-        commits.append((time.perf_counter() - begun) * 1e3)
+        commits.append((time.thread_time() - begun) * 1e3)
         plans.append((planned - started) * 1e3)
+        units.append(unit_time() * 1e3)
 
     sequences = [
         Sequence(id=at, prompt=prompt, max_tokens=10_000, arrival=0.0, slo=slo) for at, prompt in enumerate(prompts)
@@ -63,15 +85,19 @@ def step_times(policy: str, resident: int, waiting: int, steps: int, blocked: bo
     while any(sequence.num_output == 0 for sequence in sequences[:resident]):
         step()
     for sequence in sequences[resident:]:
+        sequence.arrival = now
         scheduler.add(sequence)
     plans.clear()
     commits.clear()
+    units.clear()
     for _ in range(steps // 2):
         step()
     return {
         "plan_p50_ms": statistics.median(plans),
         "plan_p90_ms": statistics.quantiles(plans, n=10)[8],
+        "plan_max_ms": max(plans),
         "commit_p50_ms": statistics.median(commits),
+        "unit_ms": statistics.median(units),
     }
 
 
@@ -101,18 +127,21 @@ def simulated_rate(policy: str, live: int) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, write results/scheduler-speed.json."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=120)
     arguments = parser.parse_args()
     resident = 256
     steps: list[dict[str, Any]] = []
     for policy in POLICIES:
-        for waiting, blocked in product((1000, 15_744), (False, True)):
-            times = step_times(policy, resident, waiting, arguments.steps, blocked)
-            steps.append({"policy": policy, "resident": resident, "waiting": waiting, "blocked": blocked} | times)
+        for waiting, blocked, dram in CASES:
+            times = step_times(policy, resident, waiting, arguments.steps, blocked, dram)
+            case = {"resident": resident, "waiting": waiting, "blocked": blocked, "dram": dram}
+            steps.append({"policy": policy} | case | times)
             print(
-                f"{policy:9} {resident} resident, {waiting:6,} waiting for {'blocks' if blocked else 'slots'}: "
-                f"plan {times['plan_p50_ms']:.3f} ms (p90 {times['plan_p90_ms']:.3f}), "
-                f"commit {times['commit_p50_ms']:.3f} ms"
+                f"{policy:9} {resident} resident, {waiting:6,} waiting for {'blocks' if blocked else 'slots '}"
+                f"{' with DRAM' if dram else '          '}: plan {times['plan_p50_ms']:.3f} ms (p90 "
+                f"{times['plan_p90_ms']:.3f}, max {times['plan_max_ms']:.3f}), commit {times['commit_p50_ms']:.3f} ms, "
+                f"unit {times['unit_ms']:.3f} ms",
+                flush=True,
             )
     simulated = [simulated_rate(policy, live) for live in (4000, 16_000) for policy in ("fcfs", "rota")]
     for run in simulated:

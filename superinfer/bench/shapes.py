@@ -97,10 +97,13 @@ def filler_words() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def engine_of_shape(config: EngineConfig, layers: int | None) -> Iterator[tuple[EngineConfig, ModelShape]]:
+def engine_of_shape(
+    config: EngineConfig, layers: int | None, *, tokenizer: bool = False
+) -> Iterator[tuple[EngineConfig, ModelShape]]:
     """Settings of the engine to measure, and its model's shape. A model named in CONFIGS gets random weights.
 
-    layers: of such a model, fewer than it has, where memory asks for it. Raises InvalidRequestError.
+    layers: of such a model, fewer than it has, where memory asks for it. tokenizer: give it one, for text and grammars.
+    Raises InvalidRequestError.
     """
     if layers is not None and config.model not in CONFIGS:
         raise InvalidRequestError(f"--layers is for {', '.join(CONFIGS)}, not for model {config.model!r}")
@@ -110,7 +113,7 @@ def engine_of_shape(config: EngineConfig, layers: int | None) -> Iterator[tuple[
         yield config, shape_of(config.model)
         return
     with tempfile.TemporaryDirectory(prefix="superinfer-shape-") as folder:
-        path = write_shape(config.model, Path(folder), layers)
+        path = write_shape(config.model, Path(folder), layers, tokenizer=tokenizer)
         shape = shape_of(config.model)
         shape = shape._replace(layers=layers if layers is not None else shape.layers)
         yield msgspec.structs.replace(config, model=str(path), load_format="dummy"), shape

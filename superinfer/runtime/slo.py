@@ -137,7 +137,8 @@ class TokenTimeline:
         """Record `n` tokens that arrived together at `now`."""
         if n <= 0:
             return
-        if self.first is None:
+        count = self.count
+        if count == 0:
             self.first = now
             self._ttft_lag = now - self._start
             self.is_late = self._ttft_lag > 0
@@ -146,14 +147,14 @@ class TokenTimeline:
         elif now - self.last > self.max_tbt:
             self.max_tbt = now - self.last
         if self._tbt is not None:  # of tokens arriving together the first is latest
-            due = self._start + self.count * self._tbt
+            due = self._start + count * self._tbt
             lag = now - (due if due < self._deadline else self._deadline)
             if lag > self._lag:
                 self._lag = lag
                 if lag > 0:
                     self.is_late = True
         self.last = now
-        self.count += n
+        self.count = count + n
 
     def verdict(self, now: float) -> Verdict:
         """Judge the request as finished (or given up) at `now`."""

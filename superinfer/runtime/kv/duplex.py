@@ -185,13 +185,15 @@ class DuplexCache(KVCache):
         nodes = cast(list[TierNode], mine.nodes)
         private = mine.blocks[len(nodes) :]
         content = private[: self.blocks_for(computed) - len(nodes)]
-        for node in nodes:
-            self._pin(node)
         dirty = [node for node in nodes if node.dram < 0]
-        if len(dirty) + len(content) > self.num_dram - self._pinned:
-            for node in reversed(nodes):
-                self._unpin(node)
+        pinned = self._pinned + sum(node.parked == 0 for node in nodes) - sum(node.parked == 0 for node in dirty)
+        if len(dirty) + len(content) > self.num_dram - pinned:
             return False
+        self._pinned = pinned
+        for node in nodes:  # pinned; they are held, so they are not among the idle
+            if node.parked == 0:
+                self._mirrors.pop(node, None)
+            node.parked += 1
         for node in dirty:
             self._mirror(node, self._take_dram(mirrors=True))
         for block in content:
@@ -202,8 +204,10 @@ class DuplexCache(KVCache):
         self._withdraw(mine)
         self._give(private)
         self._give(mine.spare)
-        for node in reversed(nodes):
-            self._unhold(node)
+        for node in reversed(nodes):  # no longer held, but parked: idle in HBM only
+            node.holders -= 1
+            if node.holders == 0 and node.block >= 0:
+                self._idle[node] = None
         mine.blocks, mine.spare, mine.sent, mine.parked = [], [], 0, True
         self.totals.rotations_out += 1
         self.totals.rotated += len(nodes) + len(content)
@@ -220,8 +224,13 @@ class DuplexCache(KVCache):
             return False
         mine.parked = False
         for at, node in enumerate(nodes):
-            self._hold(node)
-            self._unpin(node)
+            if node.holders == 0:
+                self._idle.pop(node, None)
+            node.holders += 1
+            node.parked -= 1
+            if node.parked == 0 and node.dram >= 0:
+                self._pinned -= 1
+                self._mirrors[node] = None
             if node.block < 0:
                 mine.missing.append(at)
             elif node.loading:

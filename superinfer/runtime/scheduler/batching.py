@@ -7,142 +7,25 @@ tier it gives them up to that: see docs/duplexkv.md.
 
 from __future__ import annotations
 
-import heapq
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from itertools import islice
 
-from superinfer.runtime.config import Admission
-from superinfer.runtime.kv.cache import KVCache, Node
+from superinfer.runtime.kv.cache import Node
 from superinfer.runtime.kv.copies import BlockCopy
-from superinfer.runtime.kv.duplex import DuplexCache
 from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler import stages
-from superinfer.runtime.scheduler.base import SchedulerCounts, SchedulerLimits
-from superinfer.runtime.scheduler.cost import StepCost, StepLoad, StepRates
+from superinfer.runtime.scheduler.draft import Draft
+from superinfer.runtime.scheduler.places import Places
 from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan, StepResult
-from superinfer.runtime.scheduler.queue import WaitingQueue
-from superinfer.runtime.scheduler.rotation import Rotation
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
 
 # Waiting sequences looked at in one step: a long queue behind one prefix that is being computed costs no more.
 MAX_LOOKED_AT = 256
+RUNNING, FINISHED = Status.RUNNING, Status.FINISHED  # looked up for every token
 
 
-@dataclass(slots=True)
-class Draft:
-    """A plan being made. budget: tokens left. waits: copies its work depends on; `patient`: however many they are.
-
-    decodes, kv_read, prefill, pairs: what its work comes to, as in a `StepLoad`.
-    """
-
-    budget: int
-    decodes: int = 0
-    kv_read: int = 0
-    prefill: int = 0
-    pairs: float = 0.0
-    work: dict[Sequence, SlotWork] = field(default_factory=dict)
-    init: list[SlotInit] = field(default_factory=list)
-    waits: set[int] = field(default_factory=set)
-    preempted: bool = False
-    patient: bool = False
-
-    @property
-    def load(self) -> StepLoad:
-        """What the work comes to."""
-        return StepLoad(self.prefill + self.decodes, self.decodes, self.kv_read, self.pairs)
-
-    def count(self, item: SlotWork, sign: int = 1) -> None:
-        """Count a prefill chunk's or a decode's load in, or out with -1."""
-        if item.tokens:
-            self.prefill += sign * item.length
-            self.kv_read += sign * item.start
-            self.pairs += sign * item.length * (item.start + (item.length + 1) / 2)
-        else:
-            self.decodes += sign
-            self.kv_read += sign * (item.start + 1)
-
-
-class BatchScheduler(ABC):
-    """Implements `Scheduler` for policies that are an order. Owns the KV bookkeeping."""
-
-    name = ""
-    admission: Admission = "accept"
-
-    def __init__(self, kv: KVCache, limits: SchedulerLimits, cost: StepCost | None = None) -> None:
-        self.cost = cost if cost is not None else StepCost(StepRates.unknown())
-        self._kv = kv
-        self._rotation = Rotation(kv) if isinstance(kv, DuplexCache) else None
-        self._draft = Draft(0)
-        self._limits = limits
-        self._waiting = WaitingQueue()
-        self._running: list[Sequence] = []
-        self._free_slots = list(range(limits.num_slots - 1, -1, -1))
-        self._freed: list[int] = []
-        self._deadlines: list[tuple[float, int, Sequence]] = []
-        self._planned: dict[int, list[tuple[Sequence, SlotWork]]] = {}
-        self._loads: dict[int, StepLoad] = {}
-        self._step = 0
-        self._preemptions = 0
-
-    @abstractmethod
-    def rank(self, sequence: Sequence, now: float) -> tuple[float, ...]:
-        """Sort key: smaller is served first, let in first, and preempted last.
-
-        A waiting sequence keeps the key it had when it began to wait: time must move all keys alike.
-        """
-
-    # ------------------------------------------------------------------ requests come and go
-
-    def add(self, sequence: Sequence) -> None:
-        """See Scheduler.add."""
-        self._waiting.add(sequence, self.rank(sequence, sequence.arrival))
-        slo = sequence.slo
-        if slo is not None and slo.deadline is not None and slo.on_miss != "finish":
-            heapq.heappush(self._deadlines, (sequence.arrival + slo.deadline, sequence.id, sequence))
-            self._prune_deadlines()
-
-    def overload(self, sequence: Sequence, now: float) -> float | None:
-        """See Scheduler.overload. A policy that foresees nothing takes all."""
-        return None
-
-    def cancel(self, sequence: Sequence, now: float) -> SequenceUpdate | None:
-        """See Scheduler.cancel."""
-        if sequence.status is Status.FINISHED:
-            return None
-        self._finish(sequence, "cancelled", now)
-        return SequenceUpdate(sequence, [], None, "cancelled")
-
-    def expire(self, now: float) -> list[SequenceUpdate]:
-        """See Scheduler.expire."""
-        updates = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            sequence = heapq.heappop(self._deadlines)[2]
-            if sequence.status is not Status.FINISHED:
-                self._finish(sequence, "deadline", now)
-                updates.append(SequenceUpdate(sequence, [], None, "deadline"))
-        return updates
-
-    def _prune_deadlines(self) -> None:
-        """Forget finished sequences whose deadline is far away, once they outnumber the live ones."""
-        if len(self._deadlines) > 64 + 2 * (len(self._running) + len(self._waiting)):
-            self._deadlines = [entry for entry in self._deadlines if entry[2].status is not Status.FINISHED]
-            heapq.heapify(self._deadlines)
-
-    def counts(self) -> SchedulerCounts:
-        """See Scheduler.counts."""
-        kv = self._kv
-        return SchedulerCounts(
-            len(self._running),
-            len(self._waiting),
-            self._preemptions,
-            kv.num_blocks,
-            kv.num_free,
-            kv.num_cached,
-            self._rotation.gauges() if self._rotation is not None else None,
-            sum(sequence.table is not None for sequence in self._waiting) if self._rotation is not None else 0,
-        )
+class BatchScheduler(Places):
+    """Implements `Scheduler` for policies that are an order."""
 
     # ------------------------------------------------------------------ plan
 
@@ -152,9 +35,8 @@ class BatchScheduler(ABC):
         if self._rotation is not None:
             self._rotation.watch(now)
         self._make_room(now)
-        prefills = [s for s in self._running if s.scheduled < s.resume_at]
         # Every decode takes one token of the budget before any prefill chunk takes the rest.
-        self._decode([s for s in self._running if s.scheduled >= s.resume_at], now)
+        prefills = self._decode(list(self._running), now)
         if len(prefills) > 1:
             prefills.sort(key=lambda s: self.rank(s, now))
         for sequence in prefills:
@@ -164,33 +46,38 @@ class BatchScheduler(ABC):
             self._admit(now)
         if not draft.work and self._rotation is not None:
             self._wait_with_first(now)
-        self._note_copy_waits(draft, now)
         self._draft = Draft(0)
-        return self._finish_plan(draft)
+        return self._finish_plan(draft, now)
 
     def _note_copy_waits(self, draft: Draft, now: float) -> None:
         """Who has a slot and no work in this plan for want of copies is waiting for them; the others are not."""
-        if self._rotation is None:
+        if self._rotation is None or (len(draft.work) == len(self._running) and not self._copy_waiting):
             return
+        waiting = []
         for sequence in self._running:
-            table = sequence.table
-            if table is not None and sequence not in draft.work and self._rotation.kv.awaits(table):
+            if sequence in draft.work or sequence.table is None:
+                continue
+            if self._rotation.kv.awaits(sequence.table):
                 sequence.stages.enter(stages.COPY_WAIT, now)
-            else:
+                waiting.append(sequence)
+        for sequence in self._copy_waiting:
+            if sequence.status is Status.RUNNING and sequence not in waiting:
                 sequence.stages.work(now)
+        self._copy_waiting = waiting
 
     def _wait_with_first(self, now: float) -> None:
         """All that run wait for copies: the step waits with the first of them."""
         self._draft.patient = True
         for sequence in sorted(self._running, key=lambda s: self.rank(s, now)):
             if not self._draft.work:
-                self._decode([sequence] if not sequence.is_prefilling else [], now)
+                self._decode([sequence], now)
                 self._continue(sequence, now)
 
-    def _make_room(self, now: float) -> None:  # noqa: B027 - most policies do nothing here
+    def _make_room(self, now: float) -> None:
         """For policies that rotate by choice: called before each plan."""
 
-    def _finish_plan(self, draft: Draft) -> StepPlan | None:
+    def _finish_plan(self, draft: Draft, now: float) -> StepPlan | None:
+        self._note_copy_waits(draft, now)
         copies: tuple[BlockCopy, ...] = ()
         if self._rotation is not None:
             copies = self._rotation.copies_of_plan()
@@ -200,52 +87,68 @@ class BatchScheduler(ABC):
             if self._running or self._waiting:  # nothing to do but wait for copies
                 draft.waits = {self._rotation.kv.oldest_pending}
         self._step += 1
-        self._planned[self._step] = list(draft.work.items())
-        self._loads[self._step] = draft.load
+        self._planned[self._step] = draft.work
+        self._loads[self._step] = load = draft.load
         freed, self._freed = tuple(self._freed), []
         plan = StepPlan(
             self._step, tuple(draft.work.values()), tuple(draft.init), freed, copies, tuple(sorted(draft.waits))
         )
         if self._rotation is not None:
-            self._rotation.planned(plan)
+            self._rotation.planned(self._step, load.tokens, load.decodes)
         return plan
 
-    def _decode(self, decodes: list[Sequence], now: float) -> None:
-        """One token for every running sequence that is past its prefill, while the budget lasts.
+    def _decode(self, sequences: list[Sequence], now: float) -> list[Sequence]:
+        """One token for every running sequence that is past its prefill, while the budget lasts. Returns the others.
 
         The order matters only if the budget cannot serve all. Should blocks run out, the last in rank gives its own up
-        whoever asked first. The loop is spelled out, without calls: it is most of the scheduler's time in a full batch.
+        whoever asked first. The loop is spelled out, with the fewest reads that will do: it is most of the scheduler's
+        time in a full batch.
         """
-        draft, rotation, page_size = self._draft, self._rotation, self._kv.page_size
-        if len(decodes) > draft.budget:
-            decodes.sort(key=lambda s: self.rank(s, now))
-        for sequence in decodes:
-            table, start = sequence.table, sequence.scheduled
-            known = len(sequence.tokens) + sequence.in_flight
-            if sequence.slot < 0 or table is None or sequence.score_start is not None:
-                continue  # lost its place to one before it in this loop, or has nothing to decode
-            if known - sequence.num_prompt >= sequence.max_tokens:
-                continue  # all its tokens are planned
-            if draft.budget <= 0:
+        draft, page_size, is_tiered = self._draft, self._kv.page_size, self._rotation is not None
+        if len(sequences) > draft.budget:
+            sequences.sort(key=lambda s: self.rank(s, now))
+        work, prefills, count, kv_read, budget = draft.work, [], 0, 0, draft.budget
+        for sequence in sequences:
+            start = sequence.scheduled
+            if start < sequence.resume_at:
+                prefills.append(sequence)
+                continue
+            slot = sequence.slot
+            if slot < 0 or start >= sequence.last_position:
+                continue  # lost its place to one before it in this loop, or all its tokens are planned
+            if count >= budget:
                 break
-            if rotation is not None and table.awaits and not self._can_wait(sequence):  # type: ignore[attr-defined]
-                continue
             new_blocks: tuple[int, ...] = ()
-            if start >= len(table.blocks) * page_size and not self._grow(sequence, start + 1, now):
-                continue
-            if table.sent < len(table.blocks):
-                if rotation is not None and not self._can_wait(sequence):
+            if start % page_size == 0 or (is_tiered and sequence.table.awaits):  # type: ignore[union-attr]
+                draft.count_decodes(count, kv_read)
+                grown = self._next_block(sequence, now)
+                count, kv_read, budget = 0, 0, draft.budget
+                if grown is None:
                     continue
-                new_blocks = tuple(table.blocks[table.sent :])
-                table.sent = len(table.blocks)
-            if rotation is not None and table.awaits:  # type: ignore[attr-defined]
-                draft.waits.update(rotation.kv.awaits(table))
-            sequence.scheduled = start + 1
+                new_blocks = grown
+            sequence.scheduled = start = start + 1
             sequence.in_flight += 1
-            draft.work[sequence] = SlotWork(sequence.slot, start, 1, (), new_blocks, True)
-            draft.budget -= 1
-            draft.decodes += 1
-            draft.kv_read += start + 1
+            work[sequence] = SlotWork(slot, start - 1, 1, (), new_blocks, True)
+            count += 1
+            kv_read += start
+        draft.count_decodes(count, kv_read)
+        return prefills
+
+    def _next_block(self, sequence: Sequence, now: float) -> tuple[int, ...] | None:
+        """What a decode's table has grown by, at the first position of a block; None if it cannot be computed now."""
+        draft, rotation, table = self._draft, self._rotation, sequence.table
+        assert table is not None
+        if not self._can_wait(sequence) or not self._grow(sequence, sequence.scheduled + 1, now):
+            return None
+        new_blocks: tuple[int, ...] = ()
+        if table.sent < len(table.blocks):
+            if not self._can_wait(sequence):
+                return None
+            new_blocks = tuple(table.blocks[table.sent :])
+            table.sent = len(table.blocks)
+        if rotation is not None:
+            draft.waits.update(rotation.kv.awaits(table))
+        return new_blocks
 
     def _continue(self, sequence: Sequence, now: float) -> None:
         """The next chunk of a running sequence's prefill, unless it loses its own place for want of room."""
@@ -330,7 +233,7 @@ class BatchScheduler(ABC):
     def _start(self, sequence: Sequence, now: float) -> SlotInit:
         sequence.status = Status.RUNNING
         sequence.slot = self._free_slots.pop()
-        sequence.resume_at = sequence.compute_length
+        sequence.resume_at, sequence.committed = sequence.compute_length, sequence.scheduled
         sequence.let_in, sequence.let_in_with, sequence.let_in_at = now, sequence.num_output, sequence.scheduled
         self._running.append(sequence)
         sequence.stages.work(now)
@@ -379,43 +282,57 @@ class BatchScheduler(ABC):
             self.cost.observe(load, result.elapsed - result.link.stall_s)
         if self._rotation is not None and self._rotation.settle(result):
             self._drop_broken(now)
-        updates = []
-        tokens, page_size, has_logprobs = result.tokens, self._kv.page_size, bool(result.logprobs)
         planned = self._planned.pop(result.step)
         if result.link.stall_s > 0.0:
-            for sequence, _ in planned:
+            for sequence in planned:
                 sequence.stages.stalled(result.link.stall_s, now)
-        for sequence, work in planned:
-            sample = work.sample
-            if sample:
-                sequence.in_flight -= 1
-            if sequence.status is Status.FINISHED:
+        updates: list[SequenceUpdate] = []
+        tokens, page_size, is_plain = result.tokens, self._kv.page_size, not result.logprobs
+        for sequence, work in planned.items():
+            if work.tokens or not is_plain:
+                update = self._commit_work(sequence, work, result, now)
+                if update is not None:
+                    updates.append(update)
                 continue
-            if sample:
-                token = tokens[work.slot]
-                sequence.tokens.append(token)
-                sequence.timeline.tokens(1, now - sequence.arrival)
-                if sequence.timeline.count == 1:
-                    sequence.stages.first_token(now)
-            table = sequence.table
-            if table is not None:
-                sequence.committed = committed = work.start + work.length
-                if sequence.status is Status.RUNNING:
-                    if committed >= (len(table.nodes) + 1) * page_size:  # a block is full
-                        self._kv.commit(table, sequence.tokens, committed)
-                    if sequence.scheduled < sequence.resume_at:
-                        self._kv.announce(table, sequence.tokens)
-            if sample and not has_logprobs and token not in sequence.stop_ids:  # nearly all: without further calls
-                reason: FinishReason | None = None
-                if len(sequence.tokens) - sequence.num_prompt >= sequence.max_tokens:
-                    reason = "length"
+            # A decode, spelled out as in `_decode`.
+            sequence.in_flight -= 1
+            status = sequence.status
+            if status is FINISHED:
+                continue
+            token = tokens[work.slot]
+            sequence.tokens.append(token)
+            sequence.timeline.tokens(1, now - sequence.arrival)
+            end = work.start + 1
+            if end % page_size == 0 and status is RUNNING:  # a block is full
+                self._kv.commit(sequence.table, sequence.tokens, end)  # type: ignore[arg-type]
+            reason: FinishReason | None = None
+            if end >= sequence.last_position or token in sequence.stop_ids:
+                reason = self._finish_reason(sequence, work)
+                if reason is not None:
                     self._finish(sequence, reason, now)
-                updates.append(SequenceUpdate(sequence, [token], None, reason))
-                continue
-            update = self._update(sequence, work, result, now)
-            if update is not None:
-                updates.append(update)
+            updates.append(SequenceUpdate(sequence, [token], None, reason))
         return updates
+
+    def _commit_work(self, sequence: Sequence, work: SlotWork, result: StepResult, now: float) -> SequenceUpdate | None:
+        """What came of a prefill chunk, or of a step with logprobs."""
+        if work.sample:
+            sequence.in_flight -= 1
+        if sequence.status is FINISHED:
+            return None
+        if work.sample:
+            sequence.tokens.append(result.tokens[work.slot])
+            sequence.timeline.tokens(1, now - sequence.arrival)
+            if sequence.timeline.count == 1:
+                sequence.stages.first_token(now)
+        table = sequence.table
+        if table is not None:
+            sequence.committed = committed = work.start + work.length
+            if sequence.status is RUNNING:
+                if committed >= (len(table.nodes) + 1) * self._kv.page_size:  # a block is full
+                    self._kv.commit(table, sequence.tokens, committed)
+                if sequence.scheduled < sequence.resume_at:
+                    self._kv.announce(table, sequence.tokens)
+        return self._update(sequence, work, result, now)
 
     def _update(self, sequence: Sequence, work: SlotWork, result: StepResult, now: float) -> SequenceUpdate | None:
         reason = self._finish_reason(sequence, work)
@@ -444,98 +361,10 @@ class BatchScheduler(ABC):
         if self._rotation is not None:
             self._rotation.dropped(step)
         self._loads.pop(step, None)
-        for sequence, work in self._planned.pop(step, []):
+        for sequence, work in self._planned.pop(step, {}).items():
             if work.sample:
                 sequence.in_flight -= 1
             if sequence.status is not Status.FINISHED:
                 self._finish(sequence, None, now)
                 lost.append(sequence)
         return lost
-
-    # ------------------------------------------------------------------ places given up
-
-    def _finish(self, sequence: Sequence, reason: FinishReason | None, now: float) -> None:
-        if sequence.status is Status.RUNNING:
-            self._leave_slot(sequence)
-        else:
-            self._waiting.remove(sequence)
-        if sequence.table is not None:
-            self._drop_table(sequence)
-        sequence.status = Status.FINISHED
-        sequence.finish_reason = reason
-        sequence.finished_at = now
-        sequence.stages.end(now)
-
-    def _preempt(self, sequence: Sequence, now: float) -> None:
-        """Room is needed: the sequence gives up its slot and blocks, to the second tier if there is room."""
-        self._draft.preempted = True
-        self._undraft(sequence)
-        if self._rotate_out(sequence, now):
-            return
-        self._preemptions += 1
-        sequence.preemptions += 1
-        self._leave_slot(sequence)
-        self._drop_table(sequence)
-        self._wait_again(sequence, now, stages.PREEMPTED)
-
-    def _rotate_out(self, sequence: Sequence, now: float) -> bool:
-        """The sequence's KV goes to the second tier; False when there is none, or it is full."""
-        if self._rotation is None or sequence.table is None:
-            return False
-        if not self._rotation.kv.park(sequence.table, sequence.scheduled):
-            return False
-        sequence.rotations += 1
-        self._leave_slot(sequence)
-        self._wait_again(sequence, now, stages.ROTATED)
-        return True
-
-    def _undraft(self, sequence: Sequence) -> None:
-        """Take back what the plan being made has for this sequence."""
-        item = self._draft.work.pop(sequence, None)
-        if item is not None:
-            sequence.scheduled = item.start
-            sequence.in_flight -= item.sample
-            assert sequence.table is not None
-            sequence.table.sent -= len(item.new_blocks)
-            self._draft.count(item, -1)
-            self._draft.budget += item.length
-
-    def _drop_broken(self, now: float) -> None:
-        """A copy failed: who holds what is lost starts again, and what it has under way is not believed."""
-        for sequence in [*self._running, *self._waiting]:
-            if sequence.table is None or not self._rotation or not self._rotation.is_lost(sequence.table):
-                continue
-            for items in self._planned.values():
-                sequence.in_flight -= sum(work.sample for s, work in items if s is sequence)
-                items[:] = [(s, work) for s, work in items if s is not sequence]
-            self._preemptions += 1
-            sequence.preemptions += 1
-            self._drop_table(sequence)
-            if sequence.status is Status.RUNNING:
-                self._leave_slot(sequence)
-                self._wait_again(sequence, now, stages.PREEMPTED)
-            sequence.stages.enter(stages.PREEMPTED, now)
-
-    def _wait_again(self, sequence: Sequence, now: float, stage: str) -> None:
-        sequence.stages.enter(stage, now)
-        sequence.status = Status.WAITING
-        sequence.preempted_at = now
-        self._waiting.add(sequence, self.rank(sequence, now))
-
-    def _leave_slot(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
-        self._free_slots.append(sequence.slot)
-        if any(init.slot == sequence.slot for init in self._draft.init):  # never given to the executor
-            self._draft.init = [init for init in self._draft.init if init.slot != sequence.slot]
-        else:
-            self._freed.append(sequence.slot)
-        sequence.slot = -1
-
-    def _drop_table(self, sequence: Sequence) -> None:
-        """Its KV is given up. What chunks under way compute is no part of the table it will have next."""
-        assert sequence.table is not None
-        for items in self._planned.values():
-            items[:] = [(s, work) for s, work in items if s is not sequence or work.sample]
-        self._kv.release(sequence.table)
-        sequence.table = None
-        sequence.scheduled = sequence.committed = 0

@@ -44,7 +44,8 @@ class Lengths:
         longest answer seen, tokens come with the chance of an end that all of them had (an exponential tail).
         """
         ends = np.array(self._sorted, dtype=float)
-        at_risk = np.arange(len(ends), 0, -1) + (len(live) - np.searchsorted(np.sort(live), ends))
+        begun = np.sort(live[live > 0.0])
+        at_risk = np.arange(len(ends), 0, -1) + (len(begun) - np.searchsorted(begun, ends))
         share = np.cumprod(1.0 - 1.0 / at_risk)  # that goes on beyond each end
         tail = (ends.sum() + float(live.sum())) / len(ends)
         steps = np.diff(ends, append=ends[-1])

@@ -78,7 +78,12 @@ class StepPlan:
 
     @property
     def num_prefill_tokens(self) -> int:
-        return sum(len(w.tokens) for w in self.work)
+        total = 0
+        for work in reversed(self.work):  # chunks are last
+            if not work.tokens:
+                break
+            total += len(work.tokens)
+        return total
 
 
 @dataclass(slots=True)

@@ -9,6 +9,8 @@ import numpy as np
 from superinfer.runtime.scheduler.sequence import Sequence
 
 COLUMNS = (
+    "id",
+    "prompt",  # tokens of it
     "arrival",
     "base",  # when token 0 is due, s; inf: nothing is promised
     "pace",  # from one token's due time to the next one's, s; inf: only the first is promised
@@ -28,10 +30,12 @@ FIRST_ROWS = 256
 class Roster:
     """One row for each live sequence, at `sequence.row`. Times are seconds on the engine's clock.
 
-    late: its promise is broken for good. kept: as its sequence's. whole: not only for its first
-    token's sake. kind: index into `kinds`, of its length predictor.
+    late: its promise is broken for good. kept: it is to be kept, and whole: not only for its first token's sake.
+    kind: index into `kinds`, of its length predictor.
     """
 
+    id: np.ndarray
+    prompt: np.ndarray
     arrival: np.ndarray
     base: np.ndarray
     pace: np.ndarray
@@ -65,6 +69,7 @@ class Roster:
         row = sequence.row = self._free.pop()
         slo = sequence.slo
         self.base[row] = self.pace[row] = self.deadline[row] = math.inf
+        self.id[row], self.prompt[row] = sequence.id, sequence.num_prompt
         self.arrival[row], self.weight[row] = sequence.arrival, 1.0
         if slo is not None:
             self.weight[row] = slo.weight
@@ -96,14 +101,15 @@ class Roster:
         """Note how far sequences have come, whose rows these are."""
         lengths = np.array([len(s.tokens) + s.in_flight for s in sequences], dtype=float)
         self.context[rows] = lengths
-        self.produced[rows] = lengths - [s.num_prompt for s in sequences]
-        self.prefill[rows] = [max(0, s.resume_at - s.scheduled) for s in sequences]
+        self.produced[rows] = lengths - self.prompt[rows]
+        self.prefill[rows] = np.maximum(np.array([s.resume_at - s.scheduled for s in sequences], dtype=float), 0.0)
         self.load[rows] = 0
         self.late[rows] |= np.array([s.timeline.is_late for s in sequences], dtype=bool)
-        for sequence in sequences:  # a stream without a ttft is timed from its first token
-            first = sequence.timeline.first
-            if first is not None and self.base[sequence.row] == math.inf and self.pace[sequence.row] < math.inf:
-                self.base[sequence.row] = sequence.arrival + first
+        for row in rows[np.isinf(self.base[rows]) & np.isfinite(self.pace[rows])].tolist():
+            sequence = self.sequences[row]  # a stream without a ttft is timed from its first token
+            assert sequence is not None
+            if sequence.timeline.first is not None:
+                self.base[row] = sequence.arrival + sequence.timeline.first
 
     def due(self, rows: np.ndarray, left: np.ndarray, quickest: float) -> tuple[np.ndarray, np.ndarray]:
         """When the next token of each is due, s, and its pace. left: tokens to come; quickest: a resident's pace."""

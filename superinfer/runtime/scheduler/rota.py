@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterator
-from itertools import islice
+from operator import itemgetter
 
 import numpy as np
 
 from superinfer.runtime.kv.cache import KVCache, Node
 from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler.base import SchedulerLimits
-from superinfer.runtime.scheduler.batching import MAX_LOOKED_AT, BatchScheduler, Draft
-from superinfer.runtime.scheduler.cost import StepCost, UnitCosts
-from superinfer.runtime.scheduler.forecast import Forecast
-from superinfer.runtime.scheduler.lengths import LengthPredictor
+from superinfer.runtime.scheduler.batching import BatchScheduler
+from superinfer.runtime.scheduler.cost import StepCost
+from superinfer.runtime.scheduler.draft import Draft
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
-from superinfer.runtime.scheduler.roster import Roster
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
-from superinfer.runtime.scheduler.triage import FIRST_TOKEN, HORIZONS, NOTHING, Demand, Verdicts, triage
+from superinfer.runtime.scheduler.standing import LEFTOVER_SHARE, Standing
 
 TRIAGE_S = 0.05  # how old a triage may be: a few steps
-LEFTOVER_SHARE = 0.05  # of the machine's time, for leftovers however much is promised to others: nobody starves
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
 BUSY = 0.7  # share of the machine's time asked for, below which, if nobody is let go, requests are taken without a look
 UNSEEN = 8  # unless so many have come since the last one
-PATIENCE_S = 30.0  # a leftover that has waited so long may displace others
+MAX_MOVED = 8  # sequences rotated out in one plan, more only for one that needs more: each takes the host 0.1 ms
 PRESSING_STEPS = 8  # steps before its work must begin, somebody's KV is given up for a kept request, without DRAM
-MAX_MARKED = 128  # sequences whose standing changes in one triage; the next one sees to the rest
-SMOOTHING = 0.1  # weight of the newest step
 
 
 class Rota(BatchScheduler):
@@ -40,24 +36,14 @@ class Rota(BatchScheduler):
     def __init__(self, kv: KVCache, limits: SchedulerLimits, cost: StepCost | None = None) -> None:
         super().__init__(kv, limits, cost)
         self.prefix_aware = True
-        self._roster = Roster()
-        self._lengths = LengthPredictor()
+        self._standing = Standing(kv, limits, self.cost)
+        self._roster = self._standing.roster
         self._looked = -math.inf  # when the last triage was
         self._arrived = 0  # how many, since
-        self._units = self.cost.units()
-        self._forecast = Forecast()
-        self._verdicts: Verdicts = NOTHING
-        # Kept residents, those furthest ahead first: when their next token is due, and who they are.
-        self._victims: tuple[np.ndarray, list[Sequence | None]] = (np.zeros(0), [])
-        self._tightest = math.inf  # pace of the kept residents that promise most
-        self._promised = 0  # kept sequences
-        self._aged: Sequence | None = None  # a leftover that has waited long enough: served before all others
-        self._mean_output = 1.0  # tokens that a request without any is expected to have
+        self._joined: list[Sequence] = []  # who began to wait since then
+        self._moved = 0  # sequences displaced in the plan being made
         self._credit = 0.0  # seconds of machine time that leftovers may use now
         self._planned_at = 0.0
-        self._kept_s = 0.0  # machine time of all that is kept
-        self._step_s = 0.02  # smoothed: a step's time, and its matmuls'
-        self._matmul_s = 0.0
 
     # ------------------------------------------------------------------ requests come and go
 
@@ -69,8 +55,9 @@ class Rota(BatchScheduler):
             known = len(path) * self._kv.page_size
         self._roster.add(sequence, len(sequence.tokens) - known)
         if sequence.kept:
-            self._forecast.saw(sequence, len(sequence.tokens) - known)
+            self._standing.forecast.saw(sequence, len(sequence.tokens) - known)
         self._arrived += 1
+        self._joined.append(sequence)
         super().add(sequence)
 
     def overload(self, sequence: Sequence, now: float) -> float | None:
@@ -81,23 +68,28 @@ class Rota(BatchScheduler):
         roster = self._roster
         if self.admission == "accept" or not sequence.kept:
             return None
-        if self._verdicts.load < BUSY and self._verdicts.streams.all() and self._arrived < UNSEEN:
+        if self._standing.verdicts.load < BUSY and self._standing.verdicts.streams.all() and self._arrived < UNSEEN:
             return None
         self._look(now)
         if roster.whole[sequence.row]:
             return None
         if self.admission == "refuse":
-            return max(1.0, self._kept_s)
+            return max(1.0, self._standing.kept_s)
         roster.late[sequence.row] = sequence.is_degraded = True
+        roster.kept[sequence.row] = sequence.kept = False
         return None
 
     def rank(self, sequence: Sequence, now: float) -> tuple[float, ...]:
         """Kept before leftovers; the kept by when their work must begin, the others by age."""
-        if sequence is self._aged:
+        if sequence is self._standing.aged:
             return (-1.0, 0.0, sequence.id)
         if not sequence.kept:
             return (1.0, sequence.arrival, sequence.id)
         return (0.0, self._start_by(sequence), sequence.id)
+
+    def _queue_key(self, sequence: Sequence, now: float) -> tuple[float, ...]:
+        """By age alone: who is next is seen at each look, and costs no sequence its place in a sorted queue."""
+        return (sequence.arrival, sequence.id)
 
     def _start_by(self, sequence: Sequence) -> float:
         """When the work on a sequence's next token must begin at the latest, were it alone."""
@@ -109,25 +101,22 @@ class Rota(BatchScheduler):
         elif produced:
             due = math.inf
         left = max(1.0, float(roster.left[row]))
-        due = min(due, float(roster.deadline[row]) - left * self._step_s)
+        due = min(due, float(roster.deadline[row]) - left * self._standing.step_s)
         if sequence.status is Status.RUNNING:
             return due
         if sequence.table is not None:  # the copies, behind as many others, and the step that notices
-            return due - 2 * self._kv.blocks_for(sequence.scheduled) * self._block_s() - 2 * self._step_s
-        return due - self._units.prefill_s(float(roster.prefill[row]))
+            return due - 2 * self._kv.blocks_for(sequence.scheduled) * self._block_s() - 2 * self._standing.step_s
+        return due - self._standing.units.prefill_s(float(roster.prefill[row]))
 
     def _finish(self, sequence: Sequence, reason: FinishReason | None, now: float) -> None:
         if reason in ("stop", "length"):
-            self._lengths.learn(self._roster.kinds[self._roster.kind[sequence.row]], sequence.num_output)
+            self._standing.lengths.learn(self._roster.kinds[self._roster.kind[sequence.row]], sequence.num_output)
         super()._finish(sequence, reason, now)
         self._roster.remove(sequence)
 
     def commit(self, result: StepResult, now: float) -> list[SequenceUpdate]:
         """See Scheduler.commit."""
-        load = self._loads[result.step]
-        if load.tokens and result.elapsed > 0.0:
-            self._step_s += SMOOTHING * (result.elapsed - self._step_s)
-            self._matmul_s += SMOOTHING * (load.tokens * self._units.token_s - self._matmul_s)
+        self._standing.observe(self._loads[result.step], result.elapsed)
         return super().commit(result, now)
 
     # ------------------------------------------------------------------ plan
@@ -138,32 +127,32 @@ class Rota(BatchScheduler):
             self._look(now)
         if self._rotation is not None:
             self._rotation.watch(now)
-        passed, self._planned_at = max(0.0, now - self._planned_at), now
-        spare = max(LEFTOVER_SHARE, 1.0 - self._verdicts.load) if self._promised else 1.0
+        passed, self._planned_at, self._moved = max(0.0, now - self._planned_at), now, 0
+        spare = max(LEFTOVER_SHARE, 1.0 - self._standing.verdicts.load) if self._standing.promised else 1.0
         self._credit = min(self._credit + spare * min(passed, 1.0), max(spare, 0.1) * 0.2)
         draft = self._draft = Draft(self._limits.max_batch_tokens)
         kept = [s for s in self._running if s.kept]
         leftovers = [s for s in self._running if not s.kept]
-        self._decode([s for s in kept if s.scheduled >= s.resume_at], now)
-        if self._credit > 0.0 or not self._promised:
+        prefills = self._decode(kept, now)
+        if self._credit > 0.0 or not self._standing.promised:
             before = self._seconds()
-            self._decode([s for s in leftovers if s.scheduled >= s.resume_at], now)
+            self._decode(leftovers, now)
             self._credit -= self._seconds() - before
         draft.budget = min(draft.budget, self._chunk_tokens())
-        self._prefill(kept, now)
+        self._prefill(prefills, now)
         self._admit_kept(now)
         is_idle = not draft.work  # the kept wait for something: a step without work would help nobody
         if is_idle:
-            self._decode([s for s in leftovers if s.scheduled >= s.resume_at], now)
-        if (self._credit > 0.0 or not self._promised or is_idle) and draft.budget > 0:
+            self._decode(leftovers, now)
+        if (self._credit > 0.0 or not self._standing.promised or is_idle) and draft.budget > 0:
             before = draft.prefill
             self._prefill(leftovers, now)
             self._admit_leftovers(now)
-            self._credit -= self._units.prefill_s(draft.prefill - before)
+            self._credit -= self._standing.units.prefill_s(draft.prefill - before)
         if not draft.work and self._rotation is not None:
             self._wait_with_first(now)
         self._draft = Draft(0)
-        return self._finish_plan(draft)
+        return self._finish_plan(draft, now)
 
     def _prefill(self, running: list[Sequence], now: float) -> None:
         prefills = [s for s in running if s.scheduled < s.resume_at]
@@ -174,7 +163,7 @@ class Rota(BatchScheduler):
 
     def _seconds(self) -> float:
         """How long the step will take as it has been drafted so far."""
-        units, draft = self._units, self._draft
+        units, draft = self._standing.units, self._draft
         return (
             max(units.weights_s, units.token_s * (draft.prefill + draft.decodes))
             + units.kv_s * draft.kv_read
@@ -189,34 +178,46 @@ class Rota(BatchScheduler):
         Each step gives each resident stream one token. So a long step is a slow pace: prefills get what the kept
         streams' pace leaves, or what first tokens need, if that is more and streams live on their slack.
         """
-        units, draft, verdicts = self._units, self._draft, self._verdicts
+        units, draft, verdicts = self._standing.units, self._draft, self._standing.verdicts
         if not draft.decodes:
             return draft.budget
         base_s = self._seconds()
         share = min(max(verdicts.prefill_load, 1.0 - verdicts.decode_load), 0.99)
         chunk_s = base_s * share / (1.0 - share)
-        chunk_s = max(min(chunk_s, self._tightest - base_s), 0.0)
+        chunk_s = max(min(chunk_s, self._standing.tightest - base_s), 0.0)
         free_s = units.weights_s - units.token_s * draft.decodes  # hidden behind reading the weights
         return max(self._kv.page_size, int(max(chunk_s, free_s) / max(units.prefill_s(1.0, 1000.0), 1e-12)))
 
     # ------------------------------------------------------------------ who gets in
 
+    def _waiting_kept(self) -> Iterator[Sequence]:
+        """The kept that wait, whose work must begin soonest first."""
+        aged, flags = self._standing.aged, self._roster.kept
+        if aged is not None and aged.status is Status.WAITING:
+            aged.kept = True
+            yield aged
+        joined = {s for s in self._joined if s.status is Status.WAITING and flags[s.row] and s is not aged}
+        new = sorted((self._start_by(s), s.id, s) for s in joined)
+        before = (entry for entry in self._standing.next_kept() if entry[2] not in joined)  # theirs is a new place
+        for _, _, sequence in heapq.merge(before, new, key=itemgetter(0, 1)) if new else before:
+            if sequence.status is Status.WAITING and flags[sequence.row]:
+                sequence.kept = True
+                yield sequence
+
     def _admit_kept(self, now: float) -> None:
         """Let kept sequences in, soonest due first; for one whose turn it is, rotate out whoever is furthest ahead."""
         backs_wait = False
-        for sequence in list(islice(self._waiting, MAX_LOOKED_AT)):
-            if not sequence.kept:
-                break
+        for sequence in self._waiting_kept():
             if sequence.is_under_way:
                 continue
             is_back = sequence.table is not None
             if (is_back and backs_wait) or (not is_back and self._draft.budget <= 0):
                 continue
-            start_by = self._start_by(sequence) if sequence is not self._aged else now
-            if is_back and start_by > now + 2 * self._step_s and not self._has_room(sequence):
+            start_by = self._start_by(sequence) if sequence is not self._standing.aged else now
+            if is_back and start_by > now + 2 * self._standing.step_s and not self._has_room(sequence):
                 backs_wait = True  # those behind it are in less of a hurry
                 continue
-            if is_back and self._rotation is not None and self._rotation.backlog_s > 2 * self._step_s:
+            if is_back and self._rotation is not None and self._rotation.backlog_s > 2 * self._standing.step_s:
                 backs_wait = True
                 continue
             path = self._cached_path(sequence)
@@ -233,11 +234,12 @@ class Rota(BatchScheduler):
     def _admit_leftovers(self, now: float) -> None:
         """Let leftovers in, oldest first, where there is room beyond what the running may soon need."""
         has_displaced = False
-        for sequence in list(islice(self._waiting, MAX_LOOKED_AT)):
+        for sequence in [*self._standing.next_rest(), *self._joined]:
             if self._draft.budget <= 0 or not self._free_slots:
                 break
-            if sequence.kept or sequence.is_under_way:
+            if sequence.status is not Status.WAITING or self._roster.kept[sequence.row] or sequence.is_under_way:
                 continue
+            sequence.kept = False
             path = self._cached_path(sequence)
             if sequence.table is None and self._kv.is_being_computed(sequence.tokens, sequence.salt, path):
                 continue
@@ -255,7 +257,10 @@ class Rota(BatchScheduler):
 
     def _is_for_free(self, sequence: Sequence) -> bool:
         """Whether a prompt can be computed while the step reads the weights anyway, as its decodes alone do not."""
-        return sequence.table is None and self._units.token_s * self._draft.decodes < self._units.weights_s / 2
+        return (
+            sequence.table is None
+            and self._standing.units.token_s * self._draft.decodes < self._standing.units.weights_s / 2
+        )
 
     def _let_in(self, sequence: Sequence, now: float) -> None:
         self._waiting.remove(sequence)
@@ -272,15 +277,17 @@ class Rota(BatchScheduler):
         """Make room for `first`, whose work must begin in `slack` seconds: leftovers go, the latest first, then kept
         streams that are further ahead by more than a rotation is worth. False, and nothing done, if that is not enough.
         """
-        if self._rotation is None and slack > PRESSING_STEPS * self._step_s:
+        if slack > PRESSING_STEPS * self._standing.step_s and not self._is_worth_moving(first.compute_length):
             return False  # who goes would have to be computed again
+        if self._moved >= MAX_MOVED:
+            return False
         missing = self._kv.blocks_for(first.compute_length) - self._kv.num_available
         missing -= sum(node.holders > 0 for node in (path if first.table is None else first.table.nodes))
         chosen: list[Sequence] = []
         for victim in self._by_dispensability(first, slack, now):
             if missing <= 0 and (chosen or self._free_slots):
                 break
-            if victim.status is not Status.RUNNING or victim.table is None or victim is self._aged:
+            if victim.status is not Status.RUNNING or victim.table is None or victim is self._standing.aged:
                 continue
             if victim.let_in == now or (victim.kept and victim.is_prefilling):
                 continue
@@ -288,6 +295,7 @@ class Rota(BatchScheduler):
             missing -= self._kv.blocks_private(victim.table)
         if missing > 0 or not (chosen or self._free_slots):
             return False
+        self._moved += len(chosen)
         for victim in chosen:
             self._undraft(victim)
             if not self._rotate_out(victim, now):
@@ -303,144 +311,32 @@ class Rota(BatchScheduler):
         if self._rotation is None:
             return
         worth = now + max(0.0, slack) + TURNS * self._kv.num_blocks * self._block_s()
-        due, victims = self._victims
+        due, victims = self._standing.victims
         ahead = int(np.searchsorted(-due, -worth))  # how many are due later than that
         yield from (victim for victim in victims[:ahead] if victim is not None and victim.kept)
 
     def _block_s(self) -> float:
         return self._rotation.block_s if self._rotation is not None else 0.0
 
-    def _is_worth_moving(self, sequence: Sequence) -> bool:
-        """Whether moving a sequence's KV out and back is quicker than computing it again."""
-        blocks = self._kv.blocks_for(sequence.scheduled)
-        return 2 * blocks * self._block_s() <= self._units.prefill_s(float(sequence.scheduled))
+    def _is_worth_moving(self, tokens: int) -> bool:
+        """Whether moving the KV of so many tokens out and back is quicker than computing it again."""
+        moved_s = 2 * self._kv.blocks_for(tokens) * self._block_s()
+        return self._rotation is not None and moved_s <= self._standing.units.prefill_s(float(tokens))
 
     # ------------------------------------------------------------------ triage
 
     def _look(self, now: float) -> None:
-        """See how everybody stands: what is lost, what is kept, and how much of the machine that asks for."""
-        self._looked, self._arrived = now, 0
-        self._units = units = self.cost.units()
-        roster = self._roster
-        running = np.array([s.row for s in self._running], dtype=int)
-        roster.update(self._running, running)
-        live = np.flatnonzero(roster.live)
-        left = self._left(live)
-        roster.left[live] = left
-        name = self._lengths.kind(())
-        self._mean_output = float(self._lengths.remaining(name, np.zeros(1), roster.produced[live])[0])
-        due, pace = roster.due(live, left, self._step_s)
-        due -= now
-        resident = np.zeros(len(roster.live), dtype=bool)
-        resident[running] = True
-        link_s = np.where(resident[live], 0.0, roster.load[live] * self._block_s())
-        prefill_s = units.prefill_s(roster.prefill[live])
-        roster.late[live] |= (due < prefill_s + link_s) & ~(resident[live] & (prefill_s == 0.0))
-        is_promised = np.isfinite(due) & ~roster.late[live]
-        mine = live[is_promised]
-        produced = roster.produced[live]
-        token_s = self._token_s(units, roster.context[live] + left / 2, is_promised)
-        first = np.where((produced == 0) & np.isfinite(roster.base[live]), FIRST_TOKEN, 0.0)
-        demand = Demand(due, pace, left, prefill_s, token_s, link_s, roster.weight[live], first)
-        demand = self._with_foreseen(Demand(*(field[is_promised] for field in demand)), now)
-        self._verdicts = verdicts = triage(demand, 1.0 - LEFTOVER_SHARE)
-        kept = np.zeros(len(roster.live), dtype=bool)
-        kept[mine] = np.where(produced[is_promised] > 0, verdicts.streams[: len(mine)], verdicts.prefills[: len(mine)])
-        roster.whole[live] = False
-        roster.whole[mine] = verdicts.streams[: len(mine)]
-        self._promised = int(kept.sum())
-        self._kept_s = float((prefill_s + left * token_s)[kept[live]].sum())
-        self._mark(live, kept, now)
-        self._order_victims(live, due + now, kept & resident, pace)
+        """Triage: who is kept from now on."""
+        self._looked, self._arrived, self._joined = now, 0, []
+        self._standing.look(self._running, self._block_s(), now)
 
-    def _with_foreseen(self, demand: Demand, now: float) -> Demand:
-        """With what will ask for its part soon."""
-        ahead = self._forecast.ahead(now, float(HORIZONS[-1]))
-        if ahead is None or not len(demand.due):
-            return demand
-        output = np.minimum(ahead.most, self._mean_output)
-        stream, end = ahead.at + ahead.ttft, ahead.at + ahead.deadline - output * self._step_s
-        token_s = self._token_s(self._units, ahead.prompt + output / 2, np.ones(len(ahead.at), dtype=bool))
-        times = ahead.times
-        more = Demand(
-            np.minimum(stream, end),
-            np.where(end < stream, self._step_s, ahead.pace),
-            output,
-            self._units.prefill_s(ahead.prompt) * times,
-            token_s * times,
-            np.zeros(len(token_s)),
-            ahead.weight * times,
-            np.where(np.isfinite(ahead.ttft), FIRST_TOKEN, 0.0),
-        )
-        return Demand(*(np.concatenate(pair) for pair in zip(demand, more, strict=True)))
-
-    def _left(self, rows: np.ndarray) -> np.ndarray:
-        """Tokens still to come of each row, at least 1, at most what max_tokens leaves."""
-        roster = self._roster
-        produced, kinds = roster.produced[rows], roster.kind[rows]
-        left = np.empty(len(rows))
-        resolved: dict[str | None, list[int]] = {}
-        for kind in np.unique(kinds).tolist():
-            resolved.setdefault(self._lengths.kind(roster.kinds[kind]), []).append(kind)
-        for name, members in resolved.items():
-            mine = np.isin(kinds, members) if len(resolved) > 1 else slice(None)
-            left[mine] = self._lengths.remaining(name, produced[mine], produced if name == "" else produced[mine])
-        expected = roster.expected[rows]
-        left = np.where(expected > produced, expected - produced, left)
-        return np.clip(left, 1.0, np.maximum(1.0, roster.most[rows] - produced))
-
-    def _token_s(self, units: UnitCosts, context: np.ndarray, is_promised: np.ndarray) -> np.ndarray:
-        """Machine time of one decode: its own, and its part of what a step costs whoever is in it."""
-        if not is_promised.any():
-            return np.zeros(len(context))
-        blocks = max(1.0, float(context[is_promised].mean()) / self._kv.page_size)
-        places = min(self._limits.num_slots, self._kv.num_blocks / blocks, float(is_promised.sum()))
-        step_s = units.step_s + max(0.0, units.weights_s - self._matmul_s)
-        return units.kv_s * context + units.decode_s + units.token_s + step_s / max(1.0, places)
-
-    def _mark(self, rows: np.ndarray, kept: np.ndarray, now: float) -> None:
-        """Tell sequences whether they are kept; who waits moves to its place in the queue."""
-        sequences = self._roster.sequences
-        flags = self._roster.kept
-        if self._aged is None or self._aged.status is Status.FINISHED:
-            self._aged = self._longest_waiting(rows, kept, now)
-        if self._aged is not None:
-            kept[self._aged.row] = True
-        changed = rows[kept[rows] != flags[rows]]
-        changed = changed[np.argsort(~kept[changed], kind="stable")][:MAX_MARKED]  # who is kept now, first
-        for row in changed.tolist():
-            sequence = sequences[row]
-            assert sequence is not None
-            sequence.kept = flags[row] = bool(kept[row])
-            if sequence.status is Status.WAITING:
-                self._waiting.remove(sequence)
-                self._waiting.add(sequence, self.rank(sequence, now))
-
-    def _longest_waiting(self, rows: np.ndarray, kept: np.ndarray, now: float) -> Sequence | None:
-        """The leftover whose turn it is, however much is promised to others: the oldest, if it waits since long."""
-        roster = self._roster
-        old = rows[~kept[rows] & (roster.arrival[rows] <= now - PATIENCE_S)]
-        if not len(old):
-            return None
-        sequence = roster.sequences[old[np.argmin(roster.arrival[old])]]
-        assert sequence is not None
-        if sequence.status is Status.WAITING:  # to the front
-            self._waiting.remove(sequence)
-            self._aged = sequence
-            self._waiting.add(sequence, self.rank(sequence, now))
-        return sequence
-
-    def _order_victims(self, rows: np.ndarray, due: np.ndarray, candidates: np.ndarray, pace: np.ndarray) -> None:
-        sequences = self._roster.sequences
-        chosen = candidates[rows]
-        mine, mine_due, mine_pace = rows[chosen], due[chosen], pace[chosen]
-        order = np.argsort(-mine_due, kind="stable")
-        self._victims = mine_due[order], [sequences[row] for row in mine[order].tolist()]
-        self._tightest = float(mine_pace.min()) if len(mine_pace) else math.inf
+    def _wait_again(self, sequence: Sequence, now: float, stage: str) -> None:
+        super()._wait_again(sequence, now, stage)
+        self._joined.append(sequence)
 
     def _rotate_out(self, sequence: Sequence, now: float) -> bool:
         """See BatchScheduler. DRAM that is full of leftovers makes room for who is kept: the latest is forgotten."""
-        if not self._is_worth_moving(sequence):
+        if not self._is_worth_moving(sequence.scheduled):
             return False
         roster, row = self._roster, sequence.row
         roster.produced[row] = sequence.num_output + sequence.in_flight
@@ -448,7 +344,9 @@ class Rota(BatchScheduler):
         roster.prefill[row] = max(0, sequence.resume_at - sequence.scheduled)
         roster.load[row] = self._kv.blocks_for(sequence.scheduled)
         while not super()._rotate_out(sequence, now):
-            parked = [s for s in self._waiting if s.table is not None and not s.kept] if sequence.kept else []
+            parked = (
+                [s for s in self._waiting if s.table is not None and not roster.kept[s.row]] if sequence.kept else []
+            )
             if self._rotation is None or not parked:
                 return False
             latest = max(parked, key=lambda s: (s.arrival, s.id))

@@ -10,7 +10,7 @@ from superinfer.runtime.kv.copies import BlockCopy, LinkUse
 from superinfer.runtime.kv.duplex import DuplexCache
 from superinfer.runtime.kv.tiers import TierNode
 from superinfer.runtime.scheduler.base import TierGauges
-from superinfer.runtime.scheduler.plan import StepPlan, StepResult
+from superinfer.runtime.scheduler.plan import StepResult
 
 # Both are for where the link has no profile; it has its own of the same meaning (kv/link_profile.py).
 # Copies a step may wait for: 8 blocks of 2 MiB are 0.3 ms of PCIe 5, 3 % of a step of 10 ms. Who needs more sits out.
@@ -21,6 +21,7 @@ MAX_WAIT_S = 2e-3
 MIRROR_BLOCKS = 32
 MIRROR_S = 5e-3  # and no more of them than take so long: whoever gets such a block next has to wait for it
 FIRST_MIRRORS = 2  # of these, until one is over: on a link that moves nothing, no more blocks than these are stuck
+PROBE = 20.0  # where one block takes longer than that: one of so many times its own time, to see whether it still does
 BLOCK_S = 50e-6  # seconds a block takes, until one has: 2 MiB over PCIe 5
 REPORT_S = 0.1  # results tell of copies a step or two late; a copy out for longer says that the link is slow
 SMOOTHING = 0.2  # weight of the newest observation
@@ -72,6 +73,7 @@ class Rotation:
         self.max_waits = max(MAX_WAITS, link.max_waits if link is not None else 0)
         self.mirror_blocks = max(MIRROR_BLOCKS, link.mirror_blocks if link is not None else 0)
         self._oldest, self._oldest_since, self._stuck_s = 0, 0.0, 0.0
+        self._now = self._probed = 0.0
         self._link = LinkUse()
         self._sizes: dict[int, tuple[int, int]] = {}  # by step under way: tokens, decodes
 
@@ -87,6 +89,7 @@ class Rotation:
 
     def watch(self, now: float) -> None:
         """Note how long the same copy has been the oldest one under way. Before each plan."""
+        self._now = now
         oldest = self.kv.oldest_pending
         if oldest != self._oldest or not self.kv.num_pending:
             self._oldest, self._oldest_since = oldest, now
@@ -117,13 +120,15 @@ class Rotation:
 
     def copies_of_plan(self) -> tuple[BlockCopy, ...]:
         """All copies of the plan being made, with what is mirrored in the background."""
-        most = FIRST_MIRRORS if self.cost.block_s is None else max(1, int(MIRROR_S / self.block_s))
+        most = FIRST_MIRRORS if self.cost.block_s is None else int(MIRROR_S / self.block_s)
+        if most == 0 and not self.kv.num_pending and self._now >= self._probed + PROBE * self.block_s:
+            self._probed, most = self._now, 1
         self.kv.mirror(min(self.mirror_blocks, most))
         return self.kv.take_copies()
 
-    def planned(self, plan: StepPlan) -> None:
-        """Remember what the plan's result will be judged by."""
-        self._sizes[plan.step] = plan.num_tokens, sum(w.is_decode for w in plan.work)
+    def planned(self, step: int, tokens: int, decodes: int) -> None:
+        """Remember what a step's result will be judged by: tokens it computes, and how many of them are decodes."""
+        self._sizes[step] = tokens, decodes
 
     def dropped(self, step: int) -> None:
         """The step failed: it has no result. Its copies are reported with a later one."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 from enum import Enum
-from typing import NamedTuple
 
 import msgspec
 
@@ -25,8 +24,9 @@ class Sequence:
     """One continuation of one request (or one prompt to score). Times are seconds on the engine's monotonic clock.
 
     tokens: prompt and generated ids. num_prompt: how many of them are the prompt. stages: where its time goes.
-    scheduled: positions whose KV some planned step computes; committed: of those, steps that are done.
+    scheduled: positions whose KV some planned step computes; committed: of those of its prefill, steps that are done.
     in_flight: tokens that planned steps will sample and that are not known yet.
+    last_position: where the last token may be: nothing is computed there. -1 where nothing is generated.
     resume_at: tokens to prefill when it last took a slot; from there on it decodes.
     let_in: when it last took a slot, and let_in_with how many tokens generated, at which position.
     rotations: times its KV went to the second tier; its table is then kept, parked, while it waits.
@@ -49,6 +49,7 @@ class Sequence:
         "index",
         "is_degraded",
         "kept",
+        "last_position",
         "let_in",
         "let_in_at",
         "let_in_with",
@@ -102,6 +103,7 @@ class Sequence:
         self.request_id, self.index, self.owner = request_id, index, owner
         self.tokens = array("i", prompt)
         self.num_prompt = len(prompt)
+        self.last_position = self.num_prompt + max_tokens - 1 if score_start is None else -1
         self.sampling = sampling or SamplingParams()
         self.slo, self.salt, self.program = slo, salt, program
         self.slo_class, self.hints = slo_class, hints
@@ -140,7 +142,7 @@ class Sequence:
     @property
     def is_under_way(self) -> bool:
         """Whether planned work of it has no result yet that a new residency would have to know."""
-        return self.in_flight > 0 or (self.table is not None and self.committed < self.scheduled)
+        return self.in_flight > 0 or (self.table is not None and self.committed < min(self.scheduled, self.resume_at))
 
     @property
     def wants_more(self) -> bool:
@@ -187,7 +189,7 @@ class Sequence:
         )
 
 
-class SequenceUpdate(NamedTuple):
+class SequenceUpdate(msgspec.Struct, frozen=True, gc=False):  # made for every token: a tenth of a NamedTuple
     """What is new about a sequence: tokens (or scores) of a step, or its end."""
 
     sequence: Sequence

@@ -21,6 +21,8 @@ import numpy as np
 
 # Seconds ahead at which supply and demand are compared: from a few steps to about as long as an answer takes.
 HORIZONS = np.array([0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+MOST = 4096  # requests, the most worth their cost: beyond them none would fit, and looking takes time
+TOGETHER = 3  # horizons computed at once: one by one costs calls, all at once the work of those let go early
 FIRST_TOKEN = 0.5  # what a first token in time is worth of a stream's promise
 
 
@@ -59,36 +61,74 @@ class Verdicts(NamedTuple):
 NOTHING = Verdicts(np.zeros(0, dtype=bool), np.zeros(0, dtype=bool), 0.0, 0.0, 0.0)
 
 
+class _Entries(NamedTuple):
+    """Streams and prefills alike, an entry each: `left` tokens are due one after another, every one of `unit_s`."""
+
+    which: np.ndarray
+    due: np.ndarray
+    per_s: np.ndarray  # tokens due in a second, after the first
+    left: np.ndarray
+    unit_s: np.ndarray
+    link_s: np.ndarray
+
+    def work(self, horizons: np.ndarray) -> np.ndarray:
+        """[horizons, entries]: seconds of the machine that each asks for by each of them."""
+        tokens = np.maximum(horizons[:, None] - self.due, -1.0)  # some are never due
+        is_due = tokens >= 0.0
+        tokens *= self.per_s
+        np.floor(tokens, out=tokens)
+        tokens += 1.0
+        np.minimum(tokens, self.left, out=tokens)
+        tokens *= self.unit_s
+        tokens *= is_due
+        return tokens
+
+
 def triage(demand: Demand, supply: float = 1.0) -> Verdicts:
     """Keep what is worth most of what fits. `supply`: share of the machine's time that there is for it.
 
-    O(n log n) for the order, then O(n) a horizon.
+    O(n log n) for the order, then O(n) a horizon, n being what has not been let go by then.
     """
     count = len(demand.due)
     if not count:
         return NOTHING
-    order = np.argsort(_price(demand), kind="stable")  # the least worth its cost first; streams before prefills
-    is_prefill, who = order >= count, order % count
-    due, pace, left = demand.due[who], demand.pace[who], np.where(is_prefill, 0.0, demand.left[who])
-    prefill_s = np.where(is_prefill, demand.prefill_s[who], 0.0)
-    link_s = np.where(is_prefill, 0.0, demand.link_s[who])
-    token_s = demand.token_s[who]
-    kept = np.ones(2 * count, dtype=bool)
-    works = []
-    for horizon in HORIZONS:
-        is_due = due <= horizon
-        tokens = np.minimum(np.where(is_due, np.floor((horizon - due) / pace) + 1.0, 0.0), left)
-        works.append(np.where(is_due, prefill_s, 0.0) + tokens * token_s)
-        _let_go(kept, works[-1], supply * horizon)
-        _let_go(kept, np.where(is_due, link_s, 0.0), horizon)
-    flags = np.empty(2 * count, dtype=bool)
-    flags[order] = kept
+    entries = _in_order(demand)
+    works = np.zeros((0, len(entries.which)))
+    has_link = bool(demand.link_s.any())
+    for at, horizon in enumerate(HORIZONS.tolist()):
+        if at % TOGETHER == 0:
+            works = np.concatenate([works, entries.work(HORIZONS[at : at + TOGETHER])])
+        entries, works = _let_go(entries, works, works[at], supply * horizon)
+        if has_link:
+            entries, works = _let_go(entries, works, entries.link_s * (entries.due <= horizon), horizon)
+    flags = np.zeros(2 * count, dtype=bool)
+    flags[entries.which] = True
     streams, prefills = flags[:count] & flags[count:], flags[count:]
-    kept = np.where(is_prefill, kept, streams[who])
-    asked = np.stack(works)
-    loads = asked @ np.stack([kept & is_prefill, kept & ~is_prefill], axis=1) / HORIZONS[:, None]
+    is_prefill = entries.which >= count
+    is_stream = ~is_prefill & streams[entries.which % count]
+    loads = works @ np.stack([is_prefill, is_stream], axis=1).astype(float) / HORIZONS[:, None]
     prefill_load, decode_load = loads.max(axis=0).tolist()
     return Verdicts(prefills, streams, prefill_load, decode_load, float(loads.sum(axis=1).max()))
+
+
+def _in_order(demand: Demand) -> _Entries:
+    """The entries, the least worth its cost first. `which`: streams by their place in the demand, then prefills."""
+    count = len(demand.due)
+    price = _price(demand)
+    price *= 1.0 + 1e-12 * np.arange(2 * count)  # the order of equals is theirs in the demand, on any machine
+    which = np.arange(2 * count)
+    if count > MOST:
+        which = np.argpartition(price, -2 * MOST)[-2 * MOST :]
+    which = which[np.argsort(price[which])]
+    who, is_prefill = which % count, which >= count
+    return _Entries(
+        which,
+        demand.due[who],
+        np.where(is_prefill, 0.0, 1.0 / demand.pace[who]),
+        np.where(is_prefill, 1.0, demand.left[who]),
+        np.where(is_prefill, demand.prefill_s[who], demand.token_s[who]),
+        np.where(is_prefill, 0.0, demand.link_s[who]),
+    )
 
 
 def _price(demand: Demand) -> np.ndarray:
@@ -105,21 +145,22 @@ def _price(demand: Demand) -> np.ndarray:
     return np.concatenate([np.where(apart, stream, both), np.where(apart, prefill, both)])
 
 
-def _let_go(kept: np.ndarray, work: np.ndarray, room: float) -> None:
-    """Clear flags in order until the kept ones' work fits; never of what asks for nothing.
+def _let_go(entries: _Entries, works: np.ndarray, asked: np.ndarray, room: float) -> tuple[_Entries, np.ndarray]:
+    """Let entries go, in order, until what the others ask for fits; never one that asks for nothing. `works` go along.
 
     Then give back, last gone first, what fits after all: the last one let go may have been larger than needed.
     """
-    mine = np.where(kept, work, 0.0)
-    excess = float(mine.sum()) - room
+    excess = float(asked.sum()) - room
     if excess <= 0.0:
-        return
-    gone = np.flatnonzero(mine > 0.0)
-    taken = np.cumsum(mine[gone])
+        return entries, works
+    gone = np.flatnonzero(asked > 0.0)
+    taken = np.cumsum(asked[gone])
     last = min(int(np.searchsorted(taken, excess)), len(gone) - 1)  # the first with which enough is gone
+    kept = np.ones(len(asked), dtype=bool)
     kept[gone[: last + 1]] = False
     spare = float(taken[last]) - excess
-    for at in gone[: last + 1][::-1][1:8]:
-        if mine[at] <= spare:
+    for at in gone[: last + 1][::-1][1:8].tolist():
+        if asked[at] <= spare:
             kept[at] = True
-            spare -= float(mine[at])
+            spare -= float(asked[at])
+    return _Entries(*(column[kept] for column in entries)), works[:, kept]

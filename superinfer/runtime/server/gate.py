@@ -13,6 +13,7 @@ import msgspec
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from superinfer.runtime.server.connection import shortcut_of
 from superinfer.runtime.server.errors import ApiError
 from superinfer.runtime.server.service import key_of
 from superinfer.runtime.server.settings import ServerSettings
@@ -71,7 +72,8 @@ class Gate:
             if self._finished is not None:
                 self._finished(scope, status or 499, took)
             if self._log is not None:
-                self._say(scope, status or 499, took, sent)
+                shortcut = shortcut_of(scope)
+                self._say(scope, status or 499, took, sent + (shortcut.pushed if shortcut is not None else 0))
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, headers = scope["path"], Headers(scope=scope)

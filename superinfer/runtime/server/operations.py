@@ -8,7 +8,6 @@ from importlib import metadata
 import msgspec
 from fastapi import FastAPI
 from fastapi.responses import Response
-from starlette.routing import Match
 from starlette.types import Scope
 
 from superinfer.errors import EngineUnavailableError, SuperinferError
@@ -68,8 +67,9 @@ async def _health(service: Service) -> Response:
 def answered(app: FastAPI, metrics: Metrics) -> Finished:
     """Counts each answer under its route: what clients make up as paths must not become labels."""
 
+    paths = {getattr(route, "endpoint", None): str(getattr(route, "path", "other")) for route in app.routes}
+
     def count(scope: Scope, status: int, seconds: float) -> None:
-        matched = (route for route in app.routes if route.matches(scope)[0] is Match.FULL)
-        metrics.answered(str(getattr(next(matched, None), "path", "other")), status)
+        metrics.answered(paths.get(scope.get("endpoint"), "other"), status)
 
     return count

@@ -304,8 +304,9 @@ class _Run:
 
     def _record(self, updates: Many[SequenceUpdate], now: float) -> None:
         tally = self._tally
-        for sequence, token_ids, _, reason in updates:
-            if token_ids:
+        for update in updates:
+            sequence, reason = update.sequence, update.finish_reason
+            if update.token_ids:
                 tally.tokens += 1
                 before = tally.last_token.get(sequence.id)
                 if before is not None:

@@ -154,11 +154,13 @@ LINKS = {
 
 @pytest.mark.parametrize("link", LINKS)
 def test_on_any_link_it_is_no_worse_than_without_a_second_tier(link):
-    alone = run(dram=0)
-    result = run(profile=H100._replace(**LINKS[link]))
-    assert result.requests == alone.requests
-    assert result.met >= alone.met - 0.02
-    assert result.tokens_per_s >= 0.94 * alone.tokens_per_s
+    seeds = (3, 5, 9)
+    alone = [run(dram=0, seed=seed) for seed in seeds]
+    results = [run(profile=H100._replace(**LINKS[link]), seed=seed) for seed in seeds]
+    assert [result.requests for result in results] == [result.requests for result in alone]
+    assert sum(result.met for result in results) >= sum(result.met for result in alone) - 0.02 * len(seeds)
+    speed = sum(result.tokens_per_s for result in results)
+    assert speed >= 0.96 * sum(result.tokens_per_s for result in alone)
 
 
 def test_it_keeps_more_promises_than_any_baseline_when_memory_is_short():

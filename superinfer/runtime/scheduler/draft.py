@@ -1,0 +1,49 @@
+"""A plan while it is being made. Pure Python; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from superinfer.runtime.scheduler.cost import StepLoad
+from superinfer.runtime.scheduler.plan import SlotInit, SlotWork
+from superinfer.runtime.scheduler.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Draft:
+    """A plan being made. budget: tokens left. waits: copies its work depends on; `patient`: however many they are.
+
+    decodes, kv_read, prefill, pairs: what its work comes to, as in a `StepLoad`.
+    """
+
+    budget: int
+    decodes: int = 0
+    kv_read: int = 0
+    prefill: int = 0
+    pairs: float = 0.0
+    work: dict[Sequence, SlotWork] = field(default_factory=dict)
+    init: list[SlotInit] = field(default_factory=list)
+    waits: set[int] = field(default_factory=set)
+    preempted: bool = False
+    patient: bool = False
+
+    @property
+    def load(self) -> StepLoad:
+        """What the work comes to."""
+        return StepLoad(self.prefill + self.decodes, self.decodes, self.kv_read, self.pairs)
+
+    def count(self, item: SlotWork, sign: int = 1) -> None:
+        """Count a prefill chunk's or a decode's load in, or out with -1."""
+        if item.tokens:
+            self.prefill += sign * item.length
+            self.kv_read += sign * item.start
+            self.pairs += sign * item.length * (item.start + (item.length + 1) / 2)
+        else:
+            self.decodes += sign
+            self.kv_read += sign * (item.start + 1)
+
+    def count_decodes(self, count: int, kv_read: int) -> None:
+        """Count `count` decodes in, that read so many cached positions, their own included."""
+        self.budget -= count
+        self.decodes += count
+        self.kv_read += kv_read
