@@ -62,6 +62,7 @@ def known_arms() -> dict[str, Arm]:
     edf = ("--scheduling-policy", "priority")
     found = [
         Arm("vllm", "vllm", "ample"),
+        Arm("vllm-programs", "vllm", "ample", ("--enable-prompt-tokens-details",)),
         Arm("vllm-tight", "vllm", "tight"),
         Arm("vllm-edf", "vllm", "tight", edf, priority="edf"),
         Arm("vllm-offload", "vllm", "tight", dram=True),
