@@ -75,9 +75,10 @@ def _promises(gpu: str) -> str:
     if slo is None or not rows:
         return ""
     settings = slo["settings"]
+    promise = f"first token within {settings['slo']['ttft']:g} s and {settings['slo']['tbt']:g} s a token"
     return f"""
 Promises kept with a KV pool of {settings["sizes"]["tight"] * 16:,} tokens: Azure's conversation lengths, Poisson
-arrivals for {settings["slo_s"]:g} s, first token within {settings["slo"]["ttft"]:g} s and {settings["slo"]["tbt"]:g} s a token
+arrivals for {settings["slo_s"]:g} s, {promise}
 (`results/{gpu}-vs-vllm-slo.json`):
 
 | requests/s | | first token in time | whole answer in time | output tokens/s |

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = 16  # tokens in a KV block, ours and vLLM's default
 
 
@@ -61,6 +62,7 @@ def known_arms() -> dict[str, Arm]:
     edf = ("--scheduling-policy", "priority")
     found = [
         Arm("vllm", "vllm", "ample"),
+        Arm("vllm-programs", "vllm", "ample", ("--enable-prompt-tokens-details",)),
         Arm("vllm-tight", "vllm", "tight"),
         Arm("vllm-edf", "vllm", "tight", edf, priority="edf"),
         Arm("vllm-offload", "vllm", "tight", dram=True),
@@ -128,6 +130,7 @@ def environment_of(arm: Arm, gpu: int | None, scratch: Path) -> dict[str, str]:
         "VLLM_CACHE_ROOT": str(scratch / "vllm-cache"),
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
     }
+    found["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
     if gpu is not None:
         found["CUDA_VISIBLE_DEVICES"] = str(gpu)
     return found | arm.environment

@@ -6,6 +6,7 @@ Run by `run.py`, in a process of its own, so that lanes do not share an interpre
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -119,9 +120,10 @@ def _measure(task: LaneTask, run: Run, clients: Clients) -> None:
     try:
         # All servers of the lane are ready before any is measured: starting ones would disturb.
         for each in _servers.values():
-            if each.alive and each.ready_s is None:
-                each.wait_ready(min(task.start_limit_s, task.until - time.monotonic()))
-                _say(each.arm.name, f"ready after {each.ready_s:.1f} s")
+            if each is not server:
+                with contextlib.suppress(ServerFailed):  # its own turn to say so comes
+                    _wait(task, each)
+        _wait(task, server)
         described = asyncio.run(_describe(server.url, arm))
     except (ServerFailed, Exception) as error:
         record["failed"] = str(error)
@@ -141,6 +143,12 @@ def _measure(task: LaneTask, run: Run, clients: Clients) -> None:
             _say(arm.name, f"FAILED: {record['failed']}")
             _save(task, record)
             return
+
+
+def _wait(task: LaneTask, server: Server) -> None:
+    if server.ready_s is None:
+        server.wait_ready(min(task.start_limit_s, task.until - time.monotonic()))
+        _say(server.arm.name, f"ready after {server.ready_s:.1f} s")
 
 
 def _phase(task: LaneTask, bench: Bench, step: Step) -> dict[str, Any]:

@@ -270,8 +270,9 @@ def _gpu_name(place: dict[str, Any]) -> str:
 
 
 def _ceilings(gpus: list[int]) -> dict[str, Any]:
-    """Copy and matrix product of each GPU, one after another, each in a process of its own."""
-    found = {}
+    """Copy and matrix product of each GPU, all at once, each in a process of its own."""
+    found: dict[str, Any] = {}
+    started = {}
     code = (
         "from superinfer.bench.ceilings import measure_here as m; import json; print(json.dumps(m('cuda','bfloat16')))"
     )
@@ -279,11 +280,13 @@ def _ceilings(gpus: list[int]) -> dict[str, Any]:
         path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
         environ = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONPATH": path}
         command = [sys.executable, "-c", code]
+        started[gpu] = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
+    for gpu, process in started.items():
         try:
-            done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
-            copy, matmul = json.loads(done.stdout.strip().splitlines()[-1])
+            copy, matmul = json.loads(process.communicate(timeout=60)[0].strip().splitlines()[-1])
             found[str(gpu)] = {"copy_tb_s": copy / 1e12, "matmul_tflop_s": matmul / 1e12}
         except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
+            process.kill()
             found[str(gpu)] = {"failed": str(error)}
     return found
 

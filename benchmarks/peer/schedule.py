@@ -57,7 +57,7 @@ SCHEDULES: dict[str, tuple[Lane, ...]] = {
         Lane((Run("ours-turns-tiers", (_TURNS,)), Run("ours-turns", (_TURNS,))), together=2),
     ),
     # Servers for `superinfer bench programs`, which asks both.
-    "programs": (Lane((Run("vllm", ()),)), Lane((Run("ours", ()),))),
+    "programs": (Lane((Run("vllm-programs", ()),)), Lane((Run("ours", ()),))),
 }
 
 

@@ -37,7 +37,8 @@ class Server:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 self.command,
-                env=environment_of(arm, gpu, folder),
+                env=environment_of(arm, gpu, folder.parent),
+                cwd=folder,  # `python -m` looks here for modules first
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
