@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from importlib import metadata
 
 import msgspec
 from fastapi import FastAPI
@@ -16,6 +15,7 @@ from superinfer.runtime.server.live import add_page
 from superinfer.runtime.server.metrics import Metrics
 from superinfer.runtime.server.openapi import openapi
 from superinfer.runtime.server.service import Service
+from superinfer.version import version
 
 HEALTH_TIMEOUT_S = 2.0
 
@@ -39,7 +39,7 @@ def add_operations(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(stats), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     keys = bool(service.settings.api_keys)
-    document = msgspec.json.encode(openapi(version=metadata.version("superinfer"), with_keys=keys))
+    document = msgspec.json.encode(openapi(version=version(), with_keys=keys))
 
     @app.get("/openapi.json")
     async def described() -> Response:
