@@ -130,7 +130,9 @@ def environment_of(arm: Arm, gpu: int | None, scratch: Path) -> dict[str, str]:
         "VLLM_CACHE_ROOT": str(scratch / "vllm-cache"),
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
     }
-    found["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    # OWN_PACKAGES: a folder with what our server wants in another version than vLLM pins.
+    own = f"{os.environ['OWN_PACKAGES']}:" if arm.engine == "superinfer" and "OWN_PACKAGES" in os.environ else ""
+    found["PYTHONPATH"] = f"{own}{ROOT}:{os.environ.get('PYTHONPATH', '')}"
     if gpu is not None:
         found["CUDA_VISIBLE_DEVICES"] = str(gpu)
     return found | arm.environment

@@ -62,6 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--traces", type=Path, default=ROOT.parent / "shared" / "traces")
     parser.add_argument("--clients", type=int, default=4, help="client processes of each lane")
     parser.add_argument("--own-flags", default="", help="more flags for our server")
+    parser.add_argument("--port", type=int, default=8100, help="of the first server; each lane takes ten")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-ceilings", action="store_true", help="do not measure what the GPUs can do")
     parser.add_argument("--small", action="store_true", help="the embedded model and short runs: tries the harness")
@@ -154,7 +155,7 @@ class Command:
                 sizes=self.sizes,
                 plan=self.plan,
                 folder=folder,
-                port=8100 + 10 * place,
+                port=self.given.port + 10 * place,
                 until=self.until,
                 start_limit_s=self.given.start_limit,
                 clients=self.given.clients,

@@ -45,6 +45,11 @@ _TURNS = Step("turns", 75)
 SCHEDULES: dict[str, tuple[Lane, ...]] = {
     # Room for all: TPOT, prefill, offline and online.
     "ample": (Lane((Run("vllm", _SPEED),)), Lane((Run("ours", _SPEED),))),
+    # The same, and conversations on our lane while vLLM starts.
+    "ample-turns": (
+        Lane((Run("vllm", _SPEED),)),
+        Lane((Run("ours-turns-tiers", (_TURNS,)), Run("ours-turns", (_TURNS,)), Run("ours", _SPEED)), together=2),
+    ),
     # A pool of 153,600 tokens under load with promises.
     "slo": (
         Lane((Run("vllm-tight", (_ALL,)), Run("vllm-edf", (_REST,))), together=2),
