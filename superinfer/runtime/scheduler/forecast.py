@@ -10,6 +10,8 @@ from superinfer.runtime.scheduler.sequence import Sequence
 
 REMEMBERED = 512  # arrivals
 RECENT_S = 5.0  # how often requests come is taken from the last seconds; what they are like, from all remembered
+LIKELY = 3.0  # with a rate above 3 / t, a silence of t happens once in 20 times: so they come less often by now
+BOLDNESS = 4.0  # what has been seen for so long is taken to go on for so many times as long
 LEAST_S = 1.0  # seconds to have seen before anything is foreseen
 
 
@@ -48,16 +50,22 @@ class Forecast:
         self._count += 1
 
     def ahead(self, now: float, seconds: float) -> Foreseen | None:
-        """The requests of the next so many seconds: those of the last ones, once more. None while it is too early."""
+        """The requests of the next so many seconds, or for less while little has been seen: those of the last ones, as
+        often as they came of late. None while it is too early, and once they have stopped coming."""
         seen = self._seen[: min(self._count, REMEMBERED)]
         since = self._since if self._count <= REMEMBERED else float(seen[:, 0].min())
         window = min(now - since, seconds)
         if window < LEAST_S:
             return None
-        mine = seen[seen[:, 0] > now - window]
+        arrivals = seen[:, 0]
+        is_mine = arrivals > now - window
+        mine = seen[is_mine]
         if not len(mine):
             return None
-        stretch = seconds / window
         recent = min(window, RECENT_S)
-        faster = float((mine[:, 0] > now - recent).sum()) / recent / (len(mine) / window)
-        return Foreseen(stretch * faster, (mine[:, 0] - (now - window)) * stretch, *mine[:, 1:].T)
+        rate = float((arrivals > now - recent).sum()) / recent
+        silence = now - float(mine[:, 0].max())
+        rate = min(rate, LIKELY / max(silence, 1e-9))
+        ahead = min(seconds, BOLDNESS * window)
+        at = (mine[:, 0] - (now - window)) * (ahead / window)
+        return Foreseen(rate * ahead / len(mine), at, *mine[:, 1:].T)

@@ -182,10 +182,13 @@ class Rota(BatchScheduler):
         if not draft.decodes:
             return draft.budget
         base_s = self._seconds()
-        share = min(max(verdicts.prefill_load, 1.0 - verdicts.decode_load), 0.99)
-        chunk_s = base_s * share / (1.0 - share)
-        chunk_s = max(min(chunk_s, self._standing.tightest - base_s), 0.0)
         free_s = units.weights_s - units.token_s * draft.decodes  # hidden behind reading the weights
+        share = verdicts.prefill_load
+        if verdicts.load < BUSY:
+            share = max(share, 1.0 - verdicts.decode_load)
+        share = min(share, 0.99)
+        chunk_s = (base_s - max(free_s, 0.0)) * share / (1.0 - share)
+        chunk_s = max(min(chunk_s, self._standing.tightest - base_s), 0.0)
         return max(self._kv.page_size, int(max(chunk_s, free_s) / max(units.prefill_s(1.0, 1000.0), 1e-12)))
 
     # ------------------------------------------------------------------ who gets in
