@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -249,6 +249,10 @@ class StreamExecutor:
         else:
             self._put(Ask(compute, answer))
         return answer
+
+    def drained(self) -> Outcome[None]:
+        """When all that was submitted before is done."""
+        return self.ask(_nothing)
 
     @property
     def idle(self) -> bool:
@@ -486,11 +490,11 @@ class StreamExecutor:
                 raise
             return calls.spent(expr)
 
-    async def _ask(self, context: calls.Context, expr: Gen | Select, variable: Variable) -> calls.Answer:
+    def _ask(self, context: calls.Context, expr: Gen | Select, variable: Variable) -> Awaitable[calls.Answer]:
         if isinstance(expr, Select):
-            return await calls.choose(context, expr)
+            return calls.choose(context, expr)
         sampling = expr.sampling.over(self.run.sampling)
-        return await calls.generate(context, expr, sampling, partial(self._say, variable))
+        return calls.generate(context, expr, sampling, partial(self._say, variable))
 
     def _say(self, variable: Variable, text: str, meta: Any) -> None:
         """The model's new text, to the transcript and to whoever reads along."""
@@ -512,6 +516,10 @@ class StreamExecutor:
         if len(text) > self._published:
             self.text_feed.push(text[self._published :])
         self._published = len(text)
+
+
+def _nothing() -> None:
+    """What is asked of a state only to learn that its turn has come."""
 
 
 def _compute(compute: Callable[[], Any], answer: Outcome[Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import inspect
 import os
@@ -19,8 +18,9 @@ from superinfer.lang.backend import Backend, resolve_backend
 from superinfer.lang.callgraph import CallGraph
 from superinfer.lang.executor import Run
 from superinfer.lang.history import History
-from superinfer.lang.loop import language_loop
+from superinfer.lang.loop import language_loop, on_language_loop
 from superinfer.lang.options import TAKEN_NAMES, RunOptions
+from superinfer.lang.outcome import Outcome
 from superinfer.lang.plan import ProgramPlan, plan
 from superinfer.lang.planner import Planner
 from superinfer.lang.promise import Promises, check_deadline, check_slo
@@ -230,7 +230,7 @@ class Function:
         try:
             state.ret_value = self.func(state, *arguments[0], **arguments[1])
             for executor in run.executors:  # forks are appended while we wait
-                executor.ask(lambda: None).result()
+                executor.drained().result()
             run.check_turn()
         except BaseException as error:
             run.abort(error)
@@ -246,7 +246,7 @@ class Function:
         try:
             state.ret_value = await self.func(state, *arguments[0], **arguments[1])
             for executor in run.executors:
-                await executor.ask(lambda: None).get()
+                await executor.drained().get()
             run.check_turn()
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError):
@@ -372,16 +372,13 @@ class Function:
         return items
 
     def _batch(self, items: list[Arguments], options: RunOptions, at_once: int | None) -> Iterator[ProgramState]:
-        pool = None if self.is_async else ThreadPoolExecutor(at_once or _auto_threads(), "superinfer-batch")
-        limit = asyncio.Semaphore(at_once or max(1, len(items)))
+        if self.is_async:
+            yield from self._abatch(items, options, at_once)
+            return
+        pool = ThreadPoolExecutor(at_once or _auto_threads(), "superinfer-batch")
         running: set[ProgramState] = set()
-        futures: list[concurrent.futures.Future[ProgramState]] = []
+        futures = [pool.submit(self._item, item, options, running) for item in items]
         try:
-            for item in items:
-                if pool is not None:
-                    futures.append(pool.submit(self._item, item, options, running))
-                else:
-                    futures.append(language_loop().submit(self._aitem(item, options, limit)))
             for future in futures:
                 yield future.result()
         finally:  # all done, or the caller has gone: then nothing of it is wanted any more
@@ -389,8 +386,38 @@ class Function:
                 future.cancel()
             for state in list(running):
                 state.stream_executor.run.cancel()
-            if pool is not None:
-                pool.shutdown(wait=False)
+            pool.shutdown(wait=False)
+
+    def _abatch(self, items: list[Arguments], options: RunOptions, at_once: int | None) -> Iterator[ProgramState]:
+        """The same of `async def` programs, each a task on the language's loop."""
+        if on_language_loop():
+            raise RuntimeError("run_batch() would block the event loop that its programs run on; use arun_batch()")
+        loop = language_loop().loop
+        limit = asyncio.Semaphore(at_once or max(1, len(items)))
+        outcomes: list[Outcome[ProgramState]] = [Outcome() for _ in items]
+        tasks: list[asyncio.Task[None]] = []
+
+        async def one(item: Arguments, outcome: Outcome[ProgramState]) -> None:
+            try:
+                outcome.set(await self._aitem(item, options, limit))
+            except BaseException as error:
+                outcome.fail(error)
+                if not isinstance(error, Exception):
+                    raise
+
+        def start() -> None:
+            tasks.extend(loop.create_task(one(item, outcome)) for item, outcome in zip(items, outcomes, strict=True))
+
+        def cancel() -> None:
+            for task in tasks:
+                task.cancel()
+
+        loop.call_soon_threadsafe(start)
+        try:
+            for outcome in outcomes:
+                yield outcome.result()
+        finally:  # as above; behind `start` at any rate
+            loop.call_soon_threadsafe(cancel)
 
     def _item(self, arguments: Arguments, options: RunOptions, running: set[ProgramState]) -> ProgramState:
         state = self._new_state(options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -161,12 +160,12 @@ class ProgramState:
 
     def sync(self) -> None:
         """Wait until all that was appended is done. Raises nothing: see `error`."""
-        self._wait(self.stream_executor.ask(lambda: None), "await s.drain()")
+        self._wait(self.stream_executor.drained(), "await s.drain()")
         self._saw()
 
     async def drain(self) -> None:
         """Async twin of `sync`; after it `text`, `messages`, `error` and `slo_report` do not block."""
-        await self.stream_executor.ask(lambda: None).get()
+        await self.stream_executor.drained().get()
         self._saw()
 
     def error(self) -> BaseException | None:
@@ -290,7 +289,8 @@ class ProgramStateGroup:
     async def ajoin(self, mode: str = "gather_variable") -> None:
         """Async twin of `join`."""
         _check_mode(mode)
-        await asyncio.gather(*(state.drain() for state in self.states))
+        for state in self.states:  # all run by themselves: the last of them is waited for
+            await state.drain()
         self._merge(mode)
 
     def _merge(self, mode: str) -> None:
