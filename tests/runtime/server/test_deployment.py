@@ -241,6 +241,20 @@ def test_sigterm_drains_streams_and_refuses_new_connections(
     assert command.end(30)[0] == 0
 
 
+def test_a_second_signal_ends_the_server_at_once(start: Callable[..., Any], tiny_engine: EngineProcess) -> None:
+    command, url = serve(start, tiny_engine, "--grace", "600")
+    asked = {"model": "tiny", "prompt": ["hi"] * 60, "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        command.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)  # two of a kind at once would be one
+        command.process.send_signal(signal.SIGTERM)
+        rest = list(lines)
+    assert "event: error" in rest and "data: [DONE]" not in rest, rest[-4:]
+    assert command.end(30)[0] == 0
+
+
 def test_a_low_limit_of_open_files_is_raised_as_far_as_it_may_be(
     start: Callable[..., Any], tiny_engine: EngineProcess
 ) -> None:

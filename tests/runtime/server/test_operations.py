@@ -128,7 +128,10 @@ def test_headers_promise_too(keyed: httpx.Client) -> None:
     assert ask({"x-slo-ttft-ms": "0.001"})["slo"]["met"] is False
     assert ask({"x-slo-ttft-ms": "0.001"}, slo={"ttft_ms": 60_000})["slo"]["met"] is True
     assert ask({"x-slo-ttft-ms": "soon"})["error"]["param"] == "x-slo-ttft-ms"
-    assert ask({"x-slo-deadline-ms": "-1"})["error"]["code"] == "invalid_slo"
+    assert ask({"x-slo-ttft-ms": "60000", "x-slo-tbt-ms": "5000"})["slo"]["tbt_met"] is True
+    assert ask({"x-slo-deadline-ms": "60000", "x-slo-weight": "2"})["slo"]["deadline_met"] is True
+    for wrong in ({"x-slo-deadline-ms": "-1"}, {"x-slo-weight": "0"}, {"x-slo-tpot-ms": "nan"}):
+        assert ask(wrong)["error"]["code"] == "invalid_slo"
 
 
 def test_metrics_can_be_scraped_and_count(keyed: httpx.Client) -> None:
