@@ -25,7 +25,7 @@ from noop_engine import Stamps as Stamps
 
 from superinfer.runtime.client import AsyncEngineClient
 from superinfer.runtime.protocol import Generate, SamplingParams, SequenceDelta
-from superinfer.runtime.server.serve import loop_factory
+from superinfer.runtime.server.serve import loop_factory, raise_file_limit
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from chat_checkpoint import write_checkpoint
@@ -89,6 +89,7 @@ def server_before(address: str, *flags: str) -> Iterator[tuple[int, int]]:
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run the load. What is there already is no work for the garbage collector while it runs."""
+    raise_file_limit()
     gc.collect()
     gc.freeze()
     try:

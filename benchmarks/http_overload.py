@@ -14,11 +14,14 @@ import asyncio
 import os
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import http_load
 import record
 from http_load import USAGE, Read, Servers, completion, cpu, quantile, rss_mib
+
+from superinfer.bench.record import write_record
 
 TOKENS, TBT_MS, PLACES, QUEUE, DEADLINE_S = 20, 20, 16, 48, 2.0
 SHARES = (0.5, 1.0, 2.0)  # of what can be served, to find the peak
@@ -74,11 +77,12 @@ async def offered(found: Servers, rate: float, seconds: float) -> dict[str, Any]
 
 
 def main() -> None:
-    """Measure and write results/http-overload.json."""
+    """Measure and write, to results/http-overload.json if nothing else is said."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0, help="of ten times the load")
     parser.add_argument("--short", type=float, default=15.0, help="of each lower rate")
     parser.add_argument("--rate", type=float, default=40.0, help="requests/s that can be served")
+    parser.add_argument("--json", type=Path, default=record.RESULTS / "http-overload.json", help="where to write")
     parser.add_argument("--quick", action="store_true", help="a few seconds; writes nothing")
     chosen = parser.parse_args()
     if chosen.quick:
@@ -113,7 +117,7 @@ def main() -> None:
     print(f"at ten times the load: {last['goodput_per_s'] / peak:.1%} of the peak, {last['lost']} lost")
     if not chosen.quick:
         command = f"python benchmarks/http_overload.py --seconds {chosen.seconds:g} --short {chosen.short:g}"
-        print(record.write("http-overload", command, measured))
+        print(write_record(chosen.json, command, measured))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,14 @@ import asyncio
 import os
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import http_load
 import record
 from http_load import USAGE, Direct, Read, Servers, Stamps, completion, cpu, direct, quantile, rss_mib
 
+from superinfer.bench.record import write_record
 from superinfer.runtime.client import AsyncEngineClient
 
 STREAMS, TOKENS, TBT_MS = 200, 100, 20.0  # 200 streams of 50 tokens/s: half of what must be carried
@@ -116,10 +118,11 @@ def latency(rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure and write results/http-noop.json."""
+    """Measure and write, to results/http-noop.json if nothing else is said."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two rounds; writes nothing")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, default=record.RESULTS / "http-noop.json", help="where to write")
     parser.add_argument("--only", choices=("throughput", "latency", "held"), help="writes nothing")
     parser.add_argument("--alone", action="store_true", help="run before all other processes of a machine in use")
     chosen = parser.parse_args()
@@ -153,7 +156,7 @@ def main() -> None:
     measured["load_average_after"] = os.getloadavg()
     if not chosen.quick and not chosen.only:
         command = f"python benchmarks/http_speed.py --rounds {rounds}{' --alone' if chosen.alone else ''}"
-        print(record.write("http-noop", command, measured))
+        print(write_record(chosen.json, command, measured))
 
 
 def medians(rounds: list[dict[str, float]]) -> dict[str, float]:

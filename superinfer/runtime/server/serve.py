@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import resource
 import signal
 import socket
 import ssl
@@ -46,6 +47,7 @@ def serve(
     """
     settings = settings or ServerSettings()
     check_tls(settings)
+    raise_file_limit()
     with bind(host, port) as listener:
         if isinstance(engine, str):
             run(_serve(engine, listener, settings, on_ready))
@@ -68,6 +70,13 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
         return None
     factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
     return factory
+
+
+def raise_file_limit() -> None:
+    """A connection is a file, and many systems let a process have 1,024 unless it asks for more."""
+    with contextlib.suppress(ValueError, OSError):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def check_tls(settings: ServerSettings) -> None:

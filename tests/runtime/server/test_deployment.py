@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import re
+import resource
 import shlex
 import signal
 import ssl
@@ -18,6 +19,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from command_line import start
 from typer.testing import CliRunner
@@ -113,9 +115,9 @@ def collector() -> Iterator[tuple[str, list[Any]]]:
 
                 body = gzip.decompress(body)
             request = trace_service.ExportTraceServiceRequest.FromString(body)
-            for resource in request.resource_spans:
-                named = {a.key: a.value.string_value for a in resource.resource.attributes}
-                spans.extend((named, span) for scope in resource.scope_spans for span in scope.spans)
+            for sent in request.resource_spans:
+                named = {a.key: a.value.string_value for a in sent.resource.attributes}
+                spans.extend((named, span) for scope in sent.scope_spans for span in scope.spans)
             answer = trace_service.ExportTraceServiceResponse().SerializeToString()
             self.send_response(200)
             self.send_header("content-type", "application/x-protobuf")
@@ -237,6 +239,33 @@ def test_sigterm_drains_streams_and_refuses_new_connections(
         thread.join(120)
     assert texts.count("data: [DONE]") == 4 and sum('"finish_reason":"length"' in text for text in texts) == 4
     assert command.end(30)[0] == 0
+
+
+def test_a_second_signal_ends_the_server_at_once(start: Callable[..., Any], tiny_engine: EngineProcess) -> None:
+    command, url = serve(start, tiny_engine, "--grace", "600")
+    asked = {"model": "tiny", "prompt": ["hi"] * 60, "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        command.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)  # two of a kind at once would be one
+        command.process.send_signal(signal.SIGTERM)
+        rest = list(lines)
+    assert "event: error" in rest and "data: [DONE]" not in rest, rest[-4:]
+    assert command.end(30)[0] == 0
+
+
+def test_a_low_limit_of_open_files_is_raised_as_far_as_it_may_be(
+    start: Callable[..., Any], tiny_engine: EngineProcess
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 256), hard))  # what the server inherits
+    try:
+        command, _ = serve(start, tiny_engine)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert psutil.Process(command.process.pid).rlimit(psutil.RLIMIT_NOFILE) == (hard, hard)
+    stop(command)
 
 
 # ---------------------------------------------------------------------------- Dockerfile

@@ -71,6 +71,24 @@ def test_a_body_over_the_limit_is_refused(keyed: httpx.Client, told: bool) -> No
     assert answer.status_code == 413 and answer.json()["error"]["code"] == "request_too_large"
 
 
+def test_the_bodies_of_all_requests_are_bounded_together(
+    tiny_engine: EngineProcess, serving: Callable[..., Any]
+) -> None:
+    padded = {"user": "x" * 8000}
+    limits = {"max_body_bytes": 10_000, "max_total_body_bytes": 15_000}
+    with serving(tiny_engine.address, **limits) as served, served.http() as http:
+        with http.stream("POST", "/v1/chat/completions", json=LONG | padded) as running:
+            lines = running.iter_lines()
+            next(lines)
+            refused = http.post("/v1/chat/completions", json=ASK | padded)
+            assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+            assert refused.json()["error"]["code"] == "too_many_requests"
+            assert http.post("/v1/chat/completions", json=ASK).status_code == 200
+        deadline = time.monotonic() + 10
+        while http.post("/v1/chat/completions", json=ASK | padded).status_code != 200:
+            assert time.monotonic() < deadline, "what a request held is given back when it ends"
+
+
 def test_further_requests_are_refused_with_429_and_health_is_still_told(keyed: httpx.Client) -> None:
     with keyed.stream("POST", "/v1/chat/completions", json=LONG) as one:
         first = one.iter_bytes()  # kept: a dropped iterator closes its response
@@ -110,7 +128,10 @@ def test_headers_promise_too(keyed: httpx.Client) -> None:
     assert ask({"x-slo-ttft-ms": "0.001"})["slo"]["met"] is False
     assert ask({"x-slo-ttft-ms": "0.001"}, slo={"ttft_ms": 60_000})["slo"]["met"] is True
     assert ask({"x-slo-ttft-ms": "soon"})["error"]["param"] == "x-slo-ttft-ms"
-    assert ask({"x-slo-deadline-ms": "-1"})["error"]["code"] == "invalid_slo"
+    assert ask({"x-slo-ttft-ms": "60000", "x-slo-tbt-ms": "5000"})["slo"]["tbt_met"] is True
+    assert ask({"x-slo-deadline-ms": "60000", "x-slo-weight": "2"})["slo"]["deadline_met"] is True
+    for wrong in ({"x-slo-deadline-ms": "-1"}, {"x-slo-weight": "0"}, {"x-slo-tpot-ms": "nan"}):
+        assert ask(wrong)["error"]["code"] == "invalid_slo"
 
 
 def test_metrics_can_be_scraped_and_count(keyed: httpx.Client) -> None:
@@ -266,6 +287,7 @@ def test_flags_win_over_the_environment_and_this_over_the_file(tmp_path: Path) -
     [
         ("model_nam = 'x'", "model_nam"),
         ("max_concurrent = 0", "max_concurrent=0"),
+        ("max_total_body_bytes = 5", "max_total_body_bytes=5"),
         ("[slo_classes.gold]\nttft_ms = -1", "ttft"),
         ("tls_cert = 'a'", "tls_key"),
         ("= 3", "not TOML"),
