@@ -10,9 +10,9 @@ RESULTS = Path(__file__).parent / "results"
 _ARMS = {"vllm": "vLLM", "vllm-tight": "vLLM", "vllm-edf": "vLLM, earliest deadline", "vllm-offload": "vLLM, offload"}
 
 
-def beside_vllm(gpu: str = "h100") -> str:
-    """Both tables, or as many as there are results for."""
-    return _speed(gpu) + _promises(gpu)
+def beside_vllm(gpus: tuple[str, ...] = ("h100", "h200")) -> str:
+    """The tables of each kind of GPU, as many as there are results for."""
+    return "".join(_speed(gpu) + _turns(gpu) + _promises(gpu) for gpu in gpus)
 
 
 def _read(gpu: str, schedule: str) -> dict[str, Any] | None:
@@ -26,7 +26,8 @@ def _phase(record: dict[str, Any], arm: str, phase: str) -> dict[str, Any] | Non
 
 
 def _speed(gpu: str) -> str:
-    record = _read(gpu, "ample")
+    schedule = next((name for name in ("ample", "ample-turns") if _read(gpu, name)), "")
+    record = _read(gpu, schedule)
     if record is None:
         return ""
     rows = []
@@ -43,20 +44,44 @@ def _speed(gpu: str) -> str:
     if ours is not None and peer is not None:
         name = f"offline, {ours['requests']:,} mixed requests, output tokens/s"
         rows.append(_row(name, ours["output_tokens_per_s"], peer["output_tokens_per_s"], 0))
+    ours, peer = _phase(record, "ours", "online"), _phase(record, "vllm", "online")
+    for mine, theirs in zip((ours or {"runs": []})["runs"], (peer or {"runs": []})["runs"], strict=False):
+        at = f"at {mine['rate']:g} requests/s, Azure's lengths:"
+        for name, quantile in (("ttft", "p50"), ("ttft", "p99"), ("tpot", "p50")):
+            label = f"{at} {name.upper()} {quantile}, ms"
+            rows.append(_row(label, *(run["report"][name][quantile] * 1e3 for run in (mine, theirs)), 1))
     if not rows:
         return ""
+    starts = record["arms"]["ours"]["start_s"], record["arms"]["vllm"]["start_s"]
+    rows.append(_row("start to ready, s (FlashInfer's kernels built before; vLLM compiles)", *starts, 0))
     version = record["arms"]["vllm"]["version"]
     return f"""
 Llama-3-8B's shape, random weights, bf16, {record["device"]["gpu"]}, beside vLLM {version} in one run, over HTTP
-([how](docs/benchmarks.md#beside-vllm), `results/{gpu}-vs-vllm-ample.json`):
+([how](docs/benchmarks.md#beside-vllm), `results/{gpu}-vs-vllm-{schedule}.json`):
 
 | | superinfer | vLLM | faster |
 | --- | --- | --- | --- |
 {"".join(rows)}"""
 
 
+def _turns(gpu: str) -> str:
+    """Conversations on a small pool, with a second tier and without one."""
+    record = _read(gpu, "tiers") or _read(gpu, "ample-turns")
+    if record is None:
+        return ""
+    tiers, alone = (_phase(record, arm, "turns") for arm in ("ours-turns-tiers", "ours-turns"))
+    if tiers is None or alone is None:
+        return ""
+    times = tiers["working_set_tokens"] / tiers["pool_tokens"]
+    with_tier, without = (found["ttft_returning"]["p50"] * 1e3 for found in (tiers, alone))
+    return f"""
+Conversations of the Mooncake trace on a KV pool of a {times:.0f}th of their working set: TTFT p50 of returning turns
+{with_tier:.1f} ms with DRAM behind it, {without:.1f} ms recomputed ({without / with_tier:.1f} ×).
+"""
+
+
 def _row(name: str, ours: float, peer: float, digits: int) -> str:
-    faster = peer / ours if name.startswith("TPOT") else ours / peer
+    faster = ours / peer if name.endswith("tokens/s") else peer / ours
     return f"| {name} | {ours:,.{digits}f} | {peer:,.{digits}f} | {faster:.2f} × |\n"
 
 

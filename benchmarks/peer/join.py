@@ -19,7 +19,7 @@ def join(records: list[dict[str, Any]]) -> dict[str, Any]:
     first = records[0]
     commands, arms, ceilings = [], {}, {}
     for record in records:
-        odd = [name for name in SAME if record.get(name) != first.get(name)]
+        odd = [name for name in SAME if _said(record, name) != _said(first, name)]
         if odd:
             raise ValueError(f"the records differ in {', '.join(odd)}: they are not of one machine and one plan")
         twice = sorted(arms.keys() & record["arms"].keys())
@@ -29,6 +29,14 @@ def join(records: list[dict[str, Any]]) -> dict[str, Any]:
         ceilings |= record["ceilings"]
         commands.append(record["command"])
     return {**first, "command": "; ".join(commands), "arms": arms, "ceilings": ceilings}
+
+
+def _said(record: dict[str, Any], name: str) -> Any:
+    """Without the folder where a command put the model's config."""
+    value = record.get(name)
+    if name == "settings":
+        value = {**value, "sizes": {**value["sizes"], "model": ""}}
+    return value
 
 
 def main() -> None:
