@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
+import msgspec
+
 from superinfer.runtime.config import Admission
 from superinfer.runtime.kv.cache import KVCache, Node
 from superinfer.runtime.kv.copies import BlockCopy
@@ -398,6 +400,9 @@ class BatchScheduler(ABC):
                 if sequence.timeline.count == 1:
                     sequence.stages.first_token(now)
             table = sequence.table
+            followed: list[int] = []
+            if sample and result.forced and work.slot in result.forced:
+                followed = self._follow(sequence, result.forced[work.slot], now)
             if table is not None:
                 sequence.committed = committed = work.start + work.length
                 if sequence.status is Status.RUNNING:
@@ -405,17 +410,33 @@ class BatchScheduler(ABC):
                         self._kv.commit(table, sequence.tokens, committed)
                     if sequence.scheduled < sequence.resume_at:
                         self._kv.announce(table, sequence.tokens)
-            if sample and not has_logprobs and token not in sequence.stop_ids:  # nearly all: without further calls
+            if sample and token not in sequence.stop_ids and not (has_logprobs and work.slot in result.logprobs):
+                # Nearly all: without further calls.
                 reason: FinishReason | None = None
                 if len(sequence.tokens) - sequence.num_prompt >= sequence.max_tokens:
                     reason = "length"
                     self._finish(sequence, reason, now)
-                updates.append(SequenceUpdate(sequence, [token], None, reason))
+                updates.append(SequenceUpdate(sequence, [token, *followed], None, reason))
                 continue
             update = self._update(sequence, work, result, now)
             if update is not None:
                 updates.append(update)
         return updates
+
+    def _follow(self, sequence: Sequence, forced: tuple[int, ...], now: float) -> list[int]:
+        """Take tokens that a grammar forces as known; returns them, as far as max_tokens lets them be. Their KV is
+        computed like a prompt's, and steps under way that sample the first of them tell nothing new."""
+        taken = list(forced[: sequence.max_tokens - sequence.num_output])
+        sequence.tokens.extend(taken)
+        sequence.timeline.tokens(len(taken), now - sequence.arrival)
+        for items in self._planned.values():
+            for at, (other, work) in enumerate(items):
+                if other is sequence and work.sample:
+                    sequence.in_flight -= 1
+                    items[at] = (sequence, msgspec.structs.replace(work, sample=False))
+        if sequence.status is Status.RUNNING:
+            sequence.resume_at = sequence.compute_length
+        return taken
 
     def _update(self, sequence: Sequence, work: SlotWork, result: StepResult, now: float) -> SequenceUpdate | None:
         reason = self._finish_reason(sequence, work)
