@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
+
+if TYPE_CHECKING:
+    from superinfer.runtime.tokenization import Tokenizer
 
 Short = Annotated[str, msgspec.Meta(min_length=1, max_length=16)]
 
@@ -44,3 +47,18 @@ class Invoice(msgspec.Struct, forbid_unknown_fields=True):
 
 
 SCHEMAS: tuple[type[msgspec.Struct], ...] = (Team, Invoice)
+
+
+def wrong_outputs(tokenizer: Tokenizer, outputs: list[list[int]], ends: list[str]) -> list[str]:
+    """Texts that their schema does not take, or that were cut off."""
+    found = []
+    for at, (ids, end) in enumerate(zip(outputs, ends, strict=True)):
+        text = tokenizer.decode(ids)
+        try:
+            msgspec.json.decode(text, type=SCHEMAS[at % len(SCHEMAS)])
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            found.append(f"{error}: {text}")
+        else:
+            if end != "stop":
+                found.append(f"ended by {end}: {text}")
+    return found
