@@ -23,8 +23,10 @@ class TieredMemoryExecutor(MemoryExecutor):
     obey_waits, obey_after: turn off to plant the faults "work does not wait" and "copies do not wait".
     """
 
-    def __init__(self, num_blocks: int, num_dram: int, page: int, *, seed: int = 0, eager: float = 0.3) -> None:
-        super().__init__(num_blocks, page)
+    def __init__(
+        self, num_blocks: int, num_dram: int, page: int, *, seed: int = 0, eager: float = 0.3, forces: bool = False
+    ) -> None:
+        super().__init__(num_blocks, page, forces)
         self.dram = [[EMPTY] * page for _ in range(num_dram)]
         self.random = random.Random(seed)
         self.eager = eager
