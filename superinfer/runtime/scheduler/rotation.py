@@ -87,6 +87,12 @@ class Rotation:
         """How long the copies in that are under way will take."""
         return self.kv.num_pending_in * self.block_s
 
+    @property
+    def background_blocks(self) -> int:
+        """How many copies each way nobody needs yet may be under way: what they cost is that others wait for them."""
+        most = FIRST_MIRRORS if self.cost.block_s is None else int(MIRROR_S / self.block_s)
+        return min(self.mirror_blocks, most)
+
     def watch(self, now: float) -> None:
         """Note how long the same copy has been the oldest one under way. Before each plan."""
         self._now = now
@@ -120,10 +126,10 @@ class Rotation:
 
     def copies_of_plan(self) -> tuple[BlockCopy, ...]:
         """All copies of the plan being made, with what is mirrored in the background."""
-        most = FIRST_MIRRORS if self.cost.block_s is None else int(MIRROR_S / self.block_s)
+        most = self.background_blocks
         if most == 0 and not self.kv.num_pending and self._now >= self._probed + PROBE * self.block_s:
             self._probed, most = self._now, 1
-        self.kv.mirror(min(self.mirror_blocks, most))
+        self.kv.mirror(most)
         return self.kv.take_copies()
 
     def planned(self, step: int, tokens: int, decodes: int) -> None:
