@@ -17,6 +17,7 @@ from superinfer.runtime.scheduler.cost import StepCost
 from superinfer.runtime.scheduler.draft import Draft
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
+from superinfer.runtime.scheduler.siblings import Siblings
 from superinfer.runtime.scheduler.standing import LEFTOVER_SHARE, Standing
 
 TRIAGE_S = 0.05  # how old a triage may be: a few steps
@@ -41,6 +42,7 @@ class Rota(BatchScheduler):
         self.prefix_aware = True
         self._standing = Standing(kv, limits, self.cost)
         self._roster = self._standing.roster
+        self._siblings = Siblings(kv.page_size)
         self._looked = -math.inf  # when the last triage was
         self._arrived = 0  # how many, since
         self._joined: list[Sequence] = []  # who began to wait since then
@@ -57,7 +59,9 @@ class Rota(BatchScheduler):
         if self.prefix_aware and sequence.score_start is None:
             path = self._kv.match(sequence.tokens, sequence.salt, len(sequence.tokens) - 1)
             known = len(path) * self._kv.page_size
-        self._roster.add(sequence, len(sequence.tokens) - known)
+        shared = self._siblings.join(sequence) if self.prefix_aware else 0
+        known = max(known, shared)
+        self._roster.add(sequence, len(sequence.tokens) - known, shared)
         if sequence.kept:
             self._standing.forecast.saw(sequence, len(sequence.tokens) - known)
         self._arrived += 1
@@ -110,12 +114,13 @@ class Rota(BatchScheduler):
             return due
         if sequence.table is not None:  # the copies, behind as many others, and the step that notices
             return due - 2 * self._kv.blocks_for(sequence.scheduled) * self._block_s() - 2 * self._standing.step_s
-        return due - self._standing.units.prefill_s(float(roster.prefill[row]))
+        return due - self._standing.units.prefill_s(float(roster.prefill[row] + roster.shared[row]))
 
     def _finish(self, sequence: Sequence, reason: FinishReason | None, now: float) -> None:
         if reason in ("stop", "length"):
             self._standing.lengths.learn(self._roster.kinds[self._roster.kind[sequence.row]], sequence.num_output)
         super()._finish(sequence, reason, now)
+        self._siblings.leave(sequence)
         self._roster.remove(sequence)
 
     def commit(self, result: StepResult, now: float) -> list[SequenceUpdate]:

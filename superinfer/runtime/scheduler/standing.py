@@ -102,7 +102,8 @@ class Standing:
             residents[at].kept = bool(now_kept[at])
         self._order_victims(rows[mine & here], due[mine & here], pace[mine & here])
         waits = mine & ~here
-        start = due - np.where(roster.load[rows] > 0.0, 2.0 * (link_s + self.step_s), prefill_s)
+        together_s = units.prefill_s(roster.prefill[rows] + roster.shared[rows])
+        start = due - np.where(roster.load[rows] > 0.0, 2.0 * (link_s + self.step_s), together_s)
         self._line_up(rows[waits], start[waits], live[~roster.kept[live] & ~is_resident[live]])
 
     def _age(self, live: np.ndarray, now: float) -> None:
