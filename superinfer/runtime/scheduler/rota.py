@@ -148,7 +148,7 @@ class Rota(BatchScheduler):
             self._decode(leftovers, now)
             self._credit -= self._seconds() - before
         self._turns = min(self._turns + TURN_SHARE * draft.decodes, MOST_TURNS)
-        draft.budget = min(draft.budget, self._chunk_tokens())
+        draft.budget = min(draft.budget, self._chunk_tokens(now))
         self._prefill(prefills, now)
         self._admit_kept(now)
         is_idle = not draft.work  # the kept wait for something: a step without work would help nobody
@@ -182,15 +182,17 @@ class Rota(BatchScheduler):
             + units.step_s
         )
 
-    def _chunk_tokens(self) -> int:
+    def _chunk_tokens(self, now: float) -> int:
         """Prompt tokens for this step, so that prefills and decodes each get the share of time that they ask for.
 
         Each step gives each resident stream one token. So a long step is a slow pace: prefills get what the kept
         streams' pace leaves, or what first tokens need, if that is more and streams live on their slack.
         """
         units, draft, verdicts = self._standing.units, self._draft, self._standing.verdicts
-        if not draft.decodes:
-            return draft.budget
+        token_s = max(units.prefill_s(1.0, 1000.0), 1e-12)
+        if not draft.decodes:  # as many as there are, unless somebody has to be back before the step would be over
+            room_s = max(self._standing.next_return - now, 0.0)
+            return max(self._kv.page_size, int(min(draft.budget, room_s / token_s))) if room_s else draft.budget
         base_s = self._seconds()
         free_s = units.weights_s - units.token_s * draft.decodes  # hidden behind reading the weights
         share = verdicts.prefill_load
@@ -199,7 +201,7 @@ class Rota(BatchScheduler):
         share = min(share, 0.99)
         chunk_s = (base_s - max(free_s, 0.0)) * share / (1.0 - share)
         chunk_s = max(min(chunk_s, self._standing.tightest - base_s), 0.0)
-        return max(self._kv.page_size, int(max(chunk_s, free_s) / max(units.prefill_s(1.0, 1000.0), 1e-12)))
+        return max(self._kv.page_size, int(max(chunk_s, free_s) / token_s))
 
     # ------------------------------------------------------------------ who gets in
 

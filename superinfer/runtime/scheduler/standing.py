@@ -32,6 +32,7 @@ class Standing:
     kept_s the machine time that all of them still ask for. tightest: pace of the kept residents that promise most.
     mean_output: tokens that a request without any is expected to have.
     victims: kept residents, those furthest ahead first: when their next token is due, and who they are.
+    next_return: when the first of the kept that are rotated out has to be let in.
     aged: a leftover that has waited long enough: served before all others until it ends.
     """
 
@@ -47,6 +48,7 @@ class Standing:
         self._next_rest = np.zeros(0, dtype=np.intp)
         self.aged: Sequence | None = None
         self.tightest = math.inf
+        self.next_return = math.inf
         self.promised = 0
         self.mean_output = 1.0
         self.kept_s = 0.0
@@ -104,6 +106,7 @@ class Standing:
         waits = mine & ~here
         together_s = units.prefill_s(roster.prefill[rows] + roster.shared[rows])
         start = due - np.where(roster.load[rows] > 0.0, 2.0 * (link_s + self.step_s), together_s)
+        self.next_return = float(start[waits & (roster.load[rows] > 0.0)].min(initial=math.inf))
         self._line_up(rows[waits], start[waits], live[~roster.kept[live] & ~is_resident[live]])
 
     def _age(self, live: np.ndarray, now: float) -> None:
