@@ -24,6 +24,7 @@ TRIAGE_S = 0.05  # how old a triage may be: a few steps
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
 BUSY = 0.7  # share of the machine's time asked for, below which, if nobody is let go, requests are taken without a look
 UNSEEN = 8  # unless so many have come since the last one
+MARGIN = 1.1  # times the share of a step that prefills are thought to need: what comes is not quite what was foreseen
 MAX_MOVED = 8  # sequences rotated out in one plan, more only for one that needs more: each takes the host 0.1 ms
 # Gaps between tokens that may be rotations: fewer than one in a hundred, so that a stream's 99th percentile is a step.
 TURN_SHARE = 0.006
@@ -195,7 +196,7 @@ class Rota(BatchScheduler):
             return max(self._kv.page_size, int(min(draft.budget, room_s / token_s))) if room_s else draft.budget
         base_s = self._seconds()
         free_s = units.weights_s - units.token_s * draft.decodes  # hidden behind reading the weights
-        share = verdicts.prefill_load
+        share = MARGIN * verdicts.prefill_load
         if verdicts.load < BUSY:
             share = max(share, 1.0 - verdicts.decode_load)
         share = min(share, 0.99)
