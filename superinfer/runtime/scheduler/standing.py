@@ -87,9 +87,11 @@ class Standing:
         rows, left, due, pace, here = rows[fine], left[fine], due[fine], pace[fine], here[fine]
         prefill_s, link_s = prefill_s[fine], np.where(here, 0.0, link_s[fine])
         produced = roster.produced[rows]
-        token_s = self._token_s(roster.context[rows] + left / 2)
+        context = roster.context[rows] + left / 2
+        token_s = self._token_s(context)
         first = np.where((produced == 0) & np.isfinite(roster.base[rows]), FIRST_TOKEN, 0.0)
-        demand = Demand(due - now, pace, left, prefill_s, token_s, link_s, roster.weight[rows], first)
+        held, weight = self._held(context), roster.weight[rows]
+        demand = Demand(due - now, pace, left, prefill_s, token_s, link_s, weight, first, held, held * self.step_s)
         self.verdicts = verdicts = triage(self._with_foreseen(demand, now), 1.0 - LEFTOVER_SHARE)
         streams, prefills = verdicts.streams[: len(rows)], verdicts.prefills[: len(rows)]
         mine = np.where(produced > 0, streams, prefills)
@@ -156,7 +158,8 @@ class Standing:
             return demand
         output = np.minimum(ahead.most, self.mean_output)
         stream, end = ahead.at + ahead.ttft, ahead.at + ahead.deadline - output * self.step_s
-        token_s = self._token_s(ahead.prompt + output / 2)
+        context = ahead.prompt + output / 2
+        token_s = self._token_s(context)
         times = ahead.times
         more = Demand(
             np.minimum(stream, end),
@@ -167,6 +170,8 @@ class Standing:
             np.zeros(len(token_s)),
             ahead.weight * times,
             np.where(np.isfinite(ahead.ttft), FIRST_TOKEN, 0.0),
+            self._held(context),
+            self._held(context) * self.step_s * times,
         )
         return Demand(*(np.concatenate(pair) for pair in zip(demand, more, strict=True)))
 
@@ -199,6 +204,10 @@ class Standing:
         places = min(self._limits.num_slots, self._kv.num_blocks / blocks, float(len(context)))
         step_s = units.step_s + max(0.0, units.weights_s - self._matmul_s)
         return units.kv_s * context + units.decode_s + units.token_s + step_s / max(1.0, places)
+
+    def _held(self, context: np.ndarray) -> np.ndarray:
+        """Share of HBM, or of the places in a batch, that sequences of so many tokens hold."""
+        return np.maximum(context / (self._kv.num_blocks * self._kv.page_size), 1.0 / self._limits.num_slots)
 
     def _order_victims(self, rows: np.ndarray, due: np.ndarray, pace: np.ndarray) -> None:
         order = np.argsort(-due, kind="stable")
