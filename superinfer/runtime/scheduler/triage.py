@@ -3,8 +3,9 @@
 The machine's time is the resource, and with it the memory, and the places in a batch, that computing holds. A request
 asks for some of it by each horizon: its prefill, if its first token is due by then, and the decodes of the tokens that
 are. All that is asked for by a horizon must fit into it. Where it does not, what is worth least for its cost is let go
-first: with equal worths the dearest, which is the rule of Moore and Hodgson for as few late jobs as possible. The cost is
-all that is still to be done, since who stays is asked for again at every later horizon; so what is nearly done is kept.
+first: with equal worths the dearest, which is the rule of Moore and Hodgson for as few late jobs as possible. The cost
+is all that is still to be done, since who stays is asked for again at every later horizon; so what is nearly done is
+kept.
 
 A first token in time is worth something by itself: a request's stream can be let go and its first token be kept.
 
