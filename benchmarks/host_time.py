@@ -191,6 +191,9 @@ class Inline:
         """See Submitter."""
         self._jobs.append(job)
 
+    def wake(self) -> None:
+        """See Submitter."""
+
     def finish(self, count: int) -> None:
         """See Submitter."""
         while self.done < count:

@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--programs", type=int, default=2000)
     parser.add_argument("--chunks", type=int, default=1, help="deltas in an answer")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--name", default="lang-overhead", help="of the result file")
     parser.add_argument("--profile", action="store_true", help="show where the time goes and write nothing")
     arguments = parser.parse_args()
     backend = Instant(arguments.chunks)
@@ -135,7 +136,7 @@ def main() -> None:
         "beyond_backend_us_per_call": beyond,
         "max_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
-    print(f"written to {write('lang-overhead', 'python benchmarks/lang_overhead.py', record)}")
+    print(f"written to {write(arguments.name, 'python benchmarks/lang_overhead.py', record)}")
 
 
 if __name__ == "__main__":

@@ -6,17 +6,23 @@ For what is to be measured or tested without a model: the HTTP layer, clients, o
 
 It prints its address. A request's first token comes `--ttft-ms` after it was let in, then one every `--tbt-ms`; at
 most `--capacity` requests are let in at a time, the others wait in order, and over `--max-queue` are refused. A request
-whose deadline has passed is dropped where its SLO says so.
+whose deadline has passed is dropped where its SLO says so. With `--stamps FILE SLOTS TOKENS` it notes when it handed
+each token to its socket, see Stamps.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import heapq
 import itertools
+import mmap
 import time
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
 
 from superinfer.errors import QueueFullError
 from superinfer.runtime.engine.frontdoor import FrontDoor
@@ -38,6 +44,29 @@ from superinfer.runtime.protocol import (
     StatsReport,
 )
 from superinfer.runtime.slo import TokenTimeline
+
+
+class Stamps:
+    """When the engine handed each token to its socket: `slots` requests of `tokens` tokens, in a file that both map.
+
+    A request names its slot by its `program` (over HTTP: `prompt_cache_key`). Seconds of the monotonic clock, which all
+    processes of a machine share.
+    """
+
+    def __init__(self, path: Path, slots: int, tokens: int) -> None:
+        self._tokens = tokens
+        size = 8 * slots * tokens
+        if not path.exists():
+            path.write_bytes(bytes(size))
+        with path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), size)
+        self._at = memoryview(self._map).cast("d")
+
+    def write(self, slot: int, token: int, at: float) -> None:
+        self._at[slot * self._tokens + token] = at
+
+    def of(self, slot: int) -> list[float]:
+        return list(self._at[slot * self._tokens : (slot + 1) * self._tokens])
 
 
 @dataclass
@@ -63,10 +92,12 @@ class NoopEngine:
     capacity: int
     max_queue: int
     tick: float = 0.002
+    stamps: Stamps | None = None
     live: dict[tuple[bytes, str], Running] = field(default_factory=dict)
     waiting: deque[Running] = field(default_factory=deque)
     due: list[tuple[float, int, Running]] = field(default_factory=list)
     running: int = 0
+    stamped: list[tuple[Running, int]] = field(default_factory=list)
     output_tokens: int = 0
     stopped: bool = False
 
@@ -113,10 +144,12 @@ class NoopEngine:
                 ))  # fmt: skip
             case GetLive(token=token):
                 self.door.send(client, LiveReport(
-                    token=token, sequences=[], unfinished=len(self.live), output_tokens=self.output_tokens
+                    token=token, requests=[], omitted=len(self.live), computing=self.running,
+                    waiting=len(self.live) - self.running,
                 ))  # fmt: skip
             case GetStats(token=token):
-                counts = dict.fromkeys(StatsReport.__struct_fields__[1:-1], 0) | {
+                needed = [field.name for field in msgspec.structs.fields(StatsReport) if field.required]
+                counts = dict.fromkeys(needed[1:], 0) | {
                     "running": self.running, "waiting": len(self.live) - self.running, "blocks_total": 1,
                     "output_tokens": self.output_tokens,
                 }  # fmt: skip
@@ -147,6 +180,8 @@ class NoopEngine:
             wanted = one.request.sampling.max_tokens or 16
             tokens = min(tokens, wanted - one.given)
             one.timeline.tokens(tokens, now - one.arrival)
+            if self.stamps is not None and one.request.program:
+                self.stamped.append((one, one.given))
             one.given += tokens
             self.output_tokens += tokens
             done: FinishReason | None = "length" if one.given >= wanted else None
@@ -155,8 +190,18 @@ class NoopEngine:
                 self._end(one)
             else:
                 heapq.heappush(self.due, (at + tokens * self.tbt, next(self._ids), one))
+        if self.stamps is not None:
+            self._stamp()
         for client, deltas in by_client.items():
             self.door.send(client, Deltas(deltas=deltas))
+
+    def _stamp(self) -> None:
+        assert self.stamps is not None
+        now = time.perf_counter()
+        for one, begin in self.stamped:
+            for token in range(begin, one.given):
+                self.stamps.write(int(one.request.program), token, now)
+        self.stamped.clear()
 
     def _end(self, one: Running) -> None:
         if not one.ended:
@@ -165,8 +210,8 @@ class NoopEngine:
             del self.live[one.client, one.request.request_id]
 
     def _delta(self, one: Running, tokens: int, reason: FinishReason | None, now: float) -> SequenceDelta:
-        # Printable ASCII in the test checkpoint; a fixed text in any other.
-        ids = [5 + (one.given + k) % 80 for k in range(tokens)]
+        # Letters and digits in the test checkpoint; a fixed text in any other.
+        ids = [5 + (one.given + k) % 58 for k in range(tokens)]
         return SequenceDelta(
             request_id=one.request.request_id,
             token_ids=ids,
@@ -205,14 +250,21 @@ def main() -> None:
     parser.add_argument("--tbt-ms", type=float, default=20.0)
     parser.add_argument("--capacity", type=int, default=1 << 20)
     parser.add_argument("--max-queue", type=int, default=1 << 20)
+    parser.add_argument("--stamps", nargs=3, metavar=("FILE", "SLOTS", "TOKENS"))
     chosen = parser.parse_args()
     info = ModelInfo(
         model="noop", path=chosen.checkpoint, architecture="none", vocab_size=90, max_model_len=1 << 20,
         eos_token_ids=(2,), dtype="none", device="none", page_size=16, num_blocks=1, policy="none", pid=0,
     )  # fmt: skip
     door = FrontDoor(chosen.address, info)
+    engine = NoopEngine(door, chosen.ttft_ms / 1e3, chosen.tbt_ms / 1e3, chosen.capacity, chosen.max_queue)
+    if chosen.stamps:
+        path, slots, tokens = chosen.stamps
+        engine.stamps = Stamps(Path(path), int(slots), int(tokens))
+    gc.collect()
+    gc.freeze()
     print(door.address, flush=True)
-    NoopEngine(door, chosen.ttft_ms / 1e3, chosen.tbt_ms / 1e3, chosen.capacity, chosen.max_queue).run()
+    engine.run()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from record import write
 
 from superinfer.lang.callgraph import Call, CallGraph, site_of
 from superinfer.lang.history import History
-from superinfer.lang.planner import Planner
+from superinfer.lang.planner import Planner, Sent
 from superinfer.lang.promise import Promises
 from superinfer.lang.report import CallReport
 from superinfer.runtime.engine.executor import ExecutorLimits
@@ -129,6 +129,7 @@ class Program:
     left: int = 0
     met: bool = False
     over: bool = False
+    id: str = field(default_factory=lambda: f"program {next(_unique)}")
 
 
 class World:
@@ -202,10 +203,11 @@ class World:
         due = program.start + program.deadline
         promise = Promises(due=due).for_call(None, now)
         planner = self.planners[program.shape]
-        slo = planner.send(call, promise, due - now, "").slo if self.plan else promise.slo
+        sent = planner.send(call, promise, due - now, "") if self.plan else Sent(promise.slo, None)
         sequence = Sequence(
-            id=next(_unique), prompt=prompt, arrival=now, max_tokens=node.output, sampling=IGNORE_EOS, slo=slo
-        )
+            id=next(_unique), prompt=prompt, arrival=now, max_tokens=node.output, sampling=IGNORE_EOS, slo=sent.slo,
+            hints=sent.hints, program=program.id,
+        )  # fmt: skip
         program.open[at] = sequence
         self.owner[sequence.id] = (program, call)
         self.scheduler.add(sequence)

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from readme_vllm import beside_vllm
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures: written by `python benchmarks/readme.py` from benchmarks/results -->\n", "<!-- end -->"
@@ -34,7 +36,7 @@ rounds that alternate in one run (`{found["command"]}`, `results/cpu-throughput.
 
 def section() -> str:
     """All figures, as they stand between the markers."""
-    return f"\n{cpu_throughput()}\n"
+    return f"\n{cpu_throughput()}{beside_vllm()}\n"
 
 
 def _read(name: str) -> dict[str, Any]:

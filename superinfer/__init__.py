@@ -33,7 +33,9 @@ _HOMES = {
     "superinfer.lang.plan": ("PlannedCall", "ProgramPlan"),
     "superinfer.lang.program": ("Function", "function"),
     "superinfer.lang.report": ("CallReport", "SLOReport"),
+    "superinfer.lang.session": ("Reply", "Session"),
     "superinfer.lang.state": ("ProgramState", "ProgramStateGroup"),
+    "superinfer.lang.tool_run": ("ToolResult", "acall_tools", "call_tools"),
     "superinfer.lang.tools": ("ToolCall", "tool_calls"),
     "superinfer.runtime.config": ("EngineConfig",),
     "superinfer.runtime.slo": ("SLO",),
@@ -216,11 +218,26 @@ if TYPE_CHECKING:
     from superinfer.lang.report import (
         SLOReport as SLOReport,
     )
+    from superinfer.lang.session import (
+        Reply as Reply,
+    )
+    from superinfer.lang.session import (
+        Session as Session,
+    )
     from superinfer.lang.state import (
         ProgramState as ProgramState,
     )
     from superinfer.lang.state import (
         ProgramStateGroup as ProgramStateGroup,
+    )
+    from superinfer.lang.tool_run import (
+        ToolResult as ToolResult,
+    )
+    from superinfer.lang.tool_run import (
+        acall_tools as acall_tools,
+    )
+    from superinfer.lang.tool_run import (
+        call_tools as call_tools,
     )
     from superinfer.lang.tools import (
         ToolCall as ToolCall,

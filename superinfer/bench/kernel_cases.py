@@ -212,21 +212,28 @@ def _attention(s: Setting, q: torch.Tensor, kv: torch.Tensor, batch: PagedBatch,
 def _flashinfer(
     s: Setting, q: torch.Tensor, kv: torch.Tensor, batch: PagedBatch, scale: float, *, decode: bool, first: str
 ) -> dict[str, Run]:
-    from superinfer.kernels.paged_flashinfer import FlashInferDecode, FlashInferPrefill, workspace_bytes
+    from superinfer.kernels.paged_flashinfer import (
+        PLAN_BYTES,
+        FlashInferDecode,
+        FlashInferPrefill,
+        PlanStage,
+        workspace_bytes,
+    )
 
     shape = s.shape
     multiprocessors = torch.cuda.get_device_properties(s.device).multi_processor_count
     room = workspace_bytes(s.batch, shape.heads, shape.head_dim, multiprocessors, shape.kv_heads)
     workspace = torch.zeros(room, dtype=torch.uint8, device=s.device)
-    plans = torch.zeros(8 << 20, dtype=torch.uint8, device=s.device)
+    plans = torch.zeros(PLAN_BYTES, dtype=torch.uint8, device=s.device)
+    stage = PlanStage(s.device, torch.cuda.Stream(s.device))
     sizes = (shape.heads, shape.kv_heads, shape.head_dim, PAGE, scale, s.dtype)
     if decode:
-        call = FlashInferDecode(workspace, plans, batch, *sizes)
+        call = FlashInferDecode(workspace, plans, stage, batch, *sizes)
         call.plan(batch)
         return {first: lambda: call.run(q, kv)}
 
     def prefill(name: str) -> Run:
-        chunks = FlashInferPrefill(workspace, plans, name.removeprefix("flashinfer-"), *sizes)
+        chunks = FlashInferPrefill(workspace, stage, name.removeprefix("flashinfer-"), *sizes)
 
         def run() -> torch.Tensor:
             return chunks.run(q, kv)

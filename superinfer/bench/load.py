@@ -25,26 +25,25 @@ LATE_S = 0.01  # the same, of the 99th percentile of its delay
 
 @dataclass(frozen=True)
 class Asking:
-    """What each request says. priority: "" or "edf"."""
+    """What each request says. priority: "" or "edf". stream: else answers come in one piece, timed at their end."""
 
     server: Server
     ignore_eos: bool = True
     send_slo: bool = False
     priority: str = ""
+    stream: bool = True
 
     def body(self, prompt: list[int], job: Job) -> bytes:
         """The JSON of one request."""
-        stream_options: dict[str, bool] = {"include_usage": True}
-        if self.server.counts:
-            stream_options["continuous_usage_stats"] = True
         asked: dict[str, Any] = {
             "model": self.server.model,
             "prompt": prompt,
             "max_tokens": job.output_length,
             "temperature": 0,
-            "stream": True,
-            "stream_options": stream_options,
         }
+        if self.stream:
+            counted = {"continuous_usage_stats": True} if self.server.counts else {}
+            asked |= {"stream": True, "stream_options": {"include_usage": True, **counted}}
         if self.ignore_eos:
             asked["ignore_eos"] = True
         if self.priority == "edf":
@@ -116,26 +115,32 @@ async def run_load(
     *,
     drain_s: float,
     on_finished: Callable[[Sample], None] | None = None,
+    start: float | None = None,
+    samples: Sequence[Sample] | None = None,
 ) -> tuple[list[Sample], ClientDelay]:
-    """Send every body when its job is due. What is not finished `drain_s` seconds after the last has failed."""
+    """Send every body when its job is due. What is not finished `drain_s` seconds after the last has failed.
+
+    start: of the run, on time.perf_counter, for several clients that begin together; None: now.
+    samples: of the jobs, new ones, for who wants to look at them meanwhile.
+    """
     raise_file_limit()
     clock = time.perf_counter
-    samples = [new_sample(job) for job in jobs]
+    samples = [new_sample(job) for job in jobs] if samples is None else list(samples)
     delays: list[float] = []
     watcher = asyncio.create_task(_watch_loop(delays))
     tasks: set[asyncio.Task[None]] = set()
 
     async def one(body: bytes, sample: Sample) -> None:
-        await streams.stream(body, sample, start, clock)
+        await streams.stream(body, sample, began, clock)
         if on_finished is not None:
             on_finished(sample)
 
     gc.collect()
     gc.freeze()  # what is prepared need not be looked through again and again while answers come
-    start, cpu = clock() + 0.05, time.process_time()
+    began, cpu = clock() + 0.05 if start is None else start, time.process_time()
     try:
         for job, body, sample in zip(jobs, bodies, samples, strict=True):
-            await asyncio.sleep(max(0.0, start + job.at - clock()))
+            await asyncio.sleep(max(0.0, began + job.at - clock()))
             tasks.add(asyncio.create_task(one(body, sample)))
         if tasks:
             await asyncio.wait(tasks, timeout=drain_s)
@@ -145,7 +150,7 @@ async def run_load(
         for task in tasks:
             task.cancel()
         await asyncio.gather(watcher, *tasks, return_exceptions=True)
-    used = (time.process_time() - cpu) / max(1e-9, clock() - start)
+    used = (time.process_time() - cpu) / max(1e-9, clock() - began)
     return samples, ClientDelay([s.sent for s in samples if s.sent is not None], delays, used)
 
 

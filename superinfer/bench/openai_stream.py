@@ -26,6 +26,13 @@ class _Usage(msgspec.Struct):
     completion_tokens: int = 0
 
 
+class _Whole(msgspec.Struct):
+    """What is read of an answer in one piece."""
+
+    choices: list[_Choice]
+    usage: _Usage
+
+
 class EngineSlo(msgspec.Struct):
     """What a superinfer server says became of the SLO; see server.report.SloReport."""
 
@@ -51,6 +58,7 @@ class _Chunk(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode
+_decode_whole = msgspec.json.Decoder(_Whole).decode
 
 
 @dataclass(slots=True)
@@ -152,6 +160,8 @@ class OpenAIStreams:
     async def stream(self, body: bytes, sample: Sample, start: float, clock: Callable[[], float]) -> None:
         """Send one completion and record what comes until it is over. What goes wrong is recorded, not raised.
 
+        An answer in one piece, where the body asked for no stream, counts as tokens that all came at its end.
+
         start: of the run, on `clock`, seconds.
         """
         arrival = start + sample.due
@@ -161,6 +171,8 @@ class OpenAIStreams:
                 if response.status != 200:
                     text = (await response.read()).decode(errors="replace")
                     sample.error, sample.detail = f"HTTP {response.status}", text[:500]
+                elif response.content_type == "application/json":
+                    _take_whole(_decode_whole(await response.read()), sample, clock() - arrival)
                 else:
                     await self._read(response, sample, arrival, clock)
         except asyncio.CancelledError:
@@ -194,6 +206,13 @@ class OpenAIStreams:
             sample.timeline.tokens(sample.tokens - sample.timeline.count, sample.timeline.last or now)
         if not sample.error and not done and sample.finish_reason is None:
             sample.error, sample.detail = "stream cut short", f"after {sample.tokens} tokens, without an end"
+
+
+def _take_whole(answer: _Whole, sample: Sample, now: float) -> None:
+    """An answer in one piece: all its tokens at its end."""
+    sample.finish_reason = answer.choices[0].finish_reason
+    sample.tokens, sample.counted = answer.usage.completion_tokens, True
+    sample.timeline.tokens(sample.tokens, now)
 
 
 def _take(chunk: _Chunk, sample: Sample, now: float) -> None:

@@ -137,9 +137,10 @@ class _Command:
             asking = await self._asking(streams)
             server = asking.server
             await self._warm_up(streams, asking)
-            for rate in self._rates:
+            for number, rate in enumerate(self._rates):
                 jobs, skipped = self._jobs(rate, server)
-                samples, delay = await self._one(streams, asking, jobs, f"{rate:g}/s")
+                seed = self._load.seed + 1000 * number  # no run finds another's prompts in a cache
+                samples, delay = await self._one(streams, asking, jobs, seed, f"{rate:g}/s")
                 found = report(samples, delay)
                 if not quiet:
                     title = f"{server.model} at {server.url}, {self._load.workload}, {rate:g} requests/s"
@@ -195,14 +196,14 @@ class _Command:
             why = f"{failed[0].error} {failed[0].detail}"
             raise SuperinferError(f"{len(failed)} of {len(jobs)} warm-up requests failed: {why}")
 
-    async def _one(self, streams: OpenAIStreams, asking: Asking, jobs: list[Job], what: str) -> Any:
+    async def _one(self, streams: OpenAIStreams, asking: Asking, jobs: list[Job], seed: int, what: str) -> Any:
         from superinfer.bench.load import run_load
         from superinfer.bench.progress import Bar
         from superinfer.bench.workload import prompts_of
 
         bodies = []
         with Bar(f"{what}: making prompts", len(jobs)) as bar:
-            for prompt, job in zip(prompts_of(jobs, self._vocab, self._load.seed), jobs, strict=True):
+            for prompt, job in zip(prompts_of(jobs, self._vocab, seed), jobs, strict=True):
                 bodies.append(asking.body(prompt, job))
                 bar.advance()
         failed = 0

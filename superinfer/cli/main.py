@@ -71,9 +71,9 @@ def print_error(message: str) -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from superinfer.version import version as installed
 
-        print(f"superinfer {version('superinfer')}")
+        print(f"superinfer {installed()}")
         raise typer.Exit
 
 

@@ -35,6 +35,9 @@ def _server_options(
     ] = None,
     reasoning_parser: Annotated[str | None, typer.Option(help="think or none.", show_default="by model")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Longest request body.", show_default="32 MiB")] = None,
+    max_total_body_bytes: Annotated[
+        int | None, typer.Option(help="Of all request bodies at a time.", show_default="1 GiB")
+    ] = None,
     max_concurrent: Annotated[int | None, typer.Option(help="Requests at a time.", show_default="4096")] = None,
     write_timeout_s: Annotated[
         float | None, typer.Option(help="Seconds until a client that reads nothing is cut off.", show_default="60")

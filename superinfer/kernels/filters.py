@@ -23,11 +23,13 @@ def _magnitudes(row, start, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _filter_threshold(scaled, top_k, top_p, out, vocab, INFINITY: tl.constexpr, BLOCK: tl.constexpr):
+def _filter_threshold(
+    scaled, top_k, top_p, out, vocab, top_k_step, top_p_step, INFINITY: tl.constexpr, BLOCK: tl.constexpr
+):
     at = tl.program_id(0)
     row = scaled + at.to(tl.int64) * vocab
-    k = tl.load(top_k + at)
-    p = tl.load(top_p + at)
+    k = tl.load(top_k + at * top_k_step)
+    p = tl.load(top_p + at * top_p_step)
     limit = tl.full((), INFINITY, tl.int32)  # keep what has at most this magnitude
     if (k > 0) & (k < vocab):
         low = tl.full((), 0, tl.int32)
@@ -63,11 +65,13 @@ def _filter_threshold(scaled, top_k, top_p, out, vocab, INFINITY: tl.constexpr, 
 def filter_threshold(
     scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
 ) -> torch.Tensor:
-    """See `sampling.filter_threshold`. scaled: contiguous [rows, vocab] float32, at most 0. Returns [rows] float32."""
+    """See `sampling.filter_threshold`. scaled: contiguous [rows, vocab] float32, at most 0; the others with any stride.
+    Returns [rows] float32."""
     rows, vocab = scaled.shape
     out = scaled.new_empty(rows)
     block = min(4096, triton.next_power_of_2(vocab))
     _filter_threshold[(rows,)](
-        scaled, top_k, top_p, out, vocab, INFINITY=INFINITY_BITS, BLOCK=block, num_warps=max(1, block // 256)
-    )
+        scaled, top_k, top_p, out, vocab, top_k.stride(0), top_p.stride(0),
+        INFINITY=INFINITY_BITS, BLOCK=block, num_warps=max(1, block // 256),
+    )  # fmt: skip
     return torch.maximum(out, min_p.log().to(scaled.dtype))

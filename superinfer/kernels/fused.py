@@ -10,26 +10,35 @@ import torch
 import triton
 import triton.language as tl
 
+from superinfer.kernels.launch import begin, overlap
+
 
 @triton.jit
 def _rms_norm(
-    x, residual, weight, floor, out, heads, size, token_step, head_step, ADD: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One row. ADD: `residual` is added first, and holds the sum afterwards."""
+    x, residual, weight, floor, out, heads, size, token_step, head_step, part_step,
+    ADD: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One row. ADD: `residual` is added first, and holds the sum afterwards. PARTS: of x, to be
+    added up; 0: it is one piece."""
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
     at = (row // heads).to(tl.int64) * token_step + (row % heads) * head_step + columns
     dense = row.to(tl.int64) * size + columns
+    scaled_by = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    root = tl.load(floor)
+    begin(PDL)
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        for part in tl.static_range(1, PARTS):
+            value += tl.load(x + part * part_step + at, mask=inside, other=0.0)
+        value = value.to(out.dtype.element_ty).to(tl.float32)  # as if it had been written in one piece
     if ADD:
         total = (value + tl.load(residual + dense, mask=inside, other=0.0).to(tl.float32)).to(residual.dtype.element_ty)
         tl.store(residual + dense, total, mask=inside)
         value = total.to(tl.float32)  # the norm is of the sum as the next layer will see it
-    root = tl.load(floor)
     scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / size + root * root)
-    normed = value * scale * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + dense, normed.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + dense, (value * scale * scaled_by).to(out.dtype.element_ty), mask=inside)
 
 
 def _warps(block: int) -> int:
@@ -45,8 +54,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor) -> torc
     block = triton.next_power_of_2(size)
     if x.numel():
         _rms_norm[(x.shape[0] * heads,)](
-            x, x, weight, floor, out, heads, size, x.stride(0), head_step, ADD=False, BLOCK=block,
-            num_warps=_warps(block),
+            x, x, weight, floor, out, heads, size, x.stride(0), head_step, 0, ADD=False, PARTS=0, BLOCK=block,
+            num_warps=_warps(block), **overlap(x),
         )  # fmt: skip
     return out
 
@@ -54,19 +63,22 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor) -> torc
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `norm.add_rms_norm`. x, residual: contiguous [tokens, n]."""
-    out = torch.empty_like(x)
-    tokens, size = x.shape
+    """See `norm.add_rms_norm`. x, residual: contiguous [tokens, n]; or x: float32 [parts, tokens, n], their sum."""
+    out = torch.empty_like(residual)
+    tokens, size = residual.shape
+    parts = len(x) if x.dim() == 3 else 0
     block = triton.next_power_of_2(size)
     if tokens:
         _rms_norm[(tokens,)](
-            x, residual, weight, floor, out, 1, size, size, 0, ADD=True, BLOCK=block, num_warps=_warps(block)
-        )
+            x, residual, weight, floor, out, 1, size, size, 0, tokens * size, ADD=True, PARTS=parts,
+            BLOCK=block, num_warps=_warps(block), **overlap(x),
+        )  # fmt: skip
     return out, residual
 
 
 @triton.jit
-def _silu_and_mul(gate_up, out, size, BLOCK: tl.constexpr):
+def _silu_and_mul(gate_up, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
@@ -82,16 +94,30 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     out = gate_up.new_empty(tokens, size)
     if tokens:
         block = min(2048, triton.next_power_of_2(size))
-        _silu_and_mul[(tokens, triton.cdiv(size, block))](gate_up, out, size, BLOCK=block, num_warps=4)
+        _silu_and_mul[(tokens, triton.cdiv(size, block))](
+            gate_up, out, size, BLOCK=block, num_warps=4, **overlap(gate_up)
+        )
     return out
 
 
 @triton.jit
+def _whole(at, inside, part_step, element: tl.constexpr, PARTS: tl.constexpr):
+    """The sum of the parts, rounded once, as if it had been written in one piece."""
+    value = tl.load(at, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        value += tl.load(at + part * part_step, mask=inside, other=0.0)
+    return value.to(element)
+
+
+@triton.jit
 def _rope_and_store(
-    qkv, cos, sin, places, q_out, cache, page, qkv_row, block_step, value_step, offset_step,
+    qkv, cos, sin, places, q_out, cache, page, qkv_row, block_step, value_step, offset_step, part_step,
     SHARED: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS_2: tl.constexpr, HALF_2: tl.constexpr,
+    PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token and one KV head with the SHARED query heads that belong to it. *_2: padded to powers of two."""
+    """One token and one KV head with the SHARED query heads that belong to it. *_2: padded to powers of two. PARTS: of
+    qkv, to be added up."""
+    begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -107,41 +133,46 @@ def _rope_and_store(
     head = (group * SHARED + heads)[:, None]
     here = (heads < SHARED)[:, None] & inside[None, :]
     at = qkv + token * qkv_row + head * HEAD_DIM + d[None, :]
-    first = tl.load(at, mask=here, other=0.0).to(tl.float32)
-    second = tl.load(at + HALF, mask=here, other=0.0).to(tl.float32)
-    to = q_out + (token * KV_HEADS * SHARED + head) * HEAD_DIM + d[None, :]
     element = q_out.dtype.element_ty
+    first = _whole(at, here, part_step, element, PARTS).to(tl.float32)
+    second = _whole(at + HALF, here, part_step, element, PARTS).to(tl.float32)
+    to = q_out + (token * KV_HEADS * SHARED + head) * HEAD_DIM + d[None, :]
     tl.store(to, (first * cos_1[None, :] + second * sin_1[None, :]).to(element), mask=here)
     tl.store(to + HALF, (second * cos_2[None, :] + first * sin_2[None, :]).to(element), mask=here)
 
     place = tl.load(places + token)
     target = cache + (place // page).to(tl.int64) * block_step + (place % page) * offset_step + group * HEAD_DIM + d
     key = qkv + token * qkv_row + (KV_HEADS * SHARED + group) * HEAD_DIM + d
-    k_1 = tl.load(key, mask=inside, other=0.0).to(tl.float32)
-    k_2 = tl.load(key + HALF, mask=inside, other=0.0).to(tl.float32)
+    k_1 = _whole(key, inside, part_step, element, PARTS).to(tl.float32)
+    k_2 = _whole(key + HALF, inside, part_step, element, PARTS).to(tl.float32)
     tl.store(target, (k_1 * cos_1 + k_2 * sin_1).to(element), mask=inside)
     tl.store(target + HALF, (k_2 * cos_2 + k_1 * sin_2).to(element), mask=inside)
     value = key + KV_HEADS * HEAD_DIM
-    tl.store(target + value_step, tl.load(value, mask=inside, other=0.0), mask=inside)
-    tl.store(target + value_step + HALF, tl.load(value + HALF, mask=inside, other=0.0), mask=inside)
+    tl.store(target + value_step, _whole(value, inside, part_step, element, PARTS), mask=inside)
+    tl.store(target + value_step + HALF, _whole(value + HALF, inside, part_step, element, PARTS), mask=inside)
 
 
 def rope_and_store(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: torch.Tensor, kv: torch.Tensor, kv_heads: int
-) -> torch.Tensor:
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: torch.Tensor, kv: torch.Tensor, kv_heads: int,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Rotate queries and keys, and write keys and values to where the cache keeps them.
 
-    qkv: [tokens, heads + 2 · kv_heads, head_dim], heads and dimensions contiguous. cos, sin: [tokens, 1, head_dim]
-    from `rope_angles`. places: [tokens] int32, block · page + offset. kv: one layer's view of a block-first cache,
-    [blocks, 2, page, kv_heads, head_dim], any block stride. Returns the queries, [tokens, heads, head_dim].
+    qkv: [tokens, heads + 2 · kv_heads, head_dim], heads and dimensions contiguous; or contiguous float32
+    [parts, tokens, heads + 2 · kv_heads, head_dim], their sum. cos, sin: [tokens, 1, head_dim] from `rope_angles`.
+    places: [tokens] int32, block · page + offset. kv: one layer's view of a block-first cache, [blocks, 2, page,
+    kv_heads, head_dim], any block stride. Returns the queries, [tokens, heads, head_dim], in kv's dtype; in
+    `out` where that is given.
     """
-    tokens, all_heads, head_dim = qkv.shape
+    tokens, all_heads, head_dim = qkv.shape[-3:]
+    parts = len(qkv) if qkv.dim() == 4 else 1
     heads = all_heads - 2 * kv_heads
-    q = qkv.new_empty(tokens, heads, head_dim)
+    q = kv.new_empty(tokens, heads, head_dim) if out is None else out
     if tokens:
         shared = heads // kv_heads
         _rope_and_store[(tokens, kv_heads)](
-            qkv, cos, sin, places, q, kv, kv.shape[2], qkv.stride(0), kv.stride(0), kv.stride(1), kv.stride(2),
+            qkv, cos, sin, places, q, kv, kv.shape[2], qkv.stride(-3), kv.stride(0), kv.stride(1), kv.stride(2),
+            qkv.stride(0), PARTS=parts, **overlap(qkv),
             SHARED=shared, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
             HEADS_2=triton.next_power_of_2(shared), HALF_2=triton.next_power_of_2(head_dim // 2), num_warps=1,
         )  # fmt: skip

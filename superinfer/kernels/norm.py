@@ -25,7 +25,8 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum x + residual, normed, and the sum itself, which is the next residual.
 
-    x, residual: [tokens, n]; `residual` is overwritten with the sum. weight, floor: as for `rms_norm`.
+    x, residual: [tokens, n]; `residual` is overwritten with the sum. On a GPU x may be float32 [parts, tokens, n],
+    which are added up. weight, floor: as for `rms_norm`.
     Returns ([tokens, n], [tokens, n]).
     """
     if x.is_cuda:

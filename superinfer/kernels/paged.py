@@ -54,9 +54,9 @@ class AttentionCall(Protocol):
     def plan(self, batch: PagedBatch) -> None:
         """Prepare for a batch. In a CUDA graph's replay, `plan` alone feeds the captured `run`s."""
 
-    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0) -> torch.Tensor:
+    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
         """q: [rows, heads, head_dim]. kv: [blocks, 2, page, kv_heads, head_dim] view. layer: whose `kv` is, for
-        implementations that treat layers differently. Returns like q."""
+        implementations that treat layers differently. out: like q, for the answer. Returns the answer, like q."""
         ...
 
 
@@ -74,9 +74,9 @@ class AttentionByLayer:
         for call in self._calls:
             call.plan(batch)
 
-    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0) -> torch.Tensor:
+    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
         """See AttentionCall.run."""
-        return self._by_layer[layer].run(q, kv, layer)
+        return self._by_layer[layer].run(q, kv, layer, out)
 
 
 class TorchAttention:
@@ -91,11 +91,11 @@ class TorchAttention:
         """See AttentionCall.plan."""
         self._batch = batch
 
-    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0) -> torch.Tensor:
+    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
         """See AttentionCall.run."""
         batch = self._batch
         assert batch is not None, "run() before plan()"
-        out = torch.empty_like(q)
+        out = torch.empty_like(q) if out is None else out
         shared = q.shape[1] // kv.shape[3]
         rows, pages = batch.host_qo_indptr.tolist(), batch.host_kv_indptr.tolist()
         for s, last in enumerate(batch.host_last_page_len.tolist()):

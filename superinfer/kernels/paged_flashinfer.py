@@ -1,16 +1,26 @@
-"""FlashInfer's paged attention behind `AttentionCall` (Ye et al. 2025): tensor-core decode and chunked prefill."""
+"""FlashInfer's paged attention behind `AttentionCall` (Ye et al. 2025): tensor-core decode and chunked prefill.
+
+A plan is made on the host and copied to the device by FlashInfer, through the copy engine. In the model's stream such
+a copy would stand behind whatever KV blocks are on their way (see `host_memory`), and the step behind it. So plans
+travel on a stream of their own, while the step before still runs, into staging that alternates between two steps.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 from flashinfer.decode import fast_decode_plan
 
+from superinfer.kernels import host_memory
 from superinfer.kernels.paged import PagedBatch
 
 # Plans are lists of tiles: 20 bytes for each of at most some thousand tiles.
 PLAN_BYTES = 1 << 20
 PACKED_ROWS = 16  # query rows of a decode tile, the heads that share a KV head, padded
+STAGES = 2  # steps that may be under way
 
 
 def workspace_bytes(max_batch: int, heads: int, head_dim: int, multiprocessors: int, kv_heads: int) -> int:
@@ -25,6 +35,37 @@ def _window_left(window: int | None) -> int:
     return -1 if window is None else window - 1
 
 
+class PlanStage:
+    """Where plans lie on their way: pinned memory and its twin on the device, for each of the steps under way.
+
+    Shared by calls of which one is planned a step.
+    """
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
+        """stream: of all plans; not the model's."""
+        self._stream = stream
+        self._host = [torch.zeros(PLAN_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(STAGES)]
+        self._there = [torch.zeros(PLAN_BYTES, dtype=torch.uint8, device=device) for _ in range(STAGES)]
+        self._sent = [torch.cuda.Event() for _ in range(STAGES)]
+        self._taken = [torch.cuda.Event() for _ in range(STAGES)]
+        self._at = 0
+
+    @contextmanager
+    def planning(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(pinned, device) to plan into. Copies made within go beside the model's stream, which waits at the end."""
+        self._at = at = (self._at + 1) % STAGES
+        self._sent[at].synchronize()  # two plans ago
+        self._stream.wait_event(self._taken[at])
+        with torch.cuda.stream(self._stream):
+            yield self._host[at], self._there[at]
+            self._sent[at].record()
+        torch.cuda.current_stream().wait_event(self._sent[at])
+
+    def taken(self) -> None:
+        """The model's stream has, when it comes here, done all that reads the last plan's staging."""
+        self._taken[self._at].record()
+
+
 class FlashInferDecode:
     """One query per sequence, for a fixed number of sequences whose index buffers never move.
 
@@ -32,10 +73,11 @@ class FlashInferDecode:
     """
 
     def __init__(
-        self, workspace: torch.Tensor, plans: torch.Tensor, shape: PagedBatch, heads: int, kv_heads: int, head_dim: int,
-        page: int, scale: float, dtype: torch.dtype, window: int | None = None,
+        self, workspace: torch.Tensor, plans: torch.Tensor, stage: PlanStage, shape: PagedBatch, heads: int,
+        kv_heads: int, head_dim: int, page: int, scale: float, dtype: torch.dtype, window: int | None = None,
     ) -> None:  # fmt: skip
-        """workspace, plans: uint8 on the device, shared by all calls of a stream. shape: holds the buffers."""
+        """workspace: uint8 on the device, shared by all calls of a stream. plans: [PLAN_BYTES], shared by calls of
+        which one is planned a step, as `stage` is. shape: holds the buffers."""
         self._wrapper = BatchDecodeWithPagedKVCacheWrapper(
             workspace,
             "NHD",
@@ -46,6 +88,8 @@ class FlashInferDecode:
             paged_kv_last_page_len_buffer=shape.last_page_len,
         )
         self._wrapper.reset_workspace_buffer(workspace, plans)
+        self._plans = plans
+        self._stage = stage
         self._sizes = (heads, kv_heads, head_dim, page)
         self._settings = dict(window_left=_window_left(window), sm_scale=scale, q_data_type=dtype, kv_data_type=dtype)
         self._planned = False
@@ -53,29 +97,40 @@ class FlashInferDecode:
     def plan(self, batch: PagedBatch) -> None:
         """See AttentionCall.plan. The batch's device tensors must be the buffers of the constructor."""
         host = batch.host_kv_indptr, batch.host_kv_indices, batch.host_last_page_len
-        if self._planned:  # the buffers are filled already: only the tiles are planned anew, 4 × faster
-            fast_decode_plan(
-                self._wrapper, *host, *self._sizes, **self._settings, global_override_indptr_cpu=batch.host_kv_indptr
-            )
-        else:
-            self._wrapper.plan(*host, *self._sizes, **self._settings)
+        wrapper = self._wrapper
+        if not self._planned:
+            wrapper.plan(*host, *self._sizes, **self._settings)
             self._planned = True
+            return
+        # The buffers are filled already: only the tiles are planned anew, 4 × faster.
+        with self._stage.planning() as (pinned, there):
+            wrapper._pin_memory_int_workspace_buffer, wrapper._int_workspace_buffer = pinned, there
+            try:
+                fast_decode_plan(
+                    wrapper, *host, *self._sizes, **self._settings, global_override_indptr_cpu=batch.host_kv_indptr
+                )
+            finally:
+                wrapper._int_workspace_buffer = self._plans  # what `run` reads, and graphs hold
+        host_memory.copy(self._plans, there)
+        self._stage.taken()
 
-    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0) -> torch.Tensor:
+    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
         """See AttentionCall.run."""
-        out: torch.Tensor = self._wrapper.run(q, kv)
-        return out
+        answer: torch.Tensor = self._wrapper.run(q, kv, out=out)
+        return answer
 
 
 class FlashInferPrefill:
     """Any number of queries per sequence, any batch; not for capture. backend: "fa2" or "fa3"."""
 
     def __init__(
-        self, workspace: torch.Tensor, plans: torch.Tensor, backend: str, heads: int, kv_heads: int, head_dim: int,
+        self, workspace: torch.Tensor, stage: PlanStage, backend: str, heads: int, kv_heads: int, head_dim: int,
         page: int, scale: float, dtype: torch.dtype, window: int | None = None,
     ) -> None:  # fmt: skip
+        """workspace, stage: as for FlashInferDecode."""
         self._wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=backend)
-        self._wrapper.reset_workspace_buffer(workspace, plans)
+        self._stage = stage
+        self._used: list[tuple[torch.Tensor, ...]] = []
         self._sizes = (heads, kv_heads, head_dim, page)
         self._settings = dict(
             causal=True, window_left=_window_left(window), sm_scale=scale, q_data_type=dtype, kv_data_type=dtype
@@ -83,10 +138,17 @@ class FlashInferPrefill:
 
     def plan(self, batch: PagedBatch) -> None:
         """See AttentionCall.plan."""
+        wrapper = self._wrapper
+        self._stage.taken()  # by the runs of the last plan, which all have been given to the stream
         host = batch.host_qo_indptr, batch.host_kv_indptr, batch.host_kv_indices, batch.host_last_page_len
-        self._wrapper.plan(*host, *self._sizes, **self._settings)
+        with self._stage.planning() as (pinned, there):
+            wrapper._pin_memory_int_workspace_buffer, wrapper._int_workspace_buffer = pinned, there
+            wrapper.plan(*host, *self._sizes, **self._settings)
+        # They come from the other stream's memory, which must not be given out again while steps read them.
+        held = wrapper._qo_indptr_buf, wrapper._paged_kv_indptr_buf, wrapper._paged_kv_indices_buf
+        self._used = [*self._used[-STAGES:], (*held, wrapper._paged_kv_last_page_len_buf)]
 
-    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0) -> torch.Tensor:
+    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
         """See AttentionCall.run."""
-        out: torch.Tensor = self._wrapper.run(q, kv)
-        return out
+        answer: torch.Tensor = self._wrapper.run(q, kv, out=out)
+        return answer

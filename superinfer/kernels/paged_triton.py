@@ -84,7 +84,7 @@ class TritonAttention:
         """See AttentionCall.plan."""
         self._batch = batch
 
-    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0) -> torch.Tensor:
+    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
         """See AttentionCall.run."""
         batch = self._batch
         assert batch is not None, "run() before plan()"
@@ -96,7 +96,7 @@ class TritonAttention:
         if batch.longest_query > 64:
             queries = max(queries, 64 // heads_2)
         dim_2 = max(16, triton.next_power_of_2(head_dim))
-        out = torch.empty_like(q)
+        out = torch.empty_like(q) if out is None else out
         grid = (batch.sequences, triton.cdiv(batch.longest_query, queries), kv_heads)
         _paged_attention[grid](
             q, kv, out, batch.qo_indptr, batch.kv_indptr, batch.kv_indices, batch.last_page_len,

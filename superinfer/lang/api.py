@@ -11,7 +11,7 @@ from superinfer.lang.choices import ChoicesSamplingMethod, token_length_normaliz
 from superinfer.lang.ir import Expr, ExprList, Gen, Number, RoleBegin, RoleEnd, Select, Tools, leaves, to_expr
 from superinfer.lang.promise import check_slo
 from superinfer.lang.reasoning import Reasoning
-from superinfer.lang.sampling import Sampling
+from superinfer.lang.sampling import Sampling, sampling_of
 from superinfer.lang.tools import tool_schema
 from superinfer.lang.typed import Reader, dtype_grammar, json_grammar, regex_grammar
 from superinfer.runtime.protocol import Grammar
@@ -56,13 +56,18 @@ def gen(
     stop_regex: ends the text before the first match, which is searched for as the text grows.
     Raises InvalidRequestError for a wrong value and UnsupportedError for what cannot be honoured.
     """
-    sampling = Sampling(
+    arguments: dict[str, Any] = dict(
         max_tokens=max_tokens, min_tokens=min_tokens, n=n, stop=stop, stop_token_ids=stop_token_ids,
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, frequency_penalty=frequency_penalty,
         presence_penalty=presence_penalty, ignore_eos=ignore_eos, return_logprob=return_logprob,
         logprob_start_len=logprob_start_len, top_logprobs_num=top_logprobs_num,
         return_text_in_logprobs=return_text_in_logprobs, stop_regex=stop_regex,
     )  # fmt: skip
+    said = {name: value for name, value in arguments.items() if value is not None}
+    try:
+        sampling = sampling_of(**said)
+    except TypeError:  # a list somewhere, which cannot be looked up
+        sampling = Sampling(**said)
     grammar, reader = _form(regex, json_schema, dtype)
     if choices is None:
         if choices_method is not None:
@@ -140,9 +145,13 @@ def tools(tools: Sequence[Callable[..., Any] | dict[str, Any]]) -> Expr:
     return Tools(tuple(tool_schema(tool) for tool in tools))
 
 
+_ROLES: dict[str, tuple[RoleBegin, RoleEnd]] = {}  # of the few roles there are
+
+
 def _role(role: str, content: str | Expr | None) -> Expr:
-    middle = () if content is None else (to_expr(content),)
-    return ExprList((RoleBegin(role), *middle, RoleEnd(role)))
+    middle = () if content is None else leaves(to_expr(content))
+    begin, end = _ROLES.get(role) or _ROLES.setdefault(role, (RoleBegin(role), RoleEnd(role)))
+    return ExprList((begin, *middle, end))
 
 
 def system(content: str | Expr | None = None) -> Expr:

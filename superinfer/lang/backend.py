@@ -271,12 +271,15 @@ def flush_cache(backend: Backend | None = None) -> None:
 
 
 @contextlib.contextmanager
-def default_backend() -> Iterator[Backend]:
-    """The default backend if there is one, as under `superinfer run FILE`; else an embedded engine for this block."""
+def default_backend(**config: Any) -> Iterator[Backend]:
+    """The default backend if there is one, as under `superinfer run FILE`; else an embedded engine for this block.
+
+    config: fields of EngineConfig for that engine; one that is there already stays as it is. Raises like `Runtime`.
+    """
     if _default is not None:
         yield _default
         return
-    with Runtime() as runtime:
+    with Runtime(**config) as runtime:
         set_default_backend(runtime)
         try:
             yield runtime

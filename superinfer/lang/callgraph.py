@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from superinfer.lang.report import CallReport
 from superinfer.runtime.protocol import RequestReport
 
+PREFILL_COST = (
+    0.2  # machine time of a prompt token, of that of an output token in a full batch; only proportions matter
+)
 OCCURRENCES = 32  # of one name in one state, and of forks of one state, that are told apart
 
 _INDEX = re.compile(r"\[\d+\]\Z")
@@ -22,7 +27,7 @@ class Call:
     site: its place in the program. after: the calls that it came after, by index. extends: the call from whose text it
     goes on. max_tokens: most that it may write. deadline: promised to this call alone.
     lag: after the last of `after` (or the run's beginning), spent by the program itself. work: `ended - begun` without
-    waiting for the engine.
+    waiting for the engine. cost: machine time in output tokens; a prompt token that was computed has PREFILL_COST.
     """
 
     index: int
@@ -37,6 +42,7 @@ class Call:
     ended: float | None = None
     work: float = 0.0
     tokens: int = 0
+    cost: float = 0.0
     usual: bool = True
 
     def end(self, now: float, row: CallReport, engine: RequestReport | None) -> None:
@@ -44,6 +50,8 @@ class Call:
         waited = engine.queue_s + engine.preempted_s + engine.rotated_s if engine is not None else 0.0
         self.ended, self.work = now, max(0.0, row.e2e_s - waited)
         self.tokens = row.output_tokens
+        computed = engine.prompt_tokens - engine.cached_tokens if engine is not None else 0
+        self.cost = self.tokens + PREFILL_COST * computed
         self.usual = row.finish_reason in ("stop", "length", "scored")
 
 
@@ -93,6 +101,26 @@ class CallGraph:
             for before in call.after:
                 tails[before] = max(tails[before], through)
         return tails
+
+    def shares(self, cost: Sequence[float]) -> list[float]:
+        """Of each call of a run that has ended, its part of what the program still had to do when it began: 0 to 1."""
+        ended = sorted((call.ended or 0.0, call.index) for call in self.calls)
+        done = [0.0, *accumulate(cost[index] for _, index in ended)]
+        rests = [done[-1] - done[bisect_right(ended, (call.begun, -1))] for call in self.calls]
+        return [own / max(own, rest) if own > 0 else 1.0 for own, rest in zip(cost, rests, strict=True)]
+
+    def traced_shares(self, cost: Sequence[float]) -> list[float]:
+        """The same of a trace, where nothing has a time: all that a call does not come after is still to be done."""
+        before: list[int] = []  # bit sets of indexes
+        shares, whole = [], sum(cost)
+        for call in self.calls:
+            mine = 0
+            for index in call.after:
+                mine |= before[index] | 1 << index
+            before.append(mine)
+            rest = whole - sum(cost[i] for i in range(call.index) if mine >> i & 1)
+            shares.append(cost[call.index] / rest)
+        return shares
 
     def __str__(self) -> str:
         lines = [

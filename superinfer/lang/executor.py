@@ -7,21 +7,22 @@ loop only. A fork is a step too: children begin from what their parent has said 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
 import math
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 from superinfer.errors import DeadlineMissedError, InvalidRequestError, OverloadedError, RequestCancelledError
 from superinfer.lang import calls
 from superinfer.lang.backend import Backend
 from superinfer.lang.callgraph import Call, CallGraph, site_of
+from superinfer.lang.conversation import Conversation
 from superinfer.lang.ir import (
     Expr,
     Gen,
@@ -35,13 +36,14 @@ from superinfer.lang.ir import (
     leaves,
 )
 from superinfer.lang.loop import language_loop, on_language_loop
-from superinfer.lang.planner import Planner, Sent
+from superinfer.lang.outcome import Outcome
+from superinfer.lang.planner import NO_PAUSES, Planner, Sent, unseen
 from superinfer.lang.promise import Promise, Promises
 from superinfer.lang.prompt import Transcript
 from superinfer.lang.report import CallWatch, Ledger
 from superinfer.lang.sampling import DEFAULT_MAX_TOKENS, Sampling
 from superinfer.lang.unknown import DataDependent
-from superinfer.lang.variable import Feed, Variable, new_future
+from superinfer.lang.variable import Feed, Variable
 from superinfer.runtime.protocol import Hints
 
 T = TypeVar("T")
@@ -50,33 +52,35 @@ logger = logging.getLogger(__name__)
 MAX_TRACED = 1000  # calls, after which a trace is not expected to end
 
 
-@dataclass(frozen=True)
-class Step:
-    """An expression to execute, the variable it fills if it fills one, and what held where it was appended."""
+class Say(NamedTuple):
+    """Expressions to execute that make no call and fill no variable."""
 
-    expr: Expr
-    variable: Variable | None
+    exprs: tuple[Expr, ...]
+
+
+class Step(NamedTuple):
+    """An expression to execute, the variable it fills, and what held where it was appended."""
+
+    expr: Gen | Select | VarScopeBegin
+    variable: Variable
     promises: Promises
     seen: frozenset[int]  # calls whose outcome the program knew when it appended this
 
 
-@dataclass(frozen=True)
-class Ask:
+class Ask(NamedTuple):
     """Compute something from the state when its turn comes, even after a failure."""
 
     compute: Callable[[], Any]
-    answer: concurrent.futures.Future[Any]
+    answer: Outcome[Any]
 
 
-@dataclass(frozen=True)
-class Fork:
+class Fork(NamedTuple):
     """Let children begin from here."""
 
     children: tuple[StreamExecutor, ...]
 
 
-@dataclass(frozen=True)
-class Append:
+class Append(NamedTuple):
     """Append what children, all of them idle, have said since they were forked."""
 
     children: tuple[StreamExecutor, ...]
@@ -106,10 +110,13 @@ class Run:
         planner: Planner | None = None,
         tracing: bool = False,
         slo_class: str = "",
+        session: Conversation | None = None,
     ) -> None:
         """due: by when the program must be done, on `clock`. planner: plans its calls and learns from them; None: each
-        is sent all that is left. tracing: nothing is sent, variables hold Unknown."""
+        is sent all that is left. tracing: nothing is sent, variables hold Unknown. session: what it is a turn of."""
         self.id = uuid.uuid4().hex
+        self.session = session
+        self.program_id = session.id if session is not None else self.id  # as the engine is told
         self.backend = backend
         self.sampling = sampling
         self.ledger = ledger
@@ -122,9 +129,18 @@ class Run:
         self.graph = CallGraph(ledger.name)
         self.clock = time.monotonic
         self.task: asyncio.Task[Any] | None = None  # of a program that runs in the background on the language's loop
-        self.executors: list[StreamExecutor] = []
-        self.root = StreamExecutor(self, Transcript(backend.render_chat))
+        self.executors: list[StreamExecutor] = []  # the first is the program's own state; none once it has ended
+        self._has_ended = False
+        render = backend.render_chat
+        StreamExecutor(self, Transcript(render) if session is None else session.transcript(render))
+        if session is not None:
+            self.root.variables = session.variables()
         self.root.start()
+
+    @property
+    def root(self) -> StreamExecutor:
+        """Of the program's own state, until the program has ended."""
+        return self.executors[0]
 
     def abort(self, error: BaseException) -> None:
         """Fail every state that is not failed yet and cancel its calls. From any thread."""
@@ -135,16 +151,29 @@ class Run:
         """Give the program up: its requests are cancelled on the engine."""
         self.abort(RequestCancelledError(f"program {self.ledger.name} was cancelled"))
         if self.task is not None:
-            self.root.loop.call_soon_threadsafe(self.task.cancel)
+            language_loop().loop.call_soon_threadsafe(self.task.cancel)
+
+    def check_turn(self) -> None:
+        """Raises InvalidRequestError for a turn after which a session could not go on."""
+        role = self.root.transcript.role if self.root.error is None else None
+        if self.session is not None and role is not None:
+            raise InvalidRequestError(f"the turn ends inside a {role} message; end it, so that the session can go on")
 
     def end(self) -> None:
-        """The program has ended. From any thread."""
+        """The program has ended. From any thread. Safe to call twice."""
+        if self._has_ended:
+            return
+        self._has_ended = True
+        if self.session is not None:
+            ended_well = self.root.error is None
+            self.session.end(self.root.transcript if ended_well else None, self.root.variables)
         self.ledger.ended = self.clock()
         self.graph.ended = self.ledger.ended - self.ledger.started
         if self.planner is not None and all(executor.error is None for executor in self.executors):
             self.planner.history.learn(self.graph)
-        for executor in list(self.executors):
+        for executor in self.executors:
             executor.loop.call_soon_threadsafe(executor.end)
+        self.executors = []  # they know us: this way all of it goes when the program's states do
 
 
 class StreamExecutor:
@@ -161,7 +190,7 @@ class StreamExecutor:
         self.fork_mark = (0, 0)
         self._begun = False
         self._ended = False
-        self._steps: deque[Step | Ask | Fork | Append] = deque()  # the first is the one being executed
+        self._steps: deque[Say | Step | Ask | Fork | Append] = deque()  # the first is the one being executed
         self._task: asyncio.Task[None] | None = None
         self._scopes: list[OpenScope] = []
         self._published = 0
@@ -184,7 +213,19 @@ class StreamExecutor:
         seen = self.run.graph.seen
         if self.run.tracing and len(self.run.graph.calls) > MAX_TRACED:
             raise DataDependent(f"it makes more than {MAX_TRACED} calls")
-        self._put(*(Step(leaf, self._declare(leaf), promises, seen) for leaf in leaves(expr)))
+        steps: list[Say | Step] = []
+        said: list[Expr] = []
+        for leaf in leaves(expr):
+            if not isinstance(leaf, (Gen, Select, VarScopeBegin)):
+                said.append(leaf)
+                continue
+            if said:
+                steps.append(Say(tuple(said)))
+                said = []
+            steps.append(Step(leaf, self._declare(leaf), promises, seen))
+        if said:
+            steps.append(Say(tuple(said)))
+        self._put(*steps)
 
     def fork(self, names: Sequence[str]) -> tuple[StreamExecutor, ...]:
         """Queue a fork. Children may be used at once; they begin when their parent has come here."""
@@ -200,14 +241,18 @@ class StreamExecutor:
         """Queue an append of what `children` have said. They must be idle."""
         self._put(Append(children))
 
-    def ask(self, compute: Callable[[], T]) -> concurrent.futures.Future[T]:
+    def ask(self, compute: Callable[[], T]) -> Outcome[T]:
         """The result of `compute` once all that was submitted before is done."""
-        answer: concurrent.futures.Future[T] = new_future()
+        answer: Outcome[T] = Outcome()
         if self.idle:  # nothing can change it meanwhile
             _compute(compute, answer)
         else:
             self._put(Ask(compute, answer))
         return answer
+
+    def drained(self) -> Outcome[None]:
+        """When all that was submitted before is done."""
+        return self.ask(_nothing)
 
     @property
     def idle(self) -> bool:
@@ -224,9 +269,7 @@ class StreamExecutor:
                     self.loop.call_soon_threadsafe(variable.never, name, self.error)
             return variable
 
-    def _declare(self, expr: Expr) -> Variable | None:
-        if not isinstance(expr, (Gen, Select, VarScopeBegin)):
-            return None
+    def _declare(self, expr: Gen | Select | VarScopeBegin) -> Variable:
         if expr.name is None:
             return Variable()
         with self._lock:
@@ -247,7 +290,7 @@ class StreamExecutor:
             self.error = error
         self.loop.call_soon_threadsafe(self._stop)
 
-    def _put(self, *steps: Step | Ask | Fork | Append) -> None:
+    def _put(self, *steps: Say | Step | Ask | Fork | Append) -> None:
         self._steps.extend(steps)
         if on_language_loop():
             self._wake()
@@ -292,7 +335,14 @@ class StreamExecutor:
                 _compute(step.compute, step.answer)
                 continue
             try:
-                await self._execute(step)
+                if self.error is not None:
+                    pass
+                elif isinstance(step, Step) and not isinstance(step.expr, VarScopeBegin):
+                    await self._call(step.expr, step.variable, step)
+                else:
+                    self._execute(step)
+                if self.run.stream and self.error is None and not isinstance(step, Fork):
+                    self._publish()
             except asyncio.CancelledError:
                 # `fail` has set the error and cancelled us; else the loop itself is closing.
                 self.error = self.error or RequestCancelledError("the event loop was closed")
@@ -302,38 +352,38 @@ class StreamExecutor:
             if self.error is not None:
                 self._give_up(step)
             self._steps.popleft()
+        self._task = None  # so that it goes now, and not when the state does
 
-    def _give_up(self, step: Step | Fork | Append) -> None:
+    def _give_up(self, step: Say | Step | Fork | Append) -> None:
         assert self.error is not None
         for scope in self._scopes:
             scope.variable.fail(self.error)
         if isinstance(step, Step):
-            if step.variable is not None:
-                step.variable.fail(self.error)
+            step.variable.fail(self.error)
         elif isinstance(step, Fork):
             for child in step.children:
                 child.fail(self.error)
 
-    async def _execute(self, step: Step | Fork | Append) -> None:
-        if self.error is not None:
-            return
-        if isinstance(step, Fork):
+    def _execute(self, step: Say | Step | Fork | Append) -> None:
+        """A step that waits for nothing."""
+        if isinstance(step, Say):
+            for expr in step.exprs:
+                self._say_expr(expr)
+        elif isinstance(step, Step):  # a scope begins
+            assert isinstance(step.expr, VarScopeBegin)
+            self._scopes.append(OpenScope(step.expr.name, len(self.transcript.text()), step.variable))
+        elif isinstance(step, Fork):
             first = step.children[0]
             group = f"{self.run.id}/{'/'.join(first.path)}" if len(step.children) > 1 else ""
             for child in step.children:
                 child.begin(self, group)
-            return
-        if isinstance(step, Append):
+        else:
             for child in step.children:
                 self.transcript.append(child.transcript, child.fork_mark)
                 self.frontier = tuple({*self.frontier, *child.frontier})
-        else:
-            await self._evaluate(step)
-        if self.run.stream:
-            self._publish()
 
-    async def _evaluate(self, step: Step) -> None:
-        match step.expr:
+    def _say_expr(self, expr: Expr) -> None:
+        match expr:
             case Text(value=value):
                 self.transcript.add(value)
             case RoleBegin(role=role):
@@ -342,17 +392,11 @@ class StreamExecutor:
                 self.transcript.end(role)
             case Tools(schemas=schemas):
                 self.transcript.tools = schemas
-            case VarScopeBegin(name=name):
-                assert step.variable is not None
-                self._scopes.append(OpenScope(name, len(self.transcript.text()), step.variable))
             case VarScopeEnd(name=name):
                 if not self._scopes or self._scopes[-1].name != name:
                     raise InvalidRequestError(f"variable scope {name!r} ends, but it is not the innermost open one")
                 scope = self._scopes.pop()
                 scope.variable.set(self.transcript.text()[scope.start :])
-            case Gen() | Select() as expr:
-                assert step.variable is not None
-                await self._call(expr, step.variable, step)
             case other:
                 raise InvalidRequestError(f"cannot execute {other!r}")
 
@@ -369,7 +413,9 @@ class StreamExecutor:
         watch.slo = promise.slo
         sent = self._plan(call, promise)
         watch.planned = sent.planned
-        context = calls.Context(run.backend, prompt, sent.slo, run.id, watch, sent.hints, run.slo_class, sent.enforced)
+        context = calls.Context(
+            run.backend, prompt, sent.slo, run.program_id, watch, sent.hints, run.slo_class, sent.enforced
+        )
         why = "budget" if promise.spent else ""
         try:
             answer = await self._answer(context, expr, promise, variable)
@@ -380,7 +426,7 @@ class StreamExecutor:
         row = watch.report(answer.finish_reason, why=why, began=ledger.started)
         ledger.rows.append(row)
         call.end(run.clock() - ledger.started, row, watch.engine)
-        self._say(answer.rest, answer.meta, variable)
+        self._say(variable, answer.rest, answer.meta)
         if variable.reasoning is not None:
             variable.reasoning.set("" if answer.reasoning is None else answer.reasoning, answer.meta)
         variable.set(answer.value, answer.meta)
@@ -409,9 +455,14 @@ class StreamExecutor:
 
     def _plan(self, call: Call, promise: Promise) -> Sent:
         group, self._group = self._group, ""
+        pauses, session = NO_PAUSES, self.run.session
+        if session is not None:
+            pauses = session.pauses()
+            group = group or (session.group() if call.index == 0 else "")
         if self.run.planner is None:
-            return Sent(promise.slo, Hints(group=group) if group else None)
-        return self.run.planner.send(call, promise, self.run.due - self.run.clock(), group)
+            keep = unseen(pauses)
+            return Sent(promise.slo, Hints(group=group, keep_s=keep) if group or keep is not None else None)
+        return self.run.planner.send(call, promise, self.run.due - self.run.clock(), group, pauses)
 
     async def _answer(
         self, context: calls.Context, expr: Gen | Select, promise: Promise, variable: Variable
@@ -439,13 +490,13 @@ class StreamExecutor:
                 raise
             return calls.spent(expr)
 
-    async def _ask(self, context: calls.Context, expr: Gen | Select, variable: Variable) -> calls.Answer:
+    def _ask(self, context: calls.Context, expr: Gen | Select, variable: Variable) -> Awaitable[calls.Answer]:
         if isinstance(expr, Select):
-            return await calls.choose(context, expr)
+            return calls.choose(context, expr)
         sampling = expr.sampling.over(self.run.sampling)
-        return await calls.generate(context, expr, sampling, lambda text, meta: self._say(text, meta, variable))
+        return calls.generate(context, expr, sampling, partial(self._say, variable))
 
-    def _say(self, text: str, meta: Any, variable: Variable) -> None:
+    def _say(self, variable: Variable, text: str, meta: Any) -> None:
         """The model's new text, to the transcript and to whoever reads along."""
         variable.meta = meta
         if not text:
@@ -467,8 +518,12 @@ class StreamExecutor:
         self._published = len(text)
 
 
-def _compute(compute: Callable[[], Any], answer: concurrent.futures.Future[Any]) -> None:
+def _nothing() -> None:
+    """What is asked of a state only to learn that its turn has come."""
+
+
+def _compute(compute: Callable[[], Any], answer: Outcome[Any]) -> None:
     try:
-        answer.set_result(compute())
+        answer.set(compute())
     except BaseException as error:
-        answer.set_exception(error)
+        answer.fail(error)

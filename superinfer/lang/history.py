@@ -23,7 +23,7 @@ class Site(msgspec.Struct, omit_defaults=True):
 
     work: of the call, without its waiting for the engine. tail: from its end to the program's, likewise; tail_spread:
     mean deviation of it. lag: of the program itself before the call. extended: share of runs in which a later call went
-    on from this one's text; gap: how much later.
+    on from this one's text; gap: how much later. share: of what the program still had to do when the call began.
     """
 
     runs: int = 0
@@ -34,8 +34,9 @@ class Site(msgspec.Struct, omit_defaults=True):
     lag: float = 0.0
     extended: float = 0.0
     gap: float = 0.0
+    share: float = 1.0
 
-    def learn(self, tokens: int, work: float, tail: float, lag: float, gap: float | None) -> None:
+    def learn(self, tokens: int, work: float, tail: float, lag: float, gap: float | None, share: float) -> None:
         """One run more. gap: None where nothing went on from its text."""
         self.runs += 1
         rate = max(1 / self.runs, _LEAST_WEIGHT)
@@ -45,17 +46,24 @@ class Site(msgspec.Struct, omit_defaults=True):
         self.work += rate * (work - self.work)
         self.tail += rate * (tail - self.tail)
         self.lag += rate * (lag - self.lag)
+        self.share += rate * (share - self.share)
         if gap is not None:
             self.gap += (rate if self.extended else 1.0) * (gap - self.gap)
         self.extended += rate * ((gap is not None) - self.extended)
 
 
 class Learnt(msgspec.Struct, omit_defaults=True):
-    """Of one program. total: seconds of work of a run along its longest way. sites: in the order they were met."""
+    """Of one program. total: seconds of work of a run along its longest way. sites: in the order they were met.
+
+    Of sessions of this name: turns, the share of them that another one followed, and how many seconds later.
+    """
 
     runs: int = 0
     total: float = 0.0
     sites: dict[str, Site] = {}
+    turns: int = 0
+    followed: float = 0.0
+    idle: float = 0.0
 
 
 class _Book(msgspec.Struct, omit_defaults=True):
@@ -111,7 +119,7 @@ class History:
         end = max(0.0, graph.ended - max(call.ended or 0.0 for call in graph.calls))
         tails = graph.longest(work, lag, end)
         total = max(lag[c.index] + work[c.index] + tails[c.index] for c in graph.calls if not c.after)
-        gaps = _gaps(graph)
+        gaps, shares = _gaps(graph), graph.shares([call.cost for call in graph.calls])
         with self._lock:
             learnt = self._of(graph.program)
             if learnt is None:
@@ -125,8 +133,21 @@ class History:
                         continue
                     site = learnt.sites[call.site] = Site()
                 i = call.index
-                site.learn(call.tokens, work[i], tails[i], lag[i], gaps.get(i))
+                site.learn(call.tokens, work[i], tails[i], lag[i], gaps.get(i), shares[i])
             self._learn_speed(graph.calls)
+            self._changed = True
+
+    def learn_idle(self, name: str, idle: float | None) -> None:
+        """A session's turn was followed by another one `idle` seconds after its end; None: by none."""
+        with self._lock:
+            learnt = self._of(name)
+            if learnt is None:
+                return
+            learnt.turns += 1
+            rate = max(1 / learnt.turns, _LEAST_WEIGHT)
+            if idle is not None:
+                learnt.idle += (rate if learnt.followed else 1.0) * (idle - learnt.idle)
+            learnt.followed += rate * ((idle is not None) - learnt.followed)
             self._changed = True
 
     def _of(self, program: str) -> Learnt | None:

@@ -11,14 +11,18 @@ from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import TextDelta
 
 
-async def in_time(deltas: AsyncGenerator[TextDelta, None], slo: SLO | None, n: int) -> AsyncGenerator[TextDelta, None]:
-    """The deltas until the deadline; then the request is cancelled, and `on_miss` decides."""
+def in_time(deltas: AsyncGenerator[TextDelta, None], slo: SLO | None, n: int) -> AsyncGenerator[TextDelta, None]:
+    """The deltas until the deadline; then the request is cancelled, and `on_miss` decides. Close it when leaving early:
+    that cancels the request."""
     if slo is None or slo.deadline is None or slo.on_miss == "finish":
-        async with contextlib.aclosing(deltas):  # whoever leaves early cancels the request at once
-            async for delta in deltas:
-                yield delta
-        return
-    due = asyncio.get_running_loop().time() + slo.deadline
+        return deltas
+    return _until(deltas, slo, slo.deadline, n)
+
+
+async def _until(
+    deltas: AsyncGenerator[TextDelta, None], slo: SLO, deadline: float, n: int
+) -> AsyncGenerator[TextDelta, None]:
+    due = asyncio.get_running_loop().time() + deadline
     open_indexes = set(range(n))
     async with contextlib.aclosing(deltas):
         while open_indexes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,7 +33,7 @@ class Expr:
 
 @dataclass(frozen=True, eq=False)
 class ExprList(Expr):
-    """Expressions one after the other."""
+    """Expressions one after the other, none of them a list."""
 
     exprs: tuple[Expr, ...]
 
@@ -117,10 +116,6 @@ def to_expr(value: object) -> Expr:
     raise InvalidRequestError(f"cannot append {value!r:.80} ({type(value).__name__}); give text or an expression")
 
 
-def leaves(expr: Expr) -> Iterator[Expr]:
-    """The expressions in order, lists flattened."""
-    if isinstance(expr, ExprList):
-        for inner in expr.exprs:
-            yield from leaves(inner)
-    else:
-        yield expr
+def leaves(expr: Expr) -> tuple[Expr, ...]:
+    """The expressions that it consists of, in order."""
+    return expr.exprs if isinstance(expr, ExprList) else (expr,)

@@ -16,6 +16,7 @@ from superinfer.lang.promise import SPENT_DEADLINE, Promise
 from superinfer.runtime.protocol import Hints
 from superinfer.runtime.slo import SLO
 
+LEAST_SHARE = 1e-3  # of its program's worth, that a call is sent with: a weight is above 0
 YIELD_S = 60.0  # later than its program's deadline is due what belongs to a program that will miss it
 
 
@@ -26,6 +27,7 @@ class Estimate:
     own: float
     tail: float
     seconds: bool = True
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,31 @@ class Sent:
     enforced: SLO | None = None
 
 
+@dataclass(frozen=True)
+class Pauses:
+    """How long a session's text waits until it is extended, where that is known; seconds.
+
+    tools: between two calls of a turn, before any run has been seen. idle: between two turns.
+    """
+
+    tools: float | None = None
+    idle: float | None = None
+
+
+NO_PAUSES = Pauses()
+
+
 def share(left: float, estimate: Estimate) -> float:
     """The part of `left` that the call may take."""
     if estimate.seconds and left - estimate.tail >= estimate.own:
         return left - estimate.tail
     whole = estimate.own + estimate.tail
     return left * estimate.own / whole if whole > 0 else left
+
+
+def unseen(pauses: Pauses) -> float | None:
+    """When a call is extended of which nothing has been seen yet: tools may come, or else the next turn."""
+    return pauses.tools if pauses.tools is not None else pauses.idle
 
 
 class Planner:
@@ -62,7 +83,11 @@ class Planner:
             return
         own = [float(call.max_tokens) for call in graph.calls]
         tails = graph.longest(own, [0.0] * len(own))
-        self._traced = {call.site: Estimate(own[call.index], tails[call.index], seconds=False) for call in graph.calls}
+        shares = graph.traced_shares(own)
+        self._traced = {
+            call.site: Estimate(own[call.index], tails[call.index], seconds=False, share=shares[call.index])
+            for call in graph.calls
+        }
         extended = {call.extends for call in graph.calls}
         self._extended = {call.site for call in graph.calls if call.index in extended}
 
@@ -70,12 +95,12 @@ class Planner:
         """None where nothing is known."""
         known = self.history.site(self.program, site)
         if known is not None:
-            return Estimate(known.work, known.tail + known.tail_spread)
+            return Estimate(known.work, known.tail + known.tail_spread, share=known.share)
         return self._traced.get(site)
 
-    def send(self, call: Call, promise: Promise, left: float, group: str) -> Sent:
+    def send(self, call: Call, promise: Promise, left: float, group: str, pauses: Pauses = NO_PAUSES) -> Sent:
         """What to send with a call that has been promised `promise`, with `left` of the program's time."""
-        return self._planned(call, promise, left, self._hints(call, group))
+        return self._planned(call, promise, left, self._hints(call, group, pauses))
 
     def _planned(self, call: Call, promise: Promise, left: float, hints: Hints | None) -> Sent:
         slo = promise.slo
@@ -84,20 +109,21 @@ class Planner:
         estimate = self.estimate(call.site)
         if estimate is None:
             return Sent(slo, hints)
+        weight = slo.weight * max(estimate.share, LEAST_SHARE)
         if estimate.seconds and left < estimate.own + estimate.tail:
             planned = left + YIELD_S  # the promise is as good as lost: those that can be kept go first
         elif (planned := max(share(left, estimate), SPENT_DEADLINE)) >= slo.deadline:
-            return Sent(slo, hints)
-        sent = msgspec.structs.replace(slo, deadline=planned, on_miss="finish")
+            return Sent(slo if weight == slo.weight else msgspec.structs.replace(slo, weight=weight), hints)
+        sent = SLO(ttft=slo.ttft, tbt=slo.tbt, deadline=planned, weight=weight)
         return Sent(sent, hints, planned, enforced=slo if slo.on_miss != "finish" else None)
 
-    def _hints(self, call: Call, group: str) -> Hints | None:
+    def _hints(self, call: Call, group: str, pauses: Pauses) -> Hints | None:
         known = self.history.site(self.program, call.site)
         if known is None:
-            keep = 0.0 if call.site in self._extended else None
+            keep = 0.0 if call.site in self._extended else unseen(pauses)
             return Hints(group=group, keep_s=keep) if group or keep is not None else None
         return Hints(
             group=group,
             expected_tokens=known.tokens if known.tokens > 0 else None,
-            keep_s=known.gap if known.extended >= 0.5 else None,
+            keep_s=known.gap if known.extended >= 0.5 else pauses.idle,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import inspect
 import os
@@ -19,8 +18,9 @@ from superinfer.lang.backend import Backend, resolve_backend
 from superinfer.lang.callgraph import CallGraph
 from superinfer.lang.executor import Run
 from superinfer.lang.history import History
-from superinfer.lang.loop import language_loop
-from superinfer.lang.options import RUN_OPTIONS, RunOptions
+from superinfer.lang.loop import language_loop, on_language_loop
+from superinfer.lang.options import TAKEN_NAMES, RunOptions
+from superinfer.lang.outcome import Outcome
 from superinfer.lang.plan import ProgramPlan, plan
 from superinfer.lang.planner import Planner
 from superinfer.lang.promise import Promises, check_deadline, check_slo
@@ -37,7 +37,8 @@ class Function:
     """A program. `run`, `run_batch` and their asynchronous twins take the program's arguments by position or name,
     and by name also (see RunOptions): max_new_tokens (128), temperature (1.0), stop and the other sampling arguments
     of `gen`, which hold where a `gen` says nothing; `backend`; `deadline`; `slo`; `plan` (True): split the deadline
-    among the calls by what was learnt.
+    among the calls by what was learnt; `session`: the Session that the run is a turn of. An argument of the program
+    that is named `deadline`, `slo`, `plan` or `session` is the program's own.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Function:
             raise InvalidRequestError(f"program {self.name} takes no argument; its first one is the state, `s`")
         self.arg_names = parameters[1:]
         for name in self.arg_names:
-            if name in RUN_OPTIONS:
+            if name in TAKEN_NAMES:
                 raise InvalidRequestError(f"argument {name!r} of program {self.name} is an option of run(); rename it")
 
     def bind(self, **arguments: Any) -> Function:
@@ -149,7 +150,7 @@ class Function:
         Raises what the program raises. A call that fails raises where its variable is read; one that is never read
         leaves its error in `state.error()` and a warning.
         """
-        options = RunOptions.take(kwargs)
+        options = RunOptions.take(kwargs, self.arg_names)
         arguments = self._arguments(args, kwargs)
         state = self._new_state(options, stream=stream)
         if stream:
@@ -165,9 +166,10 @@ class Function:
     async def arun(self, *args: Any, **kwargs: Any) -> ProgramState:
         """Async twin of `run`, on the caller's loop; a program that is no `async def` gets a thread. Cancelling the
         task that awaits this cancels the program's requests."""
-        options = RunOptions.take(kwargs)
+        options = RunOptions.take(kwargs, self.arg_names)
+        arguments = self._arguments(args, kwargs)
         state = self._new_state(options)
-        await self._arun(state, self._arguments(args, kwargs))
+        await self._arun(state, arguments)
         _warn_of_error(self.name, state)
         return state
 
@@ -176,9 +178,10 @@ class Function:
 
         Raises what makes the program fail.
         """
-        options = RunOptions.take(kwargs)
+        options = RunOptions.take(kwargs, self.arg_names)
+        arguments = self._arguments(args, kwargs)
         state = self._new_state(options, stream=True)
-        self._start(state, self._arguments(args, kwargs))
+        self._start(state, arguments)
         chunks = state.text_async_iter(var_name)
         async with contextlib.aclosing(chunks):  # type: ignore[type-var]
             async for chunk in chunks:
@@ -196,19 +199,26 @@ class Function:
     def _new_state(self, options: RunOptions, *, stream: bool = False) -> ProgramState:
         promises = Promises()
         now = time.monotonic()
-        for slo, deadline in ((self.slo, self.deadline), (options.slo, options.deadline)):
-            promises = promises.within(slo, deadline, now=now)
-        deadlines = [d for d in (self.deadline, options.deadline) if d is not None]
+        session = options.session
+        promised: list[Any] = [one for one in (self, session, options) if one is not None]
+        for one in promised:
+            promises = promises.within(one.slo, one.deadline, now=now)
+        deadlines = [one.deadline for one in promised if one.deadline is not None]
         ledger = Ledger(self.name, min(deadlines, default=None))
+        of_session = session.backend if session is not None else None
+        backend = resolve_backend(options.backend or of_session or self.backend)
+        if session is not None:
+            session.begin()
         run = Run(
-            resolve_backend(options.backend or self.backend),
+            backend,
             options.sampling,
             ledger,
             is_async=self.is_async,
             stream=stream,
             due=promises.due,
             planner=self.planner if options.plan else None,
-            slo_class=self.slo_class,
+            slo_class=self.slo_class or (session.slo_class if session is not None else ""),
+            session=session,
         )
         self._last = ledger
         return ProgramState(run.root, promises)
@@ -220,7 +230,8 @@ class Function:
         try:
             state.ret_value = self.func(state, *arguments[0], **arguments[1])
             for executor in run.executors:  # forks are appended while we wait
-                executor.ask(lambda: None).result()
+                executor.drained().result()
+            run.check_turn()
         except BaseException as error:
             run.abort(error)
             raise
@@ -235,7 +246,8 @@ class Function:
         try:
             state.ret_value = await self.func(state, *arguments[0], **arguments[1])
             for executor in run.executors:
-                await asyncio.wrap_future(executor.ask(lambda: None))
+                await executor.drained().get()
+            run.check_turn()
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError):
                 run.cancel()
@@ -250,10 +262,13 @@ class Function:
         if self.is_async:
             await self._abody(state, arguments)
             return
+        body = _threads().submit(self._body, state, arguments)
         try:
-            await asyncio.get_running_loop().run_in_executor(_threads(), self._body, state, arguments)
+            await asyncio.wrap_future(body)
         except asyncio.CancelledError:
             state.stream_executor.run.cancel()  # the thread ends when the program next reads
+            if body.cancelled():  # it has not even begun
+                state.stream_executor.run.end()
             raise
 
     def _start(self, state: ProgramState, arguments: Arguments) -> None:
@@ -266,7 +281,9 @@ class Function:
             ).start()
 
     def _start_task(self, state: ProgramState, arguments: Arguments) -> None:
-        state.stream_executor.run.task = asyncio.get_running_loop().create_task(self._abody_quietly(state, arguments))
+        run = state.stream_executor.run
+        run.task = asyncio.get_running_loop().create_task(self._abody_quietly(state, arguments))
+        run.task.add_done_callback(lambda _: run.end())  # also of one that was cancelled before it began
 
     def _body_quietly(self, state: ProgramState, arguments: Arguments) -> ProgramState:
         with contextlib.suppress(Exception):  # `_body` has put it into the state
@@ -297,6 +314,8 @@ class Function:
         Raises InvalidRequestError for arguments that the program does not take, before anything is run.
         """
         chosen = RunOptions.take(options)
+        if chosen.session is not None:
+            raise InvalidRequestError("session: its turns come one after the other; run one program of a batch in each")
         items = self._items(batch_kwargs, options)
         if num_threads != "auto" and (
             isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1
@@ -321,6 +340,8 @@ class Function:
         Closing the iterator cancels what has not finished.
         """
         chosen = RunOptions.take(options)
+        if chosen.session is not None:
+            raise InvalidRequestError("session: its turns come one after the other; run one program of a batch in each")
         items = self._items(batch_kwargs, options)
         limit = asyncio.Semaphore(concurrency or max(1, len(items)))
         tasks = [asyncio.create_task(self._aitem(item, chosen, limit)) for item in items]
@@ -351,16 +372,13 @@ class Function:
         return items
 
     def _batch(self, items: list[Arguments], options: RunOptions, at_once: int | None) -> Iterator[ProgramState]:
-        pool = None if self.is_async else ThreadPoolExecutor(at_once or _auto_threads(), "superinfer-batch")
-        limit = asyncio.Semaphore(at_once or max(1, len(items)))
+        if self.is_async:
+            yield from self._abatch(items, options, at_once)
+            return
+        pool = ThreadPoolExecutor(at_once or _auto_threads(), "superinfer-batch")
         running: set[ProgramState] = set()
-        futures: list[concurrent.futures.Future[ProgramState]] = []
+        futures = [pool.submit(self._item, item, options, running) for item in items]
         try:
-            for item in items:
-                if pool is not None:
-                    futures.append(pool.submit(self._item, item, options, running))
-                else:
-                    futures.append(language_loop().submit(self._aitem(item, options, limit)))
             for future in futures:
                 yield future.result()
         finally:  # all done, or the caller has gone: then nothing of it is wanted any more
@@ -368,8 +386,38 @@ class Function:
                 future.cancel()
             for state in list(running):
                 state.stream_executor.run.cancel()
-            if pool is not None:
-                pool.shutdown(wait=False)
+            pool.shutdown(wait=False)
+
+    def _abatch(self, items: list[Arguments], options: RunOptions, at_once: int | None) -> Iterator[ProgramState]:
+        """The same of `async def` programs, each a task on the language's loop."""
+        if on_language_loop():
+            raise RuntimeError("run_batch() would block the event loop that its programs run on; use arun_batch()")
+        loop = language_loop().loop
+        limit = asyncio.Semaphore(at_once or max(1, len(items)))
+        outcomes: list[Outcome[ProgramState]] = [Outcome() for _ in items]
+        tasks: list[asyncio.Task[None]] = []
+
+        async def one(item: Arguments, outcome: Outcome[ProgramState]) -> None:
+            try:
+                outcome.set(await self._aitem(item, options, limit))
+            except BaseException as error:
+                outcome.fail(error)
+                if not isinstance(error, Exception):
+                    raise
+
+        def start() -> None:
+            tasks.extend(loop.create_task(one(item, outcome)) for item, outcome in zip(items, outcomes, strict=True))
+
+        def cancel() -> None:
+            for task in tasks:
+                task.cancel()
+
+        loop.call_soon_threadsafe(start)
+        try:
+            for outcome in outcomes:
+                yield outcome.result()
+        finally:  # as above; behind `start` at any rate
+            loop.call_soon_threadsafe(cancel)
 
     def _item(self, arguments: Arguments, options: RunOptions, running: set[ProgramState]) -> ProgramState:
         state = self._new_state(options)

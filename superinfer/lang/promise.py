@@ -32,6 +32,17 @@ def check_deadline(deadline: object) -> float | None:
     return float(deadline)
 
 
+def check_pause(name: str, seconds: object) -> float | None:
+    """`seconds`, or None. Raises InvalidRequestError naming the value."""
+    if seconds is None:
+        return None
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise InvalidRequestError(f"{name}={seconds!r} is not a number; give seconds, e.g. {name}=2.0")
+    if not math.isfinite(seconds) or seconds < 0:
+        raise InvalidRequestError(f"{name}={seconds!r} must be a finite number of seconds, at least 0")
+    return float(seconds)
+
+
 @dataclass(frozen=True)
 class Promise:
     """What one call is sent. `spent`: the program's time was over before the call began."""

@@ -7,8 +7,8 @@ prompt, so that what the model reads before its next token is what it wrote, to 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 from superinfer.errors import InvalidRequestError
 
@@ -27,16 +27,11 @@ class RenderChat(Protocol):
     ) -> str: ...
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A message, or raw text where `role` is None."""
 
     role: str | None
     content: str
-
-    @property
-    def message(self) -> dict[str, Any]:
-        return {"role": self.role, "content": self.content}
 
 
 @dataclass(frozen=True)
@@ -76,9 +71,9 @@ class Transcript:
         self.tools: tuple[dict[str, Any], ...] = ()
         self.role: str | None = None
 
-    def copy(self) -> Transcript:
-        """Equal and independent."""
-        twin = Transcript(self._render)
+    def copy(self, render: RenderChat | None = None) -> Transcript:
+        """Equal and independent; shown by `render` where one is given."""
+        twin = Transcript(render or self._render)
         twin._parts, twin.tools, twin.role = list(self._parts), self.tools, self.role
         return twin
 
@@ -87,7 +82,7 @@ class Transcript:
         if not text:
             return
         if self._parts and self._parts[-1].role == self.role:
-            self._parts[-1] = replace(self._parts[-1], content=self._parts[-1].content + text)
+            self._parts[-1] = Part(self.role, self._parts[-1].content + text)
         else:
             self._parts.append(Part(None, text))
 
@@ -106,7 +101,7 @@ class Transcript:
 
     def messages(self) -> list[dict[str, Any]]:
         """The closed messages, OpenAI style."""
-        return [part.message for part in self._closed() if part.role is not None]
+        return [{"role": role, "content": content} for role, content in self._closed() if role is not None]
 
     def _closed(self) -> list[Part]:
         return self._parts if self.role is None else self._parts[:-1]
@@ -171,7 +166,7 @@ class Transcript:
             before, found, _ = part.content.partition(mark)
             if part.role == "assistant" and found:
                 break  # an answer's beginning is written behind the template's prompt for one: left to the run itself
-            head._parts.append(replace(part, content=before))
+            head._parts.append(Part(part.role, before))
             if found:
                 head.role = part.role
                 break

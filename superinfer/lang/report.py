@@ -6,12 +6,13 @@ import time
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
+import msgspec
+
 from superinfer.runtime.protocol import RequestReport
 from superinfer.runtime.slo import SLO, TokenTimeline, why_late_at_client
 
 
-@dataclass(frozen=True, kw_only=True)
-class CallReport:
+class CallReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One call, seen from the program. Seconds; None where it does not apply.
 
     path: fork and variable scopes around the call, outermost first.

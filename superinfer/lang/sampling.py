@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from typing import Any
+
+import msgspec
 
 from superinfer.errors import InvalidRequestError, UnsupportedError
 from superinfer.runtime.protocol import SamplingParams
@@ -49,7 +53,7 @@ class Sampling:
                 raise InvalidRequestError(f"stop={stop!r} must be a string of at least one character")
         for pattern in self.stop_patterns:
             stop_pattern(pattern)
-        self.params(default_max_tokens=None)
+        self.given  # noqa: B018  (checks the values)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -63,14 +67,29 @@ class Sampling:
         """These arguments, and `defaults` where nothing is said."""
         if defaults is NO_SAMPLING:
             return self
+        try:
+            return _merged(self, defaults)
+        except TypeError:  # a list somewhere, which cannot be looked up
+            return self._over(defaults)
+
+    def _over(self, defaults: Sampling) -> Sampling:
         chosen = {}
         for field in fields(self):
             own = getattr(self, field.name)
             chosen[field.name] = own if own is not None else getattr(defaults, field.name)
         return Sampling(**chosen)
 
-    def params(self, default_max_tokens: int | None = DEFAULT_MAX_TOKENS) -> SamplingParams:
+    def params(self) -> SamplingParams:
         """What goes to the engine."""
+        return self.given if self.max_tokens is not None else self._by_default
+
+    @cached_property
+    def _by_default(self) -> SamplingParams:
+        return msgspec.structs.replace(self.given, max_tokens=DEFAULT_MAX_TOKENS)
+
+    @cached_property
+    def given(self) -> SamplingParams:
+        """The same, but unlimited where nobody says how many tokens."""
         given = {
             name: getattr(self, name)
             for name in ("min_tokens", "n", "temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty",
@@ -82,10 +101,21 @@ class Sampling:
         if self.return_logprob or self.top_logprobs_num:
             given["logprobs"] = self.top_logprobs_num or 0
         return SamplingParams(
-            max_tokens=self.max_tokens if self.max_tokens is not None else default_max_tokens,
+            max_tokens=self.max_tokens,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             **given,
         )
 
 
 NO_SAMPLING = Sampling()
+
+
+@lru_cache(maxsize=1024, typed=True)
+def sampling_of(**arguments: Any) -> Sampling:
+    """`Sampling(**arguments)`, made and checked once for all runs that say the same. TypeError where one is a list."""
+    return Sampling(**arguments)
+
+
+@lru_cache(maxsize=1024)
+def _merged(own: Sampling, defaults: Sampling) -> Sampling:
+    return own._over(defaults)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import contextvars
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +16,11 @@ from superinfer.lang.ir import (
     RoleEnd,
     VarScopeBegin,
     VarScopeEnd,
+    leaves,
     to_expr,
 )
 from superinfer.lang.loop import on_language_loop
+from superinfer.lang.outcome import Outcome
 from superinfer.lang.promise import Promises, check_deadline, check_slo
 from superinfer.lang.report import SLOReport
 from superinfer.lang.variable import Chunk, Variable, aread, read
@@ -53,7 +53,7 @@ class ProgramState:
     def _role(self, role: str, content: str | Expr | None) -> Any:
         if content is None:
             return self._block(RoleBegin(role), RoleEnd(role))
-        self += ExprList((RoleBegin(role), to_expr(content), RoleEnd(role)))
+        self += ExprList((RoleBegin(role), *leaves(to_expr(content)), RoleEnd(role)))
         return self
 
     @contextmanager
@@ -108,7 +108,7 @@ class ProgramState:
     def get_var(self, name: str) -> Any:
         """The variable's value, once its call is done. Raises KeyError, and what ended the call."""
         variable = self._variable(name)
-        value = self._wait(variable.future, f"await s.get({name!r})")
+        value = self._wait(variable.outcome, f"await s.get({name!r})")
         self._saw(variable)
         return value
 
@@ -117,7 +117,7 @@ class ProgramState:
     async def get(self, name: str) -> Any:
         """Async twin of `s[name]`."""
         variable = self._variable(name)
-        value = await asyncio.wrap_future(variable.future)
+        value = await variable.outcome.get()
         self._saw(variable)
         return value
 
@@ -160,12 +160,12 @@ class ProgramState:
 
     def sync(self) -> None:
         """Wait until all that was appended is done. Raises nothing: see `error`."""
-        self._wait(self.stream_executor.ask(lambda: None), "await s.drain()")
+        self._wait(self.stream_executor.drained(), "await s.drain()")
         self._saw()
 
     async def drain(self) -> None:
         """Async twin of `sync`; after it `text`, `messages`, `error` and `slo_report` do not block."""
-        await asyncio.wrap_future(self.stream_executor.ask(lambda: None))
+        await self.stream_executor.drained().get()
         self._saw()
 
     def error(self) -> BaseException | None:
@@ -238,10 +238,10 @@ class ProgramState:
         run = self.stream_executor.run
         return run.is_async and inside_run.get() is run
 
-    def _wait(self, future: concurrent.futures.Future[T], twin: str) -> T:
-        if not future.done() and (self._is_async_body() or on_language_loop()):
+    def _wait(self, outcome: Outcome[T], twin: str) -> T:
+        if not outcome.done and (self._is_async_body() or on_language_loop()):
             raise RuntimeError(f"this would block the event loop until a call is done; use {twin}")
-        return future.result()
+        return outcome.result()
 
     # ------------------------------------------------------------------ forking
 
@@ -289,7 +289,8 @@ class ProgramStateGroup:
     async def ajoin(self, mode: str = "gather_variable") -> None:
         """Async twin of `join`."""
         _check_mode(mode)
-        await asyncio.gather(*(state.drain() for state in self.states))
+        for state in self.states:  # all run by themselves: the last of them is waited for
+            await state.drain()
         self._merge(mode)
 
     def _merge(self, mode: str) -> None:
@@ -306,7 +307,7 @@ class ProgramStateGroup:
         for executor in executors:
             for name, variable in executor.variables.items():
                 if name not in known and variable.done:
-                    gathered.setdefault(name, []).append(variable.future.result())
+                    gathered.setdefault(name, []).append(variable.outcome.result())
         for name, values in gathered.items():
             self.src_state.set_var(name, values)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import queue
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 
 from superinfer.lang.callgraph import Call
 from superinfer.lang.loop import language_loop, on_language_loop
+from superinfer.lang.outcome import Outcome
 from superinfer.lang.unknown import as_text
 
 T = TypeVar("T")
@@ -32,6 +32,7 @@ class End:
     error: BaseException | None = None
 
 
+END = End()
 Listener = Callable[[Chunk | End], object]
 
 
@@ -41,29 +42,33 @@ class Feed:
     Belongs to the language's loop; other threads read through `read` and `aread`.
     """
 
+    __slots__ = ("_end", "_listeners", "_meta", "_text")
+
     def __init__(self) -> None:
-        self._text: list[str] = []
+        self._text: list[str] | None = None
         self._meta: Meta = None
         self._end: End | None = None
-        self._listeners: dict[object, Listener] = {}
+        self._listeners: dict[object, Listener] | None = None
 
     def push(self, text: str, meta: Meta = None) -> None:
         """Add text."""
         if self._end is not None:
             return
+        if self._text is None:
+            self._text = []
         self._text.append(text)
         self._meta = meta
-        for listener in list(self._listeners.values()):
+        for listener in list((self._listeners or {}).values()):
             listener(Chunk(text, meta))
 
     def close(self, error: BaseException | None = None) -> None:
         """End it; later calls change nothing."""
         if self._end is not None:
             return
-        self._end = End(error)
-        for listener in list(self._listeners.values()):
+        self._end = END if error is None else End(error)
+        for listener in list((self._listeners or {}).values()):
             listener(self._end)
-        self._listeners.clear()
+        self._listeners = None
 
     def listen(self, key: object, listener: Listener) -> None:
         """Call `listener` with everything, from the beginning."""
@@ -72,11 +77,19 @@ class Feed:
         if self._end is not None:
             listener(self._end)
         else:
+            if self._listeners is None:
+                self._listeners = {}
             self._listeners[key] = listener
 
     def ignore(self, key: object) -> None:
         """Stop calling the listener of `key`."""
-        self._listeners.pop(key, None)
+        if self._listeners is not None:
+            self._listeners.pop(key, None)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no text has come yet."""
+        return not self._text
 
 
 def read(feed: Feed, abandoned: Callable[[], object]) -> Iterator[Chunk]:
@@ -131,38 +144,38 @@ async def aread(feed: Feed, abandoned: Callable[[], object]) -> AsyncIterator[Ch
 class Variable:
     """A name's value once its call is done, its text as it grows, and what is known of the call."""
 
+    __slots__ = ("call", "feed", "meta", "outcome", "reasoning")
+
     def __init__(self) -> None:
         self.feed = Feed()
         self.meta: Meta = None
-        self.future = new_future()
+        self.outcome: Outcome[Any] = Outcome()
         self.call: Call | None = None  # that makes it, once that has begun
         self.reasoning: Variable | None = None  # what the model thought before it said this, where that is told apart
 
     @classmethod
-    def of(cls, value: Any) -> Variable:
+    def of(cls, value: Any, meta: Meta = None) -> Variable:
         """A variable that has its value."""
         variable = cls()
-        variable.set(value)
+        variable.set(value, meta)
         return variable
 
     @property
     def done(self) -> bool:
-        return self.future.done()
+        return self.outcome.done
 
     def set(self, value: Any, meta: Meta = None) -> None:
         """Give it its value. What was not streamed becomes its text."""
         self.meta = meta
-        if not self.feed._text and isinstance(value, str) and (text := as_text(value)):
+        if self.feed.is_empty and isinstance(value, str) and (text := as_text(value)):
             self.feed.push(text, meta)
         self.feed.close()
-        if not self.future.done():
-            self.future.set_result(value)
+        self.outcome.set(value)
 
     def fail(self, error: BaseException) -> None:
         """Whoever reads it gets `error`, unless it has its value."""
         self.feed.close(error)
-        if not self.future.done():
-            self.future.set_exception(error)
+        self.outcome.fail(error)
         if self.reasoning is not None:
             self.reasoning.fail(error)
 
@@ -170,10 +183,3 @@ class Variable:
         """The program has ended without it: there is no text, and who asks for the value gets `error` or KeyError."""
         self.feed.close(error)
         self.fail(error or KeyError(f"the program ended without variable {name!r}"))
-
-
-def new_future() -> concurrent.futures.Future[Any]:
-    """A future that its waiters cannot cancel: there may be others."""
-    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()
-    return future

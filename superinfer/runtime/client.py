@@ -81,6 +81,7 @@ class AsyncEngineClient:
         for option, value in (
             (zmq.LINGER, 200),
             (zmq.SNDHWM, 0),
+            (zmq.RCVHWM, 0),  # a loop that is busy for seconds loses nothing; what it asked for bounds what can come
             (zmq.RECONNECT_IVL, 100),
             (zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS),
             (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
@@ -93,6 +94,7 @@ class AsyncEngineClient:
         self._dead: Exception | None = None
         self._closed = False
         self._tasks: list[asyncio.Task[None]] = []
+        self._monitor: zmq.asyncio.Socket
 
     @classmethod
     async def connect(cls, address: str, *, name: str = "", timeout: float = 10.0) -> AsyncEngineClient:
@@ -127,6 +129,7 @@ class AsyncEngineClient:
             client._socket.close(0)
             client._context.term()
             raise
+        client._monitor = monitor
         client._tasks = [asyncio.create_task(client._read()), asyncio.create_task(client._watch(monitor))]
         return client
 
@@ -241,6 +244,7 @@ class AsyncEngineClient:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._socket.disable_monitor()
+        self._monitor.close(0)  # by `_watch` already, unless that was cancelled before it had begun
         self._socket.close()
         self._context.term()
 

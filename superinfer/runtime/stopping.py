@@ -42,6 +42,8 @@ class Stopper:
     def push(self, text: str) -> tuple[str, str | None]:
         """(text that is certain now, stop found). Push nothing more once one is found."""
         if not self._patterns:
+            if not self._stop:  # most texts
+                return text, None
             certain, self._text, found = split_at_stop(self._text + text, self._stop)
             return certain, found
         begin = self._given

@@ -7,8 +7,10 @@ import re
 from itertools import islice
 
 import pytest
+from tokenizers import Tokenizer
 
-from tools.embedded_model import arithmetic, facts, qa, smalltalk
+from superinfer.embedded import model_path
+from tools.embedded_model import arithmetic, carry, facts, qa, smalltalk
 from tools.embedded_model.agent import value_of
 from tools.embedded_model.dialogue import IM_END, render
 from tools.embedded_model.draw import Draw
@@ -156,6 +158,22 @@ def test_every_answer_of_a_drill_is_graded_and_ends():
         drill = qa.drill(Draw(seed))
         graded = [text for text, is_graded in render(drill) if is_graded]
         assert graded and all(text.endswith((IM_END, "\n")) for text in graded)
+
+
+def test_each_token_of_a_value_is_taught_the_subject_before_it_and_no_subject_that_follows():
+    tokenizer = Tokenizer.from_file(str(model_path() / "tokenizer.json"))
+    city, age = (next(k for k in facts.PERSON if k.label == label) for label in ("city", "age"))
+    told = [
+        facts.Fact(city, "Lina Melnara", "Oslo", "Lina Melnara lives in Oslo."),
+        facts.Fact(age, "Ravi", "42", "42 is the age of Ravi."),
+    ]
+    text = "Lina Melnara lives in Oslo. 42 is the age of Ravi."
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    lessons = zip(ids, *carry.targets(tokenizer, text, len(ids), told), strict=True)
+    taught = [[tokenizer.decode([i]).strip() for i in lesson] for lesson in lessons if lesson[1] != carry.NONE]
+    surname = tokenizer.decode([next(i for i in tokenizer.encode("Melnara").ids if tokenizer.decode([i]).strip())])
+    assert [lesson[1:] for lesson in taught] == [["Lina", surname]] * len(taught)
+    assert "".join(value for value, *_ in taught) == "Oslo"
 
 
 def test_agents_calculate_and_report_what_their_tools_returned():

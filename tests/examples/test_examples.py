@@ -38,6 +38,15 @@ def test_the_agent_calls_its_tools_and_keeps_its_deadline() -> None:
     assert out.splitlines()[-1].startswith("= shop_assistant") and out.splitlines()[-1].endswith("yes")
 
 
+def test_agents_at_once_call_their_tools_and_keep_their_deadlines() -> None:
+    lines = run("agents_64.py", "--agents", "6", "--deadline", "600").splitlines()
+    assert [line.split()[:5] for line in lines[1:3]] == [
+        ["shop", "6", "of", "6", "9"],
+        ["support", "6", "of", "6", "9"],
+    ]
+    assert lines[3] == "for example: 30 lamps cost 270." and lines[-1].startswith("6 agents in ")
+
+
 def test_notes_are_taken_in_forks_and_merged() -> None:
     out = run("documents_fork_join.py")
     notes = ["Ghent is in Belgium.", "Anna works as a pilot.", "The lamp costs $45."]

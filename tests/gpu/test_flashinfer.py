@@ -22,7 +22,13 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def buffers():
-    return torch.zeros(256 << 20, dtype=torch.uint8, device=CUDA), torch.zeros(8 << 20, dtype=torch.uint8, device=CUDA)
+    """(of decodes, of prefills)"""
+    from superinfer.kernels.paged_flashinfer import PLAN_BYTES, PlanStage
+
+    workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=CUDA)
+    stream = torch.cuda.Stream()
+    plans = torch.zeros(PLAN_BYTES, dtype=torch.uint8, device=CUDA)
+    return (workspace, plans, PlanStage(CUDA, stream)), (workspace, PlanStage(CUDA, stream))
 
 
 def test_decode_equals_dense_attention_eagerly_and_in_a_graph_fed_by_plan_alone(buffers):
@@ -35,7 +41,7 @@ def test_decode_equals_dense_attention_eagerly_and_in_a_graph_fed_by_plan_alone(
     batch = dataclasses.replace(first.batch, kv_indices=torch.zeros(200, dtype=torch.int32, device=CUDA))
     room = len(first.batch.kv_indices)
     batch.kv_indices[:room] = first.batch.kv_indices
-    call = FlashInferDecode(*buffers, batch, *SIZES)
+    call = FlashInferDecode(*buffers[0], batch, *SIZES)
     call.plan(batch)
     q, cache = first.q.clone(), torch.zeros(160, *first.cache.shape[1:], dtype=torch.bfloat16, device=CUDA)
     cache[: len(first.cache)] = first.cache
@@ -73,9 +79,9 @@ def test_windows_are_those_of_dense_attention(buffers, kind, window):
     queries = (1, 1, 1) if kind == "decode" else (1, 200, 400)
     case = make_batch(queries, (77, 200, 900), HEADS, KV_HEADS, HEAD_DIM, PAGE, torch.bfloat16, CUDA, seed=5)
     call = (
-        FlashInferDecode(*buffers, case.batch, *SIZES, window)
+        FlashInferDecode(*buffers[0], case.batch, *SIZES, window)
         if kind == "decode"
-        else FlashInferPrefill(*buffers, kind, *SIZES, window)
+        else FlashInferPrefill(*buffers[1], kind, *SIZES, window)
     )
     for _ in range(2):  # decodes are planned another way the second time
         call.plan(case.batch)
@@ -91,7 +97,7 @@ def test_prefill_chunks_with_a_computed_past_equal_dense_attention(buffers, back
     case = make_batch(
         (1, 200, 33, 300), (77, 200, 900, 301), HEADS, KV_HEADS, HEAD_DIM, PAGE, torch.bfloat16, CUDA, seed=4
     )
-    call = FlashInferPrefill(*buffers, backend, *SIZES)
+    call = FlashInferPrefill(*buffers[1], backend, *SIZES)
     call.plan(case.batch)
     close(call.run(case.q, case.cache[:, case.layer].nan_to_num()), dense_answer(case, SCALE))
     # The strided view itself, not a copy of it: another layer's cells are NaN and must not be read.

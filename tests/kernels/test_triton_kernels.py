@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 from paged_batches import dense_answer, make_batch  # noqa: E402
 
-from superinfer.kernels import activation, filters, fused, norm, rope, sampling  # noqa: E402
+from superinfer.kernels import activation, filters, fused, host_memory, norm, rope, sampling, skinny  # noqa: E402
 from superinfer.kernels.paged import TorchAttention  # noqa: E402
 from superinfer.kernels.paged_triton import TritonAttention  # noqa: E402
 
@@ -116,6 +116,65 @@ def test_filters_find_the_threshold_that_a_sort_finds():
     top_p = torch.tensor([0.9, 1.0, 1.0, 0.5, 0.99, 0.3, 0.7, 0.8, 1.0], dtype=torch.float64)
     min_p = torch.tensor([0, 0, 0.1, 0, 0, 0, 0.02, 0, 0], dtype=torch.float64)
     expected = sampling.filter_threshold(scaled, scaled.exp().double(), top_k, top_p, min_p)
-    found = filters.filter_threshold(*(x.to(DEVICE) for x in (scaled, top_k, top_p, min_p))).cpu()
+    columns = torch.stack((top_p, min_p), dim=1).to(DEVICE)  # as the sampler has them: columns of one tensor
+    found = filters.filter_threshold(scaled.to(DEVICE), top_k.to(DEVICE), columns[:, 0], columns[:, 1]).cpu()
     kept, wanted = scaled >= found[:, None], scaled >= expected[:, None]
     assert torch.equal(kept, wanted), (kept.sum(1), wanted.sum(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, torch.float32])
+@pytest.mark.parametrize("count", [0, 1, 513, 4096])
+def test_small_copies_take_every_byte_and_no_other(dtype, count):
+    torch.manual_seed(4)
+    source = torch.randint(0, 100, (count + 2,)).to(dtype)
+    if CUDA:
+        source = source.pin_memory()
+    target = torch.full((count + 2,), 101, dtype=dtype, device=DEVICE)
+    host_memory.copy(target[1 : count + 1], source[1 : count + 1])
+    assert torch.equal(target[1 : count + 1].cpu(), source[1 : count + 1])
+    assert target[[0, -1]].tolist() == [101, 101]
+
+
+def test_a_small_copy_between_different_sizes_is_refused():
+    with pytest.raises(ValueError, match="8 bytes do not fit 4 bytes"):
+        host_memory.copy(torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("parts,depth", [(1, 128), (2, 64)])
+def test_parts_of_a_product_add_up_to_it(rows, parts, depth):
+    torch.manual_seed(5)
+    x, weight = randn(rows, 256, dtype=HALF), randn(128, 256, dtype=HALF)
+    found = skinny.run(x, weight, skinny.Tiles(16, 64, depth, parts, 2, 4))
+    assert found.shape == (parts, rows, 128) and found.dtype == torch.float32
+    torch.testing.assert_close(found.sum(0).cpu(), x.cpu().float() @ weight.cpu().float().T, rtol=1e-3, atol=1e-3)
+
+
+def test_tiles_give_every_multiprocessor_its_share_and_leave_other_products_to_cublas():
+    for rows, outputs, depth in ((1, 4096, 4096), (16, 6144, 4096), (33, 4096, 14336), (64, 4096, 4096)):
+        tiles = skinny.choose_tiles(rows, outputs, depth, 132)
+        assert tiles is not None and tiles.rows >= rows and depth % (tiles.parts * tiles.depth) == 0
+        programs = outputs // tiles.columns * tiles.parts
+        assert -(-programs // 132) * 132 / programs <= skinny.EVEN
+    for rows, outputs, depth in ((65, 4096, 4096), (1, 28672, 4096), (1, 4100, 4096), (1, 512, 4096), (1, 4096, 100)):
+        assert skinny.choose_tiles(rows, outputs, depth, 132) is None
+
+
+def test_a_norm_and_a_rotation_of_parts_equal_those_of_their_sum():
+    torch.manual_seed(6)
+    parts = randn(3, 4, 64)
+    whole = parts.sum(0).to(HALF)
+    residual, weight, floor = randn(4, 64, dtype=HALF), randn(64, dtype=HALF), torch.tensor(1e-3, device=DEVICE)
+    expected = fused.add_rms_norm(whole, residual.clone(), weight, floor)
+    found = fused.add_rms_norm(parts, residual.clone(), weight, floor)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)
+
+    qkv = randn(2, 4, 6, 16)
+    cos, sin = randn(4, 1, 16, dtype=HALF), randn(4, 1, 16, dtype=HALF)
+    places = torch.arange(4, dtype=torch.int32, device=DEVICE)
+    caches = [torch.zeros(1, 2, 16, 1, 16, dtype=HALF, device=DEVICE) for _ in range(2)]
+    found = fused.rope_and_store(qkv, cos, sin, places, caches[0], 1)
+    expected = fused.rope_and_store(qkv.sum(0).to(HALF), cos, sin, places, caches[1], 1)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(*caches, rtol=2e-3, atol=2e-3)

@@ -83,6 +83,16 @@ def test_wrong_items_are_refused_before_anything_runs(model: ScriptedClient) -> 
     assert model.requests == []
 
 
+def test_a_batch_inside_an_async_program_says_which_twin_to_use(model: ScriptedClient) -> None:
+    @si.function
+    async def outer(s):
+        with pytest.raises(RuntimeError, match=r"use arun_batch\(\)"):
+            aprogram.run_batch([(1,)])
+        return [state["x"] async for state in aprogram.arun_batch([(1,), (2,)])]
+
+    assert outer.run().ret_value == ["ok", "ok"]
+
+
 def test_the_progress_bar_changes_nothing(model: ScriptedClient, capsys) -> None:
     assert [s["x"] for s in program.run_batch([(1,), (2,)], progress_bar=True)] == ["ok", "ok"]
     assert "program" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The code in docs/language.md and docs/slo.md runs as it stands."""
+"""The code in docs/language.md, docs/slo.md and docs/sessions.md runs as it stands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scripted_client import ScriptedClient
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCKS = [
     (name, code)
-    for name in ("language.md", "slo.md")
+    for name in ("language.md", "slo.md", "sessions.md")
     for code in re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)
 ]
 
@@ -23,5 +23,5 @@ def test_the_code_in_the_guides_runs(model: ScriptedClient, capsys, name: str, c
     assert model.open == 0 and not model.cancelled
 
 
-def test_there_is_code_in_both_guides() -> None:
-    assert [name for name, _ in BLOCKS] == ["language.md"] * 3 + ["slo.md"]
+def test_there_is_code_in_all_guides() -> None:
+    assert [name for name, _ in BLOCKS] == ["language.md"] * 3 + ["slo.md", "sessions.md"]

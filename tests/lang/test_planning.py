@@ -147,6 +147,37 @@ def test_a_trace_splits_the_deadline_by_max_tokens_along_the_longest_way(model: 
     assert answer == pytest.approx(10, abs=0.1)
 
 
+def test_a_call_is_worth_its_share_of_the_work_that_its_program_has_left(model: ScriptedClient) -> None:
+    program = fresh(support)
+    program.trace("t")
+    program.run("t", slo=si.SLO(weight=8.0))
+    # Of 120 tokens 40 are the plan's; of the 80 that follow 20 each note's; the answer is all that is left then.
+    assert [r.slo.weight for r in model.requests] == pytest.approx([8 * 40 / 120, 8 * 20 / 80, 8 * 20 / 80, 8])
+    # From now on by what the calls have cost: output tokens, and a fifth of each prompt token that was computed.
+    costs = [len("ok") + len(r.prompt) / 5 for r in model.requests]
+    model.requests.clear()
+    model.token_s = 0.01
+    program.run("t", slo=si.SLO(weight=8.0))
+    whole, notes, answer = sum(costs), costs[1] + costs[2], costs[3]
+    expected = [8 * costs[0] / whole, *(8 * cost / (notes + answer) for cost in costs[1:3])]
+    assert [r.slo.weight for r in model.requests[:3]] == pytest.approx(expected, rel=0.3)
+    assert model.requests[3].slo.weight == pytest.approx(8.0, rel=0.01)
+
+
+@given(
+    times=st.lists(st.tuples(st.floats(0, 9), st.floats(0, 9), st.integers(0, 100)), min_size=1, max_size=9),
+)
+def test_shares_are_those_of_a_count_over_all_calls(times) -> None:
+    graph = CallGraph("p")
+    for at, (begun, took, cost) in enumerate(sorted(times)):
+        graph.calls.append(Call(at, "", "", (), (), begun=begun, ended=begun + took, cost=cost))
+    shares = graph.shares([call.cost for call in graph.calls])
+    for call, found in zip(graph.calls, shares, strict=True):
+        rest = sum(c.cost for c in graph.calls if c.ended >= call.begun)
+        assert found == pytest.approx(call.cost / rest if call.cost else 1.0, rel=1e-6)
+        assert 0 < found <= 1
+
+
 def test_a_run_teaches_what_must_follow_each_call(model: ScriptedClient) -> None:
     model.token_s, model.answer = 0.01, lambda prompt: "x" * 10
     program = fresh(support)

@@ -520,8 +520,19 @@ def test_arguments_are_checked_before_anything_runs(model: ScriptedClient) -> No
         program.run()
     with pytest.raises(si.InvalidRequestError, match="no argument 'c'"):
         program.bind(c=1)
-    with pytest.raises(si.InvalidRequestError, match=r"'deadline'.*rename"):
-        si.function(lambda s, deadline: None)
+    with pytest.raises(si.InvalidRequestError, match=r"'temperature'.*rename"):
+        si.function(lambda s, temperature: None)
+
+
+def test_arguments_named_like_options_that_sglang_lacks_are_the_programs_own(model: ScriptedClient) -> None:
+    @si.function
+    def program(s, plan, deadline, session="none"):
+        s += f"{plan} {deadline} {session}" + si.gen("x")
+
+    assert program.run("first", deadline="Monday").text() == "first Monday noneok"
+    assert model.requests[0].slo is None
+    states = program.run_batch([{"plan": 1, "deadline": 2, "session": 3}])
+    assert states[0].text() == "1 2 3ok"
 
 
 def test_a_program_called_with_a_state_continues_it(model: ScriptedClient) -> None:

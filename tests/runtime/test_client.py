@@ -453,3 +453,9 @@ def test_an_engine_of_another_protocol_version_is_refused(tmp_path):
     thread.join()
     router.close(0)
     context.term()
+
+
+async def test_a_client_that_is_closed_as_soon_as_it_is_connected_lets_go(engine):
+    for _ in range(3):
+        client = await AsyncEngineClient.connect(engine.address)
+        await asyncio.wait_for(client.close(), 10)

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from superinfer.kernels import filters, fused, fused_moe, paged_triton
+from superinfer.kernels import filters, fused, fused_moe, host_memory, paged_triton, skinny
 
 INT = "i32"
 # What one block of threads may have, A100 and H100: CUDA's programming guide, "Compute Capabilities".
@@ -30,22 +30,28 @@ def numbers(*names: str) -> dict[str, str]:
 def kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     """(kernel, types of its arguments, constants) with activations of `kind`."""
     norm = {**pointers(kind, "x", "residual", "weight", "out"), "floor": "*fp32"}
-    norm |= numbers("heads", "size", "token_step", "head_step")
+    norm |= numbers("heads", "size", "token_step", "head_step", "part_step")
     gate = {**pointers(kind, "gate_up", "out"), **numbers("size")}
     rope = {**pointers(kind, "qkv", "cos", "sin", "q_out", "cache"), "places": "*i32"}
-    rope |= numbers("page", "qkv_row", "block_step", "value_step", "offset_step")
+    rope |= numbers("page", "qkv_row", "block_step", "value_step", "offset_step", "part_step")
     heads = dict(SHARED=4, KV_HEADS=8, HEAD_DIM=128, HEADS_2=4)
     paged = {**pointers(kind, "q", "kv", "out"), "scale": "fp32"}
     paged |= pointers(INT, "qo_indptr", "kv_indptr", "kv_indices", "last_page_len")
     paged |= numbers("window", "page", "block_step", "value_step", "offset_step")
-    chosen = {**pointers("fp32", "scaled", "out"), "top_k": "*i64", "top_p": "*fp64", **numbers("vocab")}
+    chosen = {**pointers("fp32", "scaled", "out"), "top_k": "*i64", "top_p": "*fp64"}
+    chosen |= numbers("vocab", "top_k_step", "top_p_step")
+    pdl = kind == "bf16"  # as launch.overlap has it on an Ampere and a Hopper
+    in_parts = {**rope, "qkv": "*fp32"}, dict(heads, HALF_2=64, PARTS=2, PDL=pdl)
     return [
-        (fused._rms_norm, norm, dict(ADD=True, BLOCK=4096)),
-        (fused._rms_norm, norm, dict(ADD=False, BLOCK=128)),
-        (fused._silu_and_mul, gate, dict(BLOCK=2048)),
-        (fused._rope_and_store, rope, dict(heads, HALF_2=64)),
+        (fused._rms_norm, norm, dict(ADD=True, PARTS=0, BLOCK=4096, PDL=pdl)),
+        (fused._rms_norm, {**norm, "x": "*fp32"}, dict(ADD=True, PARTS=4, BLOCK=4096, PDL=pdl)),
+        (fused._rms_norm, norm, dict(ADD=False, PARTS=0, BLOCK=128, PDL=pdl)),
+        (fused._silu_and_mul, gate, dict(BLOCK=2048, PDL=pdl)),
+        (fused._rope_and_store, rope, dict(heads, HALF_2=64, PARTS=1, PDL=pdl)),
+        (fused._rope_and_store, *in_parts),
         (paged_triton._paged_attention, paged, dict(heads, DIM_2=128, QUERIES=4, KEYS=32)),
         (paged_triton._paged_attention, paged, dict(heads, DIM_2=128, QUERIES=16, KEYS=32)),
+        (host_memory._copy_words, {**pointers("i64", "dst", "src"), **numbers("count")}, dict(BLOCK=512)),
         (filters._filter_threshold, chosen, dict(INFINITY=filters.INFINITY_BITS, BLOCK=4096)),
     ]
 
@@ -72,10 +78,25 @@ def expert_kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any],
     return made
 
 
+def skinny_kernels() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """Like `expert_kernels`, with every tile that a layer of Llama-3-8B has on a Hopper."""
+    types = {**pointers("bf16", "x", "weight"), "out": "*fp32", **numbers("count", "outputs", "depth", "part")}
+    sizes = ((6144, 4096), (4096, 4096), (4096, 14336))
+    every = [skinny.choose_tiles(rows, *size, 132) for rows in (1, 32, 64) for size in sizes]
+    made = []
+    for tiles in dict.fromkeys(tiles for tiles in every if tiles is not None):
+        constants = dict(ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, STAGES=tiles.stages)
+        options = dict(num_warps=tiles.warps, num_stages=tiles.stages, launch_pdl=True)
+        made.append((skinny._skinny, types, dict(constants, PREFETCHED=2, PDL=True), options))
+    return made
+
+
 def main() -> None:
     for capability, kind in ((80, "fp32"), (90, "bf16")):
         target = GPUTarget("cuda", capability, 32)
         every = [(*parts, {}) for parts in kernels(kind)] + expert_kernels(kind)
+        if kind == "bf16":
+            every += skinny_kernels()
         for kernel, types, constants, options in every:
             signature = {**types, **dict.fromkeys(constants, "constexpr")}
             places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}

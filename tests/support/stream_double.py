@@ -184,6 +184,9 @@ class LateSubmitter:
         self.jobs.append(job)
         self._some_run()
 
+    def wake(self) -> None:
+        self._some_run()
+
     def finish(self, count: int) -> None:
         while self._done < count:
             self.jobs.popleft()()

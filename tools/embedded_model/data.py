@@ -8,23 +8,30 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from tools.embedded_model.dialogue import END_OF_TEXT, render
+from tools.embedded_model import carry
+from tools.embedded_model.dialogue import END_OF_TEXT, Dialogue, render
 from tools.embedded_model.tasks import stream
 
 IGNORE, PROMPT, ANSWER = 0, 1, 2  # roles of a target token
+Encoded = tuple[list[int], list[int], tuple[list[int], list[int]]]
 OPEN_ROWS = 12  # rows that packing keeps open: about 2 % of the tokens end up as padding
 
 
 @dataclass(frozen=True)
 class Batch:
-    """int16 tensors of shape [rows, length]: tokens; number of the dialogue in the row; role of the token."""
+    """int16 tensors of shape [rows, length]: tokens; number of the dialogue in the row; role of the token.
+
+    `carried` [2, rows, length]: the first two tokens of the subject that a value's token should carry (`carry.py`).
+    """
 
     tokens: torch.Tensor
     segments: torch.Tensor
     roles: torch.Tensor
+    carried: torch.Tensor
 
     def pin_memory(self) -> Batch:
-        return Batch(self.tokens.pin_memory(), self.segments.pin_memory(), self.roles.pin_memory())
+        parts = (self.tokens, self.segments, self.roles, self.carried)
+        return Batch(*(t.pin_memory() for t in parts))
 
 
 class Batches(torch.utils.data.Dataset[Batch]):
@@ -47,21 +54,22 @@ class Batches(torch.utils.data.Dataset[Batch]):
     def __getitem__(self, i: int) -> Batch:
         if self.tokenizer is None:  # one for each worker process
             self.tokenizer = Tokenizer.from_file(self.tokenizer_file)
-        arrays = np.zeros((3, self.rows, self.length), np.int16)
+        arrays = np.zeros((5, self.rows, self.length), np.int16)
         source = stream(f"{self.seed}/{i}", focus=self.focus)
         used, segments, row = [0] * self.rows, [0] * self.rows, 0
         closed: set[int] = set()
         misses = 0
         while misses < 40 and row < self.rows:
-            for tokens, roles in _encode(self.tokenizer, [next(source) for _ in range(32)]):
-                fits = [r for r in range(row, min(row + OPEN_ROWS, self.rows)) if used[r] + len(tokens) <= self.length]
+            for ids, marks, carried in _encode(self.tokenizer, [next(source) for _ in range(32)]):
+                fits = [r for r in range(row, min(row + OPEN_ROWS, self.rows)) if used[r] + len(ids) <= self.length]
                 if not fits:
-                    misses += len(tokens) <= self.length
+                    misses += len(ids) <= self.length
                     continue
-                r, n = fits[0], len(tokens)
+                r, n = fits[0], len(ids)
                 span = slice(used[r], used[r] + n)
                 segments[r] += 1
-                arrays[0, r, span], arrays[1, r, span], arrays[2, r, span] = tokens, segments[r], roles
+                arrays[0, r, span], arrays[1, r, span], arrays[2, r, span] = ids, segments[r], marks
+                arrays[3:, r, span] = carried
                 used[r] += n
                 if used[r] > self.length - 24:
                     closed.add(r)
@@ -72,20 +80,26 @@ class Batches(torch.utils.data.Dataset[Batch]):
                 misses = 0
                 while row in closed:
                     row += 1
-        return Batch(*(torch.from_numpy(a) for a in arrays))
+        tokens, segments, roles = torch.from_numpy(arrays[:3]).unbind()
+        return Batch(tokens, segments, roles, torch.from_numpy(arrays[3:]))
 
 
-def _encode(tokenizer: Tokenizer, dialogues: list) -> list[tuple[list[int], list[int]]]:  # type: ignore[type-arg]
-    """Tokens and roles of each dialogue; raw completions end with the end of text, which is graded too."""
+def _encode(tokenizer: Tokenizer, dialogues: list[Dialogue]) -> list[Encoded]:
+    """Tokens, roles, carried subjects of each dialogue; raw completions end with the end of text, graded too."""
     pieces = [[*render(d), (END_OF_TEXT, True)] if d.pieces else render(d) for d in dialogues]
     encoded = iter(tokenizer.encode_batch_fast([text for p in pieces for text, _ in p], add_special_tokens=False))
     out = []
-    for parts in pieces:
+    for dialogue, parts in zip(dialogues, pieces, strict=True):
         tokens: list[int] = []
         roles: list[int] = []
-        for _, graded in parts:
+        firsts: list[int] = []
+        seconds: list[int] = []
+        for text, graded in parts:
             ids = next(encoded).ids
             tokens += ids
             roles += [ANSWER if graded else PROMPT] * len(ids)
-        out.append((tokens, roles))
+            lesson = carry.targets(tokenizer, text, len(ids), () if graded else dialogue.stated)
+            firsts += lesson[0]
+            seconds += lesson[1]
+        out.append((tokens, roles, (firsts, seconds)))
     return out

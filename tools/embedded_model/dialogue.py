@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tools.embedded_model.facts import Fact
+
 Message = dict[str, Any]
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 TOOLS_HEAD = "# Tools\nYou may call these functions:\n<tools>"
@@ -51,7 +53,7 @@ class Dialogue:
 
     messages: OpenAI-style turns with plain string content; `graded` are indices of the assistant turns that have one
     right answer. A raw completion has `pieces` instead: alternating prompt and graded continuation, no chat tokens;
-    every continuation ends with a newline.
+    every continuation ends with a newline. `stated` are the facts that a drill's text states (see `carry.py`).
     """
 
     kind: str
@@ -59,6 +61,7 @@ class Dialogue:
     graded: tuple[int, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     pieces: tuple[str, ...] = ()
+    stated: tuple[Fact, ...] = ()
 
     def text(self) -> str:
         """All of its text, for hashing and for training the tokenizer."""

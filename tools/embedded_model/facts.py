@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tools.embedded_model import words
 from tools.embedded_model.draw import Draw
@@ -536,6 +537,7 @@ PAINTED = next(kind for kind in THING if kind.label == "colour")
 SAME_QUESTION = {"total": "price"}  # "What costs $5?" fits an order too
 
 
+@lru_cache(maxsize=4096)  # drawing a context compares the same values many times
 def meaning(value: str) -> frozenset[str]:
     """What a value says, however it is written: "May 5" and "5 May", "2 pm" and "14:00", "$5" and "5 dollars"."""
     value = re.sub(r"(\d+) ([ap])m\b", lambda m: f"{int(m[1]) % 12 + 12 * (m[2] == 'p')}:00", value)
@@ -559,13 +561,16 @@ def rivals(a: Fact, b: Fact) -> bool:
     )
 
 
-def world(draw: Draw, n: int, classes: int = 3) -> list[Fact]:
+def world(draw: Draw, n: int, classes: int = 3, narrow: bool = False) -> list[Fact]:
     """`n` facts, some subjects with several; no two of one kind share a subject, none answers another's question.
 
-    The subjects are of one to `classes` of the classes above.
+    The subjects are of one to `classes` of the classes above. A `narrow` world has one or two kinds of fact in each, so
+    that only the value tells its facts apart.
     """
     facts: list[Fact] = []
     drawn = draw.some(CLASSES, draw.integer(1, classes))
+    if narrow:
+        drawn = [(make, tuple(draw.some([k for k in kinds if k.who], draw.integer(1, 2)))) for make, kinds in drawn]
     tries = 0
     while len(facts) < n and tries < 4 * n + 20:
         make, kinds = draw.pick(drawn)

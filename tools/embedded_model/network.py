@@ -90,16 +90,20 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class Network(nn.Module):
-    def __init__(self, c: dict[str, Any]) -> None:
+    """LlamaForCausalLM, and in training a head halfway up that reads which subject a value carries (`carry.py`)."""
+
+    def __init__(self, c: dict[str, Any], carry: bool = False) -> None:
         super().__init__()
         self.config = c
         self.embed_tokens = nn.Embedding(c["vocab_size"], c["hidden_size"])
         self.layers = nn.ModuleList(Block(c) for _ in range(c["num_hidden_layers"]))
         self.norm = nn.RMSNorm(c["hidden_size"], eps=c["rms_norm_eps"])
+        self.halfway = c["num_hidden_layers"] // 2
+        self.carry = nn.Linear(c["hidden_size"], 2 * c["hidden_size"], bias=False) if carry else None
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5)
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                if name.endswith(("o_proj.weight", "down_proj.weight", "carry.weight")):
                     nn.init.zeros_(p)
 
     def forward(
@@ -108,8 +112,13 @@ class Network(nn.Module):
         targets: torch.Tensor,
         weights: torch.Tensor,
         mask: BlockMask | torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean weighted cross entropy (nats) and, of every position, whether the likeliest token is the target.
+        places: torch.Tensor,
+        subjects: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean weighted cross entropy (nats); of every position, whether the likeliest token is the target; carry loss.
+
+        The last is the mean cross entropy of `subjects` [n, 2] (0 where there is none), read halfway up at the flat
+        `places` [n]; 0 without the head.
 
         A position without weight counts as not right on a CPU, where its logits are not worked out.
         """
@@ -121,8 +130,15 @@ class Network(nn.Module):
         angle = torch.outer(position, frequency).repeat(1, 2)
         cos, sin = angle.cos(), angle.sin()
         x = self.embed_tokens(tokens)
-        for layer in self.layers:
+        carry = torch.zeros((), device=tokens.device)
+        for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, mask)
+            if self.carry is not None and i + 1 == self.halfway:
+                read = self.carry(F.rms_norm(x.flatten(0, 1)[places], (c["hidden_size"],)))
+                read = read.view(-1, c["hidden_size"])  # a row for each of the two tokens
+                read = F.linear(read, self.embed_tokens.weight.detach()).float()
+                total = F.cross_entropy(read, subjects.flatten(), ignore_index=0, reduction="sum")
+                carry = total / (subjects > 0).sum().clamp(min=1)
         x, y, w = x.flatten(0, 1), targets.flatten(), weights.flatten()
         if not x.is_cuda:
             (kept,) = w.nonzero(as_tuple=True)
@@ -132,11 +148,13 @@ class Network(nn.Module):
         right = logits.argmax(-1) == y
         if not x.is_cuda:
             right = torch.zeros(targets.numel(), dtype=torch.bool).index_copy(0, kept, right)
-        return (losses * w).sum() / w.sum(), right.view_as(targets)
+        return (losses * w).sum() / w.sum(), right.view_as(targets), carry
 
     def checkpoint(self) -> dict[str, torch.Tensor]:
-        """The weights under the names of LlamaForCausalLM, bf16; the output head is tied and not stored."""
-        return {f"model.{k}": v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in self.state_dict().items()}
+        """The weights under the names of LlamaForCausalLM, bf16; the output head is tied and neither it nor the carry
+        head is stored."""
+        kept = {k: v for k, v in self.state_dict().items() if not k.startswith("carry")}
+        return {f"model.{k}": v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in kept.items()}
 
 
 def dense_mask(segments: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from tools.embedded_model import facts
 from tools.embedded_model.dialogue import Dialogue, Message, chat, turn
@@ -152,28 +153,54 @@ def single_fact(draw: Draw) -> Dialogue:
 
 
 def drill(draw: Draw) -> Dialogue:
-    """For training alone: a short context and a reversed question about each of its facts.
+    """For training alone: a context and reversed questions about its facts, in every shape that the kind has.
 
-    Most have subjects of one class: among others the question's wording ("Who ...?") already rules subjects out.
+    Most have subjects of one class, and many one or two kinds of fact: among others the question's wording ("Who
+    ...?", "... lives in ...?") already rules subjects out. `stated` holds the facts, for `carry.py`.
     """
-    known = facts.world(draw, draw.integer(2, 9), classes=1 if draw.chance(0.8) else 3)
-    text = context(draw, known, lists=0.3)
-    draw.rng.shuffle(known)
-    reversible = [fact for fact in known if fact.kind.who] or known
-    pairs = [
-        (facts.reverse_question(draw, f), f.subject) if f.kind.who else (facts.question(draw, f), f.value)
-        for f in reversible
-    ]
-    if draw.chance(0.65):
-        return talk(draw, text, iter(pairs))
+    most = draw.integer(2, 9) if draw.chance(0.88) else draw.integer(10, 24)
+    known = facts.world(draw, most, classes=1 if draw.chance(0.7) else 3, narrow=draw.chance(0.35))
+    text = context(draw, known, lists=0.25)
+    pairs = _reversed(draw, known)
+    u = draw.rng.random()
+    if u < 0.6:
+        return replace(talk(draw, text, iter(pairs)), stated=tuple(known))
+    if u < 0.75:  # told one at a time, asked back later
+        messages: list[Message] = draw.system()
+        for fact in known:
+            lead = draw.pick(("", "Remember: ", "Note this: ", "Keep in mind: "))
+            messages += [turn("user", lead + fact.sentence), turn("assistant", "Noted.")]
+        for question, answer in pairs:
+            messages += [turn("user", question), turn("assistant", answer)]
+        return replace(chat(KIND, *messages), stated=tuple(known))
     q, a = draw.pick((("Q:", "A:"), ("Q:", "A:"), ("Question:", "Answer:")))
     gap = draw.pick(("\n", "\n\n"))
-    pieces = [f"{draw.pick(('Context:', 'Text:', 'Passage:'))} {text}"]
-    for question, answer in pairs:
-        pieces[-1] += f"{gap}{q} {question}\n{a}"
-        pieces += [f" {answer}\n", ""]
-        gap = gap[:-1]  # the answer has brought one newline
-    return Dialogue(KIND, pieces=tuple(pieces[:-1]))
+    c = draw.pick(("Context:", "Context:", "Text:", "Passage:"))
+    contexts = [(text, pairs)]
+    if draw.chance(0.4):  # a context for each question
+        worlds = [known] + [facts.world(draw, draw.integer(2, 5), classes=1) for _ in range(draw.integer(1, 4))]
+        contexts = [(facts.article(draw, w, lists=0.25), _reversed(draw, w)[:1]) for w in worlds]
+        known = [fact for w in worlds for fact in w]
+    pieces: list[str] = []
+    for text, pairs in contexts:
+        lead = f"{c} {text}" + (gap if len(pairs) > 1 else "\n")
+        if pieces:
+            lead = ("" if gap == "\n" else "\n") + lead
+        for question, answer in pairs:
+            pieces += [f"{lead}{q} {question}\n{a}", f" {answer}\n"]
+            lead = "" if gap == "\n" else "\n"
+    return Dialogue(KIND, pieces=tuple(pieces), stated=tuple(known))
+
+
+def _reversed(draw: Draw, known: list[facts.Fact]) -> list[tuple[str, str]]:
+    """Questions about the facts in drawn order, reversed where that can be, but for a few."""
+    pairs = []
+    for fact in draw.some(known, len(known)):
+        if fact.kind.who and not draw.chance(0.12):
+            pairs.append((facts.reverse_question(draw, fact), fact.subject))
+        elif fact.kind.who or draw.chance(0.3):
+            pairs.append((facts.question(draw, fact), fact.value))
+    return pairs or [(facts.question(draw, known[0]), known[0].value)]
 
 
 def draw_qa(draw: Draw) -> Dialogue:

@@ -88,10 +88,12 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, vocab: int) -> None:
         self.device = torch.device(args.device)
         torch.manual_seed(args.seed)
-        self.network = Network(config_dict(vocab, **SIZES[args.size])).to(self.device)
+        self.network = Network(config_dict(vocab, **SIZES[args.size]), args.carry > 0).to(self.device)
         if args.init:
             weights = {k: v for file in args.init.glob("*.safetensors") for k, v in load_file(file).items()}
-            self.network.load_state_dict({k.removeprefix("model."): v for k, v in weights.items()})
+            loaded = self.network.load_state_dict({k.removeprefix("model."): v for k, v in weights.items()}, False)
+            if loaded.unexpected_keys or any(not k.startswith("carry") for k in loaded.missing_keys):
+                raise ValueError(f"the weights in {args.init} are not those of this network: {loaded}")
         matrices = [p for n, p in self.network.named_parameters() if p.ndim == 2 and "embed" not in n]
         others = [p for n, p in self.network.named_parameters() if p.ndim == 1 or "embed" in n]
         cuda = self.device.type == "cuda"
@@ -101,12 +103,15 @@ class Trainer:
         ]
         self.peaks = [args.lr, args.lr_embed]
         self.cuda, self.bf16 = cuda, args.bf16
-        self.prompt_weight, self.first_weight = args.prompt_weight, args.first_weight
+        self.prompt_weight, self.first_weight, self.carry = args.prompt_weight, args.first_weight, args.carry
         self.forward = torch.compile(self.network, dynamic=False) if cuda else self.network
         self.mask = torch.compile(block_mask, dynamic=False) if cuda else dense_mask
 
-    def step(self, batch: Batch, share: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One update; the loss, the shares of answer tokens and of first ones predicted right, all on the device."""
+    def step(self, batch: Batch, share: float) -> tuple[torch.Tensor, ...]:
+        """One update; the loss, the shares of answer tokens and of first ones predicted right, the carry loss.
+
+        All stay on the device.
+        """
         tokens, segments, roles = (
             t.to(self.device, non_blocking=True).int() for t in (batch.tokens, batch.segments, batch.roles)
         )
@@ -118,14 +123,30 @@ class Trainer:
         weights = torch.where(answer, ANSWER_WEIGHT, self.prompt_weight) + first * self.first_weight
         weights = weights * (own & (segments > 0))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss, right = self.forward(tokens, targets, weights, self.mask(segments))
-        loss.backward()
+            loss, right, carry = self.forward(tokens, targets, weights, self.mask(segments), *self.lessons(batch))
+        (loss + self.carry * carry).backward()
         for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * share
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), (right & answer).sum() / answer.sum(), (right & first).sum() / first.sum()
+        return (
+            loss.detach(),
+            (right & answer).sum() / answer.sum(),
+            (right & first).sum() / first.sum(),
+            carry.detach(),
+        )
+
+    def lessons(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Flat places [n] of values that know a subject, its tokens [n, 2]; n is fixed, the rest is empty."""
+        carried = batch.carried.flatten(1)
+        room = carried.shape[1] // 16
+        found = carried[0].nonzero()[:room, 0]
+        places, subjects = torch.arange(room), torch.zeros(room, 2, dtype=torch.long)
+        places[: len(found)], subjects[: len(found)] = found, carried[:, found].T.long()
+        if self.cuda:
+            places, subjects = places.pin_memory(), subjects.pin_memory()
+        return places.to(self.device, non_blocking=True), subjects.to(self.device, non_blocking=True)
 
 
 def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, float]:
@@ -150,14 +171,14 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, folder: 
         progress = step / args.steps if args.steps else elapsed / budget
         if progress >= 1:
             break
-        loss, right, first = trainer.step(batch, rate(progress, step, args.warmup))
+        loss, right, first, carry = trainer.step(batch, rate(progress, step, args.warmup))
         step += 1
         answers += int((batch.roles == ANSWER).sum())
         if step % args.log == 0 or step <= 3:
             speed = step * args.rows * args.length / max(time.monotonic() - start, 1e-9) / 1e6
             print(
                 f"step {step} {elapsed:.0f} s loss {loss.item():.4f} right {right.item():.4f} "
-                f"first {first.item():.4f} {speed:.4f} Mtok/s",
+                f"first {first.item():.4f} carry {carry.item():.4f} {speed:.4f} Mtok/s",
                 flush=True,
             )
         if time.monotonic() - saved > 120:
@@ -169,7 +190,7 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, folder: 
         "tokens": step * args.rows * args.length,
         "answer_tokens": answers,
         "minutes": round((time.monotonic() - start) / 60, 2),
-        "parameters": sum(p.numel() for p in trainer.network.parameters()),
+        "parameters": sum(v.numel() for v in trainer.network.checkpoint().values()),
     }
 
 
@@ -189,6 +210,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=100, help="steps over which the rates rise to their peaks")
     parser.add_argument("--prompt-weight", type=float, default=PROMPT_WEIGHT, help="weight of a prompt's tokens")
     parser.add_argument("--focus", type=float, default=0.0, help="share of dialogues that are reversed-question drills")
+    parser.add_argument("--carry", type=float, default=0.0, help="weight of the carry loss (carry.py); needs --focus")
     parser.add_argument("--bf16", action="store_true", help="bf16 products on a CPU too, where it is fast at them")
     parser.add_argument("--init", type=Path, help="go on from this folder's weights and tokenizer")
     parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,9 +22,13 @@ log = logging.getLogger("superinfer.engine")
 class Constraints:
     """One matcher for each slot whose request has a grammar."""
 
-    def __init__(self, slots: int, device: torch.device, grammars: GrammarCompiler) -> None:
+    def __init__(
+        self, slots: int, device: torch.device, grammars: GrammarCompiler, send: Callable[[np.ndarray], torch.Tensor]
+    ) -> None:
+        """send: an array to the device, before the work that comes next."""
         self._grammars = grammars
         self._device = device
+        self._send = send
         self._slots = slots
         self._matchers: dict[int, xgrammar.GrammarMatcher] = {}
         self._bitmask: torch.Tensor | None = None  # [slots, vocab / 32] int32, on the host
@@ -61,14 +65,18 @@ class Constraints:
         self._batch.batch_fill_next_token_bitmask(matchers, self._bitmask, indices)
         used = self._bitmask[: indices[-1] + 1]
         _let_dead_ends_end(used.numpy(), at)
-        if self._device.type == "cuda":  # pinned anew each step: the copy before may still be under way
-            used = used.pin_memory().to(self._device, non_blocking=True)
-        xgrammar.apply_token_bitmask_inplace(logits, used, indices=indices)
+        masked: Any = indices if len(indices) < len(logits) else None
+        if self._device.type == "cuda":
+            # A list of rows would be copied from pageable memory, which waits for all that the device has to do.
+            used = self._send(used.numpy())
+            if masked is not None:
+                masked = self._send(np.array(indices, dtype=np.int32))
+        xgrammar.apply_token_bitmask_inplace(logits, used, indices=masked)
 
     def sampled(self, slots: np.ndarray, rows: np.ndarray, read: Callable[[], list[int]]) -> None:
         """Tokens have been picked for all rows of a step. read: returns them, when they are wanted."""
         matchers = [self._matchers[slot] for slot in slots[rows].tolist()]
-        self._unread.append((matchers, lambda: [read()[row] for row in rows]))
+        self._unread.append((matchers, lambda: np.array(read())[rows].tolist()))
 
     def _read(self) -> None:
         for matchers, read in self._unread:

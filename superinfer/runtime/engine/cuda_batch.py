@@ -46,7 +46,12 @@ class PinnedUpload:
 
     def send(self, count: int) -> None:
         """Copy the first `count` numbers, in the order of the stream, without waiting."""
-        self.device[:count].copy_(self.host[:count], non_blocking=True)
+        if self.device.is_cuda:
+            from superinfer.kernels import host_memory  # needs triton, which comes with CUDA builds of torch
+
+            host_memory.copy(self.device[:count], self.host[:count])
+        else:
+            self.device[:count].copy_(self.host[:count])
 
 
 def _aligned(count: int) -> int:

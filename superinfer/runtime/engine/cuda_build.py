@@ -70,25 +70,31 @@ def make_attention(choice: Choice, config: EngineConfig, model: CausalLM) -> tup
             return AttentionByLayer(shape.windows, lambda window: TritonAttention(scale, window))
 
         return triton_attention, triton_attention()
-    from superinfer.kernels.paged_flashinfer import PLAN_BYTES, FlashInferDecode, FlashInferPrefill, workspace_bytes
+    from superinfer.kernels import paged_flashinfer as flashinfer
 
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim, config.page_size
-    needed = workspace_bytes(config.max_batch_size, shape.num_heads, shape.head_dim, multiprocessors, sizes[1])
+    needed = flashinfer.workspace_bytes(
+        config.max_batch_size, shape.num_heads, shape.head_dim, multiprocessors, sizes[1]
+    )
     workspace = torch.zeros(needed, dtype=torch.uint8, device=device)
-    # Decodes and chunks of one step are all planned before any runs: each plan has a place of its own.
-    place = {window: i for i, window in enumerate(dict.fromkeys(shape.windows))}
-    plans = torch.zeros(2, len(place), PLAN_BYTES, dtype=torch.uint8, device=device)
+    # Decodes and chunks of one step are all planned before any runs: each window's plans have places of their own.
+    uploads = torch.cuda.Stream(device)
+    windows = list(dict.fromkeys(shape.windows))
+    plans = {window: torch.zeros(flashinfer.PLAN_BYTES, dtype=torch.uint8, device=device) for window in windows}
+    decode_stages = {window: flashinfer.PlanStage(device, uploads) for window in windows}
     backend = choice.prefill.removeprefix("flashinfer-")
 
     def prefill(window: int | None) -> AttentionCall:
-        return FlashInferPrefill(workspace, plans[0, place[window]], backend, *sizes, scale, dtype, window)
+        stage = flashinfer.PlanStage(device, uploads)
+        return flashinfer.FlashInferPrefill(workspace, stage, backend, *sizes, scale, dtype, window)
 
     def decode(batch: PagedBatch) -> AttentionCall:
-        return AttentionByLayer(
-            shape.windows,
-            lambda window: FlashInferDecode(workspace, plans[1, place[window]], batch, *sizes, scale, dtype, window),
-        )
+        def of(window: int | None) -> AttentionCall:
+            places = workspace, plans[window], decode_stages[window]
+            return flashinfer.FlashInferDecode(*places, batch, *sizes, scale, dtype, window)
+
+        return AttentionByLayer(shape.windows, of)
 
     return decode, AttentionByLayer(shape.windows, prefill)
 
@@ -101,6 +107,8 @@ class _NoAttention:
     ) -> torch.Tensor:
         """See AttentionBackend."""
         kv_heads = self._kv_heads
+        if qkv.dim() == 4:  # in parts
+            qkv = qkv.sum(0).to(cos.dtype)
         return qkv[:, : qkv.shape[1] - 2 * kv_heads].flatten(1)
 
     def __init__(self, kv_heads: int) -> None:

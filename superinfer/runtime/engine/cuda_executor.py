@@ -1,7 +1,8 @@
 """Runs step plans on a GPU, overlapped: `submit` only enqueues, sampled tokens feed the next step on the device.
 
-A step of decodes alone replays a CUDA graph of its bucket; a step with prefill chunks runs eagerly, decodes and chunks
-in one forward. The host waits in `collect`, for the step's own tokens, and nowhere else.
+A step of decodes alone replays a CUDA graph of its bucket. A step with prefill chunks, decodes and chunks in one
+forward, replays graphs between the layers' attention (`cuda_pieces`), or runs eagerly where it has many rows. The host
+waits in `collect`, for the step's own tokens, and nowhere else.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from superinfer.kernels import fused
 from superinfer.kernels.paged import AttentionCall, PagedBatch
 from superinfer.kernels.sampling import token_logprobs
 from superinfer.runtime.engine.cuda_batch import ChunkBatch, DecodeBatch, decode_buckets
+from superinfer.runtime.engine.cuda_pieces import MixedBuffers, Pieces, mixed_rows
 from superinfer.runtime.engine.executor import Duplex, ExecutorLimits, TierLimits
 from superinfer.runtime.engine.grammar import GrammarCompiler
-from superinfer.runtime.engine.readback import Marker, Pending
+from superinfer.runtime.engine.marker import Marker
+from superinfer.runtime.engine.readback import Pending
 from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
+from superinfer.runtime.engine.staging import HostStage
 from superinfer.runtime.engine.step_inputs import BlockTables
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import Progress
@@ -50,8 +54,11 @@ class SplitAttention:
         q = fused.rope_and_store(qkv, cos, sin, self._places, kv, self._kv_heads)
         if len(self._calls) == 1:
             return self._calls[0][1].run(q, kv, layer).flatten(1)
-        parts = zip(q.split([rows for rows, _ in self._calls]), self._calls, strict=True)
-        return torch.cat([call.run(part, kv, layer) for part, (_, call) in parts]).flatten(1)
+        out = torch.empty_like(q)
+        sizes = [rows for rows, _ in self._calls]
+        for part, place, (_, call) in zip(q.split(sizes), out.split(sizes), self._calls, strict=True):
+            call.run(part, kv, layer, place)
+        return out.flatten(1)
 
 
 @dataclass(slots=True)
@@ -109,7 +116,9 @@ class CudaExecutor:
         self._decodes = DecodeBatch(limits, self._tables, self._device)
         self._chunks = ChunkBatch(limits, max_batch_tokens, self._tables, self._device)
         self.grammars = GrammarCompiler(path, config.vocab_size, config.eos_token_ids)
-        self._sampling = SamplingState(limits.num_slots, config.vocab_size, self._device, self.grammars)
+        self._stage = HostStage(self._device)
+        self._to_device = self._stage.to_device
+        self._sampling = SamplingState(limits.num_slots, config.vocab_size, self._device, self.grammars, self._stage)
         # One slot more than there are: padding rows take their token there.
         self._last_tokens = torch.zeros(limits.num_slots + 1, dtype=torch.int64, device=self._device)
         # Shared by all buckets: of their own, they would keep 1 GB for a vocabulary of 128,000.
@@ -120,8 +129,12 @@ class CudaExecutor:
         self._buckets = [
             Bucket(size, decode_attention(self._decodes.paged(size))) for size in decode_buckets(limits.num_slots)
         ]
+        self._pieces: list[Pieces] = []
+        self._mixed: MixedBuffers
+        self._padding_place = limits.num_blocks * limits.page_size
         if graphs:
             self._capture(on_progress)
+            self._capture_pieces(max_batch_tokens, on_progress)
 
     def add_tier(self, duplex: Duplex, tier: TierLimits) -> None:
         """From now on plans may bring copies, between `cache` and what `duplex` has; it is closed with the executor."""
@@ -158,11 +171,13 @@ class CudaExecutor:
             self._duplex.close()
             self._duplex = None
         self._buckets.clear()
+        self._pieces.clear()
         self._views.clear()
         self.cache = torch.empty(0)
 
     def _start(self, plan: StepPlan) -> Pending:
         pending = Pending(plan.step, Marker(self._device), Marker(self._device))
+        self._stage.next_step()
         if self._duplex is not None:
             self._duplex.start(plan.copies, plan.waits)
         pending.begun.record()
@@ -222,7 +237,7 @@ class CudaExecutor:
         self._last_tokens.index_copy_(0, slots, bucket.tokens)
 
     def _mixed_step(self, decodes: Sequence[SlotWork], chunks: list[SlotWork], pending: Pending) -> None:
-        """Rows: the decodes of a bucket with their padding, then the chunks' tokens."""
+        """Rows: the decodes of a bucket with their padding, the chunks' tokens, padding to a size that is captured."""
         rows, batch = self._chunks.fill(chunks)
         self._chunk_attention.plan(batch)
         ids, positions, places = rows.ids, rows.positions, rows.places
@@ -239,7 +254,12 @@ class CudaExecutor:
             positions, places = torch.cat((head.positions, positions)), torch.cat((head.places, places))
             calls.insert(0, (padded, bucket.attention))
         self._sent.record()
-        hidden = self._model(ids, positions, self._attention(places, calls))
+        pieces = next((pieces for pieces in self._pieces if pieces.rows >= len(ids)), None)
+        if pieces is None:
+            hidden = self._model(ids, positions, self._attention(places, calls))
+        else:
+            self._mixed.fill(ids, positions, places, pieces.rows, self._padding_place)
+            hidden = pieces.run(calls)
         self._finish_mixed(hidden, slots, padded, chunks, pending)
 
     def _finish_mixed(
@@ -285,12 +305,6 @@ class CudaExecutor:
     def _attention(self, places: torch.Tensor, calls: list[tuple[int, AttentionCall]]) -> SplitAttention:
         return SplitAttention(self._views, places, self._model.config.num_kv_heads, calls)
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self._device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
-
     # ------------------------------------------------------------------ graphs
 
     @torch.inference_mode()
@@ -308,4 +322,16 @@ class CudaExecutor:
             with torch.cuda.graph(graph, pool=pool):
                 self._decode_forward(bucket)
             bucket.graph = graph
+        torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def _capture_pieces(self, max_batch_tokens: int, on_progress: Progress | None) -> None:
+        sizes = mixed_rows(self._buckets[-1].size + max_batch_tokens)
+        self._mixed = MixedBuffers(sizes[-1], self._model.config, self._logits.dtype, self._device)
+        self._mixed.places.fill_(self._padding_place)
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
+        for done, rows in enumerate(reversed(sizes)):
+            if on_progress is not None:
+                on_progress("capturing CUDA graphs of mixed steps", done / len(sizes))
+            self._pieces.insert(0, Pieces(self._model, self._views, self._mixed, rows, stream, pool))
         torch.cuda.synchronize()

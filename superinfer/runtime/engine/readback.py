@@ -2,48 +2,28 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from superinfer.runtime.engine.marker import Marker
 from superinfer.runtime.engine.sampling_state import Sampled
 from superinfer.runtime.protocol import TokenLogprob
 from superinfer.runtime.scheduler.plan import SlotWork, StepResult
-
-
-class Marker:
-    """A point in a device's stream of work; on the CPU, where work is done when submitted, just a time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
-        self._time = 0.0
-
-    def record(self) -> None:
-        """Mark now."""
-        if self._event is not None:
-            self._event.record()
-        self._time = time.perf_counter()
-
-    def wait(self) -> None:
-        """Until everything before the mark is done."""
-        if self._event is not None:
-            self._event.synchronize()
-
-    def seconds_since(self, earlier: Marker) -> float:
-        """Device time between two marks that both have been reached."""
-        if self._event is not None and earlier._event is not None:
-            return earlier._event.elapsed_time(self._event) / 1000
-        return self._time - earlier._time
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in host memory that is valid once a mark set after this call is reached."""
     if not tensor.is_cuda:
         return tensor.clone()
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    from superinfer.kernels import host_memory  # needs triton, which comes with CUDA builds of torch
+
+    # The allocator does not know of the kernel: whoever drops this before the mark drops it at his peril.
+    there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host_memory.copy(there, tensor.contiguous())
+    return there
 
 
 @dataclass(slots=True)

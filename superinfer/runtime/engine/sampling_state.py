@@ -15,6 +15,7 @@ import torch
 from superinfer.kernels import sampling
 from superinfer.runtime.engine.constraints import Constraints
 from superinfer.runtime.engine.grammar import GrammarCompiler
+from superinfer.runtime.engine.staging import HostStage
 from superinfer.runtime.protocol import SamplingParams
 from superinfer.runtime.scheduler.plan import SlotInit
 
@@ -41,17 +42,19 @@ class SamplingState:
     """Parameters, seeds, output counts, biases and stop ids of all slots."""
 
     def __init__(
-        self, slots: int, vocab_size: int, device: torch.device, grammars: GrammarCompiler | None = None
-    ) -> None:
-        """grammars: of the model; without them no request may have one."""
+        self, slots: int, vocab_size: int, device: torch.device, grammars: GrammarCompiler | None = None,
+        stage: HostStage | None = None,
+    ) -> None:  # fmt: skip
+        """grammars: of the model; without them no request may have one. stage: of the executor; None for a CPU's."""
         self._vocab = vocab_size
         self._device = device
+        self._to_device = (stage or HostStage(device)).to_device
         self._floats = torch.ones(slots, 6, dtype=torch.float64, device=device)
         self._top_k = torch.zeros(slots, dtype=torch.int64, device=device)
         self._stop_ids = torch.zeros(slots, 1, dtype=torch.int64, device=device)
         self._bias_ids = torch.zeros(slots, 1, dtype=torch.int64, device=device)
         self._biases = torch.zeros(slots, 1, dtype=torch.float32, device=device)
-        self._constraints = Constraints(slots, device, grammars) if grammars is not None else None
+        self._constraints = Constraints(slots, device, grammars, self._to_device) if grammars is not None else None
         self._prompt_seen: torch.Tensor | None = None
         self._output_counts: torch.Tensor | None = None
 
@@ -236,13 +239,6 @@ class SamplingState:
     def top_logprobs(self, slot: int) -> int:
         """How many of the most likely tokens the slot's request wants to see."""
         return int(self._top_logprobs[slot])
-
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        """To a GPU through pinned memory: a copy from elsewhere would wait for all steps under way."""
-        tensor = torch.from_numpy(array)
-        if self._device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
 
 
 def _rows(row_needs: np.ndarray, need: int) -> np.ndarray:

@@ -35,7 +35,11 @@ class Submitter(Protocol):
 
     done: int
 
-    def put(self, job: Job) -> None: ...
+    def put(self, job: Job) -> None:
+        """It may wait until `wake`."""
+
+    def wake(self) -> None:
+        """There is work."""
 
     def finish(self, count: int) -> None:
         """Return once the first `count` jobs have run."""
@@ -57,13 +61,16 @@ class SubmitThread:
         self._jobs: deque[Job] = deque()
         self._turn = threading.Lock()  # held while a job runs: they run in order, whoever runs them
         self._hurried = False  # somebody wants his turn at once
-        self._wakes: SimpleQueue[bool] = SimpleQueue()  # True for each job, False to end
+        self._wakes: SimpleQueue[bool] = SimpleQueue()  # True when there are jobs, False to end
         self._thread = threading.Thread(target=self._run, args=(first,), name="kv-copies", daemon=True)
         self._thread.start()
 
     def put(self, job: Job) -> None:
-        """See Submitter."""
+        """See Submitter. The thread sleeps on: it would ask for the GIL while more jobs are being made."""
         self._jobs.append(job)
+
+    def wake(self) -> None:
+        """See Submitter."""
         self._wakes.put(True)
 
     def finish(self, count: int) -> None:
@@ -86,12 +93,16 @@ class SubmitThread:
             first()
         except Exception as error:  # every job will fail, and say so
             log.error("the thread that submits copies has no device", exc_info=error)
-        while self._wakes.get():
-            while self._hurried:
-                time.sleep(HURRY_S)
-            with self._turn:
-                if self._jobs:  # unless it has been run already
-                    self._run_next()
+        while True:
+            more = self._wakes.get()
+            while self._jobs:
+                while self._hurried:
+                    time.sleep(HURRY_S)
+                with self._turn:
+                    if self._jobs:  # unless it has been run already
+                        self._run_next()
+            if not more:
+                return
 
     def _run_next(self) -> None:
         self._jobs.popleft()()
@@ -140,6 +151,7 @@ class CudaDuplex:
                 batch.wait = self._end_of(not batch.out, batch.after)
             self._under_way[batch.out].append(batch)
             self._submitter.put(partial(self._submit, batch))
+        self._submitter.wake()
         self._free_events.append((self._jobs, fence))
 
     def wait(self, ids: Collection[int]) -> None:

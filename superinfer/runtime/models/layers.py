@@ -27,7 +27,8 @@ class AttentionBackend(Protocol):
     ) -> torch.Tensor:
         """Rotate queries and keys, store keys and values, attend.
 
-        qkv: [tokens, heads + 2 · kv_heads, head_dim]; cos, sin: see StepContext. Returns [tokens, heads · head_dim].
+        qkv: [tokens, heads + 2 · kv_heads, head_dim], or as `Linear.in_parts`; cos, sin: see StepContext. Returns
+        [tokens, heads · head_dim].
         """
         ...
 
@@ -63,6 +64,16 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
+
+    def in_parts(self, x: torch.Tensor) -> torch.Tensor:
+        """Like `forward`; or, on a GPU where that is quicker, float32 [parts, tokens, outputs] for who adds them up."""
+        if x.is_cuda and self.bias is None:
+            from superinfer.kernels import skinny  # needs triton, which comes with CUDA builds of torch
+
+            parts = skinny.linear_parts(x, self.weight)
+            if parts is not None:
+                return parts
+        return self(x)
 
 
 class FusedLinear(Linear):
@@ -110,11 +121,14 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if qk_norm else None
 
     def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
-        qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
+        """[tokens, hidden], or as `Linear.in_parts`."""
+        normed = self.q_norm is not None
+        qkv = self.qkv_proj(x) if normed else self.qkv_proj.in_parts(x)
+        qkv = qkv.view(*qkv.shape[:-1], -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
             qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=1)
-        return self.o_proj(step.attention.rotate_and_attend(self.layer, qkv, step.cos, step.sin, self.scale))
+        return self.o_proj.in_parts(step.attention.rotate_and_attend(self.layer, qkv, step.cos, step.sin, self.scale))
 
 
 class MLP(nn.Module):
@@ -127,4 +141,5 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+        """[tokens, hidden], or as `Linear.in_parts`."""
+        return self.down_proj.in_parts(silu_and_mul(self.gate_up_proj(x)))

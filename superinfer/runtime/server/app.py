@@ -79,7 +79,6 @@ def _add_models(app: FastAPI, service: Service) -> None:
 def _add_completions(app: FastAPI, service: Service) -> None:
     text = service.text
 
-    @app.post("/v1/chat/completions")
     async def chat_completions(http: Request) -> Response:
         request = schema.parse(await http.body(), ChatRequest, schema.CHAT_PASS)
         service.check_model(request.model)
@@ -87,7 +86,6 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         writer = ChatWriter(request, text.tokenizer, chat.tally, chat.readers)
         return await service.answer(http, [chat.request], writer, stream=bool(request.stream))
 
-    @app.post("/v1/completions")
     async def completions(http: Request) -> Response:
         request = schema.parse(await http.body(), CompletionRequest, schema.COMPLETION_PASS)
         service.check_model(request.model)
@@ -109,6 +107,10 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         if only_prompt(request):
             return json_response(writer.prompts_only([]))
         return await service.answer(http, requests, writer, stream=bool(request.stream))
+
+    # Plain routes: what FastAPI would look for in the arguments takes as long as all else before the engine is asked.
+    app.add_route("/v1/chat/completions", chat_completions, methods=["POST"])
+    app.add_route("/v1/completions", completions, methods=["POST"])
 
     @app.post("/v1/embeddings")
     async def embeddings(http: Request) -> Response:
@@ -163,7 +165,6 @@ async def prepare_chat(http: Request, service: Service, request: ChatRequest) ->
 def _add_responses(app: FastAPI, service: Service) -> None:
     store = ResponseStore(service.settings.responses_bytes)
 
-    @app.post("/v1/responses")
     async def create(http: Request) -> Response:
         request = schema.parse(await http.body(), ResponsesRequest, RESPONSES_PASS)
         service.check_model(request.model)
@@ -179,6 +180,8 @@ def _add_responses(app: FastAPI, service: Service) -> None:
         kept = keep if request.store is not False and service.settings.responses_bytes else None
         writer = ResponsesWriter(request, service.text.tokenizer, chat.tally, chat.readers[0], kept)
         return await service.answer(http, [chat.request], writer, stream=bool(request.stream))
+
+    app.add_route("/v1/responses", create, methods=["POST"])
 
     @app.get("/v1/responses/{response_id}")
     async def retrieve(response_id: str) -> Response:

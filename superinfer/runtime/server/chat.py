@@ -54,9 +54,13 @@ def prompt_of(request: ChatRequest, plan: ToolPlan, tokenizer: Tokenizer, *, con
     go_on = bool(request.continue_final_message)
     if go_on and messages[-1]["role"] != "assistant":
         raise bad_request("continue_final_message=true needs a last message of role 'assistant'", param="messages")
+    if go_on and request.add_generation_prompt:
+        message = "add_generation_prompt=true and continue_final_message=true exclude each other; leave one out"
+        raise bad_request(message, param="add_generation_prompt")
     text = tokenizer.render_chat(
         messages,
         tools=plan.tools,
+        add_generation_prompt=request.add_generation_prompt is not False,
         continue_final_message=go_on,
         variables=_variables(request, tokenizer, constrained),
     )

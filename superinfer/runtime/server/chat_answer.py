@@ -152,6 +152,7 @@ class ChatWriter:
     def _reason(self, end: TextDelta | TextResult, reader: AnswerReader) -> str:
         assert end.finish_reason is not None
         reason = self._tally.finish(end.index, end.finish_reason, end.report)
+        self._tally.reasoned(reader.thought, self._tokenizer)
         return "tool_calls" if reader.calls and reason == "stop" else reason
 
     def whole(self, results: list[TextResult]) -> bytes:

@@ -13,6 +13,7 @@ import msgspec
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from superinfer.runtime.server.connection import shortcut_of
 from superinfer.runtime.server.errors import ApiError
 from superinfer.runtime.server.service import key_of
 from superinfer.runtime.server.settings import ServerSettings
@@ -35,8 +36,25 @@ class TooLarge(ApiError):
         super().__init__(413, f"the request body is over {shown}; send less at once", code="request_too_large")
 
 
+class _Body:
+    """Counts a request's body as it comes: its length may not have been told."""
+
+    def __init__(self, gate: Gate, receive: Receive) -> None:
+        self._gate, self._receive = gate, receive
+        self.taken = 0
+
+    async def receive(self) -> Message:
+        """ASGI's, for the application."""
+        message = await self._receive()
+        if body := message.get("body"):
+            self._gate.take(len(body), self.taken)
+            self.taken += len(body)
+        return message
+
+
 class Gate:
-    """ASGI middleware: API keys, the number of requests at a time, the size of their bodies, the access log."""
+    """ASGI middleware: API keys, the number of requests at a time, the size of their bodies, of each and of
+    all, the access log."""
 
     def __init__(
         self, app: ASGIApp, settings: ServerSettings, *, finished: Finished | None = None, log: TextIO | None = None
@@ -44,8 +62,10 @@ class Gate:
         """`finished(scope, status, seconds)` is called after each request. `log`: of accesses; stderr."""
         self._app = app
         self._keys = [key.encode() for key in settings.api_keys]
-        self._max_body, self._max_concurrent = settings.max_body_bytes, settings.max_concurrent
+        self._max_body, self._max_total = settings.max_body_bytes, settings.max_total_body_bytes
+        self._max_concurrent = settings.max_concurrent
         self._running = 0
+        self._held = 0  # bytes of the bodies of requests being answered
         self._finished = finished
         self._log = (log or sys.stderr) if settings.access_log else None
 
@@ -71,7 +91,8 @@ class Gate:
             if self._finished is not None:
                 self._finished(scope, status or 499, took)
             if self._log is not None:
-                self._say(scope, status or 499, took, sent)
+                shortcut = shortcut_of(scope)
+                self._say(scope, status or 499, took, sent + (shortcut.pushed if shortcut is not None else 0))
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, headers = scope["path"], Headers(scope=scope)
@@ -81,10 +102,12 @@ class Gate:
             return
         counted = path not in FREE_PATHS
         self._running += counted
+        body = _Body(self, receive)
         try:
-            await self._app(scope, self._limited(receive), send)
+            await self._app(scope, body.receive, send)
         finally:
             self._running -= counted
+            self._held -= body.taken
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         if self._keys and path not in OPEN_PATHS:
@@ -105,19 +128,16 @@ class Gate:
             )
         return None
 
-    def _limited(self, receive: Receive) -> Receive:
-        """Counts a body whose length was not told."""
-        taken = 0
-
-        async def limited() -> Message:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > self._max_body:
-                raise TooLarge(self._max_body)
-            return message
-
-        return limited
+    def take(self, size: int, taken: int) -> None:
+        """A body that has `taken` bytes brings `size` more. Raises ApiError where that is too much."""
+        if taken + size > self._max_body:
+            raise TooLarge(self._max_body)
+        if self._held + size > self._max_total:
+            message = f"the server holds {self._held} bytes of requests already; try again later"
+            raise ApiError(
+                429, message, code="too_many_requests", type="rate_limit_error", headers={"retry-after": "1"}
+            )
+        self._held += size
 
     def _say(self, scope: Scope, status: int, took: float, sent: int) -> None:
         client = scope.get("client") or ("", 0)

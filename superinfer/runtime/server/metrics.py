@@ -28,7 +28,9 @@ class Metrics:
         self._engine = _Engine(model)
         self.registry.register(self._engine)
         self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token.", _FIRST)
-        self._tbt = self._histogram("inter_token_latency_seconds", "Mean time between a request's tokens.", _BETWEEN)
+        self._tpot = self._histogram(
+            "request_time_per_output_token_seconds", "Mean time between a request's tokens.", _BETWEEN
+        )
         self._max_tbt = self._histogram(
             "max_time_between_tokens_seconds", "Longest time between a request's tokens.", _BETWEEN
         )
@@ -67,7 +69,7 @@ class Metrics:
             if seconds is not None:
                 histogram.labels(*labels).observe(seconds)
         if report.output_tokens > 1:
-            self._tbt.labels(*labels).observe(report.decode_s / (report.output_tokens - 1))
+            self._tpot.labels(*labels).observe(report.decode_s / (report.output_tokens - 1))
             self._max_tbt.labels(*labels).observe(report.max_tbt_s)
         self._finished.labels(*labels, reason).inc()
         if report.met is not None:
@@ -113,9 +115,13 @@ class _Engine(Collector):
         yield self._gauge("kv_cache_usage_perc", "Share of GPU KV blocks in use, 0..1.", used / stats.blocks_total)
         yield self._counter("num_preemptions", "Sequences that lost their KV.", stats.preemptions)
         yield self._counter("prompt_tokens", "Prompt tokens of finished sequences.", stats.prompt_tokens)
+        yield self._counter("prefix_cache_queries", "The same, as looked up in the cache.", stats.prompt_tokens)
         yield self._counter("prefix_cache_hits", "Of these, whose KV was cached.", stats.cached_tokens)
+        yield self._counter("prefill_tokens", "Tokens computed that were known before.", stats.prefill_tokens)
         yield self._counter("generation_tokens", "Tokens generated.", stats.output_tokens)
         yield self._counter("engine_steps", "Steps.", stats.steps)
+        yield self._gauge("step_seconds_mean", "Mean time of a step since start.", stats.step_s_mean)
+        yield from self._classes(stats)
         blocks = GaugeMetricFamily("superinfer:kv_blocks", "KV blocks.", labels=("model_name", "tier", "state"))
         for state, count in (("used", used), ("cached", stats.blocks_cached), ("free", stats.blocks_free)):
             blocks.add_metric((self._model, "gpu", state), count)
@@ -132,6 +138,17 @@ class _Engine(Collector):
         yield self._counter("link_stall_seconds", "Seconds that steps waited for copies.", tiers.stall_s)
         yield self._gauge("link_overlap", "Share of busy time that no step waited for, 0..1.", tiers.overlap)
         yield self._gauge("mirror_hit_rate", "Share of rotated blocks mirrored before, 0..1.", tiers.mirror_hit_rate)
+
+    def _classes(self, stats: StatsReport) -> Iterable[Metric]:
+        """What never became an answer: by class, as the engine counts."""
+        labels = ("model_name", "slo_class")
+        refused = CounterMetricFamily("superinfer:slo_refused", "Sequences refused on arrival.", labels=labels)
+        expired = CounterMetricFamily("superinfer:slo_expired", "Sequences ended at their deadline.", labels=labels)
+        for name, counts in stats.classes.items():
+            refused.add_metric((self._model, name), counts.refused)
+            expired.add_metric((self._model, name), counts.expired)
+        yield refused
+        yield expired
 
     def _gauge(self, name: str, help: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"superinfer:{name}", help, labels=("model_name",))

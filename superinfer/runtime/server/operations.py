@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from importlib import metadata
 
 import msgspec
 from fastapi import FastAPI
 from fastapi.responses import Response
-from starlette.routing import Match
 from starlette.types import Scope
 
 from superinfer.errors import EngineUnavailableError, SuperinferError
@@ -17,6 +15,7 @@ from superinfer.runtime.server.live import add_page
 from superinfer.runtime.server.metrics import Metrics
 from superinfer.runtime.server.openapi import openapi
 from superinfer.runtime.server.service import Service
+from superinfer.version import version
 
 HEALTH_TIMEOUT_S = 2.0
 
@@ -40,7 +39,7 @@ def add_operations(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(stats), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     keys = bool(service.settings.api_keys)
-    document = msgspec.json.encode(openapi(version=metadata.version("superinfer"), with_keys=keys))
+    document = msgspec.json.encode(openapi(version=version(), with_keys=keys))
 
     @app.get("/openapi.json")
     async def described() -> Response:
@@ -68,8 +67,9 @@ async def _health(service: Service) -> Response:
 def answered(app: FastAPI, metrics: Metrics) -> Finished:
     """Counts each answer under its route: what clients make up as paths must not become labels."""
 
+    paths = {getattr(route, "endpoint", None): str(getattr(route, "path", "other")) for route in app.routes}
+
     def count(scope: Scope, status: int, seconds: float) -> None:
-        matched = (route for route in app.routes if route.matches(scope)[0] is Match.FULL)
-        metrics.answered(str(getattr(next(matched, None), "path", "other")), status)
+        metrics.answered(paths.get(scope.get("endpoint"), "other"), status)
 
     return count

@@ -2,12 +2,18 @@
 
 What an answer has not taken yet lies here, merged: a reader that is slower than the engine gets larger pieces, never a
 longer queue. So an answer holds at most its own tokens, whatever its client does.
+
+While whoever reads has taken all there was and waits, deltas can go `straight` to the client at the end of the loop's
+turn that brought them: most deltas of a stream do, and no task wakes for them. Where the engine is ahead, a turn brings
+several of its messages, which then become one write. The last delta of a choice, an error, and all that comes while the
+client is slow go through `get`, so that there is one order and one end.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -23,19 +29,54 @@ class ClientGone(Exception):
     """The HTTP client closed its connection: nobody is left to answer."""
 
 
+class Straight(Protocol):
+    """A way to the client that never waits."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether `write` may be called now."""
+
+    def write(self, deltas: list[TextDelta]) -> None:
+        """Sends them."""
+
+
+class Outbox:
+    """The feeds that have something for their clients at the end of this turn of the event loop. One for a server: a
+    callback for each of a thousand streams would cost as much as the writes."""
+
+    def __init__(self) -> None:
+        self._due: list[Feed] = []
+
+    def add(self, feed: Feed) -> None:
+        """Flush it, once, when this turn is over."""
+        if not self._due:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._due.append(feed)
+
+    def _flush(self) -> None:
+        due, self._due = self._due, []
+        for feed in due:
+            feed.flush()
+
+
 class Feed:
     """The text of all continuations of some requests, choices numbered through. Use it as a context manager: leaving
     it cancels what has not finished. The first error ends them all."""
 
-    def __init__(self, text: TextClient, requests: Sequence[TextRequest], *, eager: bool) -> None:
-        """`eager`: give out deltas as they come, rather than when something has ended."""
+    def __init__(
+        self, text: TextClient, requests: Sequence[TextRequest], *, eager: bool, outbox: Outbox | None = None
+    ) -> None:
+        """`eager`: give out deltas as they come, rather than when something has ended. `outbox`: the server's."""
         self._text = text
+        self._outbox = outbox or Outbox()
         self._wires = [text.wire(request) for request in requests]
         self._readers = [reader for request in requests for reader in text.readers(request)]
         self._owner = [at for at, request in enumerate(requests) for _ in range(request.sampling.n)]
         self._first = [self._owner.index(at) for at in range(len(requests))]
         self._open = [request.sampling.n for request in requests]
         self._eager = eager or any(request.stop for request in requests)
+        self.straight: Straight | None = None
+        self._flush_is_due = False
         self._pending: list[tuple[int, SequenceDelta]] = []
         self._merge_at = MERGE_AT
         self._error: Exception | None = None
@@ -60,11 +101,37 @@ class Feed:
                     self.fail(DeadlineMissedError(deadline_text(wire, delta)))
                 self._wake()
             elif self._eager:
-                self._wake()
+                self._soon()
             if len(self._pending) >= self._merge_at:
                 self._merge()
 
         return take
+
+    def _soon(self) -> None:
+        """Something is pending: it goes straight at the end of this turn of the loop, or whoever reads takes it."""
+        waiter = self._waiter
+        if self._flush_is_due or waiter is None or waiter.done():
+            return
+        if self.straight is None:
+            self._wake()
+            return
+        self._flush_is_due = True
+        self._outbox.add(self)
+
+    def flush(self) -> None:
+        """Send what is pending straight, unless it has a reader by now."""
+        self._flush_is_due = False
+        waiter = self._waiter
+        if waiter is None or waiter.done() or self.straight is None:
+            return
+        if not self.straight.is_open:
+            self._wake()
+            return
+        try:
+            if deltas := self._taken():
+                self.straight.write(deltas)
+        except Exception as error:  # of this answer alone
+            self.fail(error)
 
     def fail(self, error: Exception) -> None:
         """Whoever reads gets `error`, once."""
@@ -89,10 +156,7 @@ class Feed:
             if self._error is not None:
                 raise self._error
             if self._pending:
-                if len(self._pending) > 1:
-                    self._merge()
-                pending, self._pending = self._pending, []
-                if out := [text for choice, delta in pending if (text := self._read(choice, delta)) is not None]:
+                if out := self._taken():
                     return out
                 continue
             if not any(self._open):
@@ -102,6 +166,13 @@ class Feed:
                 await self._waiter
             finally:
                 self._waiter = None
+
+    def _taken(self) -> list[TextDelta]:
+        """What is pending, as text."""
+        if len(self._pending) > 1:
+            self._merge()
+        pending, self._pending = self._pending, []
+        return [text for choice, delta in pending if (text := self._read(choice, delta)) is not None]
 
     def _read(self, choice: int, delta: SequenceDelta) -> TextDelta | None:
         reader: SequenceReader = self._readers[choice]

@@ -9,6 +9,7 @@ import msgspec
 from superinfer.errors import RequestCancelledError
 from superinfer.runtime.protocol import FinishReason, RequestReport
 from superinfer.runtime.server.promises import Promise
+from superinfer.runtime.tokenization import Tokenizer
 
 Observe = Callable[[RequestReport, FinishReason, Promise], None]
 
@@ -19,6 +20,12 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
     cached_tokens: int
 
 
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    """reasoning_tokens: those of the reasoning's text, markers left out."""
+
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True):
     """Token counts; a prompt counts once however many choices it has. Details are known at the end."""
 
@@ -26,6 +33,7 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | msgspec.UnsetType = msgspec.UNSET
+    completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET
 
 
 class SloReport(msgspec.Struct, frozen=True):
@@ -71,6 +79,7 @@ class Tally:
         self._observe = observe
         self._reports: dict[int, RequestReport] = {}
         self._truncated = False
+        self._reasoning: int | None = None
 
     def finish(self, index: int, reason: FinishReason, report: RequestReport | None) -> str:
         """Record a finished choice; returns OpenAI's name of the reason. A passed deadline is "length", as it too cut
@@ -83,6 +92,11 @@ class Tally:
                 self._observe(report, reason, self.promise)
         self._truncated |= reason == "deadline"
         return "stop" if reason == "stop" else "length"
+
+    def reasoned(self, thought: list[str] | None, tokenizer: Tokenizer) -> None:
+        """Count the tokens of one choice's reasoning; None where the model does not mark any."""
+        if thought is not None:
+            self._reasoning = (self._reasoning or 0) + len(tokenizer.encode("".join(thought), special=False))
 
     @property
     def complete(self) -> bool:
@@ -99,6 +113,7 @@ class Tally:
             output_tokens,
             prompt_tokens + output_tokens,
             PromptTokensDetails(sum(report.cached_tokens for report in prompts)),
+            msgspec.UNSET if self._reasoning is None else CompletionTokensDetails(self._reasoning),
         )
 
     def slo(self) -> SloReport | msgspec.UnsetType:

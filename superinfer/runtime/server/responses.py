@@ -11,24 +11,27 @@ from superinfer.runtime.server.schema import ANYTHING, ChatRequest, Common, Func
 
 RESPONSES_PASS: dict[str, tuple[Any, ...]] = {
     "background": (False,),
+    "context_management": (),
     "conversation": (),
     "include": ([], ["reasoning.encrypted_content"], ["message.output_text.logprobs"]),
     "max_tool_calls": (),
+    "moderation": (),
     "prompt": (),
+    "prompt_cache_options": (),
     "prompt_cache_retention": ("in_memory",),
     "safety_identifier": (ANYTHING,),
     "truncation": ("disabled",),
 }
 
 
-class Reasoning(msgspec.Struct, frozen=True, kw_only=True):
+class Reasoning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """effort: as reasoning_effort of a chat. A summary is never made: the reasoning itself is shown."""
 
     effort: str | None = None
     summary: str | None = None
 
 
-class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
+class TextOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """format: `{"type": "text"}`, `json_object`, or `json_schema` with its name and schema."""
 
     format: dict[str, Any] | None = None

@@ -161,13 +161,14 @@ class ResponsesWriter:
         response = self._response(status)
         if status == "incomplete":
             response["incomplete_details"] = {"reason": "max_output_tokens"}
+        self._tally.reasoned(self._reader.thought, self._tokenizer)
         usage = self._tally.usage()
-        cached = usage.prompt_tokens_details
+        cached, thought = usage.prompt_tokens_details, usage.completion_tokens_details
         response["usage"] = {
             "input_tokens": usage.prompt_tokens,
             "input_tokens_details": {"cached_tokens": 0 if cached is msgspec.UNSET else cached.cached_tokens},
             "output_tokens": usage.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": 0 if thought is msgspec.UNSET else thought.reasoning_tokens},
             "total_tokens": usage.total_tokens,
         }
         if (slo := self._tally.slo()) is not msgspec.UNSET:

@@ -126,6 +126,7 @@ class ChatRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
 
 
 class CompletionRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -139,7 +140,17 @@ class CompletionRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields
 
 # Documented parameters that have no field above, with the values that ask for nothing: these pass, others are refused.
 ANYTHING = object()
-CHAT_PASS: dict[str, tuple[Any, ...]] = {
+# Those of vLLM, at the values that it has unless told otherwise.
+_VLLM_PASS: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1, 1.0),
+    "priority": (0,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "use_beam_search": (False,),
+}
+CHAT_PASS: dict[str, tuple[Any, ...]] = _VLLM_PASS | {
     "audio": (),
     "function_call": ("none",),
     "functions": ([],),
@@ -153,7 +164,8 @@ CHAT_PASS: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-COMPLETION_PASS: dict[str, tuple[Any, ...]] = {
+COMPLETION_PASS: dict[str, tuple[Any, ...]] = _VLLM_PASS | {
+    "add_special_tokens": (True,),
     "best_of": (1,),
     "suffix": ("",),
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import resource
 import signal
 import socket
 import ssl
@@ -18,8 +20,8 @@ from superinfer.errors import InvalidRequestError
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.launch import Progress, launch_engine
 from superinfer.runtime.server.app import create_app
+from superinfer.runtime.server.connection import http_protocol
 from superinfer.runtime.server.settings import ServerSettings
-from superinfer.runtime.server.stream import ABORT
 from superinfer.runtime.text import TextClient
 
 CONNECT_TIMEOUT_S = 5.0
@@ -45,6 +47,7 @@ def serve(
     """
     settings = settings or ServerSettings()
     check_tls(settings)
+    raise_file_limit()
     with bind(host, port) as listener:
         if isinstance(engine, str):
             run(_serve(engine, listener, settings, on_ready))
@@ -54,14 +57,26 @@ def serve(
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    """Run on uvloop where there is one: a third less time for each token that is streamed."""
+    """Run on the fastest event loop there is."""
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        runner.run(main)
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's where it is installed, a third less time for each token that is streamed; None: asyncio's own."""
     try:
         import uvloop
     except ImportError:
-        asyncio.run(main)
-        return
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main)
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+def raise_file_limit() -> None:
+    """A connection is a file, and many systems let a process have 1,024 unless it asks for more."""
+    with contextlib.suppress(ValueError, OSError):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def check_tls(settings: ServerSettings) -> None:
@@ -114,7 +129,7 @@ def uvicorn_config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
     """How uvicorn is to run the application."""
     return uvicorn.Config(
         app,
-        http=_http_protocol(),
+        http=http_protocol(),
         lifespan="off",
         log_level="warning",
         access_log=False,
@@ -124,21 +139,6 @@ def uvicorn_config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
         # The connections have one more second after the streams were ended, to hear of it.
         timeout_graceful_shutdown=int(settings.grace_s) + 2,
     )
-
-
-def _http_protocol() -> Any:
-    """uvicorn's, on httptools where that is installed, which lets an answer cut its connection."""
-    try:
-        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-    except ImportError:
-        return "auto"
-
-    class Protocol(HttpToolsProtocol):
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self.scope.setdefault("extensions", {})[ABORT] = {"abort": self.transport.abort}
-
-    return Protocol
 
 
 async def _serve(
@@ -155,6 +155,7 @@ async def _serve(
         running = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started and not running.done():
             await asyncio.sleep(0.01)
+        _spare_the_collector()
         if server.started and on_ready is not None:
             on_ready(url)
         try:
@@ -162,6 +163,14 @@ async def _serve(
         finally:
             watcher.cancel()
             viewers.cancel()
+
+
+def _spare_the_collector() -> None:
+    """A full collection looks at all there is: 100 ms for the libraries alone, in which no stream goes on. What is
+    there now stays until the end, so that it need not be looked at, and requests leave few cycles behind."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
 
 
 def _on_signals(server: uvicorn.Server, stop: asyncio.Event) -> None:

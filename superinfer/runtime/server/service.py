@@ -16,7 +16,7 @@ from superinfer.runtime.server.params import check_ids, stop_of
 from superinfer.runtime.server.parsing.families import formats_of
 from superinfer.runtime.server.parsing.pieces import AnswerReader
 from superinfer.runtime.server.promises import Promise, Promises
-from superinfer.runtime.server.relay import Feed
+from superinfer.runtime.server.relay import Feed, Outbox
 from superinfer.runtime.server.report import Tally
 from superinfer.runtime.server.schema import Common
 from superinfer.runtime.server.settings import ServerSettings
@@ -40,6 +40,7 @@ class Service:
         self.model = settings.model_name or text.info.model
         self.promises = Promises(settings)
         self.metrics = Metrics(self.model)
+        self._outbox = Outbox()
         self._tracer = tracer_to(settings.otlp_endpoint, self.model) if settings.otlp_endpoint else None
         self.formats = formats_of(
             text.tokenizer,
@@ -84,7 +85,8 @@ class Service:
 
     def tally(self, http: Request, choices: int, per_prompt: int, promise: Promise) -> Tally:
         """One whose reports reach the metrics, the trace and the access log."""
-        carrier, log = dict(http.headers), http.scope.setdefault("superinfer.log", {})
+        log = http.scope.setdefault("superinfer.log", {})
+        carrier = dict(http.headers) if self._tracer is not None else {}
 
         def observe(report: RequestReport, reason: FinishReason, promise: Promise) -> None:
             self.metrics.finished(report, reason, promise)
@@ -124,7 +126,7 @@ class Service:
 
     async def begin(self, http: Request, requests: list[TextRequest]) -> tuple[Feed, list[TextDelta]]:
         """A started feed, and what came first."""
-        feed = Feed(self.text, requests, eager=True)
+        feed = Feed(self.text, requests, eager=True, outbox=self._outbox)
         try:
             async with watched(http.receive, feed):
                 await feed.start()

@@ -44,6 +44,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     slo_classes: by name; "default" is for requests that name no other.
     tool_parser, reasoning_parser: "auto" goes by the model.
     max_body_bytes: a longer request body is refused with 413.
+    max_total_body_bytes: of the bodies of all requests being answered; further ones are refused with 429.
     max_concurrent: requests answered at a time; further ones are refused with 429.
     write_timeout_s: a client that reads nothing for so long is cut off.
     grace_s: how long running answers may go on after SIGTERM.
@@ -61,6 +62,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
     max_body_bytes: int = 32 << 20
+    max_total_body_bytes: int = 1 << 30
     max_concurrent: int = 4096
     write_timeout_s: float = 60.0
     grace_s: float = 5.0
@@ -73,7 +75,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     page: bool = True
 
     def __post_init__(self) -> None:
-        for name, low in (("max_body_bytes", 1), ("max_concurrent", 1), ("responses_bytes", 0)):
+        lowest = {"max_body_bytes": 1, "max_concurrent": 1, "responses_bytes": 0}
+        lowest["max_total_body_bytes"] = self.max_body_bytes  # or a body within its limit could never come in
+        for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise InvalidRequestError(f"{name}={getattr(self, name)} must be at least {low}")
         if not self.write_timeout_s > 0:

@@ -11,13 +11,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from superinfer.runtime.server.connection import Shortcut, shortcut_of
 from superinfer.runtime.server.errors import as_api_error
 from superinfer.runtime.server.relay import ClientGone, Feed
 from superinfer.runtime.text import TextDelta, TextResult
 
 T = TypeVar("T")
-
-ABORT = "superinfer.abort"  # the ASGI extension by which our HTTP protocol lets a connection be cut
 
 EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -118,12 +117,13 @@ class EventStream(Response):
         task = asyncio.current_task()
         assert task is not None
         stalled = _Stall(self._write_timeout, task.cancel)
+        shortcut = shortcut_of(scope)
         try:
             with self._feed:
                 async with watched(receive, self._feed):
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                     try:
-                        end = await self._pump(send, stalled)
+                        end = await self._pump(send, stalled, shortcut)
                     except ClientGone:
                         return
                     except Exception as error:
@@ -133,15 +133,16 @@ class EventStream(Response):
         except asyncio.CancelledError:
             if not stalled.fired:
                 raise
-            connection = scope.get("extensions", {}).get(ABORT)
-            if connection is not None:
-                connection["abort"]()  # closing would wait until the client reads
+            if shortcut is not None:
+                shortcut.abort()
                 await asyncio.sleep(0)  # the server hears of it
         finally:
             stalled.stop()
 
-    async def _pump(self, send: Send, stalled: _Stall) -> bytes:
+    async def _pump(self, send: Send, stalled: _Stall, shortcut: Shortcut | None) -> bytes:
         deltas, body, now = self._first, self._opening, asyncio.get_running_loop().time
+        if shortcut is not None:
+            self._feed.straight = _Straight(self._writer, shortcut)
         while deltas:
             body += b"".join([chunk for delta in deltas for chunk in self._writer.events(delta)])
             if body:
@@ -151,6 +152,21 @@ class EventStream(Response):
             body = b""
             deltas = await self._feed.get()
         return self._writer.event_end
+
+
+class _Straight:
+    """Writes deltas as they come, where the client keeps up: no task has to wake for them."""
+
+    def __init__(self, writer: Writer, shortcut: Shortcut) -> None:
+        self._events, self._shortcut = writer.events, shortcut
+
+    @property
+    def is_open(self) -> bool:
+        return self._shortcut.is_open
+
+    def write(self, deltas: list[TextDelta]) -> None:
+        if body := b"".join([chunk for delta in deltas for chunk in self._events(delta)]):
+            self._shortcut.push(body)
 
 
 class _Stall:

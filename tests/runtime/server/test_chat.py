@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import openai
 import pytest
+
+from superinfer.runtime.launch import EngineProcess
 
 MODEL = "tiny"
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
@@ -147,6 +150,31 @@ def test_harmless_parameters_are_accepted(client: openai.OpenAI) -> None:
         client, user="me", metadata={"a": "b"}, store=False, response_format={"type": "text"}, logit_bias={}, stop=None
     )
     assert answer.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_comes_apart_from_the_answer_and_is_counted(
+    tiny_engine: EngineProcess, serving: Callable[..., Any], stream: bool
+) -> None:
+    messages = [*HELLO, {"role": "assistant", "content": "<think>"}]  # and never does this model close it
+    extra = {"continue_final_message": True}
+    with serving(tiny_engine.address, reasoning_parser="think") as thinking, thinking.openai() as client:
+        if stream:
+            *chunks, last = ask(
+                client, messages=messages, extra_body=extra, stream=True, stream_options={"include_usage": True}
+            )
+            deltas = [chunk.choices[0].delta for chunk in chunks]
+            content = "".join(delta.content or "" for delta in deltas)
+            thought, usage = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas), last.usage
+        else:
+            answer = ask(client, messages=messages, extra_body=extra)
+            content, usage = answer.choices[0].message.content or "", answer.usage
+            thought = answer.choices[0].message.reasoning_content
+        assert content == "" and len(thought) > 6
+        assert usage.completion_tokens_details.reasoning_tokens == len(thought)
+        items: list[Any] = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "<think>"}]
+        plain = client.responses.create(model=MODEL, input=items, max_output_tokens=4)
+        assert plain.usage is not None and plain.usage.output_tokens_details.reasoning_tokens == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import openai
 import pytest
 
+from superinfer.runtime.launch import EngineProcess
 from superinfer.runtime.server.responses import ResponseStore
 
 ASK: dict[str, Any] = {"model": "tiny", "input": "hello", "max_output_tokens": 12, "extra_body": {"ignore_eos": True}}
@@ -119,3 +121,22 @@ def test_stored_responses_are_bounded_in_bytes_and_the_oldest_goes() -> None:
     assert kept == list(range(44, 50)) and store._bytes <= 2000
     store.put("large", b"x" * 3000, [], [])
     assert "large" not in store._stored and "49" in store._stored
+
+
+def test_over_http_the_oldest_response_makes_room_for_the_newest(
+    tiny_engine: EngineProcess, serving: Callable[..., Any]
+) -> None:
+    with serving(tiny_engine.address, responses_bytes=6000) as served, served.openai() as client:
+        kept = [ask(client, input=f"number {at} " + "x" * 400).id for at in range(12)]
+        assert client.responses.retrieve(kept[-1]).id == kept[-1]
+        assert ask(client, input="and then?", previous_response_id=kept[-1]).status == "incomplete"
+        with pytest.raises(openai.BadRequestError, match="newer ones took its place") as gone:
+            ask(client, previous_response_id=kept[0])
+        assert gone.value.code == "previous_response_not_found" and gone.value.param == "previous_response_id"
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(kept[0])
+    with serving(tiny_engine.address, responses_bytes=0) as served, served.openai() as client:
+        answer = ask(client)
+        assert answer.store is False
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(answer.id)

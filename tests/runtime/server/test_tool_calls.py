@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from superinfer.runtime.models.registry import MODELS
 from superinfer.runtime.protocol import RequestReport
 from superinfer.runtime.server.chat_answer import ChatWriter, gather
 from superinfer.runtime.server.parsing.families import TOOL_FORMATS, Formats, formats_of
@@ -148,6 +149,12 @@ def test_the_template_or_the_architecture_tells_the_format(
     assert formats_of(tokenizer, architecture, tools="pythonic", reasoning="think").tools == "pythonic"
 
 
+@pytest.mark.parametrize("architecture", MODELS)
+def test_every_model_that_is_loaded_has_a_format_of_its_own(architecture: str) -> None:
+    named = [name for name, known in TOOL_FORMATS.items() if architecture.startswith(known.architectures)]
+    assert len(named) == 1, "its family is in the table, once"
+
+
 def writer(checkpoint: Path, *, stream: bool = False, tools: str = "hermes") -> ChatWriter:
     tool: dict[str, Any] = {"type": "function", "function": {"name": "weather"}}
     request = ChatRequest(model="tiny", messages=[Message(role="user", content="x")], tools=[tool], stream=stream)
@@ -156,7 +163,9 @@ def writer(checkpoint: Path, *, stream: bool = False, tools: str = "hermes") -> 
 
 def test_an_answer_with_a_call_has_openais_shape(tiny_checkpoint: Path) -> None:
     result = TextResult(0, f"<think>rain?</think>{CALL}", [1], None, "stop", None, REPORT)
-    (choice,) = json.loads(writer(tiny_checkpoint).whole([result]))["choices"]
+    answer = json.loads(writer(tiny_checkpoint).whole([result]))
+    (choice,) = answer["choices"]
+    assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": len("rain?")}  # a token is a character
     assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
     assert choice["message"]["reasoning_content"] == "rain?"
     (call,) = choice["message"]["tool_calls"]

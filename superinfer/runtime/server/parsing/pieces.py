@@ -70,9 +70,13 @@ class AnswerReader:
     def __init__(
         self, special: SpecialFilter | None, reasoning: Reader | None, tools: Reader, *, one_call: bool
     ) -> None:
-        """`one_call`: what follows the first tool call is left out."""
+        """`one_call`: what follows the first tool call is left out.
+
+        thought: the reasoning found so far; None where none is looked for.
+        """
         self._special, self._reasoning, self._tools, self._one_call = special, reasoning, tools, one_call
         self.calls = 0
+        self.thought: list[str] | None = [] if reasoning is not None else None
 
     def push(self, text: str) -> list[Piece]:
         """See Reader."""
@@ -95,6 +99,8 @@ class AnswerReader:
     def _route(self, pieces: Iterable[Piece]) -> list[Piece]:
         out = []
         for piece in pieces:
+            if piece.kind == "reasoning" and self.thought is not None:
+                self.thought.append(piece.text)
             out += [piece] if piece.kind == "reasoning" else self._tools.push(piece.text)
         return out
 

@@ -1,0 +1,78 @@
+"""What runs where: lanes of arms, each lane on one GPU, all lanes at the same time.
+
+A lane's servers start together, while nothing is measured, where its memory holds them; its arms are then measured one
+after another, the others idle. A schedule is one command of at most ten minutes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+RATES_OF_THE_REST = (25.0, 35.0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A phase of an arm. seconds: what it is expected to take, or its first rate; it is left out where less is left.
+    rates: only these of the plan's."""
+
+    phase: str
+    seconds: float
+    rates: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """An arm and what is measured of it."""
+
+    arm: str
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Arms of one GPU in order. together: how many of them may hold its memory at once."""
+
+    runs: tuple[Run, ...]
+    together: int = 1
+
+
+_SPEED = (Step("tpot", 75), Step("prefill", 20), Step("offline", 65), Step("online", 45))
+_ALL = Step("slo", 65)
+_REST = Step("slo", 65, RATES_OF_THE_REST)
+_TURNS = Step("turns", 75)
+
+SCHEDULES: dict[str, tuple[Lane, ...]] = {
+    # Room for all: TPOT, prefill, offline and online.
+    "ample": (Lane((Run("vllm", _SPEED),)), Lane((Run("ours", _SPEED),))),
+    # The same, and conversations on our lane while vLLM starts.
+    "ample-turns": (
+        Lane((Run("vllm", _SPEED),)),
+        Lane((Run("ours-turns-tiers", (_TURNS,)), Run("ours-turns", (_TURNS,)), Run("ours", _SPEED)), together=2),
+    ),
+    # A pool of 153,600 tokens under load with promises.
+    "slo": (
+        Lane((Run("vllm-tight", (_ALL,)), Run("vllm-edf", (_REST,))), together=2),
+        Lane((Run("ours-rota", (_ALL,)), Run("ours-fcfs", (_ALL,))), together=2),
+    ),
+    # Second tiers: vLLM's own offload under the same load, and conversations with a tenth of their working set in HBM.
+    "tiers": (
+        # One after the other: each pins a second tier of its own.
+        Lane((Run("vllm-offload", (_REST,)), Run("vllm-turns-offload", (_TURNS,)))),
+        Lane((Run("ours-turns-tiers", (_TURNS,)), Run("ours-turns", (_TURNS,))), together=2),
+    ),
+    # Servers for `superinfer bench programs`, which asks both.
+    "programs": (Lane((Run("vllm-programs", ()),)), Lane((Run("ours", ()),))),
+}
+
+
+def only(lane: Lane, arms: list[str], phases: list[str]) -> Lane:
+    """What is left of a lane with these arms and phases alone; empty lists leave all."""
+    runs = [run for run in lane.runs if not arms or run.arm in arms]
+    kept = [replace(run, steps=tuple(step for step in run.steps if not phases or step.phase in phases)) for run in runs]
+    return replace(lane, runs=tuple(run for run, whole in zip(kept, runs, strict=True) if run.steps or not whole.steps))
+
+
+def gpu_of(lane: int, gpus: list[int], swap: bool) -> int:
+    """Which GPU a lane has; `swap` turns them round, to show that a difference is not the GPUs'."""
+    return gpus[(lane + int(swap)) % len(gpus)]

@@ -1,0 +1,111 @@
+"""The README's tables beside vLLM, from results/<gpu>-vs-vllm-*.json; nothing where those were not measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+_ARMS = {"vllm": "vLLM", "vllm-tight": "vLLM", "vllm-edf": "vLLM, earliest deadline", "vllm-offload": "vLLM, offload"}
+
+
+def beside_vllm(gpus: tuple[str, ...] = ("h100", "h200")) -> str:
+    """The tables of each kind of GPU, as many as there are results for."""
+    return "".join(_speed(gpu) + _turns(gpu) + _promises(gpu) for gpu in gpus)
+
+
+def _read(gpu: str, schedule: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{gpu}-vs-vllm-{schedule}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _phase(record: dict[str, Any], arm: str, phase: str) -> dict[str, Any] | None:
+    found = record["arms"].get(arm, {}).get("phases", {}).get(phase)
+    return None if found is None or "failed" in found or "left_out" in found else found
+
+
+def _speed(gpu: str) -> str:
+    schedule = next((name for name in ("ample", "ample-turns") if _read(gpu, name)), "")
+    record = _read(gpu, schedule)
+    if record is None:
+        return ""
+    rows = []
+    for phase, key, label, number, digits in (
+        ("tpot", "tpot", "TPOT at batch {batch}, ms", "steps_ms", 2),
+        ("prefill", "prefill", "prefill {prompts} x {tokens}, tokens/s", "tokens_per_s", 0),
+    ):
+        ours, peer = _phase(record, "ours", phase), _phase(record, "vllm", phase)
+        if ours is None or peer is None:
+            continue
+        for mine, theirs in zip(ours[key], peer[key], strict=True):
+            rows.append(_row(label.format(**mine), mine[number], theirs[number], digits))
+    ours, peer = _phase(record, "ours", "offline"), _phase(record, "vllm", "offline")
+    if ours is not None and peer is not None:
+        name = f"offline, {ours['requests']:,} mixed requests, output tokens/s"
+        rows.append(_row(name, ours["output_tokens_per_s"], peer["output_tokens_per_s"], 0))
+    ours, peer = _phase(record, "ours", "online"), _phase(record, "vllm", "online")
+    for mine, theirs in zip((ours or {"runs": []})["runs"], (peer or {"runs": []})["runs"], strict=False):
+        at = f"at {mine['rate']:g} requests/s, Azure's lengths:"
+        for name, quantile in (("ttft", "p50"), ("ttft", "p99"), ("tpot", "p50")):
+            label = f"{at} {name.upper()} {quantile}, ms"
+            rows.append(_row(label, *(run["report"][name][quantile] * 1e3 for run in (mine, theirs)), 1))
+    if not rows:
+        return ""
+    starts = record["arms"]["ours"]["start_s"], record["arms"]["vllm"]["start_s"]
+    rows.append(_row("start to ready, s (FlashInfer's kernels built before; vLLM compiles)", *starts, 0))
+    version = record["arms"]["vllm"]["version"]
+    return f"""
+Llama-3-8B's shape, random weights, bf16, {record["device"]["gpu"]}, beside vLLM {version} in one run, over HTTP
+([how](docs/benchmarks.md#beside-vllm), `results/{gpu}-vs-vllm-{schedule}.json`):
+
+| | superinfer | vLLM | faster |
+| --- | --- | --- | --- |
+{"".join(rows)}"""
+
+
+def _turns(gpu: str) -> str:
+    """Conversations on a small pool, with a second tier and without one."""
+    record = _read(gpu, "tiers") or _read(gpu, "ample-turns")
+    if record is None:
+        return ""
+    tiers, alone = (_phase(record, arm, "turns") for arm in ("ours-turns-tiers", "ours-turns"))
+    if tiers is None or alone is None:
+        return ""
+    times = tiers["working_set_tokens"] / tiers["pool_tokens"]
+    with_tier, without = (found["ttft_returning"]["p50"] * 1e3 for found in (tiers, alone))
+    return f"""
+Conversations of the Mooncake trace on a KV pool of a {times:.0f}th of their working set: TTFT p50 of returning turns
+{with_tier:.1f} ms with DRAM behind it, {without:.1f} ms recomputed ({without / with_tier:.1f} ×).
+"""
+
+
+def _row(name: str, ours: float, peer: float, digits: int) -> str:
+    faster = ours / peer if name.endswith("tokens/s") else peer / ours
+    return f"| {name} | {ours:,.{digits}f} | {peer:,.{digits}f} | {faster:.2f} × |\n"
+
+
+def _promises(gpu: str) -> str:
+    slo, tiers = _read(gpu, "slo"), _read(gpu, "tiers")
+    arms = (slo or {"arms": {}})["arms"] | (
+        {name: arm for name, arm in tiers["arms"].items() if name == "vllm-offload"} if tiers else {}
+    )
+    rows = []
+    for name, arm in sorted(arms.items()):
+        for run in (_phase({"arms": arms}, name, "slo") or {"runs": []})["runs"]:
+            met, label = run["report"]["attainment"], _ARMS.get(name, name.replace("ours-", "superinfer, "))
+            cells = f"{met['ttft_met']:.1%} | {met['met']:.1%} | {run['window_tokens_per_s']:,.0f}"
+            rows.append((run["rate"], f"| {run['rate']:g}/s | {label} | {cells} |\n"))
+            assert arm["pool_tokens"], name
+    if slo is None or not rows:
+        return ""
+    settings = slo["settings"]
+    promise = f"first token within {settings['slo']['ttft']:g} s and {settings['slo']['tbt']:g} s a token"
+    return f"""
+Promises kept with a KV pool of {settings["sizes"]["tight"] * 16:,} tokens: Azure's conversation lengths, Poisson
+arrivals for {settings["slo_s"]:g} s, {promise}
+(`results/{gpu}-vs-vllm-slo.json`):
+
+| requests/s | | first token in time | whole answer in time | output tokens/s |
+| --- | --- | --- | --- | --- |
+{"".join(row for _, row in sorted(rows, key=lambda item: item[0]))}"""

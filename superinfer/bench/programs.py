@@ -1,0 +1,103 @@
+"""`superinfer bench programs`: whole programs, end to end, in our language and as the same calls with `openai`.
+
+See docs/benchmarks.md. The two arms may run in one command, taking turns, or in one command each, joined afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from superinfer.bench.program_texts import SHAPES
+from superinfer.cli.options import with_engine_options
+from superinfer.errors import InvalidRequestError, SuperinferError
+from superinfer.runtime.config import EngineConfig
+
+if TYPE_CHECKING:
+    from superinfer.bench.programs_run import Arm, Plan
+
+
+@with_engine_options
+def programs(
+    config: EngineConfig,
+    url_ours: Annotated[
+        str, typer.Option(help="Our arm: a running engine, ipc://… or tcp://…, or a superinfer server, http://….")
+    ] = "",
+    start: Annotated[
+        bool, typer.Option("--start", help="Our arm: an engine of the options below, started here.")
+    ] = False,
+    url_peer: Annotated[str, typer.Option(help="The other arm: an OpenAI-compatible server, http://HOST:PORT.")] = "",
+    peer_model: Annotated[str, typer.Option(help="Which of its models.", show_default="the first")] = "",
+    select_by: Annotated[
+        str, typer.Option(help="Of the other arm: scores, or choice (the server writes one, constrained).")
+    ] = "scores",
+    shapes: Annotated[str, typer.Option(help="Which programs, with commas.")] = ",".join(SHAPES),
+    at_once: Annotated[
+        str, typer.Option(help="Programs that run at once; several with commas, one after another.")
+    ] = "8,32",
+    rounds: Annotated[int, typer.Option(help="How often; medians are shown, all are written.")] = 3,
+    scale: Annotated[float, typer.Option(help="Multiplies all lengths, for models with a short context.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same prompts.")] = 0,
+    limit: Annotated[float, typer.Option(help="Seconds that the programs of one shape may take.")] = 300.0,
+    join: Annotated[
+        list[Path] | None, typer.Option(help="Records of one arm each: run nothing, compare these. Give it twice.")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write everything here, every round.")] = None,
+) -> None:
+    """Run tree-shaped programs at once, ours against the `openai` client's calls, and time them end to end. With
+    --start, --model also takes llama-3-8b, qwen2.5-32b and mixtral-8x7b: their sizes, with random weights."""
+    from superinfer.bench.engine import numbers, save
+    from superinfer.bench.programs_report import check_tokens, compare, joined, table
+    from superinfer.bench.programs_run import Plan, measure
+    from superinfer.bench.record import check_writable
+
+    check_writable(json_path)
+    if join:
+        found = joined(join)
+    else:
+        plan = Plan.of(shapes, numbers("--at-once", at_once), rounds, scale, seed, limit)
+        with _arms(config, url_ours, start, url_peer, peer_model, select_by, plan) as arms:
+            found = asyncio.run(measure(arms, plan))
+    found = compare(found)
+    print(table(found))
+    save(json_path, found)
+    if wrong := check_tokens(found):
+        raise SuperinferError("the arms did not do the same work: " + "; ".join(wrong))
+
+
+@contextlib.contextmanager
+def _arms(
+    config: EngineConfig, url_ours: str, start: bool, url_peer: str, peer_model: str, select_by: str, plan: Plan
+) -> Iterator[list[Arm]]:
+    """Those asked for, ours first. Raises InvalidRequestError for none, or ours twice."""
+    from superinfer.bench.programs_run import OpenAIArm, OurArm
+    from superinfer.bench.shapes import engine_of_shape
+
+    if start and url_ours:
+        raise InvalidRequestError("--start and --url-ours are both our arm; give one")
+    if not (start or url_ours or url_peer):
+        raise InvalidRequestError("nothing to measure: give --url-ours or --start, --url-peer, or both")
+    with contextlib.ExitStack() as stack:
+        arms: list[Arm] = []
+        backend: Any = None
+        if start:
+            import msgspec
+
+            import superinfer as si
+
+            settings, _ = stack.enter_context(engine_of_shape(config, None, tokenizer=True))
+            backend = stack.enter_context(si.Runtime(**msgspec.structs.asdict(settings)))
+        elif url_ours:
+            import superinfer as si
+
+            backend = stack.enter_context(si.RuntimeEndpoint(url_ours))
+        if backend is not None:
+            arms.append(OurArm(backend, url_ours or "started here", plan))
+        if url_peer:
+            arms.append(OpenAIArm(url_peer, peer_model, select_by))
+        yield arms

@@ -1,0 +1,124 @@
+"""The comparison beside another server: what its parts promise, and one whole run on the embedded model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted_server import ScriptedServer, Stream, steady
+
+from superinfer.bench.load import Asking, probe
+from superinfer.bench.openai_stream import OpenAIStreams
+from superinfer.runtime.sim.workload import Job, _Shape
+
+ROOT = Path(__file__).parent.parent.parent
+PEER = ROOT / "benchmarks" / "peer"
+
+
+@pytest.fixture(autouse=True)
+def on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(PEER))
+
+
+def turn(at: float, *blocks: int) -> Any:
+    return _Shape(at, 512 * len(blocks), 10, blocks)
+
+
+def test_all_arms_of_a_pool_have_the_same_bytes_of_kv():
+    from arms import Sizes, command_of, known_arms
+
+    sizes = Sizes(model="m")
+    for pool, blocks in (("ample", 24_000), ("tight", 9_600), ("turns", 4_096)):
+        for arm in (arm for arm in known_arms().values() if arm.pool == pool):
+            command = command_of(arm, sizes, 1)
+            tokens = blocks if arm.engine == "vllm" else blocks * 16
+            assert str(tokens) in command, arm.name
+            tier = str(64 << 30) if arm.engine == "vllm" else str((64 << 30) // (2 << 20) * 16)
+            assert any(tier in part for part in command) == arm.dram, arm.name
+
+
+def test_several_clients_begin_together_and_their_samples_keep_the_jobs_order():
+    from clients import Clients, Work
+
+    jobs = [Job(0.05 * at, 3, 1 + at % 5, (at,), 3) for at in range(11)]
+    with ScriptedServer() as server, Clients(3) as clients:
+
+        async def ask() -> Asking:
+            async with OpenAIStreams(server.url) as streams:
+                known = await streams.describe("")
+                return Asking(await probe(streams, known, Asking(known), [1]))
+
+        outcome = clients.run(Work(asyncio.run(ask()), jobs, 100, 0, drain_s=30, window_s=30))
+    assert [sample.due for sample in outcome.samples] == [job.at for job in jobs]
+    assert [sample.tokens for sample in outcome.samples] == [job.output_length for job in jobs]
+    assert outcome.window_tokens == sum(job.output_length for job in jobs)
+
+
+def test_what_is_not_finished_when_the_drain_is_over_has_failed():
+    from clients import Clients, Work
+
+    async def never(body: dict[str, Any], stream: Stream) -> None:
+        if body["max_tokens"] == 1:
+            return await steady(body, stream)
+        stream.begin()
+        await stream.token(1)
+        await asyncio.sleep(3600)
+
+    jobs = [Job(0.0, 3, 1, (0,), 3), Job(0.0, 3, 5, (1,), 3)]
+    with ScriptedServer(answer=never) as server, Clients(2) as clients:
+
+        async def ask() -> Asking:
+            async with OpenAIStreams(server.url) as streams:
+                return Asking(await probe(streams, await streams.describe(""), Asking(await streams.describe("")), [1]))
+
+        outcome = clients.run(Work(asyncio.run(ask()), jobs, 100, 0, drain_s=2, window_s=1))
+    assert [sample.error for sample in outcome.samples] == ["", "not finished in time"]
+    assert outcome.window_tokens == 2
+
+
+def test_turns_return_to_conversations_and_single_requests_are_left_out():
+    from turns import conversations
+
+    shapes = [
+        turn(0, 0, 1, 2),
+        turn(0, 0, 9),  # shares the first block alone, as all do, and nobody comes back to it
+        turn(1, 0, 1, 2, 3, 4),
+        turn(2, 0, 7, 8),
+        turn(3, 0, 1, 2, 3, 4, 5),
+        turn(5, 0, 7, 8, 6),
+    ]
+    replay = conversations(shapes, 1.0, 10**9, 8192, 20.0)
+    assert [len(job.blocks) for job in replay.jobs] == [3, 5, 3, 6, 4]
+    assert replay.returns == [False, True, False, True, True]
+    assert replay.working_set == 9 * 512
+    assert [job.at for job in replay.jobs] == [0.0, 4.0, 8.0, 12.0, 20.0]
+    shorter = conversations(shapes, 1.0, 10**9, 2700, 20.0)  # tokens of context: the longest turns do not fit
+    assert [len(job.blocks) for job in shorter.jobs] == [3, 5, 3, 4]
+
+
+@pytest.mark.timeout(200)
+def test_a_whole_run_measures_and_writes_what_it_measured(tmp_path: Path):
+    command = [sys.executable, str(PEER / "run.py"), "ample", "--small", "--stand-in", "--gpus", "", "--lanes", "1"]
+    command += [
+        "--phases",
+        "prefill",
+        "--clients",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+        "--scratch",
+        str(tmp_path / "s"),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (tmp_path / "out").glob("*-vs-vllm-ample.json")
+    arm = json.loads(path.read_text())["arms"]["ours"]
+    assert arm["phases"]["prefill"]["prefill"][0]["tokens_per_s"] > 0 and arm["start_s"] > 0
+    assert "prefill 4 x 64" in done.stdout

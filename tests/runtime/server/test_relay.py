@@ -1,0 +1,190 @@
+"""From deltas to one client's text: whichever way each delta goes, the text is whole, in order, and ends once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from superinfer.errors import EngineDeadError
+from superinfer.runtime.protocol import Generate, RequestReport, SamplingParams, SequenceDelta
+from superinfer.runtime.server.relay import MERGE_AT, Feed
+from superinfer.runtime.text import TextClient, TextDelta, TextRequest
+from superinfer.runtime.tokenization import Tokenizer
+
+REPORT = RequestReport(prompt_tokens=1, cached_tokens=0, output_tokens=1, queue_s=0, prefill_s=0, decode_s=0, e2e_s=0)
+
+
+class Door:
+    """Stands for the engine's client: the test says what comes."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[Generate, Callable[[SequenceDelta | Exception], None]]] = []
+        self.cancelled: list[tuple[str, int | None]] = []
+        self.released: list[tuple[str, bool]] = []
+
+    async def open(self, request: Generate, sink: Callable[[SequenceDelta | Exception], None]) -> None:
+        self.requests.append((request, sink))
+
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        self.cancelled.append((request_id, index))
+
+    def release(self, request_id: str, *, finished: bool) -> None:
+        self.released.append((request_id, finished))
+
+    def say(self, request: int, index: int, text: str, *, last: bool = False) -> None:
+        asked, sink = self.requests[request]
+        ids = [TOKENS[character] for character in text]
+        reason: Any = "length" if last else None
+        sink(SequenceDelta(
+            request_id=asked.request_id, index=index, token_ids=ids, finish_reason=reason,
+            report=REPORT if last else None,
+        ))  # fmt: skip
+
+
+TOKENS: dict[str, int] = {}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint: Path) -> Tokenizer:
+    found = Tokenizer(str(tiny_checkpoint))
+    TOKENS.update({character: found.encode(character)[0] for character in "abcdefgh"})
+    return found
+
+
+class Line:
+    """A client's connection that takes what it is given while it is open."""
+
+    def __init__(self, got: list[TextDelta]) -> None:
+        self.is_open = True
+        self.straight = 0
+        self._got = got
+
+    def write(self, deltas: list[TextDelta]) -> None:
+        assert self.is_open and deltas
+        self.straight += 1
+        self._got += deltas
+
+
+async def follow(feed: Feed, got: list[TextDelta]) -> None:
+    while deltas := await feed.get():
+        got += deltas
+        await asyncio.sleep(0)  # a write that takes its time
+
+
+SAY = st.tuples(st.just("say"), st.integers(0, 2), st.text("abcdefgh", min_size=1, max_size=3))
+STEPS = st.lists(st.one_of(SAY, st.just(("open",)), st.just(("shut",)), st.just(("turn",))), max_size=60)
+
+
+# What waits to be read goes first, also where the client keeps up again meanwhile.
+@example(steps=[("turn",), ("shut",), ("say", 0, "a"), ("open",), ("say", 0, "b")])
+@given(steps=STEPS)
+def test_text_comes_whole_and_in_order_whatever_the_client_takes_when(tokenizer: Tokenizer, steps: Any) -> None:
+    async def main() -> None:
+        door, got = Door(), list[TextDelta]()
+        text = TextClient(door, tokenizer)  # type: ignore[arg-type]
+        requests = [TextRequest(prompt=[3], sampling=SamplingParams(n=n)) for n in (2, 1)]
+        with Feed(text, requests, eager=True) as feed:
+            feed.straight = line = Line(got)
+            await feed.start()
+            reader = asyncio.create_task(follow(feed, got))
+            said = ["", "", ""]
+            for step in steps:
+                if step[0] == "say":
+                    said[step[1]] += step[2]
+                    door.say(step[1] // 2, step[1] % 2, step[2])
+                elif step[0] == "turn":
+                    for _ in range(4):
+                        await asyncio.sleep(0)
+                else:
+                    line.is_open = step[0] == "open"
+            for choice in range(3):
+                said[choice] += "h"
+                door.say(choice // 2, choice % 2, "h", last=True)
+            await asyncio.wait_for(reader, 10)
+        assert ["".join(d.text for d in got if d.index == choice) for choice in range(3)] == said
+        ends = [[d.finish_reason for d in got if d.index == choice] for choice in range(3)]
+        assert all(reasons[-1] == "length" and not any(reasons[:-1]) for reasons in ends)
+        assert sorted(finished for _, finished in door.released) == [True, True]
+
+    asyncio.run(main())
+
+
+async def test_deltas_go_straight_once_the_reader_waits(tokenizer: Tokenizer) -> None:
+    door, got = Door(), list[TextDelta]()
+    with Feed(TextClient(door, tokenizer), [TextRequest(prompt=[3])], eager=True) as feed:  # type: ignore[arg-type]
+        feed.straight = line = Line(got)
+        await feed.start()
+        reader = asyncio.create_task(follow(feed, got))
+        await asyncio.sleep(0)
+        for turn in range(5):
+            for _ in range(3):  # messages that a turn of the loop finds there
+                door.say(0, 0, "ab")
+            await asyncio.sleep(0)
+            assert line.straight == turn + 1, "three are one write"
+        assert "".join(d.text for d in got) == "ab" * 15
+        door.say(0, 0, "c", last=True)
+        await reader
+        assert line.straight == 5 and got[-1].finish_reason == "length"
+
+
+async def test_what_a_slow_client_has_not_read_is_merged_not_queued(tokenizer: Tokenizer) -> None:
+    door = Door()
+    with Feed(TextClient(door, tokenizer), [TextRequest(prompt=[3])], eager=True) as feed:  # type: ignore[arg-type]
+        await feed.start()
+        for _ in range(5000):
+            door.say(0, 0, "a")
+            assert len(feed._pending) <= MERGE_AT + 2
+        assert [(d.text, len(d.token_ids)) for d in await feed.get()] == [("a" * 5000, 5000)]
+    assert door.released == [(door.requests[0][0].request_id, False)], "what was left is cancelled"
+
+
+async def test_a_write_that_fails_ends_its_own_answer_only(tokenizer: Tokenizer) -> None:
+    class Broken(Line):
+        def write(self, deltas: list[TextDelta]) -> None:
+            raise ValueError("no such text")
+
+    door = Door()
+    with Feed(TextClient(door, tokenizer), [TextRequest(prompt=[3])], eager=True) as feed:  # type: ignore[arg-type]
+        feed.straight = Broken([])
+        await feed.start()
+        reader = asyncio.create_task(follow(feed, []))
+        await asyncio.sleep(0)
+        door.say(0, 0, "a")  # raises nothing here, where other answers' deltas follow
+        with pytest.raises(ValueError, match="no such text"):
+            await reader
+
+
+async def test_a_stop_string_that_comes_straight_cancels_the_rest(tokenizer: Tokenizer) -> None:
+    door, got = Door(), list[TextDelta]()
+    asked = TextRequest(prompt=[3], stop=("cd",))
+    with Feed(TextClient(door, tokenizer), [asked], eager=True) as feed:  # type: ignore[arg-type]
+        feed.straight = Line(got)
+        await feed.start()
+        reader = asyncio.create_task(follow(feed, got))
+        await asyncio.sleep(0)
+        for piece in ("ab", "c", "de", "fg"):
+            door.say(0, 0, piece)
+            await asyncio.sleep(0)
+        assert "".join(d.text for d in got) == "ab"
+        assert door.cancelled == [(door.requests[0][0].request_id, 0)]
+        door.say(0, 0, "", last=True)
+        await reader
+        assert (got[-1].finish_reason, got[-1].stop) == ("stop", "cd")
+
+
+async def test_the_engines_death_reaches_a_reader_that_waits(tokenizer: Tokenizer) -> None:
+    door = Door()
+    with Feed(TextClient(door, tokenizer), [TextRequest(prompt=[3])], eager=True) as feed:  # type: ignore[arg-type]
+        feed.straight = Line([])
+        await feed.start()
+        reader = asyncio.create_task(follow(feed, []))
+        await asyncio.sleep(0)
+        door.requests[0][1](EngineDeadError("it died"))
+        with pytest.raises(EngineDeadError, match="it died"):
+            await reader
