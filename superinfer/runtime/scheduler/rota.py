@@ -126,7 +126,7 @@ class Rota(BatchScheduler):
 
     def commit(self, result: StepResult, now: float) -> list[SequenceUpdate]:
         """See Scheduler.commit."""
-        self._standing.observe(self._loads[result.step], result.elapsed)
+        self._standing.observe(self._loads[result.step], result.elapsed - result.link.stall_s)
         return super().commit(result, now)
 
     # ------------------------------------------------------------------ plan
