@@ -36,6 +36,7 @@ class TieredMemoryExecutor(MemoryExecutor):
         self.copied: list[int] = []
         self.failed: list[int] = []
         self.stalls = 0
+        self.outs: set[int] = set()
 
     def submit(self, plan: StepPlan) -> None:
         for copy in plan.copies:
@@ -51,11 +52,14 @@ class TieredMemoryExecutor(MemoryExecutor):
 
     def _report(self, result: StepResult) -> None:
         result.copied, result.failed_copies = self.copied, self.failed
-        result.link = LinkUse(in_s=0.001 * len(self.copied))
+        outs = sum(id in self.outs for id in self.copied)
+        result.link = LinkUse(in_s=0.001 * (len(self.copied) - outs), out_s=0.001 * outs)
         self.copied, self.failed = [], []
 
     def _begin(self, copy: BlockCopy) -> None:
         self.under_way[copy.id] = copy
+        if copy.out:
+            self.outs.add(copy.id)
         if self._may_touch(copy):
             self._poison(copy)
 

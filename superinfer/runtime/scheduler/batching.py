@@ -81,7 +81,8 @@ class BatchScheduler(Places):
     def _finish_plan(self, draft: Draft, now: float) -> StepPlan | None:
         self._note_copy_waits(draft, now)
         copies: tuple[BlockCopy, ...] = ()
-        if self._rotation is not None:
+        if self._rotation is not None and self._returns is not None:
+            self._returns.bring_back(now, self._rotation.background_blocks)
             copies = self._rotation.copies_of_plan()
         if not draft.work and not copies:
             if self._rotation is None or self._planned or not self._rotation.kv.num_pending:
