@@ -31,8 +31,9 @@ _OWN_NAMES = {
     for name in ("min_tokens", "top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos")
 }  # fmt: skip
 _ELSEWHERE = Abilities(frozenset({*_NAMES, "max_tokens"}), tools=True)
+_GRAMMARS = {"json_schema": "json", "regex": "regex", "ebnf": "grammar"}  # by our server's names
 _OURS = Abilities(
-    frozenset({*_NAMES, *_OWN_NAMES, "max_tokens"}), prefix=True, plain=True, slo=True, stops=16, tools=True
+    frozenset({*_NAMES, *_OWN_NAMES, "max_tokens", "grammar"}), prefix=True, plain=True, slo=True, stops=16, tools=True
 )
 
 
@@ -85,6 +86,7 @@ class OpenAI(RemoteBackend):
             self.ours = any(card.owned_by == "superinfer" for card in cards)
             if self.ours:
                 self.name, self.abilities = "a superinfer server over HTTP", _OURS  # type: ignore[misc]
+                self.takes_grammars = True
                 served = [card.id for card in cards]
                 self.model = self.model or served[0]
                 if self.model not in served:
@@ -163,6 +165,9 @@ class OpenAI(RemoteBackend):
     def _extra(self, request: CallRequest) -> dict[str, Any]:
         """What our server takes beyond OpenAI's fields."""
         extra = given(request.sampling, _OWN_NAMES)
+        if (grammar := request.sampling.grammar) is not None:
+            kind = _GRAMMARS.get(grammar.kind)
+            extra["structured_outputs"] = {kind: grammar.source} if kind else {"json_object": True}
         if request.program:
             extra["prompt_cache_key"] = request.program
         if self._salt or request.cache_salt:

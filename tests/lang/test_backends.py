@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 import time
@@ -127,6 +129,18 @@ def test_a_session_with_tools_works_over_http(embedded_server: str) -> None:
         again = session.ask("And 30 of them?", temperature=0)
         assert "270" in again.text
         assert again.state.get_meta_info("reply")["cached_tokens"] > 150  # what was said before was not computed again
+
+
+def test_constrained_output_works_over_http(embedded_server: str) -> None:
+    @si.function
+    def program(s):
+        s += "Q: 3 + 4?\nA:" + si.gen("digits", regex=r" ?[0-9]{2}", max_tokens=8, temperature=0)
+        s += si.gen("json", json_schema={"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"],
+                                         "additionalProperties": False}, max_tokens=32, temperature=0)  # fmt: skip
+
+    with si.RuntimeEndpoint(embedded_server) as backend:
+        state = program.run(backend=backend)
+    assert re.fullmatch(" ?[0-9]{2}", state["digits"]) and type(json.loads(state["json"])["a"]) is bool
 
 
 def calculator(expression: str) -> str:
