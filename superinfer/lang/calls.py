@@ -267,7 +267,9 @@ async def _score_choices(context: Context, select: Select) -> _Scored:
     asks = [(ids, start) for ids in tokens]
     if select.method.requires_unconditional_logprobs:
         asks += [(ids[start:], 1) for ids in tokens if len(ids) - start > 1]
-    hints = Hints(group=uuid.uuid4().hex)  # they share the prompt: whoever comes first computes it for all
+    keep_s = context.hints.keep_s if context.hints is not None else None
+    # They share the prompt: whoever comes first computes it for all.
+    hints = Hints(group=uuid.uuid4().hex, keep_s=keep_s)
     tasks = [
         asyncio.ensure_future(backend.score(ids, at, slo=context.slo, program=context.program, hints=hints))
         for ids, at in asks
