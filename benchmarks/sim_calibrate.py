@@ -4,7 +4,7 @@ python benchmarks/sim_calibrate.py azure_conv_2023.csv
 
 Reads results/h200-{latency,decode-variants,profile,link,http-vs-client}.json and the arm `ours` of
 h200-vs-vllm-ample-turns.json; prints what runtime/sim/hardware.py has for `h200-pcie5` and how far off each measured
-figure is with it. The overload runs (h200-vs-vllm-slo.json) are not read: sim_truth.py holds the simulator against them.
+figure is with it. The overload runs (h200-vs-vllm-slo.json) are not read: sim_truth.py compares with them.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def points(ample: dict[str, Any]) -> list[Point]:
 
 
 def kv_rate() -> float:
-    """TB/s at which attention reads the KV cache within a step of 256 decodes, 17.5 GB: nearest to a pool that binds."""
+    """TB/s at which attention reads the KV cache within a step of 256 decodes, 17.5 GB: nearest to a full pool."""
     attention_ms = result("h200-profile")["results"]["decode 256"]["groups_ms"]["attention"]
     return decode("", 0.0, 256, WINDOW).kv / float(attention_ms)
 
@@ -167,6 +167,10 @@ def main() -> None:
     checks = {
         "online 20/s, TPOT ms": (run.tpot.mean * 1e3, there["tpot"]["mean"] * 1e3),
         "online 20/s, TTFT ms": (ttft * 1e3, there["ttft"]["mean"] * 1e3),
+        "online 20/s, steps": (
+            float(run.steps),
+            ample["online"]["runs"][0]["counters"]["superinfer:engine_steps_total"],
+        ),
         "offline, s": (whole.duration, ample["offline"]["seconds"]),
     }
     for name, (simulated, real) in checks.items():

@@ -57,8 +57,8 @@ def asked(sequence: Sequence, job: Job, way_s: float) -> Asked:
     assert slo is not None and slo.ttft is not None
     in_time = first is not None and first <= slo.ttft
     assert sequence.finished_at is not None
-    paced = line.verdict(sequence.finished_at - sequence.arrival).tbt_met
-    return Asked(first, last, line.count, in_time, completed and in_time and paced, completed)
+    lateness = line.verdict(sequence.finished_at - sequence.arrival).lateness + later
+    return Asked(first, last, line.count, in_time, completed and lateness <= 0, completed)
 
 
 def simulated(
@@ -208,7 +208,9 @@ def _show(arm: str, rate: float, errors: dict[str, dict[str, Any] | None]) -> No
             continue
         error = "" if found["error"] is None else f"{found['error'] * 100:+7.1f} {'points' if name in SHARES else '%'}"
         verdict = "" if "bound" not in found else "  within" if found["within"] else f"  MISSED ({found['bound']:.0%})"
-        print(f"  {name:13} predicted {found['predicted']:16,.4f}  measured {found['measured']:16,.4f} {error}{verdict}")
+        print(
+            f"  {name:13} predicted {found['predicted']:16,.4f}  measured {found['measured']:16,.4f} {error}{verdict}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Hardware profiles as data: what a machine moves and computes, and where each figure comes from.
 
 Peaks are the vendor's datasheet (dense, without sparsity; bytes and FLOP per second). What a real engine gets out of a
-peak is an `Efficiency`. Two were measured: one H100 80GB HBM3 under vLLM 0.24 and one H200 under this engine (both PCIe 5
-x16, driver 580, CUDA 13.0, torch 2.11, FlashInfer 0.6.12, November 2026). Other GPUs are given the H100's shares of their
-own peaks, which is an assumption until somebody measures them.
+peak is an `Efficiency`. Two were measured: one H100 80GB HBM3 under vLLM 0.24 and one H200 under this engine (both
+PCIe 5 x16, driver 580, CUDA 13.0, torch 2.11, FlashInfer 0.6.12, November 2026). Other GPUs are given the H100's shares
+of their own peaks, which is an assumption until somebody measures them.
 """
 
 from __future__ import annotations

@@ -215,7 +215,9 @@ def _tier(config: SimConfig, profile: HardwareProfile, shape: ModelShape) -> Tie
     block_bytes = config.page_size * shape.kv_bytes_per_token
     slower = max(1.0, (profile.link_in + profile.link_out) / profile.link_duplex)
     alone, both = (profile.link_in, profile.link_out), (profile.link_in / slower, profile.link_out / slower)
-    return TierLimits(config.dram_tokens // config.page_size, block_bytes, LinkProfile(profile.name, block_bytes, *alone, *both))
+    return TierLimits(
+        config.dram_tokens // config.page_size, block_bytes, LinkProfile(profile.name, block_bytes, *alone, *both)
+    )
 
 
 def _link(profile: HardwareProfile, block_bytes: int) -> VirtualLink:
@@ -448,9 +450,7 @@ def _share(kept: Many[bool]) -> float:
     return sum(kept) / len(kept) if kept else float("nan")
 
 
-def _attainment(
-    done: Many[Sequence], given_up: Many[Sequence]
-) -> tuple[float | None, float | None, dict[str, float]]:
+def _attainment(done: Many[Sequence], given_up: Many[Sequence]) -> tuple[float | None, float | None, dict[str, float]]:
     """Shares with everything met and with the first token in time, and the former by class, of those that promised."""
     kept: dict[SLO | None, list[bool]] = {}
     ttft = []
