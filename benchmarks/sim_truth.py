@@ -123,7 +123,7 @@ def compared(name: str, predicted: float | None, measured: float | None) -> dict
     if predicted is None or measured is None:
         return None
     if name in SHARES:
-        error = predicted - measured
+        error: float | None = predicted - measured
     else:
         error = predicted / measured - 1.0 if measured else (0.0 if predicted == measured else None)
     bound = BOUNDS.get(name)
