@@ -1,9 +1,9 @@
 """Hardware profiles as data: what a machine moves and computes, and where each figure comes from.
 
 Peaks are the vendor's datasheet (dense, without sparsity; bytes and FLOP per second). What a real engine gets out of a
-peak is an `Efficiency`. The only one measured is that of one H100 80GB HBM3 (PCIe 5 x16, driver 580, CUDA 13.0,
-torch 2.11, FlashInfer 0.6.12, vLLM 0.24, November 2026); other GPUs are given the same shares of their own peaks, which
-is an assumption until somebody measures them.
+peak is an `Efficiency`. Two were measured: one H100 80GB HBM3 under vLLM 0.24 and one H200 under this engine (both
+PCIe 5 x16, driver 580, CUDA 13.0, torch 2.11, FlashInfer 0.6.12, November 2026). Other GPUs are given the H100's shares
+of their own peaks, which is an assumption until somebody measures them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ class Efficiency(NamedTuple):
     matmul, attention: of peak FLOP/s, in prefill's wide matmuls and in its causal attention.
     step_s: seconds a step takes beyond what its bytes and FLOP explain: launches, sampling, host.
     decode_s: seconds each decoding request adds beyond the KV it reads.
+    pieces_s, eager_s: seconds a step with prefill chunks takes beyond all that, as the device waits for the host: where
+        the engine replays graphs between the layers' attention, and where it has more tokens than it has graphs for and
+        launches each kernel. No terms of the scheduler's cost model, which learns them into the others; the simulated
+        executor adds them (docs/simulator.md).
     """
 
     weights: float
@@ -30,6 +34,8 @@ class Efficiency(NamedTuple):
     attention: float
     step_s: float
     decode_s: float
+    pieces_s: float = 0.0
+    eager_s: float = 0.0
 
 
 # From an H100, each figure over the datasheet's 3.35 TB/s and 989 TFLOP/s:
@@ -42,6 +48,18 @@ class Efficiency(NamedTuple):
 #            Llama-3-8B (1,024 and 4,000 positions attended on average, 0.52 MFLOP each; step_s taken off).
 HOPPER = Efficiency(
     weights=2.73 / 3.35, kv=2.80 / 3.35, matmul=680 / 989, attention=578 / 989, step_s=1.0e-3, decode_s=8.0e-6
+)  # fmt: skip
+
+# From an H200 under this engine, what benchmarks/sim_calibrate.py prints (results/sim-calibration-h200.json), over the
+# datasheet's 4.8 TB/s and 989 TFLOP/s. No run under overload went into it.
+# weights    the H100's share: the sum of it and step_s is what decode at batch 1 to 128 shows.
+# kv         attention's part of a step of 256 decodes of 521 tokens: 3.23 TB/s. (One call alone, 128 x 1024: 2.57.)
+# matmul, attention, step_s, decode_s, pieces_s: least squares over TPOT at batch 1 to 256, prefill of 512 to 8,000
+#            tokens and the TTFT of one prompt of 128 to 1,024 tokens on an idle engine.
+# eager_s    what makes the mean TPOT of 20 requests/s, with a pool that does not bind, the measured one.
+HOPPER_H200 = Efficiency(
+    weights=0.815, kv=0.674, matmul=0.736, attention=0.353, step_s=0.741e-3, decode_s=5.39e-6, pieces_s=3.63e-3,
+    eager_s=9.3e-3,
 )  # fmt: skip
 
 
@@ -75,8 +93,9 @@ PROFILES = {
             "53.2 in, 49-54 out, 89-95 GB/s both at once",
         ),
         HardwareProfile(
-            "h200-pcie5", 141 * GIGA, 4.8 * TERA, 989 * TERA, 53.2 * GIGA, 51.5 * GIGA, 92 * GIGA, HOPPER,
-            "H200 SXM datasheet: 141 GB HBM3e, 4.8 TB/s, 989 TFLOP/s; PCIe 5 x16 as measured on the H100",
+            "h200-pcie5", 141 * GIGA, 4.8 * TERA, 989 * TERA, 54.1 * GIGA, 53.9 * GIGA, 96.4 * GIGA, HOPPER_H200,
+            "H200 SXM datasheet: 141 GB HBM3e, 4.8 TB/s, 989 TFLOP/s; PCIe 5 x16 measured with the engine's own copies "
+            "of 2 MiB: 54.1 in, 53.9 out, 96.4 GB/s both at once",
         ),
         HardwareProfile(
             "gh200-96", 96 * GIGA, 4.0 * TERA, 990 * TERA, 450 * GIGA, 450 * GIGA, 500 * GIGA, HOPPER,

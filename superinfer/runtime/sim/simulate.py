@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from array import array
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
@@ -14,6 +16,7 @@ from superinfer.errors import InvalidRequestError
 from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
 from superinfer.runtime.kv.duplex import build_cache
 from superinfer.runtime.kv.link import VirtualLink
+from superinfer.runtime.kv.link_profile import LinkProfile
 from superinfer.runtime.protocol import SamplingParams
 from superinfer.runtime.scheduler.base import Scheduler, SchedulerLimits
 from superinfer.runtime.scheduler.cost import CostError, StepCost, StepRates
@@ -39,6 +42,9 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     link; 0: none. prefix_aware: whether policy "rota" decides by what of a prompt is cached; off only to measure what
     that is worth. depth: steps planned ahead of the results, as in the engine: 1 waits for each. The time `plan` itself
     takes is measured, not simulated.
+    way_s: from the client to the engine. None: a request arrives when its client sends it. Else it arrives when the
+        engine, between two steps, comes to read it, `way_s` after it was sent at the earliest.
+    give_up_s: seconds after the last request was sent, when all that are left are given up. None: never.
     """
 
     policy: str = "fcfs"
@@ -51,6 +57,8 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: bool = True
     prefix_aware: bool = True
     depth: int = 1
+    way_s: float | None = None
+    give_up_s: float | None = None
 
 
 class Quantiles(msgspec.Struct, frozen=True):
@@ -106,7 +114,8 @@ class Residency(msgspec.Struct, frozen=True, array_like=True):
 class SimResult(msgspec.Struct, frozen=True, kw_only=True):
     """What came of one run. Seconds of simulated time, unless a name says otherwise.
 
-    requests: finished. refused: longer than the engine takes, not run. ttft, tbt (between tokens, all gaps) and tpot
+    requests: finished. refused: longer than the engine takes, not run. given_up: see `SimConfig`; they kept no promise,
+        and count in ttft_met and met alone. ttft, tbt (between tokens, all gaps) and tpot
         (each request's mean gap): quantiles. within_1s, within_5s: of first tokens.
     ttft_met, met: shares of requests whose first token, and whose whole promise, was in time, of those that have such
         a promise; None if none has. met_by_class: `met` for each SLO, as JSON.
@@ -143,10 +152,17 @@ class SimResult(msgspec.Struct, frozen=True, kw_only=True):
     cost_error: CostError
     moved: Movement | None = None
     residency: list[Residency] = []
+    given_up: int = 0
 
 
-def simulate(jobs: Many[Job], profile: HardwareProfile, shape: ModelShape, config: SimConfig) -> SimResult:
-    """Run the jobs to their end.
+def simulate(
+    jobs: Many[Job],
+    profile: HardwareProfile,
+    shape: ModelShape,
+    config: SimConfig,
+    on_end: Callable[[Sequence], None] | None = None,
+) -> SimResult:
+    """Run the jobs to their end. on_end: told of each sequence that ended; its id is its place in `jobs`.
 
     Raises InvalidRequestError if the model does not fit the machine, and for an unknown policy.
     """
@@ -162,26 +178,46 @@ def simulate(jobs: Many[Job], profile: HardwareProfile, shape: ModelShape, confi
         max_model_len=min(config.max_model_len, num_blocks * config.page_size),
         vocab_size=shape.vocab,
     )
-    tier = _tier(config, shape)
-    kv = build_cache(num_blocks, tier.num_blocks if tier else 0, config.page_size, prefix_cache=config.prefix_cache)
+    tier = _tier(config, profile, shape)
+    kv = build_cache(
+        num_blocks,
+        tier.num_blocks if tier else 0,
+        config.page_size,
+        prefix_cache=config.prefix_cache,
+        link=tier.link if tier else None,
+    )
     batch = SchedulerLimits(limits.num_slots, config.max_batch_tokens, limits.max_model_len)
     scheduler = build_scheduler(config.policy, kv, batch, StepCost(rates))
     if isinstance(scheduler, Rota):
         scheduler.prefix_aware = config.prefix_aware
     link = _link(profile, tier.block_bytes) if tier else None
-    executor = SimExecutor(rates, limits, depth=config.depth, tier=tier, link=link)
-    run = _Run(scheduler, executor, StepCost(rates))
+    share = profile.efficiency
+    executor = SimExecutor(
+        rates,
+        limits,
+        depth=config.depth,
+        tier=tier,
+        link=link,
+        pieces_s=share.pieces_s,
+        eager_s=share.eager_s,
+    )
+    run = _Run(scheduler, executor, StepCost(rates), config, on_end)
     started = time.perf_counter()
     run.all(jobs)
     return run.result(config.policy, time.perf_counter() - started)
 
 
-def _tier(config: SimConfig, shape: ModelShape) -> TierLimits | None:
+def _tier(config: SimConfig, profile: HardwareProfile, shape: ModelShape) -> TierLimits | None:
     if not config.dram_tokens:
         return None
     if config.dram_tokens < config.page_size:
         raise InvalidRequestError(f"dram_tokens={config.dram_tokens} is less than one block of {config.page_size}")
-    return TierLimits(config.dram_tokens // config.page_size, config.page_size * shape.kv_bytes_per_token)
+    block_bytes = config.page_size * shape.kv_bytes_per_token
+    slower = max(1.0, (profile.link_in + profile.link_out) / profile.link_duplex)
+    alone, both = (profile.link_in, profile.link_out), (profile.link_in / slower, profile.link_out / slower)
+    return TierLimits(
+        config.dram_tokens // config.page_size, block_bytes, LinkProfile(profile.name, block_bytes, *alone, *both)
+    )
 
 
 def _link(profile: HardwareProfile, block_bytes: int) -> VirtualLink:
@@ -215,6 +251,7 @@ class _Tally:
     plan_s: array[float] = field(default_factory=lambda: array("d"))
     gaps: array[float] = field(default_factory=lambda: array("f"))
     finished: list[Sequence] = field(default_factory=list)
+    given_up: list[Sequence] = field(default_factory=list)
     last_token: dict[int, float] = field(default_factory=dict)
     residency: list[Residency] = field(default_factory=list)
     dram_peak: float = 0.0
@@ -223,20 +260,34 @@ class _Tally:
 class _Run:
     """One scheduler, one executor and a clock."""
 
-    def __init__(self, scheduler: Scheduler, executor: SimExecutor, cost: StepCost) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: SimExecutor,
+        cost: StepCost,
+        config: SimConfig,
+        on_end: Callable[[Sequence], None] | None,
+    ) -> None:
         self._scheduler = scheduler
         self._executor = executor
         self._cost = cost
+        self._way_s = config.way_s
+        self._give_up_s = config.give_up_s
+        self._on_end = on_end
+        self._live: dict[int, Sequence] = {}
         self._tally = _Tally()
         self._under_way = 0
 
     def all(self, jobs: Many[Job]) -> None:
         """The event loop. An event is an arrival or the end of a step; between two, time passes and nothing else."""
-        now, at, tally = 0.0, 0, self._tally
+        now, at, tally, way_s = 0.0, 0, self._tally, self._way_s or 0.0
+        until = jobs[-1].at + self._give_up_s if jobs and self._give_up_s is not None else math.inf
         while True:
-            while at < len(jobs) and jobs[at].at <= now:
-                self._arrive(at, jobs[at])
+            while at < len(jobs) and jobs[at].at + way_s <= now:
+                self._arrive(at, jobs[at], jobs[at].at if self._way_s is None else now)
                 at += 1
+            if now >= until and at == len(jobs):
+                self._give_up(now)
             self._record(self._scheduler.expire(now), now)
             self._sample(now)
             if self._under_way < self._executor.depth and self._plan(now):
@@ -244,13 +295,26 @@ class _Run:
             if self._under_way:
                 now = self._finish_step(now)
             elif at < len(jobs):
-                now = max(now, jobs[at].at)
+                now = max(now, jobs[at].at + way_s)
             elif tally.live:
                 raise RuntimeError(f"{tally.live} requests are left and the scheduler plans nothing")
             else:
                 return
 
-    def _arrive(self, number: int, job: Job) -> None:
+    def _give_up(self, now: float) -> None:
+        """The clients are gone."""
+        for sequence in list(self._live.values()):
+            self._scheduler.cancel(sequence, now)
+            self._tally.live -= 1
+            self._ended(sequence, self._tally.given_up)
+
+    def _ended(self, sequence: Sequence, among: list[Sequence]) -> None:
+        self._live.pop(sequence.id, None)
+        among.append(sequence)
+        if self._on_end is not None:
+            self._on_end(sequence)
+
+    def _arrive(self, number: int, job: Job, arrival: float) -> None:
         tally = self._tally
         if job.prompt_length + job.output_length > self._executor.limits.max_model_len:
             tally.refused += 1
@@ -259,16 +323,15 @@ class _Run:
             tally.first = job.at
         tally.live += 1
         tally.peak_live = max(tally.peak_live, tally.live)
-        self._scheduler.add(
-            Sequence(
-                id=number,
-                prompt=job.prompt(),
-                arrival=job.at,
-                max_tokens=job.output_length,
-                sampling=IGNORE_EOS,
-                slo=job.slo,
-            )
+        sequence = self._live[number] = Sequence(
+            id=number,
+            prompt=job.prompt(),
+            arrival=arrival,
+            max_tokens=job.output_length,
+            sampling=IGNORE_EOS,
+            slo=job.slo,
         )
+        self._scheduler.add(sequence)
 
     def _plan(self, now: float) -> bool:
         started = time.thread_time()  # other processes of the machine are no part of it
@@ -315,7 +378,7 @@ class _Run:
             if reason is not None:
                 tally.live -= 1
                 tally.last_token.pop(sequence.id, None)
-                tally.finished.append(sequence)
+                self._ended(sequence, tally.finished)
 
     def result(self, policy: str, wall_s: float) -> SimResult:
         """Sum up."""
@@ -325,7 +388,7 @@ class _Run:
         spans = [(s.timeline.first, s.timeline.last, s.timeline.count) for s in done]
         tpot = [(b - a) / (n - 1) for a, b, n in spans if a is not None and b is not None and n > 1]
         duration = max(tally.last - (tally.first or 0.0), 1e-9)
-        met, ttft_met, by_class = _attainment(done)
+        met, ttft_met, by_class = _attainment(done, tally.given_up)
         prompt_tokens = sum(s.num_prompt for s in done)
         return SimResult(
             policy=policy,
@@ -340,7 +403,7 @@ class _Run:
             met_by_class=by_class,
             within_1s=_share([t <= 1.0 for t in ttft]),
             within_5s=_share([t <= 5.0 for t in ttft]),
-            goodput=(met or 0.0) * sum(map(_promises, done)) / duration,
+            goodput=(met or 0.0) * sum(map(_promises, [*done, *tally.given_up])) / duration,
             tokens_per_s=tally.tokens / duration,
             preemptions=self._scheduler.counts().preemptions,
             steps=tally.steps,
@@ -353,6 +416,7 @@ class _Run:
             cost_error=self._cost.error(),
             moved=self._movement(duration),
             residency=tally.residency,
+            given_up=len(tally.given_up),
         )
 
     def _movement(self, duration: float) -> Movement | None:
@@ -386,7 +450,7 @@ def _share(kept: Many[bool]) -> float:
     return sum(kept) / len(kept) if kept else float("nan")
 
 
-def _attainment(done: Many[Sequence]) -> tuple[float | None, float | None, dict[str, float]]:
+def _attainment(done: Many[Sequence], given_up: Many[Sequence]) -> tuple[float | None, float | None, dict[str, float]]:
     """Shares with everything met and with the first token in time, and the former by class, of those that promised."""
     kept: dict[SLO | None, list[bool]] = {}
     ttft = []
@@ -396,6 +460,11 @@ def _attainment(done: Many[Sequence]) -> tuple[float | None, float | None, dict[
         kept.setdefault(sequence.slo, []).append(verdict.met)
         if sequence.slo is not None and sequence.slo.ttft is not None:
             ttft.append(verdict.ttft_met)
+    for sequence in filter(_promises, given_up):
+        kept.setdefault(sequence.slo, []).append(False)
+        if sequence.slo is not None and sequence.slo.ttft is not None:
+            first = sequence.timeline.first
+            ttft.append(first is not None and first <= sequence.slo.ttft)
     if not kept:
         return None, None, {}
     by_class = {msgspec.json.encode(slo).decode(): _share(values) for slo, values in kept.items()}

@@ -121,6 +121,47 @@ def test_a_step_that_waits_for_a_copy_ends_later_by_what_the_link_takes():
         SimExecutor(RATES, limits).submit(StepPlan(1, work, (init,), copies=copies))
 
 
+@pytest.mark.parametrize(("prompt", "more"), [(1000, 0.003), (1024, 0.003), (1025, 0.009)])
+def test_a_step_with_prompt_tokens_takes_what_its_launch_costs_beyond_and_decodes_do_not(prompt, more):
+    slow = H100._replace(efficiency=H100.efficiency._replace(pieces_s=0.003, eager_s=0.009))
+    with_it, without = (simulate([job(0.0, prompt, 4)], profile, LLAMA, SimConfig()) for profile in (slow, H100))
+    assert with_it.ttft.p50 - without.ttft.p50 == pytest.approx(more)
+    assert with_it.tpot.mean == pytest.approx(without.tpot.mean)
+
+
+def test_a_request_that_comes_while_a_step_runs_is_read_when_that_ends():
+    jobs = [job(0.0, 8000, 2), job(0.1, 10, 2, 1)]
+    arrivals: dict[int, float] = {}
+
+    def ended(sequence):
+        arrivals[sequence.id] = sequence.arrival
+
+    config = SimConfig(way_s=0.002)
+    result = simulate(jobs, H100, LLAMA, config, ended)
+    assert result.requests == 2
+    assert arrivals[0] == pytest.approx(0.002)
+    assert arrivals[1] == pytest.approx(0.002 + RATES.seconds(StepLoad(8000, 0, 0, 8000 * 8001 / 2)))
+    simulate(jobs, H100, LLAMA, SimConfig(), ended)
+    assert arrivals == {0: 0.0, 1: 0.1}
+
+
+def test_what_clients_gave_up_kept_no_promise_and_counts_in_no_mean():
+    easy, endless = SLO(ttft=1.0, tbt=1.0), 100_000
+    jobs = [job(0.0, 10, 5, 0, easy), job(0.0, 10, endless, 1, easy)]
+    ends: dict[int, str | None] = {}
+    result = simulate(
+        jobs,
+        H100,
+        LLAMA,
+        SimConfig(give_up_s=2.0),
+        lambda sequence: ends.__setitem__(sequence.id, sequence.finish_reason),
+    )
+    assert ends == {0: "length", 1: "cancelled"}
+    assert (result.requests, result.given_up) == (1, 1)
+    assert (result.ttft_met, result.met) == (1.0, 0.5)
+    assert result.duration == pytest.approx(2.0, abs=0.1)
+
+
 def test_shared_prompts_are_computed_once():
     jobs = [Job(float(n), 2048, 4, (7, 8, 9, 10), 512) for n in range(3)]
     result = simulate(jobs, H100, LLAMA, SimConfig())
