@@ -36,7 +36,7 @@ class Backend(ABC):
     takes_messages: its requests need the prompt as a Chat too.
     """
 
-    takes_grammars: ClassVar[bool] = False
+    takes_grammars: bool = False
     takes_messages: ClassVar[bool] = False
 
     @abstractmethod

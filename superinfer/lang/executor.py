@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import threading
-import time
-import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from superinfer.errors import DeadlineMissedError, InvalidRequestError, OverloadedError, RequestCancelledError
 from superinfer.lang import calls
-from superinfer.lang.backend import Backend
-from superinfer.lang.callgraph import Call, CallGraph, site_of
-from superinfer.lang.conversation import Conversation
+from superinfer.lang.callgraph import Call, site_of
 from superinfer.lang.ir import (
     Expr,
     Gen,
@@ -37,143 +32,23 @@ from superinfer.lang.ir import (
 )
 from superinfer.lang.loop import language_loop, on_language_loop
 from superinfer.lang.outcome import Outcome
-from superinfer.lang.planner import NO_PAUSES, Planner, Sent, unseen
+from superinfer.lang.planner import NO_PAUSES, Sent, unseen
 from superinfer.lang.promise import Promise, Promises
 from superinfer.lang.prompt import Transcript
-from superinfer.lang.report import CallWatch, Ledger
-from superinfer.lang.sampling import DEFAULT_MAX_TOKENS, Sampling
+from superinfer.lang.report import CallWatch
+from superinfer.lang.sampling import DEFAULT_MAX_TOKENS
+from superinfer.lang.steps import Append, Ask, Fork, OpenScope, Say, Step
 from superinfer.lang.unknown import DataDependent
 from superinfer.lang.variable import Feed, Variable
 from superinfer.runtime.protocol import Hints
+
+if TYPE_CHECKING:
+    from superinfer.lang.run import Run
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 MAX_TRACED = 1000  # calls, after which a trace is not expected to end
-
-
-class Say(NamedTuple):
-    """Expressions to execute that make no call and fill no variable."""
-
-    exprs: tuple[Expr, ...]
-
-
-class Step(NamedTuple):
-    """An expression to execute, the variable it fills, and what held where it was appended."""
-
-    expr: Gen | Select | VarScopeBegin
-    variable: Variable
-    promises: Promises
-    seen: frozenset[int]  # calls whose outcome the program knew when it appended this
-
-
-class Ask(NamedTuple):
-    """Compute something from the state when its turn comes, even after a failure."""
-
-    compute: Callable[[], Any]
-    answer: Outcome[Any]
-
-
-class Fork(NamedTuple):
-    """Let children begin from here."""
-
-    children: tuple[StreamExecutor, ...]
-
-
-class Append(NamedTuple):
-    """Append what children, all of them idle, have said since they were forked."""
-
-    children: tuple[StreamExecutor, ...]
-
-
-@dataclass(frozen=True)
-class OpenScope:
-    """A variable scope that has begun: where in the text, and what it will fill."""
-
-    name: str
-    start: int
-    variable: Variable
-
-
-class Run:
-    """One run of a program: what its state and all forks of it have in common."""
-
-    def __init__(
-        self,
-        backend: Backend,
-        sampling: Sampling,
-        ledger: Ledger,
-        *,
-        is_async: bool,
-        stream: bool,
-        due: float = math.inf,
-        planner: Planner | None = None,
-        tracing: bool = False,
-        slo_class: str = "",
-        session: Conversation | None = None,
-    ) -> None:
-        """due: by when the program must be done, on `clock`. planner: plans its calls and learns from them; None: each
-        is sent all that is left. tracing: nothing is sent, variables hold Unknown. session: what it is a turn of."""
-        self.id = uuid.uuid4().hex
-        self.session = session
-        self.program_id = session.id if session is not None else self.id  # as the engine is told
-        self.backend = backend
-        self.sampling = sampling
-        self.ledger = ledger
-        self.is_async = is_async
-        self.stream = stream
-        self.due = due
-        self.planner = planner
-        self.tracing = tracing
-        self.slo_class = slo_class
-        self.graph = CallGraph(ledger.name)
-        self.clock = time.monotonic
-        self.task: asyncio.Task[Any] | None = None  # of a program that runs in the background on the language's loop
-        self.executors: list[StreamExecutor] = []  # the first is the program's own state; none once it has ended
-        self._has_ended = False
-        render = backend.render_chat
-        StreamExecutor(self, Transcript(render) if session is None else session.transcript(render))
-        if session is not None:
-            self.root.variables = session.variables()
-        self.root.start()
-
-    @property
-    def root(self) -> StreamExecutor:
-        """Of the program's own state, until the program has ended."""
-        return self.executors[0]
-
-    def abort(self, error: BaseException) -> None:
-        """Fail every state that is not failed yet and cancel its calls. From any thread."""
-        for executor in list(self.executors):
-            executor.fail(error)
-
-    def cancel(self) -> None:
-        """Give the program up: its requests are cancelled on the engine."""
-        self.abort(RequestCancelledError(f"program {self.ledger.name} was cancelled"))
-        if self.task is not None:
-            language_loop().loop.call_soon_threadsafe(self.task.cancel)
-
-    def check_turn(self) -> None:
-        """Raises InvalidRequestError for a turn after which a session could not go on."""
-        role = self.root.transcript.role if self.root.error is None else None
-        if self.session is not None and role is not None:
-            raise InvalidRequestError(f"the turn ends inside a {role} message; end it, so that the session can go on")
-
-    def end(self) -> None:
-        """The program has ended. From any thread. Safe to call twice."""
-        if self._has_ended:
-            return
-        self._has_ended = True
-        if self.session is not None:
-            ended_well = self.root.error is None
-            self.session.end(self.root.transcript if ended_well else None, self.root.variables)
-        self.ledger.ended = self.clock()
-        self.graph.ended = self.ledger.ended - self.ledger.started
-        if self.planner is not None and all(executor.error is None for executor in self.executors):
-            self.planner.history.learn(self.graph)
-        for executor in self.executors:
-            executor.loop.call_soon_threadsafe(executor.end)
-        self.executors = []  # they know us: this way all of it goes when the program's states do
 
 
 class StreamExecutor:

@@ -18,7 +18,10 @@ from superinfer.errors import (
 )
 from superinfer.lang.backend import CallRequest
 from superinfer.lang.loop import language_loop
+from superinfer.lang.openai_tools import CallDeltas, wire_messages
+from superinfer.lang.prompt import Prompt
 from superinfer.lang.remote import Abilities, Answering, RemoteBackend, given
+from superinfer.runtime.protocol import SamplingParams
 from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import TextDelta
 
@@ -27,8 +30,11 @@ _OWN_NAMES = {
     name: name
     for name in ("min_tokens", "top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos")
 }  # fmt: skip
-_ELSEWHERE = Abilities(frozenset({*_NAMES, "max_tokens"}))
-_OURS = Abilities(frozenset({*_NAMES, *_OWN_NAMES, "max_tokens"}), prefix=True, plain=True, slo=True, stops=16)
+_ELSEWHERE = Abilities(frozenset({*_NAMES, "max_tokens"}), tools=True)
+_GRAMMARS = {"json_schema": "json", "regex": "regex", "ebnf": "grammar"}  # by our server's names
+_OURS = Abilities(
+    frozenset({*_NAMES, *_OWN_NAMES, "max_tokens", "grammar"}), prefix=True, plain=True, slo=True, stops=16, tools=True
+)
 
 
 class OpenAI(RemoteBackend):
@@ -37,7 +43,8 @@ class OpenAI(RemoteBackend):
         OpenAI("gpt-5-mini")                                        # OpenAI, key in OPENAI_API_KEY
         OpenAI("embedded", base_url="http://127.0.0.1:8000/v1")     # a superinfer server, or any other
 
-    Takes chat programs: messages, each answer written by one `gen`. Our own server is known by its `/v1/models`; it
+    Takes chat programs: messages, each answer written by one `gen`, and tools, whose calls come back as the text that
+    `tool_calls` reads. Our own server is known by its `/v1/models`; it
     also takes beginnings of answers, text without roles, all sampling arguments, and SLOs. Elsewhere `on_miss` is
     enforced from here.
     """
@@ -79,6 +86,7 @@ class OpenAI(RemoteBackend):
             self.ours = any(card.owned_by == "superinfer" for card in cards)
             if self.ours:
                 self.name, self.abilities = "a superinfer server over HTTP", _OURS  # type: ignore[misc]
+                self.takes_grammars = True
                 served = [card.id for card in cards]
                 self.model = self.model or served[0]
                 if self.model not in served:
@@ -103,10 +111,20 @@ class OpenAI(RemoteBackend):
             super().flush_cache()
         self._salt = f"flushed {uuid.uuid4().hex} "
 
+    async def cache_prefix(self, prefix: Prompt) -> None:
+        """Have our server compute the KV of closed messages. Raises UnsupportedError elsewhere."""
+        if not self.ours or prefix.chat.plain is not None or prefix.chat.role is not None:
+            await super().cache_prefix(prefix)
+        sampling = SamplingParams(max_tokens=1, temperature=0.0)
+        request = CallRequest(prompt=prefix.text, chat=prefix.chat, sampling=sampling)
+        async for _ in self._ask(request):
+            pass
+
     async def _ask(self, request: CallRequest) -> AsyncGenerator[TextDelta, None]:
         import openai
 
         answering = Answering(request.sampling.n)
+        tools: dict[int, CallDeltas] = {}
         try:
             async with await self._open(request) as chunks:
                 async for chunk in chunks:
@@ -114,11 +132,15 @@ class OpenAI(RemoteBackend):
                         text = choice.text if request.chat.plain is not None else choice.delta.content
                         if text:
                             yield answering.text(choice.index, text)
+                        if request.chat.plain is None and choice.delta.tool_calls:
+                            tools.setdefault(choice.index, CallDeltas()).add(choice.delta.tool_calls)
                         if choice.finish_reason is not None:
                             answering.reasons[choice.index] = "length" if choice.finish_reason == "length" else "stop"
                     _account(answering, chunk)
         except openai.APIError as error:
             raise as_ours(error) from error
+        for index, calls in tools.items():
+            yield answering.text(index, calls.text())
         for delta in answering.last():
             yield delta
 
@@ -132,7 +154,9 @@ class OpenAI(RemoteBackend):
         extra = self._extra(request) if self.ours else {}
         if request.chat.plain is not None:
             return await self._client.completions.create(prompt=request.chat.plain, extra_body=extra, **asked)
-        messages = list(request.chat.messages)
+        messages = wire_messages(request.chat.messages)
+        if request.chat.tools:
+            asked["tools"] = list(request.chat.tools)
         if request.chat.begun:
             messages.append({"role": "assistant", "content": request.chat.begun})
             extra["continue_final_message"] = True
@@ -141,6 +165,11 @@ class OpenAI(RemoteBackend):
     def _extra(self, request: CallRequest) -> dict[str, Any]:
         """What our server takes beyond OpenAI's fields."""
         extra = given(request.sampling, _OWN_NAMES)
+        if (grammar := request.sampling.grammar) is not None:
+            kind = _GRAMMARS.get(grammar.kind)
+            extra["structured_outputs"] = {kind: grammar.source} if kind else {"json_object": True}
+        if request.program:
+            extra["prompt_cache_key"] = request.program
         if self._salt or request.cache_salt:
             extra["cache_salt"] = self._salt + request.cache_salt
         if request.slo is not None and request.slo.promises_anything:

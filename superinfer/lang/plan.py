@@ -167,7 +167,7 @@ def _row(
 
 
 def _learnt_row(name: str, site: Site, deadline: float | None) -> PlannedCall:
-    due = None if deadline is None else max(0.0, deadline - site.tail - site.tail_spread)
+    due = None if deadline is None else max(0.0, deadline - site.tail)
     return PlannedCall(call=name, after=None, tokens=site.tokens, takes_s=site.work, due_s=due)
 
 

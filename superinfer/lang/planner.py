@@ -22,12 +22,21 @@ YIELD_S = 60.0  # later than its program's deadline is due what belongs to a pro
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a call takes and what must follow it. `seconds`: False where only their proportion is known."""
+    """What a call takes and what must follow it. `seconds`: False where only their proportion is known.
+
+    spread: how far what follows is from `tail` on average. share: of what its program has left to do.
+    """
 
     own: float
     tail: float
     seconds: bool = True
     share: float = 1.0
+    spread: float = 0.0
+
+    @property
+    def least(self) -> float:
+        """Less than this is too little, even for a run that goes well."""
+        return self.own + max(0.0, self.tail - self.spread)
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ NO_PAUSES = Pauses()
 
 
 def share(left: float, estimate: Estimate) -> float:
-    """The part of `left` that the call may take."""
+    """The part of `left` that the call may take: all that what must follow leaves, or else in proportion."""
     if estimate.seconds and left - estimate.tail >= estimate.own:
         return left - estimate.tail
     whole = estimate.own + estimate.tail
@@ -95,7 +104,7 @@ class Planner:
         """None where nothing is known."""
         known = self.history.site(self.program, site)
         if known is not None:
-            return Estimate(known.work, known.tail + known.tail_spread, share=known.share)
+            return Estimate(known.work, known.tail, share=known.share, spread=known.tail_spread)
         return self._traced.get(site)
 
     def send(self, call: Call, promise: Promise, left: float, group: str, pauses: Pauses = NO_PAUSES) -> Sent:
@@ -110,7 +119,7 @@ class Planner:
         if estimate is None:
             return Sent(slo, hints)
         weight = slo.weight * max(estimate.share, LEAST_SHARE)
-        if estimate.seconds and left < estimate.own + estimate.tail:
+        if estimate.seconds and left < estimate.least:
             planned = left + YIELD_S  # the promise is as good as lost: those that can be kept go first
         elif (planned := max(share(left, estimate), SPENT_DEADLINE)) >= slo.deadline:
             return Sent(slo if weight == slo.weight else msgspec.structs.replace(slo, weight=weight), hints)

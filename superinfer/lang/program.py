@@ -15,16 +15,16 @@ from typing import Any, overload
 
 from superinfer.errors import InvalidRequestError, UnsupportedError
 from superinfer.lang.backend import Backend, resolve_backend
+from superinfer.lang.batch import as_tasks, check_at_once, check_items, in_threads
 from superinfer.lang.callgraph import CallGraph
-from superinfer.lang.executor import Run
 from superinfer.lang.history import History
-from superinfer.lang.loop import language_loop, on_language_loop
+from superinfer.lang.loop import language_loop
 from superinfer.lang.options import TAKEN_NAMES, RunOptions
-from superinfer.lang.outcome import Outcome
 from superinfer.lang.plan import ProgramPlan, plan
 from superinfer.lang.planner import Planner
 from superinfer.lang.promise import Promises, check_deadline, check_slo
 from superinfer.lang.report import Ledger
+from superinfer.lang.run import Run
 from superinfer.lang.state import ProgramState, inside_run
 from superinfer.lang.trace import ProgramTrace
 from superinfer.lang.tracing import constant_prefix, trace
@@ -313,15 +313,8 @@ class Function:
         generator_style: an iterator that yields each state as soon as it and those before it are done.
         Raises InvalidRequestError for arguments that the program does not take, before anything is run.
         """
-        chosen = RunOptions.take(options)
-        if chosen.session is not None:
-            raise InvalidRequestError("session: its turns come one after the other; run one program of a batch in each")
-        items = self._items(batch_kwargs, options)
-        if num_threads != "auto" and (
-            isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1
-        ):
-            raise InvalidRequestError(f"num_threads={num_threads!r} must be 'auto' or an integer of at least 1")
-        states = self._batch(items, chosen, num_threads if isinstance(num_threads, int) else None)
+        items, chosen = self._items(batch_kwargs, options)
+        states = self._batch(items, chosen, check_at_once(num_threads))
         if progress_bar:
             from rich.progress import track
 
@@ -339,10 +332,7 @@ class Function:
 
         Closing the iterator cancels what has not finished.
         """
-        chosen = RunOptions.take(options)
-        if chosen.session is not None:
-            raise InvalidRequestError("session: its turns come one after the other; run one program of a batch in each")
-        items = self._items(batch_kwargs, options)
+        items, chosen = self._items(batch_kwargs, options)
         limit = asyncio.Semaphore(concurrency or max(1, len(items)))
         tasks = [asyncio.create_task(self._aitem(item, chosen, limit)) for item in items]
         try:
@@ -353,79 +343,34 @@ class Function:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _items(self, batch: Sequence[Any], rest: Mapping[str, Any]) -> list[Arguments]:
-        if rest:
-            raise InvalidRequestError(f"run_batch has no option {next(iter(rest))!r}; arguments belong into the items")
-        if isinstance(batch, (str, bytes, Mapping)) or not isinstance(batch, Sequence):
-            raise InvalidRequestError(
-                f"batch must be a list of dicts or tuples of arguments, not {type(batch).__name__}"
-            )
-        items = []
-        for i, item in enumerate(batch):
-            if isinstance(item, (str, bytes)) or not isinstance(item, (Mapping, Sequence)):
-                raise InvalidRequestError(f"item {i} of the batch is {item!r:.80}; give a dict or a tuple of arguments")
-            args, named = ((), item) if isinstance(item, Mapping) else (item, {})
-            try:
-                items.append(self._arguments(args, named))
-            except InvalidRequestError as error:
-                raise InvalidRequestError(f"item {i} of the batch: {error}") from None
-        return items
+    def _items(self, batch: Sequence[Any], options: dict[str, Any]) -> tuple[list[Arguments], RunOptions]:
+        """The items of a batch, and how to run them; nothing has been run yet."""
+        chosen = RunOptions.take(options)
+        if chosen.session is not None:
+            raise InvalidRequestError("session: its turns come one after the other; run one program of a batch in each")
+        if options:
+            name = next(iter(options))
+            raise InvalidRequestError(f"run_batch has no option {name!r}; arguments belong into the items")
+        return check_items(batch, self._arguments), chosen
 
     def _batch(self, items: list[Arguments], options: RunOptions, at_once: int | None) -> Iterator[ProgramState]:
         if self.is_async:
-            yield from self._abatch(items, options, at_once)
-            return
-        pool = ThreadPoolExecutor(at_once or _auto_threads(), "superinfer-batch")
+            return as_tasks(items, lambda item: self._abody_quietly(self._new_state(options), item), at_once)
         running: set[ProgramState] = set()
-        futures = [pool.submit(self._item, item, options, running) for item in items]
-        try:
-            for future in futures:
-                yield future.result()
-        finally:  # all done, or the caller has gone: then nothing of it is wanted any more
-            for future in futures:
-                future.cancel()
-            for state in list(running):
-                state.stream_executor.run.cancel()
-            pool.shutdown(wait=False)
 
-    def _abatch(self, items: list[Arguments], options: RunOptions, at_once: int | None) -> Iterator[ProgramState]:
-        """The same of `async def` programs, each a task on the language's loop."""
-        if on_language_loop():
-            raise RuntimeError("run_batch() would block the event loop that its programs run on; use arun_batch()")
-        loop = language_loop().loop
-        limit = asyncio.Semaphore(at_once or max(1, len(items)))
-        outcomes: list[Outcome[ProgramState]] = [Outcome() for _ in items]
-        tasks: list[asyncio.Task[None]] = []
-
-        async def one(item: Arguments, outcome: Outcome[ProgramState]) -> None:
+        def one(item: Arguments) -> ProgramState:
+            state = self._new_state(options)
+            running.add(state)
             try:
-                outcome.set(await self._aitem(item, options, limit))
-            except BaseException as error:
-                outcome.fail(error)
-                if not isinstance(error, Exception):
-                    raise
-
-        def start() -> None:
-            tasks.extend(loop.create_task(one(item, outcome)) for item, outcome in zip(items, outcomes, strict=True))
+                return self._body_quietly(state, item)
+            finally:
+                running.discard(state)
 
         def cancel() -> None:
-            for task in tasks:
-                task.cancel()
+            for state in list(running):
+                state.stream_executor.run.cancel()
 
-        loop.call_soon_threadsafe(start)
-        try:
-            for outcome in outcomes:
-                yield outcome.result()
-        finally:  # as above; behind `start` at any rate
-            loop.call_soon_threadsafe(cancel)
-
-    def _item(self, arguments: Arguments, options: RunOptions, running: set[ProgramState]) -> ProgramState:
-        state = self._new_state(options)
-        running.add(state)
-        try:
-            return self._body_quietly(state, arguments)
-        finally:
-            running.discard(state)
+        return in_threads(items, one, at_once, cancel)
 
     async def _aitem(self, arguments: Arguments, options: RunOptions, limit: asyncio.Semaphore) -> ProgramState:
         async with limit:
@@ -478,10 +423,6 @@ def _warn_of_error(name: str, state: ProgramState) -> None:
         warnings.warn(
             f"program {name} failed: {type(error).__name__}: {error} (see state.error())", RuntimeWarning, stacklevel=3
         )
-
-
-def _auto_threads() -> int:
-    return min(96, 16 * (os.cpu_count() or 1) + 32)  # they wait for the engine nearly all the time
 
 
 _pool: ThreadPoolExecutor | None = None

@@ -31,13 +31,15 @@ _GEN_NAMES = {"grammar": "regex, json_schema or dtype", "logprobs": "return_logp
 @dataclass(frozen=True)
 class Abilities:
     """What a service takes. sampling: fields of SamplingParams. prefix: goes on with an answer that has begun.
-    plain: text without roles. slo: knows SLOs and enforces them. stops: most stop strings."""
+    plain: text without roles. slo: knows SLOs and enforces them. stops: most stop strings. tools: takes and calls
+    them."""
 
     sampling: frozenset[str]
     prefix: bool = False
     plain: bool = False
     slo: bool = False
     stops: int = 4
+    tools: bool = False
 
 
 class RemoteBackend(Backend):
@@ -96,6 +98,8 @@ class RemoteBackend(Backend):
             raise UnsupportedError(
                 f"assistant({chat.begun!r:.40} + gen(...)): {self.name} cannot go on with an answer that has begun"
             )
+        if self.abilities.tools:
+            return
         if chat.tools or any(message["role"] == "tool" for message in chat.messages):
             raise UnsupportedError(
                 f"tools(): {self.name} is given no tools here; use an engine, or describe them in text"

@@ -155,7 +155,7 @@ class Session(Conversation):
         backend = resolve_backend(self.backend)
         transcript = self.transcript(backend.render_chat)
         if transcript.messages():
-            await backend.cache_prefix(transcript.prompt())
+            await backend.cache_prefix(transcript.prompt(messages=backend.takes_messages))
 
     def fork(self) -> Session:
         """Another session that begins with all that was said in this one, tools and settings included."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
 from superinfer.errors import InvalidRequestError, UnsupportedError
-from superinfer.lang.executor import Run, StreamExecutor
+from superinfer.lang.executor import StreamExecutor
 from superinfer.lang.ir import (
     Expr,
     ExprList,
@@ -23,6 +23,7 @@ from superinfer.lang.loop import on_language_loop
 from superinfer.lang.outcome import Outcome
 from superinfer.lang.promise import Promises, check_deadline, check_slo
 from superinfer.lang.report import SLOReport
+from superinfer.lang.run import Run
 from superinfer.lang.variable import Chunk, Variable, aread, read
 from superinfer.runtime.slo import SLO
 

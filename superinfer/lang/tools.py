@@ -58,6 +58,11 @@ def tool_calls(text: str) -> list[ToolCall]:
 
     Raises OutputError for a call that is not of this form.
     """
+    return split_tool_calls(text)[1]
+
+
+def split_tool_calls(text: str) -> tuple[str, list[ToolCall]]:
+    """What an answer says beside its tool calls, and the calls. Raises like `tool_calls`."""
     if isinstance(text, Unknown):
         raise DataDependent(f"it looks for tool calls in {text}")
     found = []
@@ -70,4 +75,4 @@ def tool_calls(text: str) -> list[ToolCall]:
         if not isinstance(name, str) or not isinstance(arguments, dict):
             raise OutputError(f"the model wrote a tool call that cannot be read: {body!r:.200}")
         found.append(ToolCall(name, arguments))
-    return found
+    return _CALL.sub("", text).strip(), found

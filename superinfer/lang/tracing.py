@@ -10,11 +10,11 @@ from superinfer.errors import UnsupportedError
 from superinfer.lang.backend import Backend
 from superinfer.lang.callgraph import CallGraph
 from superinfer.lang.chat_text import plain_chat
-from superinfer.lang.executor import Run
 from superinfer.lang.loop import language_loop
 from superinfer.lang.promise import Promises
 from superinfer.lang.prompt import Prompt, RenderChat
 from superinfer.lang.report import Ledger
+from superinfer.lang.run import Run
 from superinfer.lang.sampling import Sampling
 from superinfer.lang.state import ProgramState
 from superinfer.lang.unknown import UNKNOWN_MARK, DataDependent, Unknown
@@ -90,4 +90,4 @@ def constant_prefix(program: Function, render: RenderChat) -> Prompt | None:
     """What every run of the program says before its first argument or call, by the template of `render`."""
     _, state = trace(program, (), {})
     prefix = state.stream_executor.transcript.until(UNKNOWN_MARK, render)
-    return prefix.prompt() if prefix is not None else None
+    return prefix.prompt(messages=True) if prefix is not None else None

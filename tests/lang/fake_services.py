@@ -12,7 +12,8 @@ from typing import Any
 
 
 class Service(ThreadingHTTPServer):
-    """Answers with `words`, one chunk each, `word_s` seconds apart. Keeps what it was asked."""
+    """Answers with `words`, one chunk each, `word_s` seconds apart; a first message with `calls` of tools, if there
+    are any. Keeps what it was asked."""
 
     daemon_threads = True
 
@@ -20,6 +21,7 @@ class Service(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.words = ["so ", "it ", "is"]
         self.word_s = 0.0
+        self.calls: list[tuple[str, str]] = []
         self.status = 200
         self.asked: list[dict[str, Any]] = []
         self.gone = 0
@@ -51,7 +53,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
         try:
-            for event in anthropic(self.server.words) if "messages" in self.path else openai(self.server.words):
+            calls = self.server.calls if len(body.get("messages", [])) == 1 else []
+            events = anthropic(self.server.words) if "messages" in self.path else openai(self.server.words, calls)
+            for event in events:
                 name = f"event: {event['type']}\n" if "type" in event else ""
                 self.wfile.write(f"{name}data: {json.dumps(event)}\n\n".encode())
                 self.wfile.flush()
@@ -70,9 +74,16 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-def openai(words: list[str]) -> Iterator[dict[str, Any]]:
-    """Chunks of a chat completion."""
+def openai(words: list[str], calls: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """Chunks of a chat completion: calls of tools, their arguments in two pieces, or else words."""
     head = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    for index, (name, arguments) in enumerate(calls):
+        for piece in ({"name": name, "arguments": arguments[:5]}, {"arguments": arguments[5:]}):
+            delta = {"tool_calls": [{"index": index, "id": f"{index}", "type": "function", "function": piece}]}
+            yield {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    if calls:
+        yield {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]}
+        return
     for word in words:
         yield {**head, "choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]}
     yield {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 import time
@@ -105,6 +107,48 @@ def test_our_server_refuses_by_name_what_it_cannot_do(server: str) -> None:
         si.OpenAI("other", base_url=f"{server}/v1")
 
 
+@pytest.fixture(scope="module")
+def embedded_server() -> Iterator[str]:
+    """The URL of `superinfer serve` with the embedded model."""
+    command = [sys.executable, "-m", "superinfer", "serve", "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    line = next(line for line in process.stdout if "serving at" in line)
+    yield line.split("serving at ")[1].split()[0].removesuffix("/v1")
+    process.terminate()
+    process.wait(10)
+
+
+def test_a_session_with_tools_works_over_http(embedded_server: str) -> None:
+    with si.RuntimeEndpoint(embedded_server) as backend:
+        session = si.Session(system="You are a support agent.", tools=[lookup, calculator], backend=backend)
+        reply = session.ask("How much are 12 lamps?", temperature=0)
+        assert [(r.call.name, r.text) for r in reply.tools] == [("lookup", "9"), ("calculator", "108")]
+        assert "108" in reply.text
+        session.prefetch()
+        again = session.ask("And 30 of them?", temperature=0)
+        assert "270" in again.text
+        assert again.state.get_meta_info("reply")["cached_tokens"] > 150  # what was said before was not computed again
+
+
+def test_constrained_output_works_over_http(embedded_server: str) -> None:
+    @si.function
+    def program(s):
+        s += "Q: 3 + 4?\nA:" + si.gen("digits", regex=r" ?[0-9]{2}", max_tokens=8, temperature=0)
+        s += si.gen("json", json_schema={"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"],
+                                         "additionalProperties": False}, max_tokens=32, temperature=0)  # fmt: skip
+
+    with si.RuntimeEndpoint(embedded_server) as backend:
+        state = program.run(backend=backend)
+    assert re.fullmatch(" ?[0-9]{2}", state["digits"]) and type(json.loads(state["json"])["a"]) is bool
+
+
+def calculator(expression: str) -> str:
+    """Evaluate an arithmetic expression."""
+    left, _, right = expression.split()
+    return str(int(left) * int(right))
+
+
 # ------------------------------------------------------------------------------------------------ other services
 
 
@@ -149,7 +193,6 @@ def test_messages_go_out_and_text_comes_back(service: Service) -> None:
         (lambda s: s.user("u") or si.assistant(si.select("x", ["a", "b"])), r"select\(\)"),
         (lambda s: s.user("u") or si.user(si.gen("x")), "inside a user message"),
         (lambda s: s.user("u") or "raw" + si.assistant(si.gen("x")), "text between messages"),
-        (lambda s: s.user("u") or si.tool("9") + si.assistant(si.gen("x")), r"tools\(\)"),
     ],
 )
 def test_what_a_service_cannot_do_is_refused_before_anything_is_sent(service: Service, say, named: str) -> None:
@@ -162,6 +205,49 @@ def test_what_a_service_cannot_do_is_refused_before_anything_is_sent(service: Se
         with backend, pytest.warns(RuntimeWarning, match=named):
             assert isinstance(program.run(backend=backend).error(), si.UnsupportedError)
     assert service.asked == []
+
+
+def test_tools_are_refused_where_they_are_not_passed_on(service: Service) -> None:
+    with (
+        si.Anthropic("m", base_url=service.url, api_key="k", max_retries=0) as backend,
+        pytest.raises(si.UnsupportedError, match=r"tools\(\)"),
+    ):
+        si.Session(tools=[lookup], backend=backend).ask("x")
+    assert service.asked == []
+
+
+def lookup(key: str) -> str:
+    """Look up a fact by its key."""
+    return {"price of lamp": "9"}.get(key, "not found")
+
+
+def test_tool_calls_of_a_service_are_those_of_a_program_and_results_go_back_with_their_ids(service: Service) -> None:
+    service.calls = [("lookup", '{"key": "price of lamp"}'), ("lookup", '{"key": "x"}'), ("nothing", "{}")]
+    with (
+        si.OpenAI("m", base_url=f"{service.url}/v1") as backend,
+        si.Session(tools=[lookup], backend=backend) as session,
+    ):
+        reply = session.ask("How much?")
+        assert [result.text for result in reply.tools][:2] == ["9", "not found"] and "no tool" in reply.tools[2].text
+        assert reply.text == "so it is"
+        with pytest.raises(si.UnsupportedError, match="keeps no KV cache"):
+            session.prefetch()
+    first, second = service.asked
+    assert first["tools"][0]["function"]["name"] == "lookup" and "prompt_cache_key" not in first
+    _, answer, *results = second["messages"]
+    assert answer["content"] is None
+    assert [call["function"]["arguments"] for call in answer["tool_calls"]] == [call[1] for call in service.calls]
+    assert [call["id"] for call in answer["tool_calls"]] == [result["tool_call_id"] for result in results]
+    assert results[0]["role"] == "tool" and results[0]["content"] == "9"
+
+
+def test_a_call_that_cannot_be_read_goes_back_as_the_model_wrote_it(service: Service) -> None:
+    service.calls = [("lookup", "{not json")]
+    with si.OpenAI("m", base_url=f"{service.url}/v1") as backend:
+        reply = si.Session(tools=[lookup], backend=backend).ask("How much?")
+    assert reply.text == "so it is" and reply.tools == ()
+    roles = [(message["role"], message["content"][:16]) for message in service.asked[1]["messages"][1:]]
+    assert roles == [("assistant", '<tool_call>{"nam'), ("user", "error: the model")]
 
 
 class _Nothing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import re
 
 import pytest
@@ -184,6 +185,57 @@ def test_an_item_of_a_batch_that_fails_harms_no_other(model: ScriptedClient) -> 
     states = program.run_batch([{"number": n} for n in (5, 0, 2)], progress_bar=True)
     assert [type(state.error()) for state in states] == [type(None), ZeroDivisionError, type(None)]
     assert [state["x"] for state in (states[0], states[2])] == ["ok", "ok"]
+
+
+# ------------------------------------------------------------------------------------------------ the surface
+
+
+def test_every_name_of_the_frontend_is_there() -> None:
+    names = """function gen gen_int gen_string select system user assistant system_begin system_end user_begin user_end
+        assistant_begin assistant_end image video separate_reasoning Runtime RuntimeEndpoint OpenAI Engine Anthropic
+        LiteLLM set_default_backend flush_cache token_length_normalized greedy_token_selection
+        unconditional_likelihood_normalized"""
+    assert [name for name in names.split() if not callable(getattr(sgl, name))] == []
+    from superinfer.lang import ir
+
+    assert all(re.compile(getattr(ir, f"REGEX_{kind}")) for kind in ("INT", "FLOAT", "BOOL", "STR"))
+
+
+def test_arguments_of_gen_and_select_stand_in_the_frontends_order() -> None:
+    gen = """name max_tokens min_tokens n stop stop_token_ids stop_regex temperature top_p top_k min_p frequency_penalty
+        presence_penalty ignore_eos return_logprob logprob_start_len top_logprobs_num return_text_in_logprobs dtype
+        choices choices_method regex json_schema"""
+    positional = [p.name for p in inspect.signature(sgl.gen).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    assert positional == gen.split()
+    assert list(inspect.signature(sgl.select).parameters)[:4] == ["name", "choices", "temperature", "choices_method"]
+
+
+def test_every_method_of_programs_and_states_is_there(model: ScriptedClient) -> None:
+    @sgl.function
+    def program(s):
+        s += sgl.gen("x")
+
+    for name in ("run", "run_batch", "bind", "trace", "cache", "compile"):
+        assert callable(getattr(program, name))
+    state = program.run()
+    names = """system user assistant var_scope fork copy text messages get_var set_var get_meta_info text_iter
+        text_async_iter error sync"""
+    assert [name for name in names.split() if not callable(getattr(state, name))] == []
+    assert state.stream_executor.variables.keys() == {"x"} and "x" in state and "y" not in state
+    assert callable(state.fork(2).join)
+
+
+def test_a_state_can_go_on_after_its_program_has_ended(model: ScriptedClient) -> None:
+    @sgl.function
+    def program(s):
+        s += "a" + sgl.gen("x")
+
+    state = program.run()
+    state += "b" + sgl.gen("y")
+    forks = state.fork(2)
+    forks += lambda i: f"{i}" + sgl.gen("z")
+    forks.join()
+    assert state["y"] == "ok" and state["z"] == ["ok", "ok"] and state.text() == "aokbok"
 
 
 # ------------------------------------------------------------------------------------------------ reasoning
