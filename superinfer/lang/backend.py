@@ -59,6 +59,10 @@ class Backend(ABC):
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids; `special`: with the model's BOS and the like."""
 
+    def encode_each(self, text: str, ends: Sequence[str], *, special: bool) -> tuple[list[int], list[list[int]]]:
+        """Token ids of `text`, and of `text` with each of `ends` behind it."""
+        return self.encode(text, special=special), [self.encode(text + end, special=special) for end in ends]
+
     @abstractmethod
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included."""
@@ -130,6 +134,9 @@ class TextBackend(Backend):
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         return self.client.tokenizer.encode(text, special=special)
+
+    def encode_each(self, text: str, ends: Sequence[str], *, special: bool) -> tuple[list[int], list[list[int]]]:
+        return self.client.tokenizer.encode_each(text, ends, special=special)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.client.tokenizer.decode(token_ids, skip_special=False)

@@ -297,8 +297,7 @@ def _at_border(context: Context, choices: Sequence[str]) -> tuple[list[list[int]
     token border that they share with the prompt alone, so that the same text is weighed in each.
     """
     text, special = context.prompt.text, context.prompt.add_special
-    prompt = context.backend.encode(text, special=special)
-    tokens = [context.backend.encode(text + choice, special=special) for choice in choices]
+    prompt, tokens = context.backend.encode_each(text, choices, special=special)
     start = min(_common(prompt, ids) for ids in tokens)
     start = min(start, *(len(ids) - 1 for ids in tokens))  # a choice that ends inside a merged token is one token
     if start < 1:

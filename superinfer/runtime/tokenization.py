@@ -11,6 +11,9 @@ from superinfer.errors import InvalidRequestError, ModelLoadError
 
 ChatMessage = dict[str, Any]
 
+# Of a text's end: how it is split into words may look a few characters ahead, and special tokens are no longer.
+SAFE_TOKENS, SAFE_CHARACTERS = 8, 40
+
 
 class Tokenizer:
     """A checkpoint's tokenizer and chat template, by way of transformers."""
@@ -57,6 +60,33 @@ class Tokenizer:
             return list(self._backend.encode(text, add_special_tokens=special).ids)
         except (TypeError, UnicodeEncodeError) as error:
             raise InvalidRequestError(f"prompt {text!r:.80} cannot be tokenized: {error}; give valid text") from error
+
+    def encode_each(self, text: str, ends: Sequence[str], *, special: bool = True) -> tuple[list[int], list[list[int]]]:
+        """Token ids of `text`, and of `text` with each of `ends` behind it, as `encode` gives them. What comes before
+        the last words of `text` is tokenized once: nothing behind it changes how it is split."""
+        try:
+            whole = self._backend.encode(text, add_special_tokens=special)
+        except (TypeError, UnicodeEncodeError):
+            whole = None
+        cut = self._cut(whole, text) if whole is not None else None
+        if whole is None or cut is None:
+            return self.encode(text, special=special), [self.encode(text + end, special=special) for end in ends]
+        first, tail = whole.ids[: cut[0]], text[cut[1] :]
+        return list(whole.ids), [first + self.encode(tail + end, special=False) for end in ends]
+
+    def _cut(self, whole: Any, text: str) -> tuple[int, int] | None:
+        """(token, character) from which on text that follows may change the tokens; None where that is not certain."""
+        words, offsets, count = whole.word_ids, whole.offsets, len(whole.ids)
+        at = count
+        while at > 0 and (
+            count - at < SAFE_TOKENS or words[at - 1] == words[at] or len(text) - offsets[at - 1][1] < SAFE_CHARACTERS
+        ):
+            at -= 1
+        if at == 0 or None in words[at - 1 :]:
+            return None
+        character = offsets[at - 1][1]
+        again = self._backend.encode(text[character:], add_special_tokens=False).ids
+        return (at, character) if again == whole.ids[at:] else None
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of `token_ids`."""

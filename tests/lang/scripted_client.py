@@ -29,6 +29,9 @@ class CharTokenizer:
             at += len(merge) if merge else 1
         return ids
 
+    def encode_each(self, text: str, ends: Sequence[str], *, special: bool = True) -> tuple[list[int], list[list[int]]]:
+        return self.encode(text, special=special), [self.encode(text + end, special=special) for end in ends]
+
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
         plain = [i for i in token_ids if i != BOS]
         return "".join(self.merges[i - MERGED] if i >= MERGED else chr(i) for i in plain)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import regex
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from superinfer.embedded import model_path
 from superinfer.errors import InvalidRequestError
 from superinfer.runtime.stopping import Stopper, split_at_stop
+from superinfer.runtime.tokenization import Tokenizer
 
 letters = st.text("ab<>", max_size=30)
 stops = st.lists(st.text("ab<>", min_size=1, max_size=4), max_size=3)
@@ -81,3 +85,32 @@ def test_text_that_cannot_become_a_match_is_given_out_at_once():
 def test_an_expression_that_backtracks_for_ever_is_given_up():
     with pytest.raises(InvalidRequestError, match="takes more than"):
         Stopper([], ["(x|xx)+[^x]y"]).push("x" * 60 + "zz")
+
+
+PIECES = st.lists(
+    st.sampled_from(
+        ["a", "l", "'", "ll", "'d", " ", "  ", "\n", "\n\n", "Zoé", "日", "😀", "7", "42", "{", '"', ":", "<|im_end|>"]
+    ),
+    max_size=60,
+).map("".join)
+
+
+@cache
+def _embedded() -> Tokenizer:
+    return Tokenizer(str(model_path()))
+
+
+def test_a_long_prompt_is_not_tokenized_again_for_each_choice():
+    tokenizer = _embedded()
+    text = "Name the city. " * 40
+    assert tokenizer._cut(tokenizer._backend.encode(text), text) is not None
+    assert tokenizer._cut(tokenizer._backend.encode("short"), "short") is None
+
+
+@settings(max_examples=400, deadline=None)
+@given(PIECES, st.lists(PIECES, max_size=3))
+def test_texts_that_share_a_beginning_are_tokenized_as_each_alone(text: str, ends: list[str]):
+    tokenizer = _embedded()
+    prompt, each = tokenizer.encode_each(text, ends)
+    assert prompt == tokenizer.encode(text)
+    assert each == [tokenizer.encode(text + end) for end in ends]
