@@ -11,16 +11,20 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from superinfer.runtime.protocol import Hints
 from superinfer.runtime.server.errors import ApiError, bad_request
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """include_usage: one more chunk, without choices, that holds the usage."""
+    """include_usage: one more chunk, without choices, that holds the usage.
+    interval_ms: the least time between two pieces of an answer that has no stop strings; what came meanwhile comes
+    together."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
+    interval_ms: float | None = None
 
 
 class CompletionStreamOptions(StreamOptions, frozen=True, forbid_unknown_fields=True):
@@ -75,6 +79,7 @@ class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     service_tier: str | None = None
     cache_salt: str | None = None
     prompt_cache_key: str | None = None
+    hints: Hints | None = None
     structured_outputs: StructuredOutputs | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
