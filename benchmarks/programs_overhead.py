@@ -79,7 +79,9 @@ class Bench:
         import openai
 
         used = Tokens()
-        async with openai.AsyncOpenAI(base_url=f"{self._url}/v1", api_key="none", max_retries=0) as client:
+        async with openai.AsyncOpenAI(
+            base_url=f"{self._url}/v1", api_key="none", max_retries=0, timeout=600.0
+        ) as client:
             caller = Caller(client, self._backends["http"].model)
             await asyncio.gather(*[CALLS[t.shape](caller, used, t) for t in texts])
         return used.calls

@@ -79,8 +79,7 @@ class OpenAI(RemoteBackend):
         InvalidRequestError without a key.
         """
         openai = _library()
-        import httpx  # comes with it
-
+        limits = type(openai.DEFAULT_CONNECTION_LIMITS)  # of the HTTP library that this version is built on
         self.ours = False
         super().__init__(model, _ELSEWHERE)
         self._limit = "max_tokens" if base_url else "max_completion_tokens"
@@ -95,7 +94,7 @@ class OpenAI(RemoteBackend):
                 timeout=openai.Timeout(timeout, pool=None),
                 max_retries=max_retries,
                 http_client=openai.DefaultAsyncHttpxClient(
-                    limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+                    limits=limits(max_connections=connections, max_keepalive_connections=connections)
                 ),
             )
         except openai.OpenAIError as error:

@@ -139,7 +139,8 @@ async def test_deltas_go_straight_once_the_reader_waits(tokenizer: Tokenizer) ->
 
 
 async def test_within_an_interval_pieces_are_gathered_and_the_end_is_not_kept_back(tokenizer: Tokenizer) -> None:
-    door, text = Door(), TextClient(door, tokenizer)  # type: ignore[arg-type]
+    door = Door()
+    text = TextClient(door, tokenizer)  # type: ignore[arg-type]
     with Feed(text, [TextRequest(prompt=[3])], eager=True, interval=0.02) as feed:
         await feed.start()
         for _ in range(3):
