@@ -180,10 +180,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 def parse(body: bytes, cls: type[T], passing: dict[str, tuple[Any, ...]]) -> T:
     """The request in `body`. Raises ApiError naming the parameter and its value."""
-    try:
-        raw = json.loads(body)  # takes NaN and Infinity, so that the error can name the field that holds them
-    except (ValueError, RecursionError) as error:
-        raise bad_request(f"the request body is not valid JSON: {error}", code="invalid_json") from None
+    raw = _loaded(body)
     if not isinstance(raw, dict):
         raise bad_request(f"the request body is a JSON {type(raw).__name__}; send an object", code="invalid_json")
     fields = cls.__struct_fields__  # `structs.fields` would evaluate every annotation, for each request
@@ -194,6 +191,17 @@ def parse(body: bytes, cls: type[T], passing: dict[str, tuple[Any, ...]]) -> T:
         return msgspec.convert(raw, cls)
     except msgspec.ValidationError as error:
         raise _type_error(raw, str(error)) from None
+
+
+def _loaded(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)  # a tenth of the time
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    try:
+        return json.loads(body)  # takes NaN and Infinity, so that the error can name the field that holds them
+    except (ValueError, RecursionError) as error:
+        raise bad_request(f"the request body is not valid JSON: {error}", code="invalid_json") from None
 
 
 def _check_refused(name: str, value: Any, passing: dict[str, tuple[Any, ...]]) -> None:
