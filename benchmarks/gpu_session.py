@@ -1,6 +1,6 @@
-"""Everything that only a GPU can show, in one command: tests, the link, what rotation costs, the host's time.
+"""Everything that only a GPU can show, in one command: tests, the link, what rotation costs, where a step's time goes.
 
-python benchmarks/gpu_session.py [--only tests link rotation host latency] [--out FOLDER]
+python benchmarks/gpu_session.py [--only tests link rotation host profile latency kernels] [--out FOLDER]
 
 Each part has a time limit and is a process of its own, so that one that fails or hangs costs only itself. Results are
 benchmarks/results/<gpu>-*.json; with --out they and all output are copied there too. A short table comes last. Needs no
@@ -57,17 +57,28 @@ class Part:
 def parts(gpu: str) -> list[Part]:
     """In the order of what is worth most, should time run out."""
     python = sys.executable
-    link, rotation, host, latency = (f"{gpu}-{name}" for name in ("link", "rotation", "host-time", "latency"))
+    names = ("link", "rotation", "host-time", "profile", "decode-variants", "latency", "kernels")
+    link, rotation, host, profile, variants, latency, kernels = (f"{gpu}-{name}" for name in names)
+    bench = [python, "-m", "superinfer", "bench"]
+    sizes = ["--model", "llama-3-8b", "--max-batch-size", "256", "--max-batch-tokens", "8192"]
+    measured = ["--batch", "1,32,128,256", "--prefill", "16x2048"]
     tests = [python, "-m", "pytest", "-rs", "-p", "no:cacheprovider", "--timeout", "200", "--durations", "5"]
     return [
         Part("duplex", [*tests, "tests/gpu/test_duplex.py"], 400),
-        Part(
-            "link", [python, "-m", "superinfer", "bench", "link", "--json", f"{RESULTS / link}.json"], 240, link, _link
-        ),
+        Part("link", [*bench, "link", "--json", f"{RESULTS / link}.json"], 240, link, _link),
         Part("rotation", [python, "benchmarks/gpu_rotation.py", "--name", rotation], 400, rotation, _rotation),
         Part("tests", [*tests, "tests/gpu", "--ignore", "tests/gpu/test_duplex.py"], 500),
         Part("host", [python, "benchmarks/gpu_host_time.py", "--name", host, "--steps", "60"], 240, host, _host),
-        Part("latency", [python, "benchmarks/gpu_latency.py", "--name", latency], 300, latency, _latency),
+        Part("profile", [python, "benchmarks/gpu_profile.py", "--name", profile], 120, profile),
+        Part("variants", [python, "benchmarks/gpu_decode_variants.py", "--name", variants], 180, variants),
+        Part(
+            "latency",
+            [*bench, "latency", *sizes, *measured, "--json", f"{RESULTS / latency}.json"],
+            300,
+            latency,
+            _latency,
+        ),
+        Part("kernels", [*bench, "kernels", "--json", f"{RESULTS / kernels}.json"], 240, kernels),
     ]
 
 
@@ -93,7 +104,7 @@ def _host(record: dict[str, Any]) -> str:
 
 
 def _latency(record: dict[str, Any]) -> str:
-    return "; ".join(f"batch {row['batch']}: TPOT {row['tpot_ms']:.2f} ms" for row in record["results"])
+    return "; ".join(f"batch {row['batch']}: TPOT {row['tpot_ms']:.2f} ms" for row in record["tpot"])
 
 
 def run(part: Part, log: Path) -> tuple[str, float]:

@@ -8,6 +8,7 @@ busy machine still makes it longer, so a loop of fixed work is timed beside it (
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import time
@@ -128,10 +129,13 @@ def main() -> None:
     """Measure, print, write results/scheduler-speed.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument("--live", type=int, nargs="*", default=[4000, 16_000])
     arguments = parser.parse_args()
+    policies = arguments.policies.split(",")
     resident = 256
     steps: list[dict[str, Any]] = []
-    for policy in POLICIES:
+    for policy in policies:
         for waiting, blocked, dram in CASES:
             times = step_times(policy, resident, waiting, arguments.steps, blocked, dram)
             case = {"resident": resident, "waiting": waiting, "blocked": blocked, "dram": dram}
@@ -143,18 +147,24 @@ def main() -> None:
                 f"unit {times['unit_ms']:.3f} ms",
                 flush=True,
             )
-    simulated = [simulated_rate(policy, live) for live in (4000, 16_000) for policy in ("fcfs", "rota")]
-    for run in simulated:
-        print(
-            f"{run['policy']}, {run['peak_live']:,.0f} live: "
-            f"{run['per_wall_second']:.0f} simulated requests/s of wall time, "
-            f"{run['per_cpu_second']:.0f} of CPU time; plan p99 {run['plan_cpu_p99_ms']:.2f} ms, "
-            f"max {run['plan_cpu_max_ms']:.2f} ms (CPU)"
-        )
+    simulated: list[dict[str, Any]] = []
+    for live in arguments.live:
+        for policy in ("fcfs", "rota"):
+            run = simulated_rate(policy, live)
+            simulated.append(run)
+            print(
+                f"{run['policy']}, {run['peak_live']:,.0f} live: "
+                f"{run['per_wall_second']:.0f} simulated requests/s of wall time, "
+                f"{run['per_cpu_second']:.0f} of CPU time; plan p99 {run['plan_cpu_p99_ms']:.2f} ms, "
+                f"max {run['plan_cpu_max_ms']:.2f} ms (CPU)",
+                flush=True,
+            )
+    live_list = " ".join(map(str, arguments.live))
     out = write(
         "scheduler-speed",
-        f"python benchmarks/scheduler_speed.py --steps {arguments.steps}",
-        {"steps": steps, "simulator": simulated},
+        f"python benchmarks/scheduler_speed.py --steps {arguments.steps} --policies {','.join(policies)} "
+        f"--live {live_list}",
+        {"load_average": os.getloadavg()[0], "steps": steps, "simulator": simulated},
     )
     print(f"written to {out}")
 

@@ -11,10 +11,10 @@ import argparse
 import statistics
 from typing import Any
 
-from record import RESULTS, write
+from record import write
+from sim_rows import commit, draw, kept_rows
 
 from superinfer.runtime.sim.hardware import profile_of
-from superinfer.runtime.sim.report import Point, plot
 from superinfer.runtime.sim.shapes import shape_of
 from superinfer.runtime.sim.simulate import SimConfig, SimResult, simulate
 from superinfer.runtime.sim.workload import make_jobs
@@ -43,12 +43,14 @@ def main() -> None:
         "--only", nargs="*", default=[], metavar="MODEL/WORKLOAD/RATE,RATE", help="cells of the grid, rather than all"
     )
     parser.add_argument("--batch", type=int, default=1024, help="sequences in one step")
+    parser.add_argument("--keep", action="store_true", help="keep the file's rows of other cells")
     arguments = parser.parse_args()
     profile = profile_of("gh200-144")
-    rows: list[dict[str, Any]] = []
-    for model, workload, rates in _cells(arguments.only):
+    cells = _cells(arguments.only)
+    anew = {(model, workload, rate) for model, workload, rates in cells for rate in rates}
+    rows = kept_rows("sim-gh200", ("model", "workload", "rate"), anew) if arguments.keep else []
+    for model, workload, rates in cells:
         shape = shape_of(model)
-        points = []
         for rate in rates:
             jobs = make_jobs(
                 workload, rate=rate, duration=arguments.duration, seed=arguments.seed, slos=[(1.0, STREAM)]
@@ -60,11 +62,12 @@ def main() -> None:
                     max_batch_size=arguments.batch,
                 )
                 result = simulate(jobs, profile, shape, config)
-                points.append(Point(rate, result))
-                rows.append({"model": model, "workload": workload, "rate": rate, "policy": policy} | _columns(result))
+                cell = {"model": model, "workload": workload, "rate": rate, "policy": policy, "commit": commit()}
+                rows.append(cell | _columns(result))
                 print(_line(rows[-1]), flush=True)
-        plot(points, RESULTS, f"sim-gh200-{model}-{workload}")
-        _write(arguments, profile.name, rows)  # what there is so far: the whole grid takes hours
+            _write(arguments, profile.name, rows)  # what there is so far: the whole grid takes hours
+        mine = [row for row in rows if (row["model"], row["workload"]) == (model, workload)]
+        draw(mine, f"sim-gh200-{model}-{workload}")
 
 
 def _cells(only: list[str]) -> list[tuple[str, str, tuple[float, ...]]]:
@@ -79,7 +82,7 @@ def _write(arguments: argparse.Namespace, hardware: str, rows: list[dict[str, An
     command = f"python benchmarks/sim_gh200.py --duration {arguments.duration:g} --seed {arguments.seed} "
     out = write(
         "sim-gh200",
-        f"{command}--batch {arguments.batch}{only}",
+        f"{command}--batch {arguments.batch}{only}{' --keep' if arguments.keep else ''}",
         {
             "simulated": True, "hardware": hardware, "duration_s": arguments.duration, "dram_bytes": DRAM_BYTES,
             "slo": {"ttft": STREAM.ttft, "tbt": STREAM.tbt}, "gains": _gains(rows), "runs": rows,

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from record import RESULTS, write
+from sim_rows import commit, draw, kept_rows
 
 from superinfer.runtime.sim.hardware import profile_of
-from superinfer.runtime.sim.report import Point, plot, plot_residency
+from superinfer.runtime.sim.report import Point, plot_residency
 from superinfer.runtime.sim.shapes import shape_of
 from superinfer.runtime.sim.simulate import SimConfig, SimResult, simulate
 from superinfer.runtime.sim.workload import make_jobs
@@ -22,7 +23,7 @@ from superinfer.runtime.slo import SLO
 
 STREAM = SLO(ttft=1.0, tbt=0.1)
 KV_TOKENS, DRAM_TOKENS = 153_600, 524_288
-BASELINES = "fcfs,edf,sjf,priority,lru,lvf-time"
+POLICIES = "rota,fcfs,edf,sjf,priority,lru,lvf-time"
 
 
 def summary(result: SimResult) -> dict[str, float]:
@@ -35,6 +36,7 @@ def summary(result: SimResult) -> dict[str, float]:
         "tokens_per_s": result.tokens_per_s,
         "tpot_ms": result.tpot.mean * 1e3,
         "ttft_p50_s": result.ttft.p50,
+        "tbt_p50_ms": result.tbt.p50 * 1e3,
         "tbt_p99_ms": result.tbt.p99 * 1e3,
         "preemptions": result.preemptions,
         "rotations": moved.rotations_out if moved else 0,
@@ -51,14 +53,17 @@ def main() -> None:
     parser.add_argument("trace", type=Path, help="azure_conv_2023.csv")
     parser.add_argument("--rates", default="10,15,20,25,30,35,40,45")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--baselines", default=BASELINES)
+    parser.add_argument("--policies", default=POLICIES)
     parser.add_argument("--duration", type=float, default=60.0)
+    parser.add_argument("--keep", action="store_true", help="keep the file's rows of other rates and policies")
     arguments = parser.parse_args()
     profile, shape = profile_of("h100-pcie5"), shape_of("llama-3-8b")
-    rows: list[dict[str, Any]] = []
+    rates, policies = [float(rate) for rate in arguments.rates.split(",")], arguments.policies.split(",")
+    anew = {(rate, policy) for rate in rates for policy in policies}
+    rows = kept_rows("sim-h100-slo", ("rate", "policy"), anew) if arguments.keep else []
     points = []
-    for rate in map(float, arguments.rates.split(",")):
-        for policy in ("rota", *arguments.baselines.split(",")):
+    for rate in rates:
+        for policy in policies:
             # The artifact's rule is for a link nine times as fast; here it thrashes, at minutes of wall time a run.
             seeds = 1 if policy == "lvf-time" else arguments.seeds
             runs = []
@@ -70,30 +75,38 @@ def main() -> None:
                 config = SimConfig(policy=policy, kv_tokens=KV_TOKENS, dram_tokens=DRAM_TOKENS)
                 result = simulate(jobs, profile, shape, config)
                 runs.append(summary(result))
-                if seed == 0:
+                if seed == 0 and rate == 25 and policy in ("rota", "fcfs"):
                     points.append(Point(rate, result))
             mean = {name: statistics.mean(run[name] for run in runs) for name in runs[0]}
             spread = {name: [min(r[name] for r in runs), max(r[name] for r in runs)] for name in ("met", "ttft_met")}
-            rows.append({"rate": rate, "policy": policy, "seeds": seeds, "mean": mean, "range": spread})
+            row = {"rate": rate, "policy": policy, "seeds": seeds, "commit": commit(), "mean": mean, "range": spread}
+            rows.append(row)
             print(
                 f"{rate:g}/s {policy:9} TTFT {mean['ttft_met']:6.1%}  all {mean['met']:6.1%}  goodput "
                 f"{mean['goodput']:5.2f}  {mean['tokens_per_s']:5,.0f} tok/s  TPOT {mean['tpot_ms']:.1f} ms  "
                 f"{mean['rotations']:,.0f} rotations  plan {mean['plan_cpu_p50_ms']:.2f} ms",
                 flush=True,
             )
-    out = write(
+            _write(arguments, rows)
+    shown = [{**row, **row["mean"]} for row in rows if row["policy"] in ("rota", "fcfs", "sjf", "edf")]
+    draw(shown, "sim-h100-slo")
+    if points:
+        plot_residency(points, RESULTS, "sim-h100-slo")
+
+
+def _write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """What there is so far."""
+    rows.sort(key=lambda row: (row["rate"], POLICIES.split(",").index(row["policy"])))
+    write(
         "sim-h100-slo",
-        f"python benchmarks/sim_slo.py azure_conv_2023.csv --rates {arguments.rates} --seeds {arguments.seeds}",
+        f"python benchmarks/sim_slo.py azure_conv_2023.csv --rates {arguments.rates} --seeds {arguments.seeds} "
+        f"--policies {arguments.policies}{' --keep' if arguments.keep else ''}",
         {
-            "simulated": True, "hardware": profile.name, "model": shape.name, "workload": "azure",
+            "simulated": True, "hardware": "h100-pcie5", "model": "llama-3-8b", "workload": "azure",
             "duration_s": arguments.duration, "kv_tokens": KV_TOKENS, "dram_tokens": DRAM_TOKENS,
             "slo": {"ttft": STREAM.ttft, "tbt": STREAM.tbt}, "runs": rows,
         },
     )  # fmt: skip
-    shown = [point for point in points if point.result.policy in ("rota", "fcfs", "sjf", "edf")]
-    plot(shown, RESULTS, "sim-h100-slo")
-    plot_residency([p for p in points if p.rate == 25 and p.result.policy in ("rota", "fcfs")], RESULTS, "sim-h100-slo")
-    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ import json
 import random
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 
+from superinfer.bench.constrained_schemas import SCHEMAS, wrong_outputs
 from superinfer.cli.options import with_engine_options
 from superinfer.errors import InvalidRequestError, SuperinferError
 from superinfer.runtime.config import EngineConfig
@@ -22,45 +23,6 @@ if TYPE_CHECKING:
     from superinfer.runtime.tokenization import Tokenizer
 
 MAX_TOKENS = 1500  # of an output, which ends before: everything in it is bounded
-
-Short = Annotated[str, msgspec.Meta(min_length=1, max_length=16)]
-
-
-class Person(msgspec.Struct, forbid_unknown_fields=True):
-    """Short texts, numbers, a choice: what extraction is mostly asked for."""
-
-    name: Annotated[str, msgspec.Meta(min_length=1, max_length=24)]
-    age: Annotated[int, msgspec.Meta(ge=0, le=120)]
-    role: Literal["engineer", "designer", "manager", "analyst"]
-    tags: Annotated[list[Short], msgspec.Meta(min_length=2, max_length=2)]
-    active: bool
-
-
-class Team(msgspec.Struct, forbid_unknown_fields=True):
-    """Some 300 tokens."""
-
-    team: Short
-    people: Annotated[list[Person], msgspec.Meta(min_length=6, max_length=6)]
-
-
-class Line(msgspec.Struct, forbid_unknown_fields=True):
-    """Numbers mostly."""
-
-    article: Short
-    count: Annotated[int, msgspec.Meta(ge=1, le=999)]
-    cents: Annotated[int, msgspec.Meta(ge=0, le=99999)]
-
-
-class Invoice(msgspec.Struct, forbid_unknown_fields=True):
-    """Some 300 tokens."""
-
-    number: Annotated[int, msgspec.Meta(ge=1, le=999999)]
-    currency: Literal["EUR", "USD", "JPY"]
-    paid: bool
-    lines: Annotated[list[Line], msgspec.Meta(min_length=10, max_length=10)]
-
-
-SCHEMAS: tuple[type[msgspec.Struct], ...] = (Team, Invoice)
 
 
 @with_engine_options
@@ -123,7 +85,8 @@ async def _measure(
                 results.append(one)
                 print(
                     f"batch {batch:3d}, temperature {temperature:g}: {one['constrained_ms']:.2f} ms a token with a "
-                    f"schema, {one['free_ms']:.2f} without: {one['slower']:+.1%}; "
+                    f"schema ({one['tokens_per_step']['constrained']:.2f} tokens a step), {one['free_ms']:.2f} "
+                    f"without: {one['slower']:+.1%}; "
                     f"{one['outputs']} outputs, {len(one['wrong'])} of them wrong",
                     flush=True,
                 )
@@ -148,8 +111,8 @@ async def _compare(
             texts = one.pop("token_ids")
             if name == "constrained":
                 outputs += batch
-                wrong += _wrong(tokenizer, texts, one["ends"])
-                free_tokens = round(statistics.median(map(len, texts)))
+                wrong += wrong_outputs(tokenizer, texts, one["ends"])
+                free_tokens = min(map(len, texts))  # so that in the stretch that counts contexts are as long
             if number >= 0:
                 arms[name].append(one)
     constrained_ms, free_ms = (statistics.median(one["token_ms"] for one in arms[name]) for name in arms)
@@ -159,10 +122,16 @@ async def _compare(
         "constrained_ms": constrained_ms,
         "free_ms": free_ms,
         "slower": constrained_ms / free_ms - 1,
+        "tokens_per_step": {name: _per_step(arms[name]) for name in arms},
         "outputs": outputs,
         "wrong": wrong,
         "rounds": arms,
     }
+
+
+def _per_step(rounds: list[dict[str, Any]]) -> float:
+    """Of the request that takes longest: above 1 where forced text is not sampled."""
+    return statistics.median(max(one["tokens"]) / one["steps"] for one in rounds)
 
 
 async def _round(
@@ -227,18 +196,3 @@ def _grammar(schema: type[msgspec.Struct]) -> Grammar:
     from superinfer.runtime.protocol import Grammar
 
     return Grammar(kind="json_schema", source=json.dumps(msgspec.json.schema(schema)))
-
-
-def _wrong(tokenizer: Tokenizer, outputs: list[list[int]], ends: list[str]) -> list[str]:
-    """Texts that their schema does not take, or that were cut off."""
-    found = []
-    for at, (ids, end) in enumerate(zip(outputs, ends, strict=True)):
-        text = tokenizer.decode(ids)
-        try:
-            msgspec.json.decode(text, type=SCHEMAS[at % len(SCHEMAS)])
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            found.append(f"{error}: {text}")
-        else:
-            if end != "stop":
-                found.append(f"ended by {end}: {text}")
-    return found

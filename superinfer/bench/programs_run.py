@@ -119,7 +119,9 @@ class OpenAIArm(Arm):
 
         from superinfer.bench.programs_openai import Caller
 
-        self._client = openai.AsyncOpenAI(base_url=self._base, api_key="none", max_retries=0, timeout=600.0)
+        # With the client's own two retries: servers close a connection that was idle for seconds, as between two turns,
+        # and a request may be on its way to it just then.
+        self._client = openai.AsyncOpenAI(base_url=self._base, api_key="none", timeout=600.0)
         try:
             cards = (await self._client.models.list()).data
         except openai.OpenAIError as error:

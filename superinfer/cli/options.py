@@ -45,6 +45,9 @@ def _engine_options(
     max_batch_size: Annotated[int, typer.Option(help="Sequences in one step.")] = EngineConfig().max_batch_size,
     max_batch_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = EngineConfig().max_batch_tokens,
     max_queue: Annotated[int, typer.Option(help="Unfinished sequences held at most.")] = EngineConfig().max_queue,
+    jump_forward: Annotated[
+        bool, typer.Option(help="Take text that a grammar forces without sampling it.")
+    ] = EngineConfig().jump_forward,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.", show_default="all cores")] = None,
     trace: Annotated[
         str, typer.Option(metavar="FILE", help="Write the engine's steps, copies and requests for ui.perfetto.dev.")

@@ -6,7 +6,7 @@ many blocks there are depends on the routing, which only the device knows; the g
 be, and programs without a block end at once. So shapes follow from the number of tokens alone, as CUDA graphs need it.
 
 The reference is `moe.moe_mlp`. Products are summed in float32; in half precision the activations between the two
-products and a token's choices before their sum are rounded to it. Not run on a GPU yet.
+products and a token's choices before their sum are rounded to it.
 """
 
 from __future__ import annotations

@@ -61,11 +61,21 @@ class Backend(ABC):
         """Log probability of each of `prompt[start:]` given all before it; `start` >= 1."""
 
     async def score_choices(
-        self, prompt: Prompt, choices: Sequence[str], *, alone: bool, slo: SLO | None = None, program: str = ""
+        self,
+        prompt: Prompt,
+        choices: Sequence[str],
+        *,
+        alone: bool,
+        slo: SLO | None = None,
+        program: str = "",
+        keep_s: float | None = None,
     ) -> ScoredChoices:
-        """Each choice's tokens behind the prompt, scored; with `alone`, also without it. Raises like `score`."""
+        """Each choice's tokens behind the prompt, scored; with `alone`, also without it. keep_s: see Hints.
+
+        Raises like `score`, and InvalidRequestError where no token stands before the choices.
+        """
         bordered = at_border(self, prompt.text, choices, special=prompt.add_special)
-        return await score_choices(self, bordered, alone=alone, slo=slo, program=program)
+        return await score_choices(self, bordered, alone=alone, slo=slo, program=program, keep_s=keep_s)
 
     @abstractmethod
     def encode(self, text: str, *, special: bool) -> list[int]:

@@ -241,6 +241,7 @@ async def choose(context: Context, select: Select) -> Answer:
                 alone=select.method.requires_unconditional_logprobs,
                 slo=context.slo,
                 program=context.program,
+                keep_s=context.hints.keep_s if context.hints is not None else None,
             )
     except TimeoutError:
         raise DeadlineMissedError(f"select({select.name!r}) missed its deadline of {limit} s") from None

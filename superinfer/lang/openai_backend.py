@@ -193,11 +193,18 @@ class OpenAI(RemoteBackend):
         return "/chat/completions", asked | chat_fields(request.chat)
 
     async def score_choices(
-        self, prompt: Prompt, choices: Sequence[str], *, alone: bool, slo: SLO | None = None, program: str = ""
+        self,
+        prompt: Prompt,
+        choices: Sequence[str],
+        *,
+        alone: bool,
+        slo: SLO | None = None,
+        program: str = "",
+        keep_s: float | None = None,
     ) -> ScoredChoices:
         """Our server scores all choices for one request (/v1/select). Raises UnsupportedError elsewhere."""
         if self._wire is None:
-            return await super().score_choices(prompt, choices, alone=alone, slo=slo, program=program)
+            return await super().score_choices(prompt, choices, alone=alone, slo=slo, program=program, keep_s=keep_s)
         from superinfer.lang.server_wire import SelectAnswer
 
         self._check_open()
@@ -205,6 +212,8 @@ class OpenAI(RemoteBackend):
         asked: dict[str, Any] = {"model": self.model, "choices": list(choices), "alone": alone}
         asked |= {"prompt": prompt.chat.plain} if prompt.chat.plain is not None else chat_fields(prompt.chat)
         asked |= self._marks(slo, program, "")
+        if keep_s is not None:
+            asked["hints"] = {"keep_s": keep_s}
         answer = await self._wire.ask("/select", asked, SelectAnswer)
         scored = ScoredChoices([[token.score() for token in choice.tokens] for choice in answer.choices])
         if alone:

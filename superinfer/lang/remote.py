@@ -121,7 +121,14 @@ class RemoteBackend(Backend):
         raise UnsupportedError(f"select(): {self.name} gives no log probabilities of given text; use an engine")
 
     async def score_choices(
-        self, prompt: Prompt, choices: Sequence[str], *, alone: bool, slo: SLO | None = None, program: str = ""
+        self,
+        prompt: Prompt,
+        choices: Sequence[str],
+        *,
+        alone: bool,
+        slo: SLO | None = None,
+        program: str = "",
+        keep_s: float | None = None,
     ) -> ScoredChoices:
         raise UnsupportedError(
             f"select(): {self.name} gives no log probabilities of given text; use an engine or a superinfer server"

@@ -57,14 +57,22 @@ class Bordered(NamedTuple):
 
 
 async def score_choices(
-    scorer: Scorer, choices: Bordered, *, alone: bool, slo: SLO | None = None, program: str = ""
+    scorer: Scorer,
+    choices: Bordered,
+    *,
+    alone: bool,
+    slo: SLO | None = None,
+    program: str = "",
+    keep_s: float | None = None,
 ) -> ScoredChoices:
-    """Score all choices at once: the prompt is computed once for all. Raises what `score` raises."""
+    """Score all choices at once: the prompt is computed once for all. keep_s: see Hints. Raises what `score` raises."""
     tokens, start = choices
     asks = [(ids, start) for ids in tokens]
     if alone:
         asks += [(ids[start:], 1) for ids in tokens if len(ids) - start > 1]
-    hints = Hints(group=uuid.uuid4().hex)  # they share the prompt: whoever comes first computes it for all
+    hints = Hints(
+        group=uuid.uuid4().hex, keep_s=keep_s
+    )  # they share the prompt: whoever comes first computes it for all
     tasks = [asyncio.ensure_future(scorer.score(ids, at, slo=slo, program=program, hints=hints)) for ids, at in asks]
     try:
         answers = await asyncio.gather(*tasks)

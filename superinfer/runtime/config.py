@@ -33,6 +33,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         without its promise from the start, so that it never competes with those that came later), or "refuse"
         (OverloadedError, which says when to try again). Only policy "rota" foresees; the others accept.
     prefix_cache: share the KV of equal prefixes.
+    jump_forward: take text that a grammar forces without sampling it, token by token; see docs/constrained.md.
     load_format: "auto" reads safetensors; "dummy" makes random weights from the config alone.
     seed: of everything random in the engine.
     threads: torch CPU threads; None: all cores.
@@ -54,6 +55,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     max_queue: int = 4096
     admission: Literal["accept", "refuse", "degrade"] = "accept"
     prefix_cache: bool = True
+    jump_forward: bool = True
     load_format: Literal["auto", "dummy"] = "auto"
     seed: int = 0
     threads: int | None = None

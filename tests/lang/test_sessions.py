@@ -401,6 +401,23 @@ def test_promises_of_a_session_hold_for_each_turn(model: ScriptedClient) -> None
         assert request.slo.ttft == 1.0 and 4.0 < request.slo.deadline <= 5.0 and request.slo_class == "agents"
 
 
+def test_a_select_passes_on_how_long_its_prompt_is_wanted(model: ScriptedClient) -> None:
+    @si.function
+    def choose(s):
+        s += si.user("Which?") + si.assistant(si.select("x", ["a", "b"]))
+
+    hinted = []
+    score = model.score
+
+    async def watched(*args, **options):
+        hinted.append(options["hints"])
+        return await score(*args, **options)
+
+    model.score = watched  # type: ignore[method-assign]
+    choose.run(session=si.Session(idle_s=3.0, history=History()))
+    assert [hints.keep_s for hints in hinted] == [3.0, 3.0] and len({hints.group for hints in hinted}) == 1
+
+
 def test_prefetch_asks_for_what_was_said(model: ScriptedClient) -> None:
     session = si.Session(system="S")
     session.prefetch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,3 +127,35 @@ async def test_cancelling_a_program_stops_its_requests_before_the_engines_next_s
     assert len(reports) == running.running
     assert reports[-1].running == 0 and reports[-1].cancelled - before.cancelled == running.running
     assert reports[-1].steps - reports[0].steps <= 1
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("superinfer.runtime.scheduler.returns") is None, reason="the scheduler heeds no keep_s yet"
+)
+async def test_what_a_tool_call_interrupts_is_back_before_the_tool_is(two_tiers: EngineProcess) -> None:
+    """Nobody asks for it: the engine was told with the call before how long tools take."""
+    backed = asyncio.Event()
+
+    @si.function
+    async def agent(s):
+        s += si.user("Call a tool. " * 12) + si.assistant(si.gen("x", max_tokens=8, temperature=0, ignore_eos=True))
+        await s.get("x")
+        await tool()
+        s += si.user("Go on.") + si.assistant(si.gen("y", max_tokens=8, temperature=0, ignore_eos=True))
+        return (await s.get("y")), s.get_meta_info("y")["cached_tokens"]
+
+    async def tool() -> None:
+        await other_full.arun(backend=backend)  # others take all of the first tier
+        gone = await asyncio.to_thread(stats, backend)
+        while (await asyncio.to_thread(stats, backend)).tiers.bytes_in == gone.tiers.bytes_in:
+            await asyncio.sleep(0.05)  # until the test's time limit
+        backed.set()
+
+    @si.function
+    async def other_full(s):
+        s += "z" * 950 + si.gen("x", max_tokens=2, ignore_eos=True)
+
+    with RuntimeEndpoint(two_tiers.address) as backend:
+        session = si.Session(backend=backend, tool_s=4.0)
+        state = await agent.arun(session=session)
+        assert backed.is_set() and state.ret_value[1] > 130

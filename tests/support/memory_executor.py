@@ -21,20 +21,33 @@ def next_token(tokens: list[int]) -> int:
     return zlib.crc32(array("i", tokens).tobytes()) % VOCAB
 
 
-def expected_output(prompt: list[int], max_tokens: int, stop_ids: tuple[int, ...] = ()) -> list[int]:
+def forced_run(tokens: list[int]) -> list[int]:
+    """What this "grammar" forces after `tokens`: mostly nothing, sometimes a few tokens, none of them below 10."""
+    drawn = zlib.crc32(array("i", [VOCAB, *tokens]).tobytes())
+    return [10 + (drawn >> at) % 40 for at in range(3 + drawn % 5)] if drawn % 4 == 0 else []
+
+
+def expected_output(
+    prompt: list[int], max_tokens: int, stop_ids: tuple[int, ...] = (), forces: bool = False
+) -> list[int]:
     """What a sequence alone, with all the memory it wants, generates."""
     tokens = list(prompt)
     while len(tokens) - len(prompt) < max_tokens:
-        tokens.append(next_token(tokens))
+        tokens += (forced_run(tokens) if forces else []) or [next_token(tokens)]
         if tokens[-1] in stop_ids:
             break
-    return tokens[len(prompt) :]
+    return tokens[len(prompt) :][:max_tokens]
 
 
 class MemoryExecutor:
-    """Runs StepPlans over `num_blocks` blocks of `page` token ids. Results wait in order until collected."""
+    """Runs StepPlans over `num_blocks` blocks of `page` token ids. Results wait in order until collected.
 
-    def __init__(self, num_blocks: int, page: int) -> None:
+    forces: what `forced_run` says follows a token for certain is told with it, as a grammar's forced text is.
+    """
+
+    def __init__(self, num_blocks: int, page: int, forces: bool = False) -> None:
+        self.forces = forces
+        self.given: dict[int, list[int]] = {}  # of a forced run, what steps planned before it was known still sample
         self.page = page
         self.memory = [[EMPTY] * page for _ in range(num_blocks)]
         self.tables: dict[int, list[int]] = {}
@@ -45,6 +58,7 @@ class MemoryExecutor:
     def submit(self, plan: StepPlan) -> None:
         for slot in plan.freed:
             self.tables.pop(slot, None)
+            self.given.pop(slot, None)
         for init in plan.init:
             self._init(init)
         result = StepResult(step=plan.step)
@@ -64,7 +78,14 @@ class MemoryExecutor:
         for work in plan.work:
             known = self._read(work.slot, work.start + work.length)
             if work.sample:
-                result.tokens[work.slot] = self.last_token[work.slot] = next_token(known)
+                if work.tokens:
+                    self.given.pop(work.slot, None)
+                if self.forces and not self.given.get(work.slot):
+                    self.given[work.slot] = forced_run(known)
+                    if self.given[work.slot]:
+                        result.forced[work.slot] = tuple(self.given[work.slot][1:])
+                given = self.given.get(work.slot)
+                result.tokens[work.slot] = self.last_token[work.slot] = given.pop(0) if given else next_token(known)
             first = work.start + work.length + 1 - len(work.score)
             result.scores[work.slot] = [
                 TokenLogprob(token_id=token, logprob=-float(next_token(known[:at])))

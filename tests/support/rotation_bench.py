@@ -64,7 +64,8 @@ class Bench:
             assert sequence.status is Status.FINISHED
             if sequence.finish_reason not in ("cancelled", None):
                 prompt = list(sequence.tokens[: sequence.num_prompt])
-                assert self.outputs[sequence.id] == expected_output(prompt, sequence.max_tokens)
+                expected = expected_output(prompt, sequence.max_tokens, forces=self.executor.forces)
+                assert self.outputs[sequence.id] == expected
 
     def check_all_given_back(self):
         kv = self.kv

@@ -23,8 +23,10 @@ class TieredMemoryExecutor(MemoryExecutor):
     obey_waits, obey_after: turn off to plant the faults "work does not wait" and "copies do not wait".
     """
 
-    def __init__(self, num_blocks: int, num_dram: int, page: int, *, seed: int = 0, eager: float = 0.3) -> None:
-        super().__init__(num_blocks, page)
+    def __init__(
+        self, num_blocks: int, num_dram: int, page: int, *, seed: int = 0, eager: float = 0.3, forces: bool = False
+    ) -> None:
+        super().__init__(num_blocks, page, forces)
         self.dram = [[EMPTY] * page for _ in range(num_dram)]
         self.random = random.Random(seed)
         self.eager = eager
@@ -34,6 +36,7 @@ class TieredMemoryExecutor(MemoryExecutor):
         self.copied: list[int] = []
         self.failed: list[int] = []
         self.stalls = 0
+        self.outs: set[int] = set()
 
     def submit(self, plan: StepPlan) -> None:
         for copy in plan.copies:
@@ -49,11 +52,14 @@ class TieredMemoryExecutor(MemoryExecutor):
 
     def _report(self, result: StepResult) -> None:
         result.copied, result.failed_copies = self.copied, self.failed
-        result.link = LinkUse(in_s=0.001 * len(self.copied))
+        outs = sum(id in self.outs for id in self.copied)
+        result.link = LinkUse(in_s=0.001 * (len(self.copied) - outs), out_s=0.001 * outs)
         self.copied, self.failed = [], []
 
     def _begin(self, copy: BlockCopy) -> None:
         self.under_way[copy.id] = copy
+        if copy.out:
+            self.outs.add(copy.id)
         if self._may_touch(copy):
             self._poison(copy)
 

@@ -83,6 +83,7 @@ def build_engine(config: EngineConfig, reporter: StartReporter, lifeline_fd: int
     from superinfer.runtime.engine.seed_cost import seed_cost
 
     executor = build_executor(config, reporter.progress)
+    executor.grammars.jumps = config.jump_forward
     limits = executor.limits
     info = ModelInfo(
         model=executor.model_name,

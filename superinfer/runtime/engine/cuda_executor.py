@@ -271,6 +271,8 @@ class CudaExecutor:
         if len(slots) or ending:
             picked = np.concatenate((np.arange(len(slots)), last_rows[ending]))
             slots = np.concatenate((slots, np.array([chunks[i].slot for i in ending], dtype=np.int64)))
+            for i in ending:
+                self._sampling.caught_up(chunks[i].slot, chunks[i].start + chunks[i].length)
             logits = self._model.lm_head(hidden.index_select(0, self._to_device(picked)))
             if self._sampling.is_plain(slots):
                 self._sampling.advance(slots)

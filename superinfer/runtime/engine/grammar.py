@@ -21,6 +21,7 @@ import msgspec
 from superinfer.errors import InvalidRequestError, QueueFullError, SuperinferError
 from superinfer.runtime.engine import grammar_worker
 from superinfer.runtime.engine.grammar_check import check_grammar
+from superinfer.runtime.engine.grammar_jump import Retokenizer
 from superinfer.runtime.engine.grammar_worker import CompiledFrame, read_frame, write_frame
 from superinfer.runtime.protocol import Grammar
 
@@ -36,10 +37,13 @@ class GrammarCompiler:
     """Grammars of one vocabulary. For the engine's thread; the work is done elsewhere.
 
     path: folder of the checkpoint. vocab_size: of the logits. eos_token_ids: allowed where a grammar may end.
+    jumps: whether text that a grammar forces is taken without sampling it; may be set until the first request.
     """
 
     def __init__(self, path: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self.vocab_size = vocab_size
+        self.jumps = True
+        self._retokenizer: Retokenizer | None = None
         self._vocabulary = (path, vocab_size, tuple(eos_token_ids))
         self._thread: ThreadPoolExecutor | None = None
         self._worker: _Worker | None = None
@@ -77,6 +81,10 @@ class GrammarCompiler:
                 raise RuntimeError(f"token {token_id} does not follow its grammar")
         return matcher
 
+    def forced(self, matcher: xgrammar.GrammarMatcher, tail: Sequence[int]) -> list[int]:
+        """See Retokenizer. For a matcher of this compiler."""
+        return self._retokenizer.forced(matcher, tail) if self._retokenizer is not None else []
+
     def close(self) -> None:
         """End the worker."""
         self._closed.set()
@@ -100,6 +108,8 @@ class GrammarCompiler:
 
         if self._info is None:
             self._info = grammar_worker.load_tokenizer_info(*self._vocabulary)
+            if self.jumps:
+                self._retokenizer = Retokenizer(self._vocabulary[0], self._info)
         return xgrammar.CompiledGrammar.deserialize_json(frame.compiled, self._info)
 
 

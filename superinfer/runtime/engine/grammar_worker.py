@@ -8,6 +8,7 @@ Besides compiling, it walks the grammar: some ambiguous ones compile in no time,
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -22,6 +23,7 @@ import msgspec
 import numpy as np
 
 from superinfer.errors import InvalidRequestError, UnsupportedError
+from superinfer.runtime.engine.grammar_rewrite import rewrite
 from superinfer.runtime.protocol import Grammar
 
 READY = b"ready"
@@ -81,7 +83,8 @@ def compile_grammar(compiler: Any, grammar: Grammar) -> Any:
     """Raises RuntimeError with the library's words."""
     match grammar.kind:
         case "json_schema":
-            return compiler.compile_json_schema(grammar.source, any_whitespace=False)
+            schema = json.dumps(rewrite(json.loads(grammar.source)))
+            return compiler.compile_json_schema(schema, any_whitespace=False)
         case "json_object":
             anything = '{"type": "object"}'
             return compiler.compile_json_schema(anything, strict_mode=False, any_whitespace=False)

@@ -154,12 +154,16 @@ class ModelExecutor:
         slots = np.array([inputs.work[i].slot for i in picked], dtype=np.int64)
         if len(picked) < len(hidden):
             hidden = hidden.index_select(0, torch.from_numpy(inputs.last_rows[picked]).to(self._device))
+        for i in picked:
+            if not inputs.work[i].is_decode:
+                self._sampling.caught_up(inputs.work[i].slot, inputs.work[i].start + inputs.work[i].length)
         sampled = self._sampling.sample(self._model.logits(hidden), slots)
         self._last_tokens.index_copy_(0, torch.from_numpy(slots).to(self._device), sampled.tokens)
         tokens = sampled.tokens.tolist()
         self._sampling.told(slots, lambda: tokens)
         result.tokens = dict(zip(slots.tolist(), tokens, strict=True))
         result.logprobs = self._logprobs(sampled, slots, tokens)
+        result.forced = sampled.forced
 
     def _logprobs(self, sampled: Sampled, slots: np.ndarray, tokens: list[int]) -> dict[int, TokenLogprob]:
         if sampled.logprobs is None or sampled.logprob_rows is None:

@@ -38,6 +38,7 @@ class Pending:
     logprob_rows: np.ndarray | None = None
     logprobs: tuple[torch.Tensor, ...] = ()
     top_wanted: list[int] = field(default_factory=list)
+    forced: dict[int, tuple[int, ...]] = field(default_factory=dict)
     scored: Sequence[SlotWork] = ()
     scores: torch.Tensor | None = None
 
@@ -45,6 +46,7 @@ class Pending:
         """Start the copies of what was sampled. slots: of the rows."""
         self.slots = slots
         self.tokens = to_host(sampled.tokens)
+        self.forced = sampled.forced
         if sampled.logprobs is not None:
             self.logprob_rows = sampled.logprob_rows
             self.logprobs = tuple(to_host(part) for part in sampled.logprobs)
@@ -68,6 +70,7 @@ class Pending:
         if self.slots is not None and self.tokens is not None:
             slots, tokens = self.slots.tolist(), self.tokens.tolist()
             result.tokens = dict(zip(slots, tokens, strict=True))
+            result.forced = self.forced
             if self.logprob_rows is not None:
                 chosen, ids, values = (part.tolist() for part in self.logprobs)
                 for i, row in enumerate(self.logprob_rows.tolist()):

@@ -7,7 +7,7 @@ step loops over requests. The host keeps only what decides which operations a st
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -31,11 +31,12 @@ TEMPERATURE, TOP_P, MIN_P, REPETITION, FREQUENCY, PRESENCE = range(6)
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """tokens: [rows] int64. logprobs: (chosen, top ids, top logprobs) of the rows that asked, which logprob_rows lists;
-    None where none did."""
+    None where none did. forced: by slot, tokens that a grammar has follow the sampled one."""
 
     tokens: torch.Tensor
     logprob_rows: np.ndarray | None = None
     logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    forced: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 class SamplingState:
@@ -59,6 +60,7 @@ class SamplingState:
         self._output_counts: torch.Tensor | None = None
 
         self._generated = np.zeros(slots, dtype=np.int64)
+        self._prompt = np.zeros(slots, dtype=np.int64)
         self._seeds = np.zeros(slots, dtype=np.uint64)
         self._min_tokens = np.zeros(slots, dtype=np.int64)
         self._top_logprobs = np.zeros(slots, dtype=np.int64)
@@ -81,6 +83,7 @@ class SamplingState:
         self._top_k[slot] = min(params.top_k, self._vocab)  # a Python number: filled in by a kernel, not copied
         self._seeds[slot] = init.seed % (1 << 64)
         self._generated[slot] = len(init.output)
+        self._prompt[slot] = len(init.prompt)
         self._top_logprobs[slot] = params.logprobs or 0
         self._set_stop_ids(slot, init.stop_ids, params.min_tokens)
         self._needs[slot] = (
@@ -96,7 +99,8 @@ class SamplingState:
             self._set_biases(slot, params.logit_bias)
         if params.grammar is not None:
             assert self._constraints is not None, "a grammar came to an executor without grammars"
-            self._constraints.start(init)
+            # Whoever asks how likely each token was has it sampled, and so has who weighs it by those before it.
+            self._constraints.start(init, jumps=not self._needs[slot] & (LOGPROBS | PENALIZED))
         if self._needs[slot] & PENALIZED:
             self._count_tokens(init)
 
@@ -151,6 +155,13 @@ class SamplingState:
         """Count a token for each slot whose token was picked elsewhere: right only where `is_plain`."""
         self._generated[slots] += 1
 
+    def caught_up(self, slot: int, length: int) -> None:
+        """The slot computes tokens that were given to it, up to its `length`, and samples the one behind them. There
+        may be tokens among them that it has not sampled: forced ones."""
+        self._generated[slot] = length - self._prompt[slot]
+        if self._constraints is not None:
+            self._constraints.caught_up(slot)
+
     def sample(self, logits: torch.Tensor, slots: np.ndarray) -> Sampled:
         """One token for each row.
 
@@ -166,10 +177,12 @@ class SamplingState:
             adjusted = self._penalize(adjusted, index, _rows(row_needs, PENALIZED))
         if needs & BARRED:
             adjusted = self._bar_stop_ids(adjusted, index, slots)
+        forced: dict[int, tuple[int, ...]] = {}
         if needs & CONSTRAINED:
             adjusted = adjusted.clone()
             assert self._constraints is not None
             self._constraints.mask(adjusted, slots, _rows(row_needs, CONSTRAINED))
+            forced = self._constraints.forced
         if not needs & DRAWN:
             tokens = adjusted.argmax(dim=-1)
         elif (row_needs & DRAWN).all():
@@ -184,10 +197,10 @@ class SamplingState:
             rows = self._to_device(_rows(row_needs, PENALIZED))
             self._output_counts[index[rows], tokens[rows]] += 1
         if not needs & LOGPROBS:
-            return Sampled(tokens)
+            return Sampled(tokens, forced=forced)
         wanted = _rows(row_needs, LOGPROBS)
         rows, most = self._to_device(wanted), int(self._top_logprobs[slots].max())
-        return Sampled(tokens, wanted, sampling.token_logprobs(logits[rows], tokens[rows], most))
+        return Sampled(tokens, wanted, sampling.token_logprobs(logits[rows], tokens[rows], most), forced)
 
     def told(self, slots: np.ndarray, read: Callable[[], list[int]]) -> None:
         """The tokens that `sample` picked for these slots can be had from `read`, once they are known."""

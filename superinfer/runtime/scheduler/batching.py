@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import islice
 
+import msgspec
+
 from superinfer.runtime.kv.cache import Node
 from superinfer.runtime.kv.copies import BlockCopy
 from superinfer.runtime.protocol import FinishReason
@@ -79,7 +81,8 @@ class BatchScheduler(Places):
     def _finish_plan(self, draft: Draft, now: float) -> StepPlan | None:
         self._note_copy_waits(draft, now)
         copies: tuple[BlockCopy, ...] = ()
-        if self._rotation is not None:
+        if self._rotation is not None and self._returns is not None:
+            self._returns.bring_back(now, self._rotation.background_blocks)
             copies = self._rotation.copies_of_plan()
         if not draft.work and not copies:
             if self._rotation is None or self._planned or not self._rotation.kv.num_pending:
@@ -287,9 +290,10 @@ class BatchScheduler(Places):
             for sequence in planned:
                 sequence.stages.stalled(result.link.stall_s, now)
         updates: list[SequenceUpdate] = []
-        tokens, page_size, is_plain = result.tokens, self._kv.page_size, not result.logprobs
+        tokens, forced = result.tokens, result.forced
+        page_size, is_plain = self._kv.page_size, not result.logprobs
         for sequence, work in planned.items():
-            if work.tokens or not is_plain:
+            if work.tokens or not is_plain or not work.sample or work.slot in forced:
                 update = self._commit_work(sequence, work, result, now)
                 if update is not None:
                     updates.append(update)
@@ -314,16 +318,20 @@ class BatchScheduler(Places):
         return updates
 
     def _commit_work(self, sequence: Sequence, work: SlotWork, result: StepResult, now: float) -> SequenceUpdate | None:
-        """What came of a prefill chunk, or of a step with logprobs."""
+        """What came of a prefill chunk, of a step with logprobs, or of a token that others must follow."""
         if work.sample:
             sequence.in_flight -= 1
         if sequence.status is FINISHED:
             return None
+        followed: list[int] = []
         if work.sample:
-            sequence.tokens.append(result.tokens[work.slot])
+            token = result.tokens[work.slot]
+            sequence.tokens.append(token)
             sequence.timeline.tokens(1, now - sequence.arrival)
             if sequence.timeline.count == 1:
                 sequence.stages.first_token(now)
+            if work.slot in result.forced:
+                followed = self._follow(sequence, result.forced[work.slot], now)
         table = sequence.table
         if table is not None:
             sequence.committed = committed = work.start + work.length
@@ -332,7 +340,27 @@ class BatchScheduler(Places):
                     self._kv.commit(table, sequence.tokens, committed)
                 if sequence.scheduled < sequence.resume_at:
                     self._kv.announce(table, sequence.tokens)
-        return self._update(sequence, work, result, now)
+        if not followed:
+            return self._update(sequence, work, result, now)
+        reason: FinishReason | None = "length" if sequence.num_output >= sequence.max_tokens else None
+        if reason is not None:
+            self._finish(sequence, reason, now)
+        return SequenceUpdate(sequence, [token, *followed], None, reason)
+
+    def _follow(self, sequence: Sequence, forced: tuple[int, ...], now: float) -> list[int]:
+        """Take tokens that a grammar forces as known; returns them, as far as max_tokens lets them be. Their KV is
+        computed like a prompt's, and steps under way that sample the first of them tell nothing new."""
+        taken = list(forced[: sequence.max_tokens - sequence.num_output])
+        sequence.tokens.extend(taken)
+        sequence.timeline.tokens(len(taken), now - sequence.arrival)
+        for planned in self._planned.values():
+            work = planned.get(sequence)
+            if work is not None and work.sample:
+                sequence.in_flight -= 1
+                planned[sequence] = msgspec.structs.replace(work, sample=False)
+        if sequence.status is RUNNING:
+            sequence.resume_at = sequence.compute_length
+        return taken
 
     def _update(self, sequence: Sequence, work: SlotWork, result: StepResult, now: float) -> SequenceUpdate | None:
         reason = self._finish_reason(sequence, work)

@@ -19,6 +19,7 @@ from superinfer.runtime.scheduler.cost import StepCost, StepLoad, StepRates
 from superinfer.runtime.scheduler.draft import Draft
 from superinfer.runtime.scheduler.plan import SlotWork
 from superinfer.runtime.scheduler.queue import WaitingQueue
+from superinfer.runtime.scheduler.returns import Returns
 from superinfer.runtime.scheduler.rotation import Rotation
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
 
@@ -33,6 +34,7 @@ class Places(ABC):
         self.cost = cost if cost is not None else StepCost(StepRates.unknown())
         self._kv = kv
         self._rotation = Rotation(kv) if isinstance(kv, DuplexCache) else None
+        self._returns = Returns(self._rotation) if self._rotation is not None else None
         self._draft = Draft(0)
         self._limits = limits
         self._waiting = WaitingQueue()
@@ -116,6 +118,8 @@ class Places(ABC):
         else:
             self._waiting.remove(sequence)
         if sequence.table is not None:
+            if self._returns is not None and reason in ("stop", "length"):
+                self._returns.ended(sequence, now)
             self._drop_table(sequence)
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason

@@ -92,6 +92,8 @@ class StepResult:
 
     tokens: sampled token id by slot, for every SlotWork with `sample`.
     logprobs: by slot, for those whose SamplingParams ask for them.
+    forced: by slot, tokens that follow the sampled one whatever the model says, a grammar being why. Steps under way
+        that sample for the slot pick the first of them.
     scores: by slot, logprobs of the scored prompt tokens of this chunk, in order.
     elapsed: seconds the executor took.
     copied, failed_copies: ids of copies that are over and in no result before this; those the plan waits for are in it.
@@ -101,6 +103,7 @@ class StepResult:
     step: int
     tokens: dict[int, int] = field(default_factory=dict)
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+    forced: dict[int, tuple[int, ...]] = field(default_factory=dict)
     scores: dict[int, list[TokenLogprob]] = field(default_factory=dict)
     elapsed: float = 0.0
     copied: list[int] = field(default_factory=list)

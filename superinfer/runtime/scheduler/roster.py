@@ -21,6 +21,7 @@ COLUMNS = (
     "expected",  # output tokens that the caller expects; 0: it does not say
     "context",  # tokens whose KV the next decode reads
     "prefill",  # tokens to compute before the next one can be sampled; 0 for what decodes or is rotated out
+    "shared",  # prompt tokens that siblings have too: whoever comes first computes them, and all come together
     "left",  # tokens still to come, as last predicted
     "load",  # blocks to bring back before the next one; 0 for what has none in DRAM
 )
@@ -46,6 +47,7 @@ class Roster:
     expected: np.ndarray
     context: np.ndarray
     prefill: np.ndarray
+    shared: np.ndarray
     left: np.ndarray
     load: np.ndarray
 
@@ -62,8 +64,8 @@ class Roster:
         self._kind_ids: dict[tuple[str, ...], int] = {}
         self._free = list(range(FIRST_ROWS - 1, -1, -1))
 
-    def add(self, sequence: Sequence, prefill: int) -> None:
-        """Give a new sequence its row. prefill: tokens to compute."""
+    def add(self, sequence: Sequence, prefill: int, shared: int = 0) -> None:
+        """Give a new sequence its row. prefill: tokens to compute; shared: of its prompt, what siblings compute."""
         if not self._free:
             self._grow()
         row = sequence.row = self._free.pop()
@@ -83,7 +85,7 @@ class Roster:
         hints = sequence.hints
         self.expected[row] = (hints.expected_tokens or 0.0) if hints is not None else 0.0
         self.context[row], self.prefill[row], self.load[row] = len(sequence.tokens), prefill, 0
-        self.left[row] = self.most[row]
+        self.left[row], self.shared[row] = self.most[row], shared
         self.late[row], self.live[row] = False, True
         sequence.kept = self.kept[row] = slo is not None and slo.promises_anything
         self.kind[row] = self._kind_of(sequence)

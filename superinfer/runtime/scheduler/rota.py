@@ -17,13 +17,18 @@ from superinfer.runtime.scheduler.cost import StepCost
 from superinfer.runtime.scheduler.draft import Draft
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
+from superinfer.runtime.scheduler.siblings import Siblings
 from superinfer.runtime.scheduler.standing import LEFTOVER_SHARE, Standing
 
 TRIAGE_S = 0.05  # how old a triage may be: a few steps
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
 BUSY = 0.7  # share of the machine's time asked for, below which, if nobody is let go, requests are taken without a look
 UNSEEN = 8  # unless so many have come since the last one
+MARGIN = 1.1  # times the share of a step that prefills are thought to need: what comes is not quite what was foreseen
 MAX_MOVED = 8  # sequences rotated out in one plan, more only for one that needs more: each takes the host 0.1 ms
+# Gaps between tokens that may be rotations: fewer than one in a hundred, so that a stream's 99th percentile is a step.
+TURN_SHARE = 0.006
+MOST_TURNS = 64.0  # that may be saved up
 PRESSING_STEPS = 8  # steps before its work must begin, somebody's KV is given up for a kept request, without DRAM
 
 
@@ -38,10 +43,12 @@ class Rota(BatchScheduler):
         self.prefix_aware = True
         self._standing = Standing(kv, limits, self.cost)
         self._roster = self._standing.roster
+        self._siblings = Siblings(kv.page_size)
         self._looked = -math.inf  # when the last triage was
         self._arrived = 0  # how many, since
         self._joined: list[Sequence] = []  # who began to wait since then
         self._moved = 0  # sequences displaced in the plan being made
+        self._turns = MOST_TURNS  # kept streams that may be rotated out now
         self._credit = 0.0  # seconds of machine time that leftovers may use now
         self._planned_at = 0.0
 
@@ -53,7 +60,9 @@ class Rota(BatchScheduler):
         if self.prefix_aware and sequence.score_start is None:
             path = self._kv.match(sequence.tokens, sequence.salt, len(sequence.tokens) - 1)
             known = len(path) * self._kv.page_size
-        self._roster.add(sequence, len(sequence.tokens) - known)
+        shared = self._siblings.join(sequence) if self.prefix_aware else 0
+        known = max(known, shared)
+        self._roster.add(sequence, len(sequence.tokens) - known, shared)
         if sequence.kept:
             self._standing.forecast.saw(sequence, len(sequence.tokens) - known)
         self._arrived += 1
@@ -106,17 +115,18 @@ class Rota(BatchScheduler):
             return due
         if sequence.table is not None:  # the copies, behind as many others, and the step that notices
             return due - 2 * self._kv.blocks_for(sequence.scheduled) * self._block_s() - 2 * self._standing.step_s
-        return due - self._standing.units.prefill_s(float(roster.prefill[row]))
+        return due - self._standing.units.prefill_s(float(roster.prefill[row] + roster.shared[row]))
 
     def _finish(self, sequence: Sequence, reason: FinishReason | None, now: float) -> None:
         if reason in ("stop", "length"):
             self._standing.lengths.learn(self._roster.kinds[self._roster.kind[sequence.row]], sequence.num_output)
         super()._finish(sequence, reason, now)
+        self._siblings.leave(sequence)
         self._roster.remove(sequence)
 
     def commit(self, result: StepResult, now: float) -> list[SequenceUpdate]:
         """See Scheduler.commit."""
-        self._standing.observe(self._loads[result.step], result.elapsed)
+        self._standing.observe(self._loads[result.step], result.elapsed - result.link.stall_s)
         return super().commit(result, now)
 
     # ------------------------------------------------------------------ plan
@@ -138,7 +148,8 @@ class Rota(BatchScheduler):
             before = self._seconds()
             self._decode(leftovers, now)
             self._credit -= self._seconds() - before
-        draft.budget = min(draft.budget, self._chunk_tokens())
+        self._turns = min(self._turns + TURN_SHARE * draft.decodes, MOST_TURNS)
+        draft.budget = min(draft.budget, self._chunk_tokens(now))
         self._prefill(prefills, now)
         self._admit_kept(now)
         is_idle = not draft.work  # the kept wait for something: a step without work would help nobody
@@ -172,24 +183,26 @@ class Rota(BatchScheduler):
             + units.step_s
         )
 
-    def _chunk_tokens(self) -> int:
+    def _chunk_tokens(self, now: float) -> int:
         """Prompt tokens for this step, so that prefills and decodes each get the share of time that they ask for.
 
         Each step gives each resident stream one token. So a long step is a slow pace: prefills get what the kept
         streams' pace leaves, or what first tokens need, if that is more and streams live on their slack.
         """
         units, draft, verdicts = self._standing.units, self._draft, self._standing.verdicts
-        if not draft.decodes:
-            return draft.budget
+        token_s = max(units.prefill_s(1.0, 1000.0), 1e-12)
+        if not draft.decodes:  # as many as there are, unless somebody has to be back before the step would be over
+            room_s = max(self._standing.next_return - now, 0.0)
+            return max(self._kv.page_size, int(min(draft.budget, room_s / token_s))) if room_s else draft.budget
         base_s = self._seconds()
         free_s = units.weights_s - units.token_s * draft.decodes  # hidden behind reading the weights
-        share = verdicts.prefill_load
+        share = MARGIN * verdicts.prefill_load
         if verdicts.load < BUSY:
             share = max(share, 1.0 - verdicts.decode_load)
         share = min(share, 0.99)
         chunk_s = (base_s - max(free_s, 0.0)) * share / (1.0 - share)
         chunk_s = max(min(chunk_s, self._standing.tightest - base_s), 0.0)
-        return max(self._kv.page_size, int(max(chunk_s, free_s) / max(units.prefill_s(1.0, 1000.0), 1e-12)))
+        return max(self._kv.page_size, int(max(chunk_s, free_s) / token_s))
 
     # ------------------------------------------------------------------ who gets in
 
@@ -299,6 +312,7 @@ class Rota(BatchScheduler):
         if missing > 0 or not (chosen or self._free_slots):
             return False
         self._moved += len(chosen)
+        self._turns -= sum(victim.kept for victim in chosen)
         for victim in chosen:
             self._undraft(victim)
             if not self._rotate_out(victim, now):
@@ -311,7 +325,7 @@ class Rota(BatchScheduler):
         """Who may make room for `first`: leftovers, then, with a second tier, kept streams far enough ahead."""
         if first.kept:
             yield from sorted((s for s in self._running if not s.kept), key=lambda s: (-s.arrival, s.id))
-        if self._rotation is None:
+        if self._rotation is None or self._turns < 1.0:
             return
         worth = now + max(0.0, slack) + TURNS * self._kv.num_blocks * self._block_s()
         due, victims = self._standing.victims

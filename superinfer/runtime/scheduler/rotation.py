@@ -21,7 +21,7 @@ MAX_WAIT_S = 2e-3
 MIRROR_BLOCKS = 32
 MIRROR_S = 5e-3  # and no more of them than take so long: whoever gets such a block next has to wait for it
 FIRST_MIRRORS = 2  # of these, until one is over: on a link that moves nothing, no more blocks than these are stuck
-PROBE = 20.0  # where one block takes longer than that: one of so many times its own time, to see whether it still does
+PROBE = 100.0  # where one block takes longer than that: one of so many times its own time, to see whether it still does
 BLOCK_S = 50e-6  # seconds a block takes, until one has: 2 MiB over PCIe 5
 REPORT_S = 0.1  # results tell of copies a step or two late; a copy out for longer says that the link is slow
 SMOOTHING = 0.2  # weight of the newest observation
@@ -38,17 +38,24 @@ class LoadCost:
         self.block_s = block_s
         self.token_s: float | None = None
         self._has_loaded = block_s is not None
+        self._in_s = self._out_s = 0.0
 
     def observe(self, plan_tokens: int, decodes: int, result: StepResult, blocks_in: int, blocks_out: int) -> None:
         """A step of `plan_tokens` tokens, `decodes` of them decodes, with so many copies in and out, is done."""
         if plan_tokens - decodes > decodes:  # mostly prefill: its time is that of the tokens
             self.token_s = _smooth(self.token_s, max(0.0, result.elapsed - result.link.stall_s) / plan_tokens)
-        if blocks_in and result.link.in_s > 0:
+        self._in_s += result.link.in_s  # a copy that takes longer than a step is paid for in several results
+        self._out_s += result.link.out_s
+        if blocks_in and self._in_s > 0:
             before = self.block_s if self._has_loaded else None
-            self.block_s = _smooth(before, result.link.in_s / blocks_in)
+            self.block_s = _smooth(before, self._in_s / blocks_in)
             self._has_loaded = True
-        elif blocks_out and result.link.out_s > 0 and not self._has_loaded:
-            self.block_s = _smooth(self.block_s, result.link.out_s / blocks_out)
+        elif blocks_out and self._out_s > 0 and not self._has_loaded:
+            self.block_s = _smooth(self.block_s, self._out_s / blocks_out)
+        if blocks_in:
+            self._in_s = 0.0
+        if blocks_out:
+            self._out_s = 0.0
 
     def loads(self, blocks: int, tokens: int, queued: int) -> bool:
         """Whether to load `blocks` behind `queued` others rather than compute `tokens`. True while not known."""
@@ -87,6 +94,12 @@ class Rotation:
         """How long the copies in that are under way will take."""
         return self.kv.num_pending_in * self.block_s
 
+    @property
+    def background_blocks(self) -> int:
+        """How many copies each way nobody needs yet may be under way: what they cost is that others wait for them."""
+        most = FIRST_MIRRORS if self.cost.block_s is None else int(MIRROR_S / self.block_s)
+        return min(self.mirror_blocks, most)
+
     def watch(self, now: float) -> None:
         """Note how long the same copy has been the oldest one under way. Before each plan."""
         self._now = now
@@ -120,10 +133,10 @@ class Rotation:
 
     def copies_of_plan(self) -> tuple[BlockCopy, ...]:
         """All copies of the plan being made, with what is mirrored in the background."""
-        most = FIRST_MIRRORS if self.cost.block_s is None else int(MIRROR_S / self.block_s)
+        most = self.background_blocks
         if most == 0 and not self.kv.num_pending and self._now >= self._probed + PROBE * self.block_s:
             self._probed, most = self._now, 1
-        self.kv.mirror(min(self.mirror_blocks, most))
+        self.kv.mirror(most)
         return self.kv.take_copies()
 
     def planned(self, step: int, tokens: int, decodes: int) -> None:

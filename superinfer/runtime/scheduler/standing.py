@@ -32,6 +32,7 @@ class Standing:
     kept_s the machine time that all of them still ask for. tightest: pace of the kept residents that promise most.
     mean_output: tokens that a request without any is expected to have.
     victims: kept residents, those furthest ahead first: when their next token is due, and who they are.
+    next_return: when the first of the kept that are rotated out has to be let in.
     aged: a leftover that has waited long enough: served before all others until it ends.
     """
 
@@ -47,6 +48,7 @@ class Standing:
         self._next_rest = np.zeros(0, dtype=np.intp)
         self.aged: Sequence | None = None
         self.tightest = math.inf
+        self.next_return = math.inf
         self.promised = 0
         self.mean_output = 1.0
         self.kept_s = 0.0
@@ -85,9 +87,11 @@ class Standing:
         rows, left, due, pace, here = rows[fine], left[fine], due[fine], pace[fine], here[fine]
         prefill_s, link_s = prefill_s[fine], np.where(here, 0.0, link_s[fine])
         produced = roster.produced[rows]
-        token_s = self._token_s(roster.context[rows] + left / 2)
+        context = roster.context[rows] + left / 2
+        token_s = self._token_s(context)
         first = np.where((produced == 0) & np.isfinite(roster.base[rows]), FIRST_TOKEN, 0.0)
-        demand = Demand(due - now, pace, left, prefill_s, token_s, link_s, roster.weight[rows], first)
+        held, weight = self._held(context), roster.weight[rows]
+        demand = Demand(due - now, pace, left, prefill_s, token_s, link_s, weight, first, held, held * self.step_s)
         self.verdicts = verdicts = triage(self._with_foreseen(demand, now), 1.0 - LEFTOVER_SHARE)
         streams, prefills = verdicts.streams[: len(rows)], verdicts.prefills[: len(rows)]
         mine = np.where(produced > 0, streams, prefills)
@@ -102,7 +106,9 @@ class Standing:
             residents[at].kept = bool(now_kept[at])
         self._order_victims(rows[mine & here], due[mine & here], pace[mine & here])
         waits = mine & ~here
-        start = due - np.where(roster.load[rows] > 0.0, 2.0 * (link_s + self.step_s), prefill_s)
+        together_s = units.prefill_s(roster.prefill[rows] + roster.shared[rows])
+        start = due - np.where(roster.load[rows] > 0.0, 2.0 * (link_s + self.step_s), together_s)
+        self.next_return = float(start[waits & (roster.load[rows] > 0.0)].min(initial=math.inf))
         self._line_up(rows[waits], start[waits], live[~roster.kept[live] & ~is_resident[live]])
 
     def _age(self, live: np.ndarray, now: float) -> None:
@@ -152,7 +158,8 @@ class Standing:
             return demand
         output = np.minimum(ahead.most, self.mean_output)
         stream, end = ahead.at + ahead.ttft, ahead.at + ahead.deadline - output * self.step_s
-        token_s = self._token_s(ahead.prompt + output / 2)
+        context = ahead.prompt + output / 2
+        token_s = self._token_s(context)
         times = ahead.times
         more = Demand(
             np.minimum(stream, end),
@@ -163,6 +170,8 @@ class Standing:
             np.zeros(len(token_s)),
             ahead.weight * times,
             np.where(np.isfinite(ahead.ttft), FIRST_TOKEN, 0.0),
+            self._held(context),
+            self._held(context) * self.step_s * times,
         )
         return Demand(*(np.concatenate(pair) for pair in zip(demand, more, strict=True)))
 
@@ -195,6 +204,10 @@ class Standing:
         places = min(self._limits.num_slots, self._kv.num_blocks / blocks, float(len(context)))
         step_s = units.step_s + max(0.0, units.weights_s - self._matmul_s)
         return units.kv_s * context + units.decode_s + units.token_s + step_s / max(1.0, places)
+
+    def _held(self, context: np.ndarray) -> np.ndarray:
+        """Share of HBM, or of the places in a batch, that sequences of so many tokens hold."""
+        return np.maximum(context / (self._kv.num_blocks * self._kv.page_size), 1.0 / self._limits.num_slots)
 
     def _order_victims(self, rows: np.ndarray, due: np.ndarray, pace: np.ndarray) -> None:
         order = np.argsort(-due, kind="stable")

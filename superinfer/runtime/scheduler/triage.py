@@ -1,10 +1,11 @@
 """Which promises to keep when not all can be: the most worth of them. Pure NumPy; deterministic.
 
-The machine's time is the resource. A request asks for some of it by each horizon: its prefill, if its first token is
-due by then, and the decodes of the tokens that are. All that is asked for by a horizon must fit into it. Where it does
-not, what is worth least for its cost is let go first: with equal worths the dearest, which is the rule of Moore and
-Hodgson for as few late jobs as possible. The cost is all that is still to be done, since who stays is asked for again
-at every later horizon; so what is nearly done is kept.
+The machine's time is the resource, and with it the memory, and the places in a batch, that computing holds. A request
+asks for some of it by each horizon: its prefill, if its first token is due by then, and the decodes of the tokens that
+are. All that is asked for by a horizon must fit into it. Where it does not, what is worth least for its cost is let go
+first: with equal worths the dearest, which is the rule of Moore and Hodgson for as few late jobs as possible. The cost
+is all that is still to be done, since who stays is asked for again at every later horizon; so what is nearly done is
+kept.
 
 A first token in time is worth something by itself: a request's stream can be let go and its first token be kept.
 
@@ -33,6 +34,8 @@ class Demand(NamedTuple):
     left: tokens still to come. prefill_s, token_s: machine time of what is left of the prefill, and of one decode.
     link_s: time of the link before the next token can be computed. worth: of the promise.
     first: the share of it that the next token is worth by itself; 0 where one does not count alone.
+    held: the share of the memory, or of the places in a batch, that it holds while it computes. held_s: that share for
+        as long as one decode holds it: a whole step, as all residents get one token a step.
     """
 
     due: np.ndarray
@@ -43,6 +46,8 @@ class Demand(NamedTuple):
     link_s: np.ndarray
     worth: np.ndarray
     first: np.ndarray
+    held: np.ndarray
+    held_s: np.ndarray
 
 
 class Verdicts(NamedTuple):
@@ -70,6 +75,7 @@ class _Entries(NamedTuple):
     left: np.ndarray
     unit_s: np.ndarray
     link_s: np.ndarray
+    held: np.ndarray  # of all memory, for as long as its work takes: seconds for each second of its own
 
     def work(self, horizons: np.ndarray) -> np.ndarray:
         """[horizons, entries]: seconds of the machine that each asks for by each of them."""
@@ -99,6 +105,7 @@ def triage(demand: Demand, supply: float = 1.0) -> Verdicts:
         if at % TOGETHER == 0:
             works = np.concatenate([works, entries.work(HORIZONS[at : at + TOGETHER])])
         entries, works = _let_go(entries, works, works[at], supply * horizon)
+        entries, works = _let_go(entries, works, works[at] * entries.held, horizon)
         if has_link:
             entries, works = _let_go(entries, works, entries.link_s * (entries.due <= horizon), horizon)
     flags = np.zeros(2 * count, dtype=bool)
@@ -128,6 +135,7 @@ def _in_order(demand: Demand) -> _Entries:
         np.where(is_prefill, 1.0, demand.left[who]),
         np.where(is_prefill, demand.prefill_s[who], demand.token_s[who]),
         np.where(is_prefill, 0.0, demand.link_s[who]),
+        np.where(is_prefill, demand.held[who], demand.held_s[who] / np.maximum(demand.token_s[who], 1e-9)),
     )
 
 

@@ -43,6 +43,7 @@ class SelectRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     service_tier: str | None = None
     cache_salt: str | None = None
     prompt_cache_key: str | None = None
+    hints: Hints | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
 
@@ -118,9 +119,12 @@ async def select(http: Request, service: Service) -> Response:
     promise = service.promise(request, http)
     scorer = _Salted(service.text, promise.slo_class, request.cache_salt or "")
     choices = await aside(http, _bordered, request, service.text, scorer)
-    program = request.prompt_cache_key or ""
+    program, hints = request.prompt_cache_key or "", request.hints or Hints()
     scored = await while_connected(
-        http, score_choices(scorer, choices, alone=bool(request.alone), slo=promise.slo, program=program)
+        http,
+        score_choices(
+            scorer, choices, alone=bool(request.alone), slo=promise.slo, program=program, keep_s=hints.keep_s
+        ),
     )
     tally = service.tally(http, len(scored.reports), 1, promise)
     for at, report in enumerate(scored.reports):

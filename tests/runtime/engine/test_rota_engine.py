@@ -71,6 +71,26 @@ def test_what_cannot_be_kept_is_refused_with_a_time_to_come_back(random_llama):
     assert stats.waiting == stats.running == 0
 
 
+def test_what_cannot_be_kept_runs_all_the_same_and_its_report_says_why_it_was_late(random_llama):
+    config = EngineConfig(model=str(random_llama), admission="degrade", **SMALL)
+    sampling = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True, n=60)
+    with launch_engine(config) as engine, EngineClient(engine.address) as client:
+        asked = Generate(
+            request_id=new_request_id(), prompt=[5] * 60, sampling=sampling, slo=SLO(deadline=0.5), slo_class="chat"
+        )  # 9,000 tokens in half a second
+        deltas = list(client.generate(asked))
+        _, kept = generate(client, [6] * 60, SLO(deadline=30.0), "chat")
+        stats = client.stats()
+    reports = [delta.report for delta in deltas if delta.report is not None]
+    assert sum(len(delta.token_ids) for delta in deltas) == 60 * 150
+    late = [report for report in reports if not report.met]
+    assert len(late) > 30
+    assert {report.why for report in late} >= {"overload"}
+    assert all(report.why == "" for report in reports if report.met)
+    assert (kept.met, kept.why) == (True, "")
+    assert stats.classes["chat"].refused == 0
+
+
 def test_admission_needs_a_policy_that_foresees():
     with pytest.raises(InvalidRequestError, match="needs policy 'rota'"):
         EngineConfig(admission="refuse")

@@ -23,10 +23,12 @@ PAGE = 4
 class Bench:
     """A scheduler and a MemoryExecutor in step, with a clock of our own."""
 
-    def __init__(self, blocks=32, slots=4, batch_tokens=8, overlap=False, policy="fcfs", prefix_cache=True):
+    def __init__(
+        self, blocks=32, slots=4, batch_tokens=8, overlap=False, policy="fcfs", prefix_cache=True, forces=False
+    ):
         self.kv = KVCache(blocks, PAGE, prefix_cache=prefix_cache)
         self.scheduler = build_scheduler(policy, self.kv, SchedulerLimits(slots, batch_tokens, blocks * PAGE))
-        self.executor = MemoryExecutor(blocks, PAGE)
+        self.executor = MemoryExecutor(blocks, PAGE, forces)
         self.overlap = overlap
         self.now = 0.0
         self.ids = 0
@@ -98,11 +100,12 @@ slos = st.one_of(
     overlap=st.booleans(),
     prefix_cache=st.booleans(),
     policy=st.sampled_from(sorted(POLICIES)),
+    forces=st.booleans(),
 )
 def test_tokens_do_not_depend_on_policy_pressure_chunks_sharing_or_overlap(
-    jobs, blocks, slots, batch_tokens, overlap, prefix_cache, policy
+    jobs, blocks, slots, batch_tokens, overlap, prefix_cache, policy, forces
 ):
-    bench = Bench(blocks, slots, batch_tokens, overlap, policy, prefix_cache)
+    bench = Bench(blocks, slots, batch_tokens, overlap, policy, prefix_cache, forces)
     sequences = []
     for prompt, max_tokens, pause, slo in jobs:
         sequences.append(bench.add(prompt, max_tokens, stop_ids=(3,), slo=slo))
@@ -110,10 +113,24 @@ def test_tokens_do_not_depend_on_policy_pressure_chunks_sharing_or_overlap(
             bench.step()
     bench.run()
     for (prompt, max_tokens, _, _), sequence in zip(jobs, sequences, strict=True):
-        expected = expected_output(prompt, max_tokens, (3,))
+        expected = expected_output(prompt, max_tokens, (3,), forces)
         assert bench.outputs[sequence.id] == expected
         assert sequence.finish_reason == ("stop" if expected[-1] == 3 else "length")
     bench.check_all_given_back()
+
+
+def test_forced_tokens_take_no_step_of_their_own():
+    def steps(forces: bool, overlap: bool) -> tuple[int, int]:
+        bench = Bench(blocks=64, slots=2, batch_tokens=16, overlap=overlap, forces=forces)
+        sequences = [bench.add([at, 2, 3], 60) for at in (1, 5)]
+        bench.run()
+        for at, sequence in zip((1, 5), sequences, strict=True):
+            assert bench.outputs[sequence.id] == expected_output([at, 2, 3], 60, forces=forces)
+        return len(bench.plans), sum(len(outputs) for outputs in bench.outputs.values())
+
+    for overlap in (False, True):
+        (one_by_one, tokens), (jumping, same) = steps(False, overlap), steps(True, overlap)
+        assert tokens == same == 120 and jumping < 0.75 * one_by_one
 
 
 @settings(max_examples=100, deadline=None)
@@ -122,9 +139,10 @@ def test_tokens_do_not_depend_on_policy_pressure_chunks_sharing_or_overlap(
     cancels=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 12)), max_size=6),
     failures=st.sets(st.integers(0, 12), max_size=2),
     overlap=st.booleans(),
+    forces=st.booleans(),
 )
-def test_cancelled_and_failed_sequences_disturb_no_other(jobs, cancels, failures, overlap):
-    bench = Bench(blocks=12, slots=3, batch_tokens=8, overlap=overlap)
+def test_cancelled_and_failed_sequences_disturb_no_other(jobs, cancels, failures, overlap, forces):
+    bench = Bench(blocks=12, slots=3, batch_tokens=8, overlap=overlap, forces=forces)
     sequences = [bench.add(prompt, max_tokens) for prompt, max_tokens in jobs]
     lost = set()
     for turn in range(14):
@@ -147,7 +165,7 @@ def test_cancelled_and_failed_sequences_disturb_no_other(jobs, cancels, failures
     for (prompt, max_tokens), sequence in zip(jobs, sequences, strict=True):
         assert sequence.status is Status.FINISHED
         if sequence.id not in lost:
-            assert bench.outputs[sequence.id] == expected_output(prompt, max_tokens)
+            assert bench.outputs[sequence.id] == expected_output(prompt, max_tokens, forces=forces)
     bench.check_all_given_back()
 
 

@@ -56,6 +56,7 @@ shapes = st.fixed_dictionaries(
         batch_tokens=st.integers(5, 20),
         depth=st.integers(1, 3),
         prefix_cache=st.sampled_from([True, True, True, False]),
+        forces=st.booleans(),
         seed=st.integers(0, 2**16),
         eager=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     )

@@ -1,0 +1,110 @@
+"""What a grammar costs on the host, over a vocabulary of 128,256 tokens: compiling it, a mask, a token, a jump.
+
+CPU time of single calls, along outputs drawn at random from what is allowed. Texts of bounded length are
+shown as the compiling library has them and as `grammar_rewrite` has them compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import xgrammar
+from record import write
+
+from superinfer.bench.constrained_schemas import Invoice, Team
+from superinfer.bench.shapes import write_tokenizer
+from superinfer.runtime.engine.grammar_jump import Retokenizer
+from superinfer.runtime.engine.grammar_rewrite import rewrite
+from superinfer.runtime.engine.grammar_worker import load_tokenizer_info
+
+VOCAB, EOS = 128256, 2
+
+
+def record(**properties: Any) -> dict[str, Any]:
+    """A schema."""
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "texts of any length": record(a={"type": "string"}, b={"type": "string"}),
+    "texts of at most 24": record(a={"type": "string", "maxLength": 24}, b={"type": "string", "maxLength": 24}),
+    "numbers and choices": record(a={"type": "integer"}, b={"enum": ["red", "green", "blue"]}, c={"type": "boolean"}),
+    "bench constrained, team": msgspec.json.schema(Team),
+    "bench constrained, invoice": msgspec.json.schema(Invoice),
+}
+
+
+def measure(info: Any, retokenizer: Retokenizer, schema: dict[str, Any], outputs: int) -> dict[str, Any]:
+    """Milliseconds of each call."""
+    compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+    started = time.thread_time()
+    compiled = compiler.compile_json_schema(json.dumps(schema), any_whitespace=False)
+    compile_s = time.thread_time() - started
+    mask = xgrammar.allocate_token_bitmask(1, VOCAB)
+    bits = mask.numpy().view(np.uint8)
+    rng = random.Random(0)
+    calls: dict[str, list[float]] = {"mask": [], "token": [], "jump": []}
+    for _ in range(outputs):
+        matcher, tail = xgrammar.GrammarMatcher(compiled), []
+        for _ in range(400):
+            began = time.thread_time()
+            matcher.fill_next_token_bitmask(mask, 0)
+            filled = time.thread_time()
+            allowed = np.flatnonzero(np.unpackbits(bits[0], bitorder="little")[:VOCAB])
+            tail.append(int(allowed[rng.randrange(len(allowed))]))
+            before = time.thread_time()
+            matcher.accept_token(tail[-1])
+            accepted = time.thread_time()
+            calls["mask"].append((filled - began) * 1e3)
+            calls["token"].append((accepted - before) * 1e3)
+            if matcher.is_terminated():
+                break
+            before = time.thread_time()
+            text = matcher.find_jump_forward_string()
+            if len(text) > 3:
+                retokenizer.tokens(text, tail[-8:])
+            calls["jump"].append((time.thread_time() - before) * 1e3)
+    return {"compile_s": compile_s, **{name: _spread(values) for name, values in calls.items()}}
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(values, n=100)
+    return {"calls": len(values), "p50_ms": cuts[49], "p90_ms": cuts[89], "p99_ms": cuts[98], "max_ms": max(values)}
+
+
+def main() -> None:
+    """Measure, print, write results/grammar-masks.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--outputs", type=int, default=12, help="of each schema")
+    parser.add_argument("--name", default="grammar-masks", help="of the result file")
+    arguments = parser.parse_args()
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder), VOCAB)
+        info = load_tokenizer_info(folder, VOCAB, (EOS,))
+        retokenizer = Retokenizer(folder, info)
+        for name, schema in SCHEMAS.items():
+            for how, one in (("as it is", schema), ("rewritten", rewrite(schema))):
+                if how == "rewritten" and json.dumps(one) == json.dumps(schema):
+                    continue
+                found[f"{name}, {how}"] = made = measure(info, retokenizer, one, arguments.outputs)
+                times = ", ".join(
+                    f"{call} {made[call]['p50_ms']:.3f} / {made[call]['p90_ms']:.3f} / {made[call]['max_ms']:.2f} ms"
+                    for call in ("mask", "token", "jump")
+                )
+                print(f"{name}, {how}: compiled in {made['compile_s']:.2f} s; p50 / p90 / max: {times}", flush=True)
+    measured = {"vocabulary": VOCAB, "schemas": found}
+    print(f"written to {write(arguments.name, 'python benchmarks/grammar_masks.py', measured)}")
+
+
+if __name__ == "__main__":
+    main()

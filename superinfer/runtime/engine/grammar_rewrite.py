@@ -1,0 +1,85 @@
+"""JSON schemas rewritten, before they are compiled, where the compiler's own way gives wrong JSON or is slow.
+
+- `minLength` and `maxLength` become a `pattern`. Compiled as they are, they let control characters through, which JSON
+  does not allow within a text, and near the end of a bounded text a mask takes milliseconds (docs/constrained.md has
+  the numbers). Neither way writes escapes within such a text.
+- What a `pattern` demands and JSON writes with an escape (a quote, a backslash, a control character) is demanded as
+  that escape. The compiler would write it raw. Character classes need nothing: it leaves such characters out of them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+AT_ONCE = 100  # characters of one repetition: the compiler does not unfold one of over 128, and masks are slow then
+
+_MAPS = ("$defs", "definitions", "properties")
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_SINGLE = ("items", "additionalProperties")
+
+
+def rewrite(schema: Any) -> Any:
+    """The schema with lengths of texts as patterns; what is shared with the given one is not changed."""
+    if not isinstance(schema, dict):
+        return schema
+    found = dict(schema)
+    for word in _MAPS:
+        if word in found:
+            found[word] = {name: rewrite(value) for name, value in found[word].items()}
+    for word in _LISTS:
+        if word in found:
+            found[word] = [rewrite(value) for value in found[word]]
+    for word in _SINGLE:
+        if word in found:
+            found[word] = rewrite(found[word])
+    least, most = found.get("minLength", 0), found.get("maxLength")
+    if ("minLength" in found or "maxLength" in found) and _are_lengths(least, most):
+        found.pop("minLength", None)
+        found.pop("maxLength", None)
+        found["pattern"] = f"^{_any(least, most)}$"
+    elif isinstance(found.get("pattern"), str):
+        found["pattern"] = escaped(found["pattern"])
+    return found
+
+
+# A class as a whole, or one character as it may be written: escaped, by its number, or plain.
+_PIECE = re.compile(
+    r"""(?P<other>\[(?:\^)?\]?(?:\\.|[^\]\\])*\])
+    |\\x(?P<x>[0-9a-fA-F]{2}) | \\u(?P<u>[0-9a-fA-F]{4}) | \\(?P<letter>.) | (?P<plain>["\x00-\x1f])""",
+    re.VERBOSE | re.DOTALL,
+)
+_LETTERS = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0", '"': '"', "\\": "\\"}
+
+
+def escaped(pattern: str) -> str:
+    """The pattern, of a JSON text's characters as JSON writes them."""
+
+    def piece(match: re.Match[str]) -> str:
+        number = match["x"] or match["u"]
+        character = chr(int(number, 16)) if number else match["plain"] or _LETTERS.get(match["letter"] or "")
+        if match["other"] or character is None or (character >= " " and character not in '"\\'):
+            return match[0]
+        written = json.dumps(character)[1:-1]
+        return f"({written.replace(chr(92), chr(92) * 2)})"
+
+    return _PIECE.sub(piece, pattern)
+
+
+def _are_lengths(least: Any, most: Any) -> bool:
+    """Whether they mean something; what does not is for the compiler to refuse."""
+    numbers = [least] if most is None else [least, most]
+    return all(type(number) is int and number >= 0 for number in numbers) and (most is None or least <= most)
+
+
+def _any(least: int, most: int | None) -> str:
+    """An expression for any `least` to `most` characters, which for each text has one way to match."""
+    must = f".{{{AT_ONCE}}}" * (least // AT_ONCE) + (f".{{{least % AT_ONCE}}}" if least % AT_ONCE else "")
+    if most is None:
+        return f"{must}.*"
+    rounds, last = divmod(most - least, AT_ONCE)
+    may = f".{{0,{last}}}" if last else ""
+    for _ in range(rounds):
+        may = f"(.{{0,{AT_ONCE - 1}}}|.{{{AT_ONCE}}}{may})"
+    return must + may

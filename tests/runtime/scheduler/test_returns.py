@@ -1,0 +1,85 @@
+"""A turn whose caller said it will go on: its KV outlasts that of others, and is in HBM again when it is expected."""
+
+from __future__ import annotations
+
+import pytest
+from rotation_bench import PAGE, Bench
+
+from superinfer.runtime.protocol import Hints
+
+TURN = [1] * 16
+
+
+def crowd(bench: Bench, count: int, first: int = 10) -> None:
+    """Others, one after another, that fill both tiers with what nobody will ask for."""
+    for number in range(count):
+        bench.add([first + number] * 24, max_tokens=2)
+        bench.run()
+
+
+def idle(bench: Bench, seconds: float) -> None:
+    """Nothing comes for so long."""
+    until = bench.now + seconds
+    while bench.now < until:
+        bench.step()
+
+
+def second_turn(hints: Hints | None, away_s: float, others: int, policy: str = "rota"):
+    """Of TURN, continued after `away_s`, with `others` in between. Returns the bench and the turn that goes on."""
+    bench = Bench(blocks=16, dram=24, policy=policy)
+    first = bench.add(TURN, max_tokens=5, hints=hints)
+    bench.run()
+    crowd(bench, others)
+    idle(bench, max(0.0, away_s - bench.now))
+    again = bench.add([*first.tokens, 2, 2, 2], max_tokens=3)
+    return bench, again
+
+
+@pytest.mark.parametrize("policy", ["rota", "fcfs"])
+def test_a_turn_that_will_go_on_is_not_dropped_from_host_memory_before_what_nobody_wants(policy):
+    bench, again = second_turn(Hints(keep_s=2.0), 2.0, others=8, policy=policy)
+    forgotten, other = second_turn(None, 2.0, others=8, policy=policy)
+    for each in (bench, forgotten):
+        each.run()
+    assert again.cached == 20
+    assert other.cached == 0
+    bench.check([again])
+    bench.check_all_given_back()
+
+
+def test_it_is_back_in_hbm_when_it_is_expected_and_not_long_before():
+    bench, _ = second_turn(Hints(keep_s=3.0), 0.0, others=8)
+    path = bench.kv.match(second_tokens(bench), "", 20)
+    assert len(path) == 20 // PAGE
+    assert any(node.block < 0 for node in path), "the crowd took its room in HBM"
+    idle(bench, 2.0 - bench.now)
+    assert any(node.block < 0 for node in path), "it is not wanted yet"
+    idle(bench, 3.0 - bench.now)
+    assert all(node.block >= 0 for node in path)
+    assert bench.kv.totals.prefetched > 0
+
+
+def second_tokens(bench: Bench):
+    """Of the turn that goes on, which has been added and not been planned yet; it is taken away again."""
+    sequence = next(iter(bench.scheduler._waiting))
+    bench.scheduler.cancel(sequence, bench.now)
+    return sequence.tokens
+
+
+def test_a_turn_that_does_not_come_back_is_dropped_like_any_other():
+    bench, again = second_turn(Hints(keep_s=0.2), 3.0, others=1)
+    bench.scheduler.cancel(again, bench.now)
+    assert bench.kv._lru.num_kept == 0
+    crowd(bench, 8, first=40)
+    assert bench.kv.match(again.tokens, "", 20) == []
+    assert len(bench.scheduler._returns) == 0
+    bench.check_all_given_back()
+
+
+def test_without_room_that_nobody_needs_nothing_is_brought_back():
+    bench, again = second_turn(Hints(keep_s=0.5), 0.0, others=8)
+    bench.scheduler.cancel(again, bench.now)
+    busy = bench.add([3] * 50, max_tokens=12)  # holds all but a block or two of HBM
+    bench.run()
+    bench.check([busy])
+    bench.check_all_given_back()
