@@ -70,9 +70,8 @@ async def score_choices(
     asks = [(ids, start) for ids in tokens]
     if alone:
         asks += [(ids[start:], 1) for ids in tokens if len(ids) - start > 1]
-    hints = Hints(
-        group=uuid.uuid4().hex, keep_s=keep_s
-    )  # they share the prompt: whoever comes first computes it for all
+    # They share the prompt: whoever comes first computes it for all.
+    hints = Hints(group=uuid.uuid4().hex, keep_s=keep_s)
     tasks = [asyncio.ensure_future(scorer.score(ids, at, slo=slo, program=program, hints=hints)) for ids, at in asks]
     try:
         answers = await asyncio.gather(*tasks)
