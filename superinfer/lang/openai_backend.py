@@ -114,8 +114,12 @@ class OpenAI(RemoteBackend):
             self.abilities = replace(self.abilities, plain=not is_chat_model)
 
     async def _connect(self, api_key: str | None, timeout: float, max_retries: int, connections: int) -> ServerWire:
-        from superinfer.lang.server_wire import ServerWire  # takes a moment to import
-
+        try:
+            from superinfer.lang.server_wire import ServerWire  # takes a moment to import
+        except ImportError:
+            raise UnsupportedError(
+                "a superinfer server needs the aiohttp package: pip install 'superinfer[openai]'"
+            ) from None
         return ServerWire(str(self._client.base_url), api_key, timeout, max_retries, connections)
 
     async def _models(self) -> list[Any]:
