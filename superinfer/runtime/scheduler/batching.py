@@ -321,6 +321,8 @@ class BatchScheduler(Places):
         """What came of a prefill chunk, of a step with logprobs, or of a token that others must follow."""
         if work.sample:
             sequence.in_flight -= 1
+        elif work.is_untold:
+            sequence.untold -= 1
         if sequence.status is FINISHED:
             return None
         followed: list[int] = []
@@ -357,7 +359,11 @@ class BatchScheduler(Places):
             work = planned.get(sequence)
             if work is not None and work.sample:
                 sequence.in_flight -= 1
-                planned[sequence] = msgspec.structs.replace(work, sample=False)
+                if sequence.table is None:  # given up: what they compute is no part of the table it will have next
+                    del planned[sequence]
+                else:
+                    planned[sequence] = msgspec.structs.replace(work, sample=False)
+                    sequence.untold += 1
         if sequence.status is RUNNING:
             sequence.resume_at = sequence.compute_length
         return taken
@@ -390,8 +396,8 @@ class BatchScheduler(Places):
             self._rotation.dropped(step)
         self._loads.pop(step, None)
         for sequence, work in self._planned.pop(step, {}).items():
-            if work.sample:
-                sequence.in_flight -= 1
+            sequence.in_flight -= work.sample
+            sequence.untold -= work.is_untold
             if sequence.status is not Status.FINISHED:
                 self._finish(sequence, None, now)
                 lost.append(sequence)

@@ -167,7 +167,9 @@ class Places(ABC):
                 continue
             for works in self._planned.values():
                 work = works.pop(sequence, None)
-                sequence.in_flight -= work is not None and work.sample
+                if work is not None:
+                    sequence.in_flight -= work.sample
+                    sequence.untold -= work.is_untold
             self._preemptions += 1
             sequence.preemptions += 1
             self._drop_table(sequence)
@@ -197,6 +199,7 @@ class Places(ABC):
         for works in self._planned.values():
             work = works.get(sequence)
             if work is not None and not work.sample:
+                sequence.untold -= work.is_untold
                 del works[sequence]
         self._kv.release(sequence.table)
         sequence.table = None

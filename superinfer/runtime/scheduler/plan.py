@@ -55,6 +55,11 @@ class SlotWork(msgspec.Struct, frozen=True, gc=False):  # made for every decode 
     def is_decode(self) -> bool:
         return not self.tokens
 
+    @property
+    def is_untold(self) -> bool:
+        """Whether it is a decode whose token is known from elsewhere: see `StepResult.forced`."""
+        return not self.tokens and not self.sample
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:

@@ -25,7 +25,8 @@ class Sequence:
 
     tokens: prompt and generated ids. num_prompt: how many of them are the prompt. stages: where its time goes.
     scheduled: positions whose KV some planned step computes; committed: of those of its prefill, steps that are done.
-    in_flight: tokens that planned steps will sample and that are not known yet.
+    in_flight: tokens that planned steps will sample and that are not known yet. untold: planned decodes whose tokens
+    tell nothing new, for a grammar has forced them meanwhile.
     last_position: where the last token may be: nothing is computed there. -1 where nothing is generated.
     resume_at: tokens to prefill when it last took a slot; from there on it decodes.
     let_in: when it last took a slot, and let_in_with how many tokens generated, at which position.
@@ -77,6 +78,7 @@ class Sequence:
         "table",
         "timeline",
         "tokens",
+        "untold",
     )
 
     def __init__(
@@ -114,7 +116,7 @@ class Sequence:
         self.status = Status.WAITING
         self.slot = -1
         self.table: BlockTable | None = None
-        self.scheduled = self.committed = self.in_flight = self.resume_at = 0
+        self.scheduled = self.committed = self.in_flight = self.untold = self.resume_at = 0
         self.cached = 0
         self.first_scheduled: float | None = None
         self.finished_at: float | None = None
@@ -142,7 +144,9 @@ class Sequence:
     @property
     def is_under_way(self) -> bool:
         """Whether planned work of it has no result yet that a new residency would have to know."""
-        return self.in_flight > 0 or (self.table is not None and self.committed < min(self.scheduled, self.resume_at))
+        if self.in_flight > 0 or self.untold > 0:
+            return True
+        return self.table is not None and self.committed < min(self.scheduled, self.resume_at)
 
     @property
     def wants_more(self) -> bool:
