@@ -24,8 +24,9 @@ from typing import Any, TypeVar
 from noop_engine import Stamps as Stamps
 
 from superinfer.runtime.client import AsyncEngineClient
+from superinfer.runtime.file_limit import raise_file_limit
 from superinfer.runtime.protocol import Generate, SamplingParams, SequenceDelta
-from superinfer.runtime.server.serve import loop_factory, raise_file_limit
+from superinfer.runtime.server.serve import loop_factory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from chat_checkpoint import write_checkpoint

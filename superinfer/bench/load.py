@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +13,7 @@ import msgspec
 
 from superinfer.bench.openai_stream import OpenAIStreams, Sample, Server
 from superinfer.errors import InvalidRequestError
+from superinfer.runtime.file_limit import raise_file_limit
 from superinfer.runtime.sim.workload import Job
 from superinfer.runtime.slo import SLO, TokenTimeline
 
@@ -159,10 +158,3 @@ async def _watch_loop(delays: list[float]) -> None:
         before = time.perf_counter()
         await asyncio.sleep(LOOK_EVERY_S)
         delays.append(max(0.0, time.perf_counter() - before - LOOK_EVERY_S))
-
-
-def raise_file_limit() -> None:
-    """A connection is a file: allow as many as the system lets this process have."""
-    with contextlib.suppress(ValueError, OSError):
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -19,7 +19,7 @@ from superinfer.errors import InvalidRequestError, SuperinferError
 from superinfer.runtime.config import EngineConfig
 
 if TYPE_CHECKING:
-    from superinfer.bench.programs_run import Arm, Plan
+    from superinfer.bench.programs_run import Arm
 
 
 @with_engine_options
@@ -61,7 +61,7 @@ def programs(
         found = joined(join)
     else:
         plan = Plan.of(shapes, numbers("--at-once", at_once), rounds, scale, seed, limit)
-        with _arms(config, url_ours, start, url_peer, peer_model, select_by, plan) as arms:
+        with _arms(config, url_ours, start, url_peer, peer_model, select_by) as arms:
             found = asyncio.run(measure(arms, plan))
     found = compare(found)
     print(table(found))
@@ -72,7 +72,7 @@ def programs(
 
 @contextlib.contextmanager
 def _arms(
-    config: EngineConfig, url_ours: str, start: bool, url_peer: str, peer_model: str, select_by: str, plan: Plan
+    config: EngineConfig, url_ours: str, start: bool, url_peer: str, peer_model: str, select_by: str
 ) -> Iterator[list[Arm]]:
     """Those asked for, ours first. Raises InvalidRequestError for none, or ours twice."""
     from superinfer.bench.programs_run import OpenAIArm, OurArm
@@ -97,7 +97,7 @@ def _arms(
 
             backend = stack.enter_context(si.RuntimeEndpoint(url_ours))
         if backend is not None:
-            arms.append(OurArm(backend, url_ours or "started here", plan))
+            arms.append(OurArm(backend, url_ours or "started here"))
         if url_peer:
             arms.append(OpenAIArm(url_peer, peer_model, select_by))
         yield arms

@@ -67,36 +67,25 @@ class Arm(ABC):
     async def end(self) -> None:  # noqa: B027  (not all hold something)
         """After the last."""
 
-    def takes(self, shape: str) -> bool:
-        """Whether it can run this shape."""
-        return True
-
 
 class OurArm(Arm):
     """The language, on an engine or a server of ours."""
 
     name = "ours"
 
-    def __init__(self, backend: Any, at: str, plan: Plan) -> None:
+    def __init__(self, backend: Any, at: str) -> None:
         from superinfer.lang.backend import TextBackend
 
         self._backend = backend
-        self._scores = isinstance(backend, TextBackend)
-        self.what = {"at": at, "door": "zmq" if self._scores else "http"}
-        if self._scores:
+        self.what = {"at": at, "door": "zmq" if isinstance(backend, TextBackend) else "http"}
+        if isinstance(backend, TextBackend):
             from superinfer.bench.engine import info_of
 
             self.what |= {"engine": info_of(backend.info)}
-        for shape in plan.shapes:
-            if not self.takes(shape):
-                print(f"{shape}: left out of our arm: over HTTP the language has no select", file=sys.stderr)
 
     async def begin(self) -> None:
         # Should both arms be served by one engine, neither is to find the other's prompts in its cache.
         self._backend.flush_cache()
-
-    def takes(self, shape: str) -> bool:
-        return self._scores or shape != "select"
 
     async def run(self, texts: Texts) -> Tokens:
         from superinfer.bench.programs_lang import PROGRAMS
@@ -164,12 +153,10 @@ async def measure(arms: Sequence[Arm], plan: Plan) -> dict[str, Any]:
             stack.push_async_callback(arm.end)
             await arm.begin()
         for arm in arms:
-            for shape in filter(arm.takes, plan.shapes):
+            for shape in plan.shapes:
                 await _batch(arm, [Texts(shape, plan.sizes[shape], f"warm {at}") for at in range(WARM_UP)], plan.limit)
         for round_, shape, count in itertools.product(range(plan.rounds), plan.shapes, plan.at_once):
             for arm in arms if round_ % 2 == 0 else arms[::-1]:
-                if not arm.takes(shape):
-                    continue
                 one = await _batch(arm, plan.texts(shape, count, round_), plan.limit)
                 runs[arm.name].setdefault(shape, {}).setdefault(str(count), []).append(one)
                 said = f"round {round_ + 1}: {shape}, {count} at once, {arm.name}: {one['seconds']:.2f} s"

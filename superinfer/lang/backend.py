@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from superinfer.errors import InvalidRequestError, RequestCancelledError, UnsupportedError
 from superinfer.lang.loop import language_loop
 from superinfer.lang.prompt import NO_CHAT, Chat, Prompt
+from superinfer.runtime.choices import ScoredChoices, at_border, score_choices
 from superinfer.runtime.client import AsyncEngineClient
 from superinfer.runtime.config import EMBEDDED, EngineConfig
 from superinfer.runtime.launch import EngineProcess, Progress, launch_engine
@@ -24,9 +25,13 @@ from superinfer.runtime.tokenization import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class CallRequest(TextRequest):
-    """A request with the chat that its prompt was rendered from, for backends that render none."""
+    """A request with the chat that its prompt was rendered from, for backends that render none.
+
+    live: somebody waits for each piece of the text; otherwise it may come in fewer, larger ones.
+    """
 
     chat: Chat = NO_CHAT
+    live: bool = True
 
 
 class Backend(ABC):
@@ -54,6 +59,23 @@ class Backend(ABC):
         hints: Hints | None = None,
     ) -> tuple[list[TokenLogprob], RequestReport]:
         """Log probability of each of `prompt[start:]` given all before it; `start` >= 1."""
+
+    async def score_choices(
+        self,
+        prompt: Prompt,
+        choices: Sequence[str],
+        *,
+        alone: bool,
+        slo: SLO | None = None,
+        program: str = "",
+        keep_s: float | None = None,
+    ) -> ScoredChoices:
+        """Each choice's tokens behind the prompt, scored; with `alone`, also without it. keep_s: see Hints.
+
+        Raises like `score`, and InvalidRequestError where no token stands before the choices.
+        """
+        bordered = at_border(self, prompt.text, choices, special=prompt.add_special)
+        return await score_choices(self, bordered, alone=alone, slo=slo, program=program, keep_s=keep_s)
 
     @abstractmethod
     def encode(self, text: str, *, special: bool) -> list[int]:
@@ -170,7 +192,7 @@ class TextBackend(Backend):
 class RuntimeEndpoint(TextBackend):
     """A running engine, by its address (ipc://PATH or tcp://HOST:PORT), or a superinfer server (http://HOST:PORT).
 
-    A server is spoken to over HTTP and gives an `OpenAI` backend, which scores nothing: `select` needs an engine.
+    A server is spoken to over HTTP and gives an `OpenAI` backend.
     """
 
     def __new__(cls, address: str = "", *rest: Any, **options: Any) -> Any:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
-from superinfer.errors import DeadlineMissedError, InvalidRequestError, OutputError, UnsupportedError
+from superinfer.errors import DeadlineMissedError, OutputError, UnsupportedError
 from superinfer.lang.backend import Backend, CallRequest
 from superinfer.lang.choices import TokenScore, mean
 from superinfer.lang.in_time import in_time
@@ -23,7 +22,7 @@ from superinfer.lang.report import CallWatch
 from superinfer.lang.sampling import Sampling
 from superinfer.lang.typed import Reader
 from superinfer.lang.unknown import Unknown
-from superinfer.runtime.protocol import Hints, RequestReport, SamplingParams, TokenLogprob
+from superinfer.runtime.protocol import Hints, SamplingParams, TokenLogprob
 from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import TextDelta, TextResult
 
@@ -48,7 +47,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Context:
-    """Where a call is made, and for whom. `enforced`: the promise whose `on_miss` is ours to keep: `slo` is a plan."""
+    """Where a call is made, and for whom. enforced: the promise whose `on_miss` is ours to keep: `slo` is a plan.
+    live: somebody reads the text as it is written."""
 
     backend: Backend
     prompt: Prompt
@@ -58,6 +58,15 @@ class Context:
     hints: Hints | None = None
     slo_class: str = ""
     enforced: SLO | None = None
+    live: bool = True
+
+    def waits_for_pieces(self, gen: Gen) -> bool:
+        """Whether the answer's text is wanted piece by piece: somebody reads it, what is promised is counted by them,
+        the call may be cut short here, or it has its value before the text ends."""
+        slo = self.watch.slo
+        promised = slo is not None and (slo.ttft is not None or slo.tbt is not None)
+        cut = self.enforced is not None and self.enforced.on_miss == "truncate"
+        return self.live or promised or cut or gen.number is not None
 
 
 def spent(gen: Gen | Select) -> Answer:
@@ -80,6 +89,7 @@ async def generate(context: Context, gen: Gen, sampling: Sampling, emit: Emit) -
     request = CallRequest(
         prompt=context.prompt.text,
         chat=context.prompt.chat,
+        live=context.waits_for_pieces(gen),
         sampling=_params(context.backend, gen, sampling),
         stop=sampling.stop_strings,
         stop_regex=sampling.stop_patterns,
@@ -220,21 +230,19 @@ def _scores(items: Sequence[TokenLogprob], text: Callable[[Sequence[int]], str] 
     return [(item.logprob, item.token_id, text([item.token_id]) if text else None) for item in items]
 
 
-@dataclass
-class _Scored:
-    """The choices' tokens from the border on, and their log probabilities."""
-
-    with_prompt: list[list[TokenScore]] = field(default_factory=list)
-    alone: list[list[TokenScore]] | None = None
-    reports: list[RequestReport] = field(default_factory=list)
-
-
 async def choose(context: Context, select: Select) -> Answer:
     """Score all choices at once and decide. Raises like TextClient.score."""
     limit = context.enforced.deadline if context.enforced is not None else None
     try:
         async with asyncio.timeout(limit):
-            scored = await _score_choices(context, select)
+            scored = await context.backend.score_choices(
+                context.prompt,
+                select.choices,
+                alone=select.method.requires_unconditional_logprobs,
+                slo=context.slo,
+                program=context.program,
+                keep_s=context.hints.keep_s if context.hints is not None else None,
+            )
     except TimeoutError:
         raise DeadlineMissedError(f"select({select.name!r}) missed its deadline of {limit} s") from None
     normalized = [mean([score[0] or 0.0 for score in scores]) for scores in scored.with_prompt]
@@ -259,57 +267,3 @@ async def choose(context: Context, select: Select) -> Answer:
         **decision.meta_info,
     }
     return Answer(decision.decision, decision.decision, meta, "scored")
-
-
-async def _score_choices(context: Context, select: Select) -> _Scored:
-    tokens, start = _at_border(context, select.choices)
-    backend, decode = context.backend, context.backend.decode
-    asks = [(ids, start) for ids in tokens]
-    if select.method.requires_unconditional_logprobs:
-        asks += [(ids[start:], 1) for ids in tokens if len(ids) - start > 1]
-    keep_s = context.hints.keep_s if context.hints is not None else None
-    # They share the prompt: whoever comes first computes it for all.
-    hints = Hints(group=uuid.uuid4().hex, keep_s=keep_s)
-    tasks = [
-        asyncio.ensure_future(backend.score(ids, at, slo=context.slo, program=context.program, hints=hints))
-        for ids, at in asks
-    ]
-    try:
-        answers = await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:  # one that failed makes the others useless
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
-    scored = _Scored([_scores(items, lambda ids: decode(ids)) for items, _ in answers[: len(tokens)]])
-    scored.reports = [report for _, report in answers]
-    if select.method.requires_unconditional_logprobs:
-        rest = iter(answers[len(tokens) :])
-        scored.alone = []
-        for ids in tokens:
-            first: list[TokenScore] = [(None, ids[start], decode([ids[start]]))]
-            scored.alone.append(first + (_scores(next(rest)[0], decode) if len(ids) - start > 1 else []))
-    return scored
-
-
-def _at_border(context: Context, choices: Sequence[str]) -> tuple[list[list[int]], int]:
-    """Token ids of the prompt with each choice, and the position from which they are compared.
-
-    A tokenizer may merge the end of the prompt with the beginning of a choice. All choices are scored from the last
-    token border that they share with the prompt alone, so that the same text is weighed in each.
-    """
-    text, special = context.prompt.text, context.prompt.add_special
-    prompt, tokens = context.backend.encode_each(text, choices, special=special)
-    start = min(_common(prompt, ids) for ids in tokens)
-    start = min(start, *(len(ids) - 1 for ids in tokens))  # a choice that ends inside a merged token is one token
-    if start < 1:
-        raise InvalidRequestError("select() stands at the very beginning; give the model some text to choose by")
-    return tokens, start
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-TokenScore = tuple[float | None, int, str | None]
+from superinfer.runtime.choices import TokenScore
 
 
 @dataclass(frozen=True)

@@ -288,8 +288,9 @@ class StreamExecutor:
         watch.slo = promise.slo
         sent = self._plan(call, promise)
         watch.planned = sent.planned
+        live = run.stream or variable.feed.is_read
         context = calls.Context(
-            run.backend, prompt, sent.slo, run.program_id, watch, sent.hints, run.slo_class, sent.enforced
+            run.backend, prompt, sent.slo, run.program_id, watch, sent.hints, run.slo_class, sent.enforced, live
         )
         why = "budget" if promise.spent else ""
         try:

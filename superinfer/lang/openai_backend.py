@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from superinfer.errors import (
     DeadlineMissedError,
@@ -19,11 +22,19 @@ from superinfer.errors import (
 from superinfer.lang.backend import CallRequest
 from superinfer.lang.loop import language_loop
 from superinfer.lang.openai_tools import CallDeltas, wire_messages
-from superinfer.lang.prompt import Prompt
+from superinfer.lang.prompt import Chat, Prompt
 from superinfer.lang.remote import Abilities, Answering, RemoteBackend, given
+from superinfer.runtime.choices import ScoredChoices
+from superinfer.runtime.file_limit import connections_within
 from superinfer.runtime.protocol import SamplingParams
 from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import TextDelta
+
+if TYPE_CHECKING:
+    from superinfer.lang.server_wire import ServerWire
+
+CONNECTIONS = 2048  # at a time, to one service
+PIECE_MS = 100.0  # between two pieces of a text that nobody reads yet as it is written
 
 _NAMES = {name: name for name in ("n", "temperature", "top_p", "frequency_penalty", "presence_penalty", "seed")}
 _OWN_NAMES = {
@@ -68,16 +79,23 @@ class OpenAI(RemoteBackend):
         InvalidRequestError without a key.
         """
         openai = _library()
+        limits = type(openai.DEFAULT_CONNECTION_LIMITS)  # of the HTTP library that this version is built on
         self.ours = False
         super().__init__(model, _ELSEWHERE)
         self._limit = "max_tokens" if base_url else "max_completion_tokens"
         self._salt = ""
+        self._wire: ServerWire | None = None
+        connections = connections_within(CONNECTIONS)
         try:
             self._client = openai.AsyncOpenAI(
                 base_url=base_url,
                 api_key=api_key or ("none" if base_url else None),
-                timeout=timeout,
+                # A call that finds all connections taken waits for one, however long that is.
+                timeout=openai.Timeout(timeout, pool=None),
                 max_retries=max_retries,
+                http_client=openai.DefaultAsyncHttpxClient(
+                    limits=limits(max_connections=connections, max_keepalive_connections=connections)
+                ),
             )
         except openai.OpenAIError as error:
             raise InvalidRequestError(f"OpenAI({model!r}): {error}") from None
@@ -85,6 +103,7 @@ class OpenAI(RemoteBackend):
             cards = language_loop().run(self._models())
             self.ours = any(card.owned_by == "superinfer" for card in cards)
             if self.ours:
+                self._wire = language_loop().run(self._connect(api_key, timeout, max_retries, connections))
                 self.name, self.abilities = "a superinfer server over HTTP", _OURS  # type: ignore[misc]
                 self.takes_grammars = True
                 served = [card.id for card in cards]
@@ -93,6 +112,15 @@ class OpenAI(RemoteBackend):
                     raise InvalidRequestError(f"model {model!r} is not served at {base_url}; it serves {served[0]!r}")
         if is_chat_model is not None and not self.ours:
             self.abilities = replace(self.abilities, plain=not is_chat_model)
+
+    async def _connect(self, api_key: str | None, timeout: float, max_retries: int, connections: int) -> ServerWire:
+        try:
+            from superinfer.lang.server_wire import ServerWire  # takes a moment to import
+        except ImportError:
+            raise UnsupportedError(
+                "a superinfer server needs the aiohttp package: pip install 'superinfer[openai]'"
+            ) from None
+        return ServerWire(str(self._client.base_url), api_key, timeout, max_retries, connections)
 
     async def _models(self) -> list[Any]:
         """Those the server lists; none where it has no such list."""
@@ -125,18 +153,12 @@ class OpenAI(RemoteBackend):
 
         answering = Answering(request.sampling.n)
         tools: dict[int, CallDeltas] = {}
+        path, asked = self._asked(request)
         try:
-            async with await self._open(request) as chunks:
-                async for chunk in chunks:
-                    for choice in chunk.choices:
-                        text = choice.text if request.chat.plain is not None else choice.delta.content
-                        if text:
-                            yield answering.text(choice.index, text)
-                        if request.chat.plain is None and choice.delta.tool_calls:
-                            tools.setdefault(choice.index, CallDeltas()).add(choice.delta.tool_calls)
-                        if choice.finish_reason is not None:
-                            answering.reasons[choice.index] = "length" if choice.finish_reason == "length" else "stop"
-                    _account(answering, chunk)
+            async with contextlib.aclosing(self._chunks(path, asked)) as arrivals:
+                async for chunks in arrivals:
+                    for delta in _read(chunks, answering, tools, plain=request.chat.plain is not None):
+                        yield delta
         except openai.APIError as error:
             raise as_ours(error) from error
         for index, calls in tools.items():
@@ -144,23 +166,64 @@ class OpenAI(RemoteBackend):
         for delta in answering.last():
             yield delta
 
-    async def _open(self, request: CallRequest) -> Any:
+    async def _chunks(self, path: str, asked: dict[str, Any]) -> AsyncGenerator[list[Any], None]:
+        """The chunks of the answer, those together that came together."""
+        if self._wire is not None:
+            async with contextlib.aclosing(self._wire.chunks(path, asked)) as arrivals:
+                async for chunks in arrivals:
+                    yield chunks
+            return
+        create: Any = (
+            self._client.completions.create if path == "/completions" else self._client.chat.completions.create
+        )
+        async with await create(**asked) as stream:
+            async for chunk in stream:
+                yield [chunk]
+
+    def _asked(self, request: CallRequest) -> tuple[str, dict[str, Any]]:
+        """Path and body."""
         asked: dict[str, Any] = {"model": self.model, "stream": True, "stream_options": {"include_usage": True}}
         asked |= given(request.sampling, _NAMES)
         if request.stop:
             asked["stop"] = list(request.stop)
         if request.sampling.max_tokens is not None:
             asked[self._limit if request.chat.plain is None else "max_tokens"] = request.sampling.max_tokens
-        extra = self._extra(request) if self.ours else {}
+        if self.ours:
+            asked |= self._extra(request)
+            if not request.live:
+                asked["stream_options"]["interval_ms"] = PIECE_MS
         if request.chat.plain is not None:
-            return await self._client.completions.create(prompt=request.chat.plain, extra_body=extra, **asked)
-        messages = wire_messages(request.chat.messages)
-        if request.chat.tools:
-            asked["tools"] = list(request.chat.tools)
-        if request.chat.begun:
-            messages.append({"role": "assistant", "content": request.chat.begun})
-            extra["continue_final_message"] = True
-        return await self._client.chat.completions.create(messages=messages, extra_body=extra, **asked)
+            return "/completions", asked | {"prompt": request.chat.plain}
+        return "/chat/completions", asked | chat_fields(request.chat)
+
+    async def score_choices(
+        self,
+        prompt: Prompt,
+        choices: Sequence[str],
+        *,
+        alone: bool,
+        slo: SLO | None = None,
+        program: str = "",
+        keep_s: float | None = None,
+    ) -> ScoredChoices:
+        """Our server scores all choices for one request (/v1/select). Raises UnsupportedError elsewhere."""
+        if self._wire is None:
+            return await super().score_choices(prompt, choices, alone=alone, slo=slo, program=program, keep_s=keep_s)
+        from superinfer.lang.server_wire import SelectAnswer
+
+        self._check_open()
+        self._check_chat(prompt.chat)
+        asked: dict[str, Any] = {"model": self.model, "choices": list(choices), "alone": alone}
+        asked |= {"prompt": prompt.chat.plain} if prompt.chat.plain is not None else chat_fields(prompt.chat)
+        asked |= self._marks(slo, program, "")
+        if keep_s is not None:
+            asked["hints"] = {"keep_s": keep_s}
+        answer = await self._wire.ask("/select", asked, SelectAnswer)
+        scored = ScoredChoices([[token.score() for token in choice.tokens] for choice in answer.choices])
+        if alone:
+            scored.alone = [[token.score() for token in choice.alone or ()] for choice in answer.choices]
+        scored.reports = answer.reports
+        return scored
 
     def _extra(self, request: CallRequest) -> dict[str, Any]:
         """What our server takes beyond OpenAI's fields."""
@@ -168,15 +231,25 @@ class OpenAI(RemoteBackend):
         if (grammar := request.sampling.grammar) is not None:
             kind = _GRAMMARS.get(grammar.kind)
             extra["structured_outputs"] = {kind: grammar.source} if kind else {"json_object": True}
-        if request.program:
-            extra["prompt_cache_key"] = request.program
-        if self._salt or request.cache_salt:
-            extra["cache_salt"] = self._salt + request.cache_salt
-        if request.slo is not None and request.slo.promises_anything:
-            extra["slo"] = slo_fields(request.slo)
+        extra |= self._marks(request.slo, request.program, request.cache_salt)
+        if request.hints is not None:
+            extra["hints"] = msgspec.to_builtins(request.hints)
         return extra
 
+    def _marks(self, slo: SLO | None, program: str, salt: str) -> dict[str, Any]:
+        """Whose request it is, and what is promised to it."""
+        marks: dict[str, Any] = {}
+        if program:
+            marks["prompt_cache_key"] = program
+        if self._salt or salt:
+            marks["cache_salt"] = self._salt + salt
+        if slo is not None and slo.promises_anything:
+            marks["slo"] = slo_fields(slo)
+        return marks
+
     async def _close(self) -> None:
+        if self._wire is not None:
+            await self._wire.close()
         await self._client.close()
 
 
@@ -192,10 +265,38 @@ def server_backend(url: str, timeout: float) -> OpenAI:
     return backend
 
 
+def chat_fields(chat: Chat) -> dict[str, Any]:
+    """The messages of a chat, and what an open answer begins with."""
+    fields: dict[str, Any] = {"messages": wire_messages(chat.messages)}
+    if chat.tools:
+        fields["tools"] = list(chat.tools)
+    if chat.begun:
+        fields["messages"].append({"role": "assistant", "content": chat.begun})
+        fields["continue_final_message"] = True
+    return fields
+
+
 def slo_fields(slo: SLO) -> dict[str, Any]:
     """The `slo` field of our HTTP API: milliseconds."""
     times = {f"{name}_ms": getattr(slo, name) * 1e3 for name in ("ttft", "tbt", "deadline") if getattr(slo, name)}
     return {**times, "weight": slo.weight, "on_miss": slo.on_miss}
+
+
+def _read(chunks: list[Any], answering: Answering, tools: dict[int, CallDeltas], *, plain: bool) -> Iterator[TextDelta]:
+    """What chunks that came together say: their text as one delta of each continuation."""
+    texts: dict[int, list[str]] = {}
+    for chunk in chunks:
+        for choice in chunk.choices:
+            text = choice.text if plain else choice.delta.content
+            if text:
+                texts.setdefault(choice.index, []).append(text)
+            if not plain and choice.delta.tool_calls:
+                tools.setdefault(choice.index, CallDeltas()).add(choice.delta.tool_calls)
+            if choice.finish_reason is not None:
+                answering.reasons[choice.index] = "length" if choice.finish_reason == "length" else "stop"
+        _account(answering, chunk)
+    for index, pieces in texts.items():
+        yield answering.text(index, "".join(pieces))
 
 
 def _account(answering: Answering, chunk: Any) -> None:
@@ -205,7 +306,7 @@ def _account(answering: Answering, chunk: Any) -> None:
         answering.prompt_tokens, answering.output_tokens = usage.prompt_tokens, usage.completion_tokens
         details = getattr(usage, "prompt_tokens_details", None)
         answering.cached_tokens = (getattr(details, "cached_tokens", None) or 0) if details else 0
-    slo = (getattr(chunk, "model_extra", None) or {}).get("slo")
+    slo = getattr(chunk, "slo", None)
     if slo is None:
         return
     stages = {f"{name}_s": slo[f"{name}_ms"] / 1e3 for name in ("queue", "prefill", "decode", "e2e", "max_tbt")}

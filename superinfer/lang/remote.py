@@ -19,7 +19,8 @@ from superinfer.lang.backend import Backend, CallRequest
 from superinfer.lang.chat_text import plain_chat
 from superinfer.lang.in_time import in_time
 from superinfer.lang.loop import language_loop
-from superinfer.lang.prompt import Chat
+from superinfer.lang.prompt import Chat, Prompt
+from superinfer.runtime.choices import ScoredChoices
 from superinfer.runtime.protocol import FinishReason, Hints, RequestReport, SamplingParams, TokenLogprob
 from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import TextDelta, TextRequest
@@ -60,9 +61,12 @@ class RemoteBackend(Backend):
     async def _close(self) -> None:
         """Close connections, on the language's loop."""
 
-    async def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
+    def _check_open(self) -> None:
         if self._closed:
             raise RequestCancelledError("the backend is closed; make a new one")
+
+    async def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
+        self._check_open()
         assert isinstance(request, CallRequest)
         self._check(request)
         slo = None if self.abilities.slo else request.slo
@@ -115,6 +119,20 @@ class RemoteBackend(Backend):
         hints: Hints | None = None,
     ) -> tuple[list[TokenLogprob], RequestReport]:
         raise UnsupportedError(f"select(): {self.name} gives no log probabilities of given text; use an engine")
+
+    async def score_choices(
+        self,
+        prompt: Prompt,
+        choices: Sequence[str],
+        *,
+        alone: bool,
+        slo: SLO | None = None,
+        program: str = "",
+        keep_s: float | None = None,
+    ) -> ScoredChoices:
+        raise UnsupportedError(
+            f"select(): {self.name} gives no log probabilities of given text; use an engine or a superinfer server"
+        )
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         raise UnsupportedError(f"select(): {self.name} gives no tokens of given text; use an engine")

@@ -192,7 +192,7 @@ class CallWatch:
             ttft_s=max(firsts, default=None),
             e2e_s=e2e,
             max_tbt_s=max(gaps, default=None),
-            output_tokens=sum(line.count for line in lines.values()),
+            output_tokens=self._output_tokens(),
             **{field: getattr(engine, field) for _, field in _STAGES[:-1] if engine is not None},
             client_s=e2e - engine.e2e_s if engine else None,
             met=met,
@@ -200,6 +200,12 @@ class CallWatch:
             finish_reason=finish_reason,
             error=f"{type(error).__name__}: {error}" if error is not None else "",
         )
+
+    def _output_tokens(self) -> int:
+        """A service's pieces of text may hold several tokens each: it says at the end how many there were."""
+        seen = sum(line.count for line in self.timelines.values())
+        told = self.engine.output_tokens * len(self.ended) if self.engine is not None else 0
+        return max(seen, told)
 
     def _why(self, e2e: float) -> str:
         """What made it late, of a call that did not fail."""

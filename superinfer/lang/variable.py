@@ -87,6 +87,11 @@ class Feed:
             self._listeners.pop(key, None)
 
     @property
+    def is_read(self) -> bool:
+        """Whether anybody listens now."""
+        return bool(self._listeners)
+
+    @property
     def is_empty(self) -> bool:
         """Whether no text has come yet."""
         return not self._text

@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 
 from superinfer.errors import InvalidRequestError, ModelLoadError
+from superinfer.runtime.segments import segments_of
 
 ChatMessage = dict[str, Any]
 
@@ -31,6 +32,7 @@ class Tokenizer:
         if not getattr(self._hf, "is_fast", False):
             raise ModelLoadError(f"the tokenizer in {path!r} has no tokenizer.json; convert it with transformers first")
         self._backend = self._hf.backend_tokenizer
+        self._segments = segments_of(self._backend)
         self.eos_token_id: int | None = self._hf.eos_token_id
 
     @property
@@ -57,9 +59,14 @@ class Tokenizer:
         """Token ids of `text`. `special`: add what the model wants around a prompt (a BOS, say); a rendered chat
         template already holds it, so pass False there."""
         try:
+            if self._segments is not None and not special:
+                return self._segments.encode(text, self._plainly)
             return list(self._backend.encode(text, add_special_tokens=special).ids)
         except (TypeError, UnicodeEncodeError) as error:
             raise InvalidRequestError(f"prompt {text!r:.80} cannot be tokenized: {error}; give valid text") from error
+
+    def _plainly(self, text: str) -> list[int]:
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_each(self, text: str, ends: Sequence[str], *, special: bool = True) -> tuple[list[int], list[list[int]]]:
         """Token ids of `text`, and of `text` with each of `ends` behind it, as `encode` gives them. What comes before

@@ -89,9 +89,11 @@ def test_arms_measured_one_by_one_are_joined(bench: Bench, tiny_engine: EnginePr
     assert status == 1 and "has another seed" in err
 
 
-def test_over_http_our_arm_leaves_select_out_and_says_so(bench: Bench, url: str):
-    status, text, err = bench("--url-ours", url, *SMALL, "--shapes", "chat,select", "--at-once", "1")
-    assert status == 0 and "select: left out of our arm" in err and "chat" in text
+def test_over_http_our_arm_runs_every_shape(bench: Bench, url: str, tmp_path: Path):
+    path = tmp_path / "found.json"
+    status, _, err = bench("--url-ours", url, *SMALL, "--shapes", "chat,select", "--at-once", "1", "--json", str(path))
+    assert status == 0, err
+    assert json.loads(path.read_text())["arms"]["ours"]["runs"]["select"]["1"][0]["calls"] == 6
 
 
 def test_both_arms_send_the_same_prompts(tiny_engine: EngineProcess, url: str):

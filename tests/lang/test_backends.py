@@ -55,6 +55,106 @@ def test_a_program_says_the_same_over_http_as_on_the_engine(server: str, endpoin
     assert meta["prompt_tokens"] == here.get_meta_info("x")["prompt_tokens"]
 
 
+@pytest.mark.parametrize(
+    "method", [si.token_length_normalized, si.greedy_token_selection, si.unconditional_likelihood_normalized]
+)
+@pytest.mark.parametrize("roles", [True, False], ids=["chat", "plain"])
+def test_select_over_http_is_select_on_the_engine(
+    server: str, endpoint: si.RuntimeEndpoint, method: object, roles: bool
+) -> None:
+    options = ["yes", "no, never", "per", "perhaps"]
+
+    @si.function
+    def program(s):
+        if roles:
+            s += si.system("Be brief.") + si.user("Is it so?")
+            s += si.assistant("I say: " + si.select("x", options, choices_method=method) + ".")
+            s += si.user("Sure?") + si.assistant(si.select("y", options, choices_method=method))
+        else:
+            s += "Is it so? " + si.select("x", options, choices_method=method)
+            s += ". Sure? " + si.select("y", options, choices_method=method)
+
+    here = program.run(backend=endpoint)
+    with si.RuntimeEndpoint(server) as backend:
+        there = program.run(backend=backend)
+    assert there.text() == here.text() or roles  # a server's own template is not known here
+    for name in "xy":
+        assert there[name] == here[name]
+        mine, theirs = here.get_meta_info(name), there.get_meta_info(name)
+        assert theirs.keys() == mine.keys()
+        _same_scores(theirs["input_token_logprobs"], mine["input_token_logprobs"])
+        alone = "unconditional_token_logprobs"
+        assert (theirs[alone] is None) == (mine[alone] is None) == (method != si.unconditional_likelihood_normalized)
+        _same_scores(theirs[alone] or [], mine[alone] or [])
+        assert theirs["normalized_prompt_logprobs"] == pytest.approx(mine["normalized_prompt_logprobs"], abs=1e-4)
+        assert (theirs["finish_reason"], theirs["prompt_tokens"]) == ("scored", mine["prompt_tokens"])
+        assert theirs["report"].e2e_s > 0
+    assert there.slo_report().rows[0].prefill_s is not None
+
+
+def _same_scores(found: list[list[tuple]], wanted: list[list[tuple]]) -> None:
+    """Log probabilities differ by what is batched with them, in the last digits."""
+    for one, other in zip(found, wanted, strict=True):
+        assert [score[1:] for score in one] == [score[1:] for score in other]
+        assert [score[0] or 0.0 for score in one] == pytest.approx([score[0] or 0.0 for score in other], abs=1e-4)
+
+
+def test_what_a_select_cannot_have_on_our_server_is_said(server: str) -> None:
+    @si.function
+    def in_a_question(s):
+        s += si.user("a" + si.select("x", ["b", "c"])) + si.assistant(si.gen("y"))
+
+    @si.function
+    def too_long(s):
+        s += "a" * 5000 + si.select("x", ["b", "c"])
+
+    with si.OpenAI("tiny", base_url=f"{server}/v1") as backend:
+        with pytest.warns(RuntimeWarning):
+            assert "inside a user message" in str(in_a_question.run(backend=backend).error())
+        with pytest.warns(RuntimeWarning):
+            assert "context holds" in str(too_long.run(backend=backend).error())
+
+
+def test_text_is_streamed_piece_by_piece_to_whoever_reads_it(server: str) -> None:
+    @si.function
+    def program(s):
+        s += si.user("hello") + si.assistant(si.gen("x", max_tokens=40, temperature=0, ignore_eos=True))
+
+    with si.RuntimeEndpoint(server) as backend:
+        read = list(program.run(backend=backend, stream=True).text_iter("x"))
+        quiet = program.run(backend=backend)
+    assert len(read) > 10 and "".join(read) == quiet["x"]
+    assert quiet.slo_report().rows[0].output_tokens == 40
+    assert quiet.get_meta_info("x")["completion_tokens"] == 40
+
+
+def test_more_calls_than_connections_wait_for_each_other(server: str) -> None:
+    """In a process that may have few files open, hard limit and all, calls wait instead of failing."""
+    script = f"""
+import resource
+import superinfer as si
+import aiohttp, openai  # whose code is files too
+resource.setrlimit(resource.RLIMIT_NOFILE, (110, 110))
+
+@si.function
+async def program(s, i):
+    s += si.user(str(i)) + si.assistant(si.gen("x", max_tokens=2, temperature=0, ignore_eos=True))
+
+with si.RuntimeEndpoint({server!r}) as backend:
+    states = program.run_batch([(i,) for i in range(300)], backend=backend)
+    errors = [state.error() for state in states if state.error() is not None]
+    print(len(states), errors[:1])
+try:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+    si.RuntimeEndpoint({server!r})
+except si.SuperinferError as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert done.stdout.splitlines()[:1] == ["300 []"], done.stdout + done.stderr
+    assert "EngineUnavailableError this process may have 60 files open" in done.stdout
+
+
 def test_an_slo_goes_to_our_server_and_its_verdict_comes_back(server: str) -> None:
     with si.OpenAI("tiny", base_url=f"{server}/v1") as backend:
         assert backend.ours
@@ -89,13 +189,6 @@ def test_plain_text_samples_and_streams_work_on_our_server(server: str) -> None:
 
 def test_our_server_refuses_by_name_what_it_cannot_do(server: str) -> None:
     with si.RuntimeEndpoint(server) as backend:
-
-        @si.function
-        def scored(s):
-            s += si.user("x") + si.assistant(si.select("y", ["a", "b"]))
-
-        with pytest.warns(RuntimeWarning, match=r"select\(\)"):
-            assert isinstance(scored.run(backend=backend).error(), si.UnsupportedError)
 
         @si.function
         def too_long(s):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from superinfer.embedded import model_path
 from superinfer.errors import InvalidRequestError
+from superinfer.runtime.segments import Segments, segments_of
 from superinfer.runtime.stopping import Stopper, split_at_stop
 from superinfer.runtime.tokenization import Tokenizer
 
@@ -114,3 +115,69 @@ def test_texts_that_share_a_beginning_are_tokenized_as_each_alone(text: str, end
     prompt, each = tokenizer.encode_each(text, ends)
     assert prompt == tokenizer.encode(text)
     assert each == [tokenizer.encode(text + end) for end in ends]
+
+
+# Special tokens, their parts, and what tokenizers look at around them.
+pieces = st.lists(
+    st.sampled_from(
+        [
+            "<|im_start|>",
+            "<|im_end|>",
+            "<|endoftext|>",
+            "<|im_",
+            "end|>",
+            "<",
+            "user",
+            "\n",
+            " ",
+            "  ",
+            "It's",
+            "é",
+            "12",
+            "a b",
+        ]
+    ),
+    max_size=24,
+).map("".join)
+
+
+@given(st.lists(pieces, min_size=1, max_size=4))
+def test_pieces_that_were_seen_before_are_tokenized_as_the_whole_text_is(texts):
+    for text in [*texts, *texts]:  # the second time from what was kept
+        whole = _embedded()._backend.encode(text, add_special_tokens=False).ids
+        assert _embedded().encode(text, special=False) == whole
+
+
+def test_a_message_that_was_seen_before_is_not_tokenized_again():
+    asked = []
+
+    def encode(text):
+        asked.append(text)
+        return [len(text)]
+
+    kept = Segments({"<e>": True, "<e>!": False}, most=64)
+    assert kept.encode("ab<e>c<e>d", encode) == [5, 4, 1]
+    assert kept.encode("ab<e>c<e>other", encode) == [5, 4, 5]
+    assert asked == ["ab<e>", "c<e>", "d", "other"]
+    assert kept.encode("x<e>!y<e>", encode) == [9], "the longer token stands there, and ends no piece"
+    for number in range(100):
+        kept.encode(f"{number}<e>", encode)
+    assert kept._held <= 64 and sum(map(len, kept._known)) == kept._held
+
+
+def test_pieces_that_may_depend_on_each_other_are_not_cut():
+    import json
+
+    class Told:
+        def __init__(self, **changes):
+            token = {"content": "<e>", "normalized": False, "single_word": False, "rstrip": False, "lstrip": False}
+            self.told = {"normalizer": None, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": [token]} | changes
+
+        def to_str(self):
+            return json.dumps(self.told)
+
+    assert segments_of(Told()) is not None
+    assert segments_of(Told(pre_tokenizer={"type": "Metaspace"})) is None
+    assert segments_of(Told(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True})) is None
+    assert segments_of(Told(normalizer={"type": "Sequence", "normalizers": [{"type": "Prepend"}]})) is None
+    assert segments_of(Told(added_tokens=[])) is None

@@ -22,13 +22,14 @@ from superinfer.runtime.server.completion import CompletionWriter, only_prompt, 
 from superinfer.runtime.server.errors import ApiError, as_api_error, bad_request
 from superinfer.runtime.server.gate import Gate
 from superinfer.runtime.server.operations import add_operations, answered
-from superinfer.runtime.server.params import check_length
+from superinfer.runtime.server.params import check_length, interval_of
 from superinfer.runtime.server.parsing.pieces import AnswerReader
 from superinfer.runtime.server.relay import ClientGone
 from superinfer.runtime.server.report import Tally
 from superinfer.runtime.server.responses import RESPONSES_PASS, ResponsesRequest, ResponseStore, chat_of, items_of
 from superinfer.runtime.server.responses_answer import ResponsesWriter
 from superinfer.runtime.server.schema import ChatRequest, CompletionRequest
+from superinfer.runtime.server.select import select
 from superinfer.runtime.server.service import Service, aside, json_response
 from superinfer.runtime.server.settings import ServerSettings
 from superinfer.runtime.server.stream import while_connected
@@ -84,7 +85,9 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         service.check_model(request.model)
         chat = await prepare_chat(http, service, request)
         writer = ChatWriter(request, text.tokenizer, chat.tally, chat.readers)
-        return await service.answer(http, [chat.request], writer, stream=bool(request.stream))
+        return await service.answer(
+            http, [chat.request], writer, stream=bool(request.stream), interval=interval_of(request)
+        )
 
     async def completions(http: Request) -> Response:
         request = schema.parse(await http.body(), CompletionRequest, schema.COMPLETION_PASS)
@@ -106,11 +109,16 @@ def _add_completions(app: FastAPI, service: Service) -> None:
             return await _scored(http, service, request, requests, writer)
         if only_prompt(request):
             return json_response(writer.prompts_only([]))
-        return await service.answer(http, requests, writer, stream=bool(request.stream))
+        return await service.answer(http, requests, writer, stream=bool(request.stream), interval=interval_of(request))
 
     # Plain routes: what FastAPI would look for in the arguments takes as long as all else before the engine is asked.
     app.add_route("/v1/chat/completions", chat_completions, methods=["POST"])
     app.add_route("/v1/completions", completions, methods=["POST"])
+
+    async def choose(http: Request) -> Response:
+        return await select(http, service)
+
+    app.add_route("/v1/select", choose, methods=["POST"])
 
     @app.post("/v1/embeddings")
     async def embeddings(http: Request) -> Response:

@@ -42,7 +42,13 @@ class ChatPrompt(NamedTuple):
 
 
 def prompt_of(request: ChatRequest, plan: ToolPlan, tokenizer: Tokenizer, *, constrained: bool) -> ChatPrompt:
-    """The prompt. `constrained`: the output is, so that a model that can think is asked not to.
+    """The prompt. Raises like `rendered`."""
+    text = rendered(request, plan, tokenizer, constrained=constrained)
+    return ChatPrompt(tokenizer.encode(text, special=False), text[-32:])
+
+
+def rendered(request: ChatRequest, plan: ToolPlan, tokenizer: Tokenizer, *, constrained: bool) -> str:
+    """The prompt's text. `constrained`: the output is, so that a model that can think is asked not to.
 
     Raises ApiError, InvalidRequestError.
     """
@@ -57,14 +63,13 @@ def prompt_of(request: ChatRequest, plan: ToolPlan, tokenizer: Tokenizer, *, con
     if go_on and request.add_generation_prompt:
         message = "add_generation_prompt=true and continue_final_message=true exclude each other; leave one out"
         raise bad_request(message, param="add_generation_prompt")
-    text = tokenizer.render_chat(
+    return tokenizer.render_chat(
         messages,
         tools=plan.tools,
         add_generation_prompt=request.add_generation_prompt is not False,
         continue_final_message=go_on,
         variables=_variables(request, tokenizer, constrained),
     )
-    return ChatPrompt(tokenizer.encode(text, special=False), text[-32:])
 
 
 def _variables(request: ChatRequest, tokenizer: Tokenizer, constrained: bool) -> dict[str, Any]:

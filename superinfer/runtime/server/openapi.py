@@ -11,6 +11,7 @@ from superinfer.runtime.server.completion import CompletionAnswer
 from superinfer.runtime.server.errors import ErrorAnswer
 from superinfer.runtime.server.responses import ResponsesRequest
 from superinfer.runtime.server.schema import ChatRequest, CompletionRequest
+from superinfer.runtime.server.select import SelectAnswer, SelectRequest
 from superinfer.runtime.server.tokens import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
 
 _REF = "#/components/schemas/{name}"
@@ -18,6 +19,7 @@ _REF = "#/components/schemas/{name}"
 _ROUTES: tuple[tuple[str, str, str, type | None, type | None], ...] = (
     ("/v1/chat/completions", "post", "Answer a chat.", ChatRequest, ChatAnswer),
     ("/v1/completions", "post", "Continue prompts.", CompletionRequest, CompletionAnswer),
+    ("/v1/select", "post", "Score choices behind a prompt.", SelectRequest, SelectAnswer),
     ("/v1/responses", "post", "Answer items; continue an earlier response.", ResponsesRequest, None),
     ("/v1/responses/{response_id}", "get", "A stored response.", None, None),
     ("/v1/responses/{response_id}", "delete", "Forget a stored response.", None, None),

@@ -9,6 +9,7 @@ from superinfer.runtime.server.errors import bad_request
 from superinfer.runtime.server.schema import Common
 
 MAX_STOP = 16
+MAX_INTERVAL_MS = 10_000.0
 
 
 def sampling_of(
@@ -53,6 +54,19 @@ def stop_of(request: Common) -> tuple[str, ...]:
             "stop='' would end every answer at once; give strings of at least one character", param="stop"
         )
     return tuple(strings)
+
+
+def interval_of(request: Common) -> float:
+    """Seconds between two pieces of a stream, 0 for each as it comes. Raises ApiError."""
+    given = request.stream_options.interval_ms if request.stream_options is not None else None
+    if given is None:
+        return 0.0
+    if not 0 <= given <= MAX_INTERVAL_MS:
+        raise bad_request(
+            f"stream_options.interval_ms={given!r} must be between 0 and {MAX_INTERVAL_MS:.0f}",
+            param="stream_options.interval_ms",
+        )
+    return given / 1e3
 
 
 def bias_of(bias: dict[str, float] | None) -> tuple[tuple[int, float], ...]:

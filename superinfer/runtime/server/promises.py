@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Protocol
 
 import msgspec
 
 from superinfer.runtime.server.errors import bad_request
-from superinfer.runtime.server.schema import Common, SloFields
+from superinfer.runtime.server.schema import SloFields
 from superinfer.runtime.server.settings import ServerSettings
 from superinfer.runtime.slo import SLO
 
@@ -33,6 +34,16 @@ class Promise(msgspec.Struct, frozen=True):
     tier: str = ""
 
 
+class Promised(Protocol):
+    """The fields of a request that say what it is promised."""
+
+    @property
+    def slo(self) -> SloFields | None: ...
+
+    @property
+    def service_tier(self) -> str | None: ...
+
+
 class Promises:
     """The operator's classes, applied to requests."""
 
@@ -45,7 +56,7 @@ class Promises:
         """Of the classes."""
         return sorted(self._classes)
 
-    def of(self, request: Common, headers: Mapping[str, str], key: str) -> Promise:
+    def of(self, request: Promised, headers: Mapping[str, str], key: str) -> Promise:
         """The fields of the body count before headers, and these before the class. Raises ApiError."""
         name = self._class_of(request, key)
         base = self._classes.get(name)
@@ -53,7 +64,7 @@ class Promises:
         slo = own.within(base) if own is not None else base
         return Promise(slo, name if name in self._classes else "", name or DEFAULT)
 
-    def _class_of(self, request: Common, key: str) -> str:
+    def _class_of(self, request: Promised, key: str) -> str:
         tier = request.service_tier
         if tier in (None, "auto"):
             name = self._by_key.get(key, "")

@@ -64,9 +64,16 @@ class Feed:
     it cancels what has not finished. The first error ends them all."""
 
     def __init__(
-        self, text: TextClient, requests: Sequence[TextRequest], *, eager: bool, outbox: Outbox | None = None
+        self,
+        text: TextClient,
+        requests: Sequence[TextRequest],
+        *,
+        eager: bool,
+        outbox: Outbox | None = None,
+        interval: float = 0.0,
     ) -> None:
-        """`eager`: give out deltas as they come, rather than when something has ended. `outbox`: the server's."""
+        """`eager`: give out deltas as they come, rather than when something has ended. `outbox`: the server's.
+        `interval`: seconds for which they are gathered first; none where there are stop strings to look for."""
         self._text = text
         self._outbox = outbox or Outbox()
         self._wires = [text.wire(request) for request in requests]
@@ -74,7 +81,11 @@ class Feed:
         self._owner = [at for at, request in enumerate(requests) for _ in range(request.sampling.n)]
         self._first = [self._owner.index(at) for at in range(len(requests))]
         self._open = [request.sampling.n for request in requests]
-        self._eager = eager or any(request.stop for request in requests)
+        stops = any(request.stop for request in requests)
+        self._eager = eager or stops
+        self._interval = 0.0 if stops else interval
+        self._gathering: asyncio.TimerHandle | None = None
+        self._is_due = not self._interval  # whether what is pending may go
         self.straight: Straight | None = None
         self._flush_is_due = False
         self._pending: list[tuple[int, SequenceDelta]] = []
@@ -97,15 +108,22 @@ class Feed:
             self._pending.append((first + delta.index, delta))
             if delta.finish_reason is not None:
                 self._open[at] -= 1
+                self._is_due = True
                 if delta.finish_reason == "deadline" and wire.slo is not None and wire.slo.on_miss == "raise":
                     self.fail(DeadlineMissedError(deadline_text(wire, delta)))
                 self._wake()
-            elif self._eager:
+            elif self._is_due and self._eager:
                 self._soon()
+            elif self._eager and self._gathering is None:
+                self._gathering = asyncio.get_running_loop().call_later(self._interval, self._gathered)
             if len(self._pending) >= self._merge_at:
                 self._merge()
 
         return take
+
+    def _gathered(self) -> None:
+        self._gathering, self._is_due = None, True
+        self._soon()
 
     def _soon(self) -> None:
         """Something is pending: it goes straight at the end of this turn of the loop, or whoever reads takes it."""
@@ -155,7 +173,7 @@ class Feed:
         while True:
             if self._error is not None:
                 raise self._error
-            if self._pending:
+            if self._pending and self._is_due:
                 if out := self._taken():
                     return out
                 continue
@@ -172,6 +190,7 @@ class Feed:
         if len(self._pending) > 1:
             self._merge()
         pending, self._pending = self._pending, []
+        self._is_due = not self._interval
         return [text for choice, delta in pending if (text := self._read(choice, delta)) is not None]
 
     def _read(self, choice: int, delta: SequenceDelta) -> TextDelta | None:
@@ -189,6 +208,8 @@ class Feed:
 
     def close(self) -> None:
         """Cancel what has not finished. Safe to call twice."""
+        if self._gathering is not None:
+            self._gathering.cancel()
         for wire, unfinished in zip(self._wires, self._open, strict=True):
             self._text.client.release(wire.request_id, finished=unfinished == 0)
 

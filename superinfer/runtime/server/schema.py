@@ -11,16 +11,20 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from superinfer.runtime.protocol import Hints
 from superinfer.runtime.server.errors import ApiError, bad_request
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """include_usage: one more chunk, without choices, that holds the usage."""
+    """include_usage: one more chunk, without choices, that holds the usage.
+    interval_ms: the least time between two pieces of an answer that has no stop strings; what came meanwhile comes
+    together."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
+    interval_ms: float | None = None
 
 
 class CompletionStreamOptions(StreamOptions, frozen=True, forbid_unknown_fields=True):
@@ -75,6 +79,7 @@ class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     service_tier: str | None = None
     cache_salt: str | None = None
     prompt_cache_key: str | None = None
+    hints: Hints | None = None
     structured_outputs: StructuredOutputs | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -175,10 +180,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 def parse(body: bytes, cls: type[T], passing: dict[str, tuple[Any, ...]]) -> T:
     """The request in `body`. Raises ApiError naming the parameter and its value."""
-    try:
-        raw = json.loads(body)  # takes NaN and Infinity, so that the error can name the field that holds them
-    except (ValueError, RecursionError) as error:
-        raise bad_request(f"the request body is not valid JSON: {error}", code="invalid_json") from None
+    raw = _loaded(body)
     if not isinstance(raw, dict):
         raise bad_request(f"the request body is a JSON {type(raw).__name__}; send an object", code="invalid_json")
     fields = cls.__struct_fields__  # `structs.fields` would evaluate every annotation, for each request
@@ -189,6 +191,17 @@ def parse(body: bytes, cls: type[T], passing: dict[str, tuple[Any, ...]]) -> T:
         return msgspec.convert(raw, cls)
     except msgspec.ValidationError as error:
         raise _type_error(raw, str(error)) from None
+
+
+def _loaded(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)  # a tenth of the time
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    try:
+        return json.loads(body)  # takes NaN and Infinity, so that the error can name the field that holds them
+    except (ValueError, RecursionError) as error:
+        raise bad_request(f"the request body is not valid JSON: {error}", code="invalid_json") from None
 
 
 def _check_refused(name: str, value: Any, passing: dict[str, tuple[Any, ...]]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import resource
 import signal
 import socket
 import ssl
@@ -18,6 +17,7 @@ from starlette.types import ASGIApp
 
 from superinfer.errors import InvalidRequestError
 from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.file_limit import raise_file_limit
 from superinfer.runtime.launch import Progress, launch_engine
 from superinfer.runtime.server.app import create_app
 from superinfer.runtime.server.connection import http_protocol
@@ -70,13 +70,6 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
         return None
     factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
     return factory
-
-
-def raise_file_limit() -> None:
-    """A connection is a file, and many systems let a process have 1,024 unless it asks for more."""
-    with contextlib.suppress(ValueError, OSError):
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def check_tls(settings: ServerSettings) -> None:

@@ -15,7 +15,7 @@ from superinfer.runtime.server.metrics import Metrics
 from superinfer.runtime.server.params import check_ids, stop_of
 from superinfer.runtime.server.parsing.families import formats_of
 from superinfer.runtime.server.parsing.pieces import AnswerReader
-from superinfer.runtime.server.promises import Promise, Promises
+from superinfer.runtime.server.promises import Promise, Promised, Promises
 from superinfer.runtime.server.relay import Feed, Outbox
 from superinfer.runtime.server.report import Tally
 from superinfer.runtime.server.schema import Common
@@ -55,7 +55,7 @@ class Service:
             message = f"model {asked!r:.200} is not served here; use {self.model!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def promise(self, request: Common, http: Request) -> Promise:
+    def promise(self, request: Promised, http: Request) -> Promise:
         """What is promised to this request. Raises ApiError."""
         return self.promises.of(request, http.headers, key_of(http.headers))
 
@@ -80,6 +80,7 @@ class Service:
             cache_salt=request.cache_salt or "",
             # Requests of one key are one conversation or agent; a hint, which never parts what could be shared.
             program=request.prompt_cache_key or "",
+            hints=request.hints,
             skip_special=skip_special,
         )
 
@@ -110,11 +111,14 @@ class Service:
             one_call=plan.one_call,
         )
 
-    async def answer(self, http: Request, requests: list[TextRequest], writer: Writer, *, stream: bool) -> Response:
-        """Run the requests and answer. An error before the first token has its HTTP status, in a stream too."""
+    async def answer(
+        self, http: Request, requests: list[TextRequest], writer: Writer, *, stream: bool, interval: float = 0.0
+    ) -> Response:
+        """Run the requests and answer. An error before the first token has its HTTP status, in a stream too. interval:
+        see Feed."""
         if not stream:
             return json_response(writer.whole(await self.results(http, requests)))
-        feed, first = await self.begin(http, requests)
+        feed, first = await self.begin(http, requests, interval)
         return EventStream(feed, first, writer, write_timeout=self.settings.write_timeout_s)
 
     async def results(self, http: Request, requests: list[TextRequest]) -> list[TextResult]:
@@ -124,9 +128,11 @@ class Service:
                 await feed.start()
                 return await collect(feed, sum(request.sampling.n for request in requests))
 
-    async def begin(self, http: Request, requests: list[TextRequest]) -> tuple[Feed, list[TextDelta]]:
+    async def begin(
+        self, http: Request, requests: list[TextRequest], interval: float = 0.0
+    ) -> tuple[Feed, list[TextDelta]]:
         """A started feed, and what came first."""
-        feed = Feed(self.text, requests, eager=True, outbox=self._outbox)
+        feed = Feed(self.text, requests, eager=True, outbox=self._outbox, interval=interval)
         try:
             async with watched(http.receive, feed):
                 await feed.start()

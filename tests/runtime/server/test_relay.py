@@ -81,15 +81,20 @@ SAY = st.tuples(st.just("say"), st.integers(0, 2), st.text("abcdefgh", min_size=
 STEPS = st.lists(st.one_of(SAY, st.just(("open",)), st.just(("shut",)), st.just(("turn",))), max_size=60)
 
 
+INTERVALS = st.sampled_from((0.0, 0.001))
+
+
 # What waits to be read goes first, also where the client keeps up again meanwhile.
-@example(steps=[("turn",), ("shut",), ("say", 0, "a"), ("open",), ("say", 0, "b")])
-@given(steps=STEPS)
-def test_text_comes_whole_and_in_order_whatever_the_client_takes_when(tokenizer: Tokenizer, steps: Any) -> None:
+@example(steps=[("turn",), ("shut",), ("say", 0, "a"), ("open",), ("say", 0, "b")], interval=0.0)
+@given(steps=STEPS, interval=INTERVALS)
+def test_text_comes_whole_and_in_order_whatever_the_client_takes_when(
+    tokenizer: Tokenizer, steps: Any, interval: float
+) -> None:
     async def main() -> None:
         door, got = Door(), list[TextDelta]()
         text = TextClient(door, tokenizer)  # type: ignore[arg-type]
         requests = [TextRequest(prompt=[3], sampling=SamplingParams(n=n)) for n in (2, 1)]
-        with Feed(text, requests, eager=True) as feed:
+        with Feed(text, requests, eager=True, interval=interval) as feed:
             feed.straight = line = Line(got)
             await feed.start()
             reader = asyncio.create_task(follow(feed, got))
@@ -131,6 +136,23 @@ async def test_deltas_go_straight_once_the_reader_waits(tokenizer: Tokenizer) ->
         door.say(0, 0, "c", last=True)
         await reader
         assert line.straight == 5 and got[-1].finish_reason == "length"
+
+
+async def test_within_an_interval_pieces_are_gathered_and_the_end_is_not_kept_back(tokenizer: Tokenizer) -> None:
+    door = Door()
+    text = TextClient(door, tokenizer)  # type: ignore[arg-type]
+    with Feed(text, [TextRequest(prompt=[3])], eager=True, interval=0.02) as feed:
+        await feed.start()
+        for _ in range(3):
+            door.say(0, 0, "ab")
+            await asyncio.sleep(0)
+        assert [d.text for d in await asyncio.wait_for(feed.get(), 10)] == ["ababab"]
+    with Feed(text, [TextRequest(prompt=[3])], eager=True, interval=3600.0) as feed:
+        await feed.start()
+        door.say(1, 0, "ab")
+        door.say(1, 0, "c", last=True)
+        assert [d.text for d in await asyncio.wait_for(feed.get(), 10)] == ["abc"]
+        assert await feed.get() == []
 
 
 async def test_what_a_slow_client_has_not_read_is_merged_not_queued(tokenizer: Tokenizer) -> None:
