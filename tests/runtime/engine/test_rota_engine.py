@@ -76,8 +76,8 @@ def test_what_cannot_be_kept_runs_all_the_same_and_its_report_says_why_it_was_la
     sampling = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True, n=60)
     with launch_engine(config) as engine, EngineClient(engine.address) as client:
         asked = Generate(
-            request_id=new_request_id(), prompt=[5] * 60, sampling=sampling, slo=SLO(deadline=0.5), slo_class="chat"
-        )  # 9,000 tokens in half a second
+            request_id=new_request_id(), prompt=[5] * 60, sampling=sampling, slo=SLO(deadline=0.05), slo_class="chat"
+        )  # 9,000 tokens, 150 steps one after another, in 50 ms
         deltas = list(client.generate(asked))
         _, kept = generate(client, [6] * 60, SLO(deadline=30.0), "chat")
         stats = client.stats()
