@@ -76,6 +76,7 @@ class Rotation:
         self.kv = kv
         link = kv.link
         self.cost = LoadCost(link.block_in_s if link is not None else None)
+        self._out_s = link.block_out_s if link is not None else 0.0  # of a block, as the link was measured
         # A fast link allows more. A slow one is bounded by time, in `can_wait` and `copies_of_plan`, not by number.
         self.max_waits = max(MAX_WAITS, link.max_waits if link is not None else 0)
         self.mirror_blocks = max(MIRROR_BLOCKS, link.mirror_blocks if link is not None else 0)
@@ -86,8 +87,9 @@ class Rotation:
 
     @property
     def block_s(self) -> float:
-        """Seconds a block takes over the link: as measured, and no less than the oldest copy has been under way."""
-        return max(self.cost.block_s or BLOCK_S, self._stuck_s)
+        """Seconds a block takes over the link: as measured, and no less than the oldest copy has been under way. The
+        slower way counts: a copy in waits for the copy out that makes its room."""
+        return max(self.cost.block_s or BLOCK_S, self._out_s, self._stuck_s)
 
     @property
     def backlog_s(self) -> float:
