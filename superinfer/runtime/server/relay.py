@@ -156,6 +156,15 @@ class Feed:
         self._error = self._error or error
         self._wake()
 
+    def leave(self) -> None:
+        """The client is gone."""
+        self.fail(ClientGone())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all has been given out, and no error."""
+        return not self._pending and self._error is None and not any(self._open)
+
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
