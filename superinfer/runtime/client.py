@@ -77,9 +77,10 @@ class AsyncEngineClient:
         """Not connected yet: use `connect`."""
         self.address = address
         self.info: ModelInfo
-        self._context = zmq.asyncio.Context()
+        context: Any = zmq.asyncio.Context()  # the monitor's socket is of its kind
+        self._context = context
         # Not an asyncio socket: that makes a future and wakes a task for each message, where a callback is enough.
-        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER, socket_class=zmq.Socket)
+        self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER, socket_class=zmq.Socket)
         for option, value in (
             (zmq.LINGER, 200),
             (zmq.SNDHWM, 0),
@@ -108,7 +109,7 @@ class AsyncEngineClient:
         Raises InvalidRequestError (no address), EngineUnavailableError (no answer), ProtocolError (other version).
         """
         client = cls(address)
-        monitor = client._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        monitor: Any = client._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         try:
             try:
                 client._socket.connect(address)

@@ -35,9 +35,7 @@ class Metrics:
             self._histogram("request_decode_time_seconds", "First to last token.", _WHOLE),
             self._histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS),
             self._histogram("request_generation_tokens", "Tokens generated for a request.", _TOKENS),
-            self._histogram(
-                "request_time_per_output_token_seconds", "Mean time between a request's tokens.", _BETWEEN
-            ),
+            self._histogram("request_time_per_output_token_seconds", "Mean time between a request's tokens.", _BETWEEN),
             self._histogram("max_time_between_tokens_seconds", "Longest time between a request's tokens.", _BETWEEN),
         )
         self._by_class: dict[str, list[Histogram]] = {}  # looking for a histogram's labels takes longer than observing
