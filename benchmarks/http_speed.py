@@ -3,8 +3,9 @@
     python benchmarks/http_speed.py [--quick] [--rounds 5] [--alone]
 
 Three processes share the machine: an engine that computes nothing (noop_engine.py), `superinfer serve`, and this load
-generator. It ends within LIMIT_S, with an error where a run has not ended by then. The latency of a token is the time from the engine's handing it to its socket until the client has read it;
-the same client reads the same streams from the engine's own door, in turns, and what HTTP adds is the difference.
+generator. The latency of a token is the time from the engine's handing it to its socket until the client has read it;
+the same client reads the same streams from the engine's own door, in turns, and what HTTP adds is the difference. All
+ends within LIMIT_S, with an error where a run has not ended by then.
 """
 
 from __future__ import annotations
