@@ -1,10 +1,12 @@
 # superinfer serve on an NVIDIA GPU:
 #   docker build -t superinfer . && docker run --gpus all -p 8000:8000 superinfer --model NAME
 # Settings can be given as SUPERINFER_* variables too. Not built in CI: see docs/serving.md.
-FROM nvidia/cuda:12.8.1-devel-ubuntu24.04
+# CUDA 13: what torch's own wheels of 2.11 on are made with. Its compiler (devel) and the C compiler make kernels at the
+# first use, FlashInfer's and Triton's.
+FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 
 RUN apt-get update \
- && apt-get install -y --no-install-recommends python3.12 python3.12-venv python3.12-dev \
+ && apt-get install -y --no-install-recommends python3.12 python3.12-venv python3.12-dev build-essential \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/superinfer
 RUN python3.12 -m venv .venv

@@ -68,8 +68,7 @@ def servers(*flags: str, stamps: tuple[int, int] | None = None, **options: float
             with server_before(address, *flags) as (port, server):
                 yield Servers(port, address, server, engine.pid, folder)
         finally:
-            engine.terminate()
-            engine.wait(30)
+            _end(engine)
 
 
 @contextlib.contextmanager
@@ -84,18 +83,28 @@ def server_before(address: str, *flags: str) -> Iterator[tuple[int, int]]:
             raise RuntimeError(f"the server ended with status {server.wait()} before it served")
         yield int(line.split()[2].split(":")[2].split("/")[0]), server.pid
     finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(30)
+        _end(server)
 
 
-def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run the load. What is there already is no work for the garbage collector while it runs."""
+def _end(process: subprocess.Popen[str]) -> None:
+    """Politely, then by force: what runs before all others must not stay."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def run(main: Coroutine[Any, Any, T], *, within_s: float | None = None) -> T:
+    """Run the load. What is there already is no work for the garbage collector while it runs. Raises TimeoutError where
+    it takes longer than `within_s`."""
     raise_file_limit()
     gc.collect()
     gc.freeze()
     try:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            return runner.run(main)
+            return runner.run(asyncio.wait_for(main, within_s))
     finally:
         gc.unfreeze()
 

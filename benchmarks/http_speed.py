@@ -4,7 +4,8 @@
 
 Three processes share the machine: an engine that computes nothing (noop_engine.py), `superinfer serve`, and this load
 generator. The latency of a token is the time from the engine's handing it to its socket until the client has read it;
-the same client reads the same streams from the engine's own door, in turns, and what HTTP adds is the difference.
+the same client reads the same streams from the engine's own door, in turns, and what HTTP adds is the difference. All
+ends within LIMIT_S, with an error where a run has not ended by then.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import asyncio
 import os
 import statistics
 import time
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,14 @@ from superinfer.bench.record import write_record
 from superinfer.runtime.client import AsyncEngineClient
 
 STREAMS, TOKENS, TBT_MS = 200, 100, 20.0  # 200 streams of 50 tokens/s: half of what must be carried
+LIMIT_S = 170.0  # of all runs; on an idle machine they take about 100 s
+_BEGAN = time.perf_counter()
 NO_HURRY = {"slo": {"ttft_ms": 600_000}}  # answered with what the engine itself saw
+
+
+def run(main: Coroutine[Any, Any, dict[str, float]]) -> dict[str, float]:
+    """Raises TimeoutError at the limit."""
+    return http_load.run(main, within_s=max(0.1, _BEGAN + LIMIT_S - time.perf_counter()))
 
 
 async def throughput(found: Servers, streams: int, tokens: int) -> dict[str, float]:
@@ -101,7 +110,7 @@ def latency(rounds: int) -> dict[str, Any]:
     http, door = [], []
     with http_load.servers(tbt_ms=TBT_MS, ttft_ms=5, stamps=(STREAMS, TOKENS)) as found:
         for round in range(rounds + 1):
-            pair = http_load.run(over_http(found)), http_load.run(over_the_door(found, round))
+            pair = run(over_http(found)), run(over_the_door(found, round))
             if round:  # the first is to warm up
                 http.append(pair[0])
                 door.append(pair[1])
@@ -135,7 +144,7 @@ def main() -> None:
 
     if "throughput" in wanted:
         with http_load.servers(tbt_ms=20) as found:  # 500 streams * 50/s = 25,000 tokens/s offered
-            found_rounds = [http_load.run(throughput(found, 500, 200)) for _ in range(rounds)]
+            found_rounds = [run(throughput(found, 500, 200)) for _ in range(rounds)]
         figures = medians(found_rounds)
         measured["throughput"] = {
             "streams": 500, "offered_tokens_per_s": 25_000, **figures, "rounds": found_rounds
@@ -149,7 +158,7 @@ def main() -> None:
 
     if "held" in wanted:
         with http_load.servers(tbt_ms=500) as found:
-            held = http_load.run(throughput(found, 2000, 20))
+            held = run(throughput(found, 2000, 20))
             measured["held"] = {"streams": 2000, "server_rss_mib": rss_mib(found.server), **held}
         print("held", rounded(measured["held"]), flush=True)
 

@@ -55,6 +55,7 @@ from superinfer.runtime.protocol import (
     Welcome,
 )
 
+MAX_AT_ONCE = 64  # messages taken in before others on the loop have their turn
 HEARTBEAT_INTERVAL_MS = 400
 HEARTBEAT_TIMEOUT_MS = 1200  # a frozen engine is noticed within 0.4 + 1.2 s, inside the 2 s that we promise
 
@@ -76,8 +77,10 @@ class AsyncEngineClient:
         """Not connected yet: use `connect`."""
         self.address = address
         self.info: ModelInfo
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
+        context: Any = zmq.asyncio.Context()  # the monitor's socket is of its kind
+        self._context = context
+        # Not an asyncio socket: that makes a future and wakes a task for each message, where a callback is enough.
+        self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER, socket_class=zmq.Socket)
         for option, value in (
             (zmq.LINGER, 200),
             (zmq.SNDHWM, 0),
@@ -93,6 +96,9 @@ class AsyncEngineClient:
         self._tokens = itertools.count(1)
         self._dead: Exception | None = None
         self._closed = False
+        self._loop = asyncio.get_running_loop()
+        self._welcome: asyncio.Future[protocol.ToClient] = self._loop.create_future()
+        self._receive_is_due = False
         self._tasks: list[asyncio.Task[None]] = []
         self._monitor: zmq.asyncio.Socket
 
@@ -103,7 +109,7 @@ class AsyncEngineClient:
         Raises InvalidRequestError (no address), EngineUnavailableError (no answer), ProtocolError (other version).
         """
         client = cls(address)
-        monitor = client._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        monitor: Any = client._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         try:
             try:
                 client._socket.connect(address)
@@ -111,26 +117,27 @@ class AsyncEngineClient:
                 raise InvalidRequestError(
                     f"engine address {address!r} is not usable ({error}); use ipc://PATH or tcp://HOST:PORT"
                 ) from error
+            client._loop.add_reader(client._fd, client._receive)
             await client._send(Hello(version=PROTOCOL_VERSION, client=name or f"pid {os.getpid()}"))
             try:
-                frame = await asyncio.wait_for(client._socket.recv(), timeout)
+                answer = await asyncio.wait_for(client._welcome, timeout)
             except TimeoutError:
                 raise EngineUnavailableError(
                     f"no engine answered at {address} within {timeout:g} s; start one with `superinfer engine` "
                     "or check the address"
                 ) from None
-            answer = protocol.decode_to_client(frame)
             if not isinstance(answer, Welcome):
                 raise ProtocolError(f"engine at {address} refused the connection: {getattr(answer, 'reason', answer)}")
             client.info = answer.info
         except BaseException:
+            client._loop.remove_reader(client._fd)
             client._socket.disable_monitor()
             monitor.close(0)
             client._socket.close(0)
             client._context.term()
             raise
         client._monitor = monitor
-        client._tasks = [asyncio.create_task(client._read()), asyncio.create_task(client._watch(monitor))]
+        client._tasks = [asyncio.create_task(client._watch(monitor))]
         return client
 
     # ------------------------------------------------------------------ calls
@@ -243,6 +250,7 @@ class AsyncEngineClient:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._loop.remove_reader(self._fd)
         self._socket.disable_monitor()
         self._monitor.close(0)  # by `_watch` already, unless that was cancelled before it had begun
         self._socket.close()
@@ -264,14 +272,13 @@ class AsyncEngineClient:
     async def _send(self, message: protocol.Message) -> None:
         if self._dead is not None:
             raise self._dead
-        await self._socket.send(protocol.encode(message))
+        self._send_soon(message)
 
     def _send_soon(self, message: protocol.Message) -> None:
         """Send without waiting. The send queue has no limit, so this cannot block; a dead link needs no message."""
         if self._dead is None:
-            # By the asyncio socket, which then looks for what has arrived: sending takes in the signal that tells so.
-            sent: Any = self._socket.send(protocol.encode(message), zmq.NOBLOCK)
-            sent.add_done_callback(lambda future: future.exception())
+            self._socket.send(protocol.encode(message), zmq.NOBLOCK)
+            self._receive_soon()  # sending may take in the signal that tells of what has arrived
 
     @contextlib.asynccontextmanager
     async def _stream(self, request: Generate | Score) -> AsyncIterator[asyncio.Queue[SequenceDelta | Exception]]:
@@ -292,17 +299,38 @@ class AsyncEngineClient:
         finally:
             del self._answers[token]
 
-    async def _read(self) -> None:
-        while True:
-            frame = await self._socket.recv()
+    @property
+    def _fd(self) -> int:
+        """Readable when something may have arrived; it tells so only once."""
+        return int(self._socket.getsockopt(zmq.FD))
+
+    def _receive_soon(self) -> None:
+        if not self._receive_is_due:
+            self._receive_is_due = True
+            self._loop.call_soon(self._receive)
+
+    def _receive(self) -> None:
+        """Take in what has arrived."""
+        self._receive_is_due = False
+        if self._socket.closed:
+            return
+        for _ in range(MAX_AT_ONCE):
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
             try:
                 self._dispatch(protocol.decode_to_client(frame))
             except Exception as error:
+                self._loop.remove_reader(self._fd)
                 self._fail(ProtocolError(f"engine at {self.address} sent a message that cannot be read: {error}"))
                 return
+        self._receive_soon()
 
     def _dispatch(self, message: protocol.ToClient) -> None:
         match message:
+            case _ if not self._welcome.done():
+                self._welcome.set_result(message)
             case Deltas(deltas=deltas):
                 for delta in deltas:
                     stream = self._streams.get(delta.request_id)
@@ -344,6 +372,8 @@ class AsyncEngineClient:
         """The link is of no further use: everyone who waits, and everyone who calls later, gets `error`."""
         if self._dead is None:
             self._dead = error
+        if not self._welcome.done():
+            self._welcome.set_exception(self._dead)
         for stream in list(self._streams.values()):
             stream(self._dead)
         for answer in self._answers.values():

@@ -9,6 +9,8 @@ import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from superinfer.errors import InvalidRequestError
 from superinfer.runtime.client import AsyncEngineClient, new_request_id
 from superinfer.runtime.protocol import (
@@ -58,8 +60,7 @@ class TextRequest:
             stop_pattern(pattern)
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(msgspec.Struct, frozen=True):
     """New text of continuation `index`. The last delta has finish_reason and report.
 
     stop: the stop string that ended it, or what matched a stop_regex (finish_reason is then "stop").
@@ -67,7 +68,7 @@ class TextDelta:
 
     index: int
     text: str
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = []
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     stop: str | None = None

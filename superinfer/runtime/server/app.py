@@ -19,6 +19,7 @@ from superinfer.runtime.server import completion, schema, tokens
 from superinfer.runtime.server.chat import prompt_of, sampling_of_chat
 from superinfer.runtime.server.chat_answer import ChatWriter
 from superinfer.runtime.server.completion import CompletionWriter, only_prompt, prompts_of, sampling_of_completion
+from superinfer.runtime.server.direct import Application, Direct
 from superinfer.runtime.server.errors import ApiError, as_api_error, bad_request
 from superinfer.runtime.server.gate import Gate
 from superinfer.runtime.server.operations import add_operations, answered
@@ -43,17 +44,17 @@ def create_app(text: TextClient, settings: ServerSettings | None = None) -> Fast
     Raises InvalidRequestError for settings that this model cannot have.
     """
     service = Service(text, settings or ServerSettings())
-    app = FastAPI(title="superinfer", docs_url=None, redoc_url=None, openapi_url=None)
+    app = Application(title="superinfer", docs_url=None, redoc_url=None, openapi_url=None)
     _add_errors(app)
     _add_models(app, service)
     _add_completions(app, service)
     _add_responses(app, service)
     _add_tokens(app, service)
     add_operations(app, service)
-    app.add_middleware(Gate, settings=service.settings, finished=answered(app, service.metrics))
+    app.front = Gate(Direct(app), service.settings, finished=answered(app, service.metrics))
     if origins := service.settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
+        app.front = CORSMiddleware(
+            app.front, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
         )
     return app
 
@@ -111,7 +112,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
             return json_response(writer.prompts_only([]))
         return await service.answer(http, requests, writer, stream=bool(request.stream), interval=interval_of(request))
 
-    # Plain routes: what FastAPI would look for in the arguments takes as long as all else before the engine is asked.
+    # Plain routes: `Direct` calls them.
     app.add_route("/v1/chat/completions", chat_completions, methods=["POST"])
     app.add_route("/v1/completions", completions, methods=["POST"])
 

@@ -1,12 +1,15 @@
-"""One HTTP connection: uvicorn's, with two shortcuts that streams need: write without waiting, and cut the line.
+"""One HTTP connection: uvicorn's, with the shortcuts that streams need: write without waiting, hear at once that the
+client went away, and cut the line.
 
 ASGI's `send` is a coroutine under every layer of the application. A stream of tokens would pay for all of them, and for
 the task that waits, with each token. Where the connection takes more bytes at once, `Shortcut.push` hands them to it in
-place; where it does not, `send` waits as usual.
+place; where it does not, `send` waits as usual. That a client is gone ASGI tells whoever waits for its next message,
+which takes a task for each request; the connection knows it anyway.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from starlette.types import Scope
@@ -20,6 +23,7 @@ class Shortcut:
     def __init__(self, protocol: Any) -> None:
         self._protocol = protocol
         self._cycle: Any = None
+        self._gone: Callable[[], object] | None = None
         self.pushed = 0
 
     def bind(self, cycle: Any) -> None:
@@ -43,9 +47,58 @@ class Shortcut:
         self.pushed += len(body)
         self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
+    def hold(self) -> None:
+        """Keep what `send` writes until `let_go`: the head of an answer and its first part are then one write."""
+        self._cycle.transport = _Held(self._cycle.transport)
+
+    def let_go(self) -> None:
+        """Write what was held. Safe to call without it."""
+        held = self._cycle.transport
+        if isinstance(held, _Held):
+            self._cycle.transport = held.transport
+            held.flush()
+
+    def watch(self, gone: Callable[[], object]) -> None:
+        """Call `gone` once the connection is lost, until `unwatch`. The request's body must have been read."""
+        self._cycle.flow.resume_reading()  # a connection that is not read from does not tell of its end
+        if self._protocol.is_lost:
+            gone()
+            return
+        self._gone = gone
+        self._protocol.watching.add(self)
+
+    def unwatch(self) -> None:
+        """Safe to call twice."""
+        self._gone = None
+        self._protocol.watching.discard(self)
+
+    def lost(self) -> None:
+        """The connection is lost."""
+        if self._gone is not None:
+            self._gone()
+
     def abort(self) -> None:
         """Cut the connection now: closing it would wait until the client has read what is on its way."""
         self._protocol.transport.abort()
+
+
+class _Held:
+    """In place of a transport: what uvicorn writes of one answer stays here."""
+
+    def __init__(self, transport: Any) -> None:
+        self.transport = transport
+        self.parts: list[bytes] = []
+        self.write = self.parts.append
+        self.is_closing = transport.is_closing
+
+    def flush(self) -> None:
+        if self.parts:
+            self.transport.write(b"".join(self.parts))
+            self.parts.clear()
+
+    def close(self) -> None:
+        self.flush()
+        self.transport.close()
 
 
 def shortcut_of(scope: Scope) -> Shortcut | None:
@@ -62,6 +115,17 @@ def http_protocol() -> Any:
         return "auto"
 
     class Protocol(HttpToolsProtocol):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            self.is_lost = False
+            self.watching: set[Shortcut] = set()  # more than one where a client sends without waiting for answers
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self.is_lost = True
+            for shortcut in list(self.watching):
+                shortcut.lost()
+
         def on_message_begin(self) -> None:
             super().on_message_begin()
             self._shortcut = Shortcut(self)

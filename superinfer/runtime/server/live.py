@@ -139,7 +139,8 @@ class Viewer(StreamingResponse):
         """The ASGI side."""
         if self._feed.viewers >= MAX_VIEWERS:
             message = f"{MAX_VIEWERS} viewers look already, as many as may; close one or try again later"
-            full = ApiError(429, message, code="too_many_viewers", type="rate_limit_error")
+            headers = {"retry-after": "1"}
+            full = ApiError(429, message, code="too_many_viewers", type="rate_limit_error", headers=headers)
             await full.response()(scope, receive, send)
             return
         self._feed.viewers += 1

@@ -27,19 +27,18 @@ class Metrics:
         self._model = model
         self._engine = _Engine(model)
         self.registry.register(self._engine)
-        self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token.", _FIRST)
-        self._tpot = self._histogram(
-            "request_time_per_output_token_seconds", "Mean time between a request's tokens.", _BETWEEN
+        self._all = (
+            self._histogram("time_to_first_token_seconds", "Arrival to first token.", _FIRST),
+            self._histogram("e2e_request_latency_seconds", "Arrival to last token.", _WHOLE),
+            self._histogram("request_queue_time_seconds", "Arrival to first scheduled.", _FIRST),
+            self._histogram("request_prefill_time_seconds", "First scheduled to first token.", _FIRST),
+            self._histogram("request_decode_time_seconds", "First to last token.", _WHOLE),
+            self._histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS),
+            self._histogram("request_generation_tokens", "Tokens generated for a request.", _TOKENS),
+            self._histogram("request_time_per_output_token_seconds", "Mean time between a request's tokens.", _BETWEEN),
+            self._histogram("max_time_between_tokens_seconds", "Longest time between a request's tokens.", _BETWEEN),
         )
-        self._max_tbt = self._histogram(
-            "max_time_between_tokens_seconds", "Longest time between a request's tokens.", _BETWEEN
-        )
-        self._e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", _WHOLE)
-        self._queue = self._histogram("request_queue_time_seconds", "Arrival to first scheduled.", _FIRST)
-        self._prefill = self._histogram("request_prefill_time_seconds", "First scheduled to first token.", _FIRST)
-        self._decode = self._histogram("request_decode_time_seconds", "First to last token.", _WHOLE)
-        self._prompt = self._histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
-        self._output = self._histogram("request_generation_tokens", "Tokens generated for a request.", _TOKENS)
+        self._by_class: dict[str, list[Histogram]] = {}  # looking for a histogram's labels takes longer than observing
         self._finished = self._counter("request_success", "Finished sequences.", "finished_reason")
         self._slo = self._counter("slo_requests", "Finished sequences with a promise.", "outcome")
         self._http = Counter(
@@ -56,21 +55,23 @@ class Metrics:
 
     def finished(self, report: RequestReport, reason: FinishReason, promise: Promise) -> None:
         """One sequence has finished."""
-        labels = (self._model, promise.slo_class or DEFAULT)
-        for histogram, seconds in (
-            (self._ttft, report.ttft_s),
-            (self._e2e, report.e2e_s),
-            (self._queue, report.queue_s),
-            (self._prefill, report.prefill_s),
-            (self._decode, report.decode_s),
-            (self._prompt, report.prompt_tokens),
-            (self._output, report.output_tokens),
-        ):
-            if seconds is not None:
-                histogram.labels(*labels).observe(seconds)
+        name = promise.slo_class or DEFAULT  # of a class that the operator made, so that there are few
+        labels = (self._model, name)
+        found = self._by_class.get(name)
+        if found is None:
+            found = self._by_class[name] = [histogram.labels(*labels) for histogram in self._all]
+        ttft, e2e, queue, prefill, decode, prompt, output, tpot, max_tbt = found
+        if report.ttft_s is not None:
+            ttft.observe(report.ttft_s)
+        e2e.observe(report.e2e_s)
+        queue.observe(report.queue_s)
+        prefill.observe(report.prefill_s)
+        decode.observe(report.decode_s)
+        prompt.observe(report.prompt_tokens)
+        output.observe(report.output_tokens)
         if report.output_tokens > 1:
-            self._tpot.labels(*labels).observe(report.decode_s / (report.output_tokens - 1))
-            self._max_tbt.labels(*labels).observe(report.max_tbt_s)
+            tpot.observe(report.decode_s / (report.output_tokens - 1))
+            max_tbt.observe(report.max_tbt_s)
         self._finished.labels(*labels, reason).inc()
         if report.met is not None:
             self._slo.labels(*labels, "met" if report.met else "missed").inc()

@@ -139,15 +139,15 @@ class Feed:
     def flush(self) -> None:
         """Send what is pending straight, unless it has a reader by now."""
         self._flush_is_due = False
-        waiter = self._waiter
-        if waiter is None or waiter.done() or self.straight is None:
+        waiter, straight = self._waiter, self.straight
+        if waiter is None or straight is None or waiter.done():
             return
-        if not self.straight.is_open:
+        if not straight.is_open:
             self._wake()
             return
         try:
             if deltas := self._taken():
-                self.straight.write(deltas)
+                straight.write(deltas)
         except Exception as error:  # of this answer alone
             self.fail(error)
 
@@ -155,6 +155,15 @@ class Feed:
         """Whoever reads gets `error`, once."""
         self._error = self._error or error
         self._wake()
+
+    def leave(self) -> None:
+        """The client is gone."""
+        self.fail(ClientGone())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all has been given out, and no error."""
+        return not self._pending and self._error is None and not any(self._open)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -191,6 +200,9 @@ class Feed:
             self._merge()
         pending, self._pending = self._pending, []
         self._is_due = not self._interval
+        if len(pending) == 1:  # most of the time
+            text = self._read(*pending[0])
+            return [text] if text is not None else []
         return [text for choice, delta in pending if (text := self._read(choice, delta)) is not None]
 
     def _read(self, choice: int, delta: SequenceDelta) -> TextDelta | None:

@@ -123,10 +123,9 @@ class Service:
 
     async def results(self, http: Request, requests: list[TextRequest]) -> list[TextResult]:
         """All choices, finished."""
-        with Feed(self.text, requests, eager=False) as feed:
-            async with watched(http.receive, feed):
-                await feed.start()
-                return await collect(feed, sum(request.sampling.n for request in requests))
+        with Feed(self.text, requests, eager=False) as feed, watched(http.scope, http.receive, feed.leave):
+            await feed.start()
+            return await collect(feed, sum(request.sampling.n for request in requests))
 
     async def begin(
         self, http: Request, requests: list[TextRequest], interval: float = 0.0
@@ -134,7 +133,7 @@ class Service:
         """A started feed, and what came first."""
         feed = Feed(self.text, requests, eager=True, outbox=self._outbox, interval=interval)
         try:
-            async with watched(http.receive, feed):
+            with watched(http.scope, http.receive, feed.leave):
                 await feed.start()
                 return feed, await feed.get()
         except BaseException:

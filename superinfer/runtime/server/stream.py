@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
 from starlette.requests import Request
@@ -50,17 +50,25 @@ def error_event(error: BaseException) -> bytes:
     return event(as_api_error(error).encode(), b"error")
 
 
-@contextlib.asynccontextmanager
-async def watched(receive: Receive, feed: Feed) -> AsyncGenerator[None, None]:
-    """Fails the feed with ClientGone once the client disconnects.
+@contextlib.contextmanager
+def watched(scope: Scope, receive: Receive, gone: Callable[[], object]) -> Iterator[None]:
+    """Calls `gone` once the client disconnects.
 
     The request's body must have been read: what the client sends next can then only be its farewell.
     """
+    shortcut = shortcut_of(scope)
+    if shortcut is not None:
+        shortcut.watch(gone)
+        try:
+            yield
+        finally:
+            shortcut.unwatch()
+        return
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        feed.fail(ClientGone())
+        gone()
 
     watcher = asyncio.create_task(watch())
     try:
@@ -72,21 +80,20 @@ async def watched(receive: Receive, feed: Feed) -> AsyncGenerator[None, None]:
 async def while_connected(http: Request, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled with ClientGone raised once the client disconnects."""
     task = asyncio.ensure_future(work)
+    gone = False
 
-    async def watch() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
+    def leave() -> None:
+        nonlocal gone
+        gone = True
         task.cancel()
 
-    watcher = asyncio.create_task(watch())
-    try:
-        return await task
-    except asyncio.CancelledError:
-        if watcher.done():
-            raise ClientGone from None
-        raise
-    finally:
-        watcher.cancel()
+    with watched(http.scope, http.receive, leave):
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if gone:
+                raise ClientGone from None
+            raise
 
 
 async def collect(feed: Feed, choices: int) -> list[TextResult]:
@@ -119,17 +126,21 @@ class EventStream(Response):
         stalled = _Stall(self._write_timeout, task.cancel)
         shortcut = shortcut_of(scope)
         try:
-            with self._feed:
-                async with watched(receive, self._feed):
-                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                    try:
-                        end = await self._pump(send, stalled, shortcut)
-                    except ClientGone:
-                        return
-                    except Exception as error:
-                        end = self._writer.failure(error)
-                    stalled.since = asyncio.get_running_loop().time()
-                    await send({"type": "http.response.body", "body": end})
+            with self._feed, watched(scope, receive, self._feed.leave):
+                if shortcut is not None:
+                    shortcut.hold()
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                try:
+                    end = await self._pump(send, stalled, shortcut)
+                except ClientGone:
+                    return
+                except Exception as error:
+                    end = self._writer.failure(error)
+                finally:
+                    if shortcut is not None:
+                        shortcut.let_go()
+                stalled.since = asyncio.get_running_loop().time()
+                await send({"type": "http.response.body", "body": end})
         except asyncio.CancelledError:
             if not stalled.fired:
                 raise
@@ -145,13 +156,17 @@ class EventStream(Response):
             self._feed.straight = _Straight(self._writer, shortcut)
         while deltas:
             body += b"".join([chunk for delta in deltas for chunk in self._writer.events(delta)])
+            if self._feed.is_over:
+                break
             if body:
                 stalled.since = now()
                 await send({"type": "http.response.body", "body": body, "more_body": True})
                 stalled.since = None
+            if shortcut is not None:
+                shortcut.let_go()
             body = b""
             deltas = await self._feed.get()
-        return self._writer.event_end
+        return body + self._writer.event_end
 
 
 class _Straight:
@@ -162,11 +177,15 @@ class _Straight:
 
     @property
     def is_open(self) -> bool:
+        """Whether the client keeps up."""
         return self._shortcut.is_open
 
     def write(self, deltas: list[TextDelta]) -> None:
-        if body := b"".join([chunk for delta in deltas for chunk in self._events(delta)]):
-            self._shortcut.push(body)
+        """Sends them."""
+        # Most of the time one delta makes one event.
+        events = list(self._events(deltas[0])) if len(deltas) == 1 else [e for d in deltas for e in self._events(d)]
+        if events:
+            self._shortcut.push(events[0] if len(events) == 1 else b"".join(events))
 
 
 class _Stall:

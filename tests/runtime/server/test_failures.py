@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -77,6 +78,31 @@ def test_leaving_before_the_answer_cancels_the_request(served: Any, http: httpx.
         watcher.join()
     assert started.is_set()
     assert until(lambda: http.get("/health").json()["running"] == 0, 0.5)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_leaving_after_a_long_body_cancels_the_request(served: Any, http: httpx.Client, stream: bool) -> None:
+    """Reading is paused while a body is longer than the connection's buffer: it must go on, or nobody hears of the
+    client's end."""
+    asked = {"model": "tiny", "prompt": "hi", "max_tokens": 900, "ignore_eos": True, "n": 8, "stream": stream}
+    body = msgspec.json.encode(asked | {"user": "x" * 400_000})
+    with socket.create_connection(("127.0.0.1", httpx.URL(served.url).port or 0)) as raw:
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        assert until(lambda: http.get("/health").json()["running"] == 8, 10)
+    assert until(lambda: http.get("/health").json()["running"] == 0, 0.5)
+
+
+def test_requests_sent_without_waiting_for_answers_are_answered_in_order(served: Any) -> None:
+    asked = {"model": "tiny", "prompt": "hi", "max_tokens": 9, "ignore_eos": True, "stream": True}
+    with socket.create_connection(("127.0.0.1", httpx.URL(served.url).port or 0)) as raw:
+        for tier, last in ((None, b""), ("nobody's", b""), (None, b"connection: close\r\n")):
+            body = msgspec.json.encode(asked | {"service_tier": tier})
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n%bcontent-length: %d\r\n\r\n"
+            raw.sendall(head % (last, len(body)) + body)
+        raw.settimeout(30)
+        received = b"".join(iter(lambda: raw.recv(65536), b""))
+    statuses = [part.split(b" ", 1)[0] for part in received.split(b"HTTP/1.1 ")[1:]]
+    assert statuses == [b"200", b"400", b"200"] and received.count(b"data: [DONE]") == 2
 
 
 def test_a_full_engine_refuses_with_429_and_goes_on(own_served: Any) -> None:

@@ -323,6 +323,7 @@ def test_a_viewer_too_many_is_refused(served: Any, monkeypatch: pytest.MonkeyPat
         assert next(lines).startswith("data: ")
         refused = httpx.get(url)
         assert refused.status_code == 429 and refused.json()["error"]["code"] == "too_many_viewers"
+        assert refused.headers["retry-after"] == "1"
 
 
 def test_a_dead_engine_is_shown_and_asked_for_again(tab: Any, rotating: EngineProcess, serving: Any) -> None:
