@@ -7,7 +7,8 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 # One math thread a process: the tests run several engines at once. On the CPU, also where there is a GPU: `make gpu`
 # tests that one.
-QUIET := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Bytecode is kept whatever the environment says: hundreds of processes start from the same files.
+QUIET := PYTHONDONTWRITEBYTECODE= CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: demo test lint types unit gpu gpu-check bench-cpu clean
 
@@ -44,13 +45,11 @@ bench-cpu: .venv/.dev
 	$(PYTHON) -m venv .venv
 
 .venv/.runtime: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable .
 	@touch $@
 
 .venv/.dev: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[dev]"
 	@touch $@ .venv/.runtime
 
 clean:
