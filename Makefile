@@ -5,6 +5,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 # Named exactly, so that a CPU build that pip was configured to prefer is taken; any torch >=2.11,<2.14 works.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+# A test waits for its other processes a fifth of its time: three of them keep two cores busy.
+WORKERS ?= 3
 # One math thread a process: the tests run several engines at once. On the CPU, also where there is a GPU: `make gpu`
 # tests that one.
 # Bytecode is kept whatever the environment says: hundreds of processes start from the same files.
@@ -15,7 +17,9 @@ QUIET := PYTHONDONTWRITEBYTECODE= CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 HF_HUB
 demo: .venv/.runtime
 	@$(BIN)/superinfer demo
 
-test: lint types unit
+# The types are checked while the first tests run.
+test: lint
+	@$(MAKE) --no-print-directory --jobs 2 types unit
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -26,7 +30,7 @@ types: .venv/.dev
 	$(BIN)/mypy
 
 unit: .venv/.dev
-	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal --durations 5 tests
+	$(QUIET) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 5 tests
 
 gpu: .venv/.dev
 	$(BIN)/python -m pip install --quiet --editable ".[cuda]"
