@@ -5,8 +5,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 # Named exactly, so that a CPU build that pip was configured to prefer is taken; any torch >=2.11,<2.14 works.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-# A test waits for its other processes a fifth of its time: three of them keep two cores busy.
-WORKERS ?= 3
+# Tests at once. More keep cores busier while tests wait for processes; some tests measure time and may then fail.
+WORKERS ?= 2
 # One math thread a process: the tests run several engines at once. On the CPU, also where there is a GPU: `make gpu`
 # tests that one.
 # Bytecode is kept whatever the environment says: hundreds of processes start from the same files.
