@@ -5,16 +5,21 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 # Named exactly, so that a CPU build that pip was configured to prefer is taken; any torch >=2.11,<2.14 works.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+# Tests at once. More keep cores busier while tests wait for processes; some tests measure time and may then fail.
+WORKERS ?= 2
 # One math thread a process: the tests run several engines at once. On the CPU, also where there is a GPU: `make gpu`
 # tests that one.
-QUIET := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Bytecode is kept whatever the environment says: hundreds of processes start from the same files.
+QUIET := PYTHONDONTWRITEBYTECODE= CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: demo test lint types unit gpu gpu-check bench-cpu clean
 
 demo: .venv/.runtime
 	@$(BIN)/superinfer demo
 
-test: lint types unit
+# The types are checked while the first tests run.
+test: lint
+	@$(MAKE) --no-print-directory --jobs 2 types unit
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -25,7 +30,7 @@ types: .venv/.dev
 	$(BIN)/mypy
 
 unit: .venv/.dev
-	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal --durations 5 tests
+	$(QUIET) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 5 tests
 
 gpu: .venv/.dev
 	$(BIN)/python -m pip install --quiet --editable ".[cuda]"
@@ -44,13 +49,11 @@ bench-cpu: .venv/.dev
 	$(PYTHON) -m venv .venv
 
 .venv/.runtime: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable .
 	@touch $@
 
 .venv/.dev: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[dev]"
 	@touch $@ .venv/.runtime
 
 clean:

@@ -1,8 +1,11 @@
-"""How much memory is free, on the host and on a GPU."""
+"""How much memory is free, on the host and on a GPU, and host memory that is taken only as it is used."""
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,3 +20,9 @@ def free_memory(device: torch.device) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # not Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def zeros_on_demand(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in host memory whose pages are taken as they are first written. torch.zeros writes them all."""
+    pages = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)[: math.prod(shape) * dtype.itemsize].view(dtype).view(*shape)

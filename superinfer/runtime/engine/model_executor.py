@@ -19,10 +19,10 @@ from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
 from superinfer.runtime.engine.step_inputs import BlockTables, StepAssembler, StepInputs
 from superinfer.runtime.kv.duplex_cpu import CpuDuplex
 from superinfer.runtime.kv.link_profile import LinkProfile
-from superinfer.runtime.memory import free_memory
+from superinfer.runtime.memory import free_memory, zeros_on_demand
 from superinfer.runtime.models.config import ModelConfig, load_config
 from superinfer.runtime.models.decoder import CausalLM
-from superinfer.runtime.models.loader import Progress, check_architecture, load_model, resolve_model
+from superinfer.runtime.models.loader import Progress, load_model, resolve_model
 from superinfer.runtime.protocol import TokenLogprob
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 
@@ -64,8 +64,7 @@ class ModelExecutor:
 
         page = limits.page_size
         shape = (limits.num_blocks, config.num_layers, 2, page, config.num_kv_heads, config.head_dim)
-        # Zeros are mapped lazily: memory is taken as blocks are first used.
-        self.cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.cache = zeros_on_demand(shape, weight.dtype)  # memory is taken as blocks are first used
         self.duplex: CpuDuplex | None = None
         self.tier: TierLimits | None = None
         if num_dram_blocks:
@@ -202,7 +201,6 @@ def build_executor(config: EngineConfig, on_progress: Progress | None = None) ->
         torch.set_num_threads(config.threads)
     device = resolve_device(config)
     path = resolve_model(config.model)
-    check_architecture(path)
     model_config = load_config(path)
     length = model_length(config, model_config)
     own_dtype = model_config.dtype if device.type == "cuda" else torch.float32

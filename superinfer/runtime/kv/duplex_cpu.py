@@ -15,6 +15,7 @@ import torch
 
 from superinfer.runtime.kv.copies import BlockCopy, LinkUse
 from superinfer.runtime.kv.link import VirtualLink
+from superinfer.runtime.memory import zeros_on_demand
 
 log = logging.getLogger("superinfer.engine")
 
@@ -37,8 +38,7 @@ class CpuDuplex:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.hbm = hbm
-        # Zeros are mapped lazily: memory is taken as blocks are first used.
-        self.dram = torch.zeros((num_dram, *hbm.shape[1:]), dtype=hbm.dtype)
+        self.dram = zeros_on_demand((num_dram, *hbm.shape[1:]), hbm.dtype)  # memory is taken as blocks are first used
         self._link = VirtualLink(hbm[0].nbytes, bytes_per_s, latency_s)
         self._measured = bytes_per_s is None
         self._clock, self._sleep = clock, sleep

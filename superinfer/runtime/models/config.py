@@ -1,25 +1,22 @@
-"""What a model's code needs of its checkpoint's config.json, whichever generation of transformers wrote it."""
+"""What a model's code needs of its checkpoint's config.json, whichever generation of transformers wrote it.
+
+Read without transformers, whose config classes take three seconds to import: every engine starts by reading one.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 
 from superinfer.errors import ModelLoadError, UnsupportedError
+from superinfer.runtime.models.rope import RopeConfig, read_rope
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """inv_freq: head_dim / 2 inverse frequencies in radians per position; scaling: factor on cos and sin (YaRN)."""
-
-    inv_freq: tuple[float, ...]
-    scaling: float
+Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -72,13 +69,94 @@ class ModelConfig:
         return self.num_layers * 2 * self.kv_row * dtype.itemsize
 
 
-def read_architecture(path: Path) -> str:
-    """The architecture a checkpoint folder names, before anything else of it is believed. Raises ModelLoadError."""
-    config = _read_json(path / "config.json")
-    names = config.get("architectures")
-    if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise ModelLoadError(f'{path / "config.json"} names no "architectures"; is this a causal language model?')
-    return names[0]
+class LlamaFields(msgspec.Struct, kw_only=True, tag_field="model_type", tag="llama"):
+    """config.json of a Llama, and what the other architectures' have in common with it.
+
+    Names and defaults are those of transformers' config classes; the sizes, which every checkpoint states, have none.
+    """
+
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count | None = None  # None: as many as attention heads
+    head_dim: Count | None = None  # None: hidden_size / num_attention_heads
+    hidden_act: str = "silu"
+    max_position_embeddings: Count = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    eos_token_id: int | list[int] | None = 2
+    dtype: str | None = None
+    torch_dtype: str | None = None  # transformers 4
+    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None  # transformers 4, with rope_theta beside it
+    rope_theta: float = 10000.0
+    partial_rotary_factor: float | None = None
+    original_max_position_embeddings: Count | None = None
+    use_sliding_window: bool = True
+    sliding_window: int | None = None
+    max_window_layers: int = 28
+    layer_types: list[str] | None = None
+    quantization_config: Any = None
+
+
+class MistralFields(LlamaFields, kw_only=True, tag="mistral"):
+    num_key_value_heads: Count | None = 8
+    max_position_embeddings: Count = 131072
+    sliding_window: int | None = 4096
+
+
+class MixtralFields(LlamaFields, kw_only=True, tag="mixtral"):
+    num_local_experts: Count | None = None  # checkpoints have either name
+    num_experts: Count | None = None
+    num_key_value_heads: Count | None = 8
+    max_position_embeddings: Count = 131072
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1000000.0
+    num_experts_per_tok: int = 2
+
+
+class Qwen2Fields(LlamaFields, kw_only=True, tag="qwen2"):
+    num_key_value_heads: Count | None = 32
+    max_position_embeddings: Count = 32768
+    eos_token_id: int | list[int] | None = None
+    use_sliding_window: bool = False
+    sliding_window: int | None = 4096
+
+
+class Qwen3Fields(Qwen2Fields, kw_only=True, tag="qwen3"):
+    head_dim: Count | None = 128
+
+
+class Qwen3MoeFields(Qwen2Fields, kw_only=True, tag="qwen3_moe"):
+    num_key_value_heads: Count | None = 4
+    num_experts: int | None = None  # checkpoints have either name
+    num_local_experts: int | None = None
+    num_experts_per_tok: int = 8
+    moe_intermediate_size: Count = 768
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: list[int] | None = None
+
+
+FIELDS: dict[str, type[LlamaFields]] = {
+    "LlamaForCausalLM": LlamaFields,
+    "MistralForCausalLM": MistralFields,
+    "MixtralForCausalLM": MixtralFields,
+    "Qwen2ForCausalLM": Qwen2Fields,
+    "Qwen3ForCausalLM": Qwen3Fields,
+    "Qwen3MoeForCausalLM": Qwen3MoeFields,
+}
+
+
+class GenerationFields(msgspec.Struct):
+    """generation_config.json, which knows of end-of-turn ids that config.json does not."""
+
+    eos_token_id: int | list[int] | msgspec.UnsetType | None = msgspec.UNSET
 
 
 def load_config(path: Path) -> ModelConfig:
@@ -86,117 +164,132 @@ def load_config(path: Path) -> ModelConfig:
 
     Raises ModelLoadError (missing, malformed or inconsistent) or UnsupportedError (a feature not implemented).
     """
-    from transformers import AutoConfig  # slow to import: only where a checkpoint is read
-
-    architecture = read_architecture(path)
+    file = path / "config.json"
+    values = _read_json(file)
+    names = values.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(architecture := names[0], str):
+        raise ModelLoadError(f'{file} names no "architectures"; is this a causal language model?')
+    if architecture not in FIELDS:  # before anything else in the file is believed
+        raise ModelLoadError(f"architecture {architecture!r} is not supported; supported: {', '.join(sorted(FIELDS))}")
     try:
-        hf = AutoConfig.from_pretrained(path, local_files_only=True)
-        return _from_transformers(architecture, hf, _eos_token_ids(path, hf))
-    except (ModelLoadError, UnsupportedError):
-        raise
-    except Exception as error:  # transformers validates with many exception types
-        raise ModelLoadError(f"{path / 'config.json'} is not a valid {architecture} config: {error}") from error
+        config = msgspec.convert(values, FIELDS[architecture])
+        return _model_config(architecture, config, _eos_token_ids(path, config))
+    except msgspec.ValidationError as error:
+        raise ModelLoadError(f"{file} is not a valid {architecture} config: {error}") from error
 
 
-def _from_transformers(architecture: str, hf: Any, eos_token_ids: tuple[int, ...]) -> ModelConfig:
-    if quantization := getattr(hf, "quantization_config", None):
+def _model_config(architecture: str, fields: LlamaFields, eos_token_ids: tuple[int, ...]) -> ModelConfig:
+    if quantization := fields.quantization_config:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UnsupportedError(f"weights quantized by {method} are not supported; take the model's unquantized weights")
-    if hf.hidden_act != "silu":
-        raise UnsupportedError(f"hidden_act={hf.hidden_act!r} is not supported; only 'silu' is")
-    heads, kv_heads = hf.num_attention_heads, hf.num_key_value_heads or hf.num_attention_heads
-    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // heads
+    if fields.hidden_act != "silu":
+        raise UnsupportedError(f"hidden_act={fields.hidden_act!r} is not supported; only 'silu' is")
+    heads, kv_heads = fields.num_attention_heads, fields.num_key_value_heads or fields.num_attention_heads
     if heads % kv_heads:
         raise ModelLoadError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+    if fields.head_dim is None and fields.hidden_size % heads:
+        raise ModelLoadError(f"hidden_size={fields.hidden_size} is not a multiple of num_attention_heads={heads}")
+    head_dim = fields.head_dim or fields.hidden_size // heads
     return ModelConfig(
         architecture=architecture,
-        vocab_size=hf.vocab_size,
-        hidden_size=hf.hidden_size,
-        intermediate_size=hf.intermediate_size,
-        num_layers=hf.num_hidden_layers,
+        vocab_size=fields.vocab_size,
+        hidden_size=fields.hidden_size,
+        intermediate_size=fields.intermediate_size,
+        num_layers=fields.num_hidden_layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=hf.max_position_embeddings,
-        rms_norm_eps=hf.rms_norm_eps,
-        rope=_rope(hf, head_dim),
-        tie_word_embeddings=bool(hf.tie_word_embeddings),
-        attention_bias=bool(getattr(hf, "attention_bias", False)),
-        mlp_bias=bool(getattr(hf, "mlp_bias", False)),
-        windows=_windows(architecture, hf),
-        moe=_moe(architecture, hf),
-        initializer_range=hf.initializer_range,
+        max_position_embeddings=fields.max_position_embeddings,
+        rms_norm_eps=fields.rms_norm_eps,
+        rope=_rope(fields, head_dim),
+        tie_word_embeddings=fields.tie_word_embeddings,
+        attention_bias=fields.attention_bias,
+        mlp_bias=fields.mlp_bias,
+        windows=_windows(architecture, fields),
+        moe=_moe(fields),
+        initializer_range=fields.initializer_range,
         eos_token_ids=eos_token_ids,
-        dtype=hf.dtype if isinstance(hf.dtype, torch.dtype) else torch.float32,
+        dtype=_dtype(fields.dtype or fields.torch_dtype or "float32"),
     )
 
 
-def _rope(hf: Any, head_dim: int) -> RopeConfig:
-    """Inverse frequencies by transformers' own functions: AutoConfig has turned the old form into the new one."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    parameters = hf.rope_parameters
-    kind = parameters.get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        raise UnsupportedError(f"rope_type={kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedError(
-            f"partial_rotary_factor={parameters['partial_rotary_factor']} is not supported; only 1 is"
-        )
-    if kind == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        return RopeConfig(tuple((1.0 / parameters["rope_theta"] ** exponents).tolist()), 1.0)
-    inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](hf, torch.device("cpu"))
-    return RopeConfig(tuple(inv_freq.tolist()), float(scaling))
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ModelLoadError(f"dtype={name!r} is no type of weights; float32, bfloat16 and float16 are")
+    return dtype
 
 
-def _windows(architecture: str, hf: Any) -> tuple[int | None, ...]:
+def _rope(fields: LlamaFields, head_dim: int) -> RopeConfig:
+    """The old form, in which `rope_theta` and others stand beside `rope_scaling`, is read as the new one."""
+    parameters = dict(fields.rope_scaling or fields.rope_parameters or {})
+    if fields.partial_rotary_factor is not None:
+        parameters.setdefault("partial_rotary_factor", fields.partial_rotary_factor)
+    if fields.original_max_position_embeddings is not None:
+        parameters["original_max_position_embeddings"] = fields.original_max_position_embeddings
+    return read_rope(parameters, head_dim, fields.rope_theta, fields.max_position_embeddings)
+
+
+def _windows(architecture: str, fields: LlamaFields) -> tuple[int | None, ...]:
     """Which layers look back how far. Mistral, Mixtral and Qwen3-MoE limit every layer once sliding_window is set;
-    Qwen2 and Qwen3 name the limited ones in layer_types, which transformers makes of max_window_layers where absent."""
-    unlimited = (None,) * hf.num_hidden_layers
-    window = getattr(hf, "sliding_window", None) if getattr(hf, "use_sliding_window", True) else None
+    Qwen2 and Qwen3 name the limited ones in layer_types, or else count the unlimited ones in max_window_layers."""
+    layers = fields.num_hidden_layers
+    unlimited = (None,) * layers
+    window = fields.sliding_window if fields.use_sliding_window else None
     if window is None or architecture == "LlamaForCausalLM":  # Llama has none, whatever its config says
         return unlimited
     if window < 1:
         raise ModelLoadError(f"sliding_window={window} must be at least 1, or null for none")
-    if window >= hf.max_position_embeddings:  # reaches back to the first token from everywhere
+    if window >= fields.max_position_embeddings:  # reaches back to the first token from everywhere
         return unlimited
     if architecture not in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
-        return (window,) * hf.num_hidden_layers
+        return (window,) * layers
+    if fields.layer_types is None:
+        return tuple(window if layer >= fields.max_window_layers else None for layer in range(layers))
     kinds = {"sliding_attention": window, "full_attention": None}
-    if unknown := set(hf.layer_types) - set(kinds):
+    if unknown := set(fields.layer_types) - set(kinds):
         raise UnsupportedError(f"layer_types has {sorted(unknown)}; only {', '.join(kinds)} are supported")
-    return tuple(kinds[kind] for kind in hf.layer_types)
+    if len(fields.layer_types) != layers:
+        raise ModelLoadError(f"layer_types names {len(fields.layer_types)} layers, and num_hidden_layers={layers}")
+    return tuple(kinds[kind] for kind in fields.layer_types)
 
 
-def _moe(architecture: str, hf: Any) -> MoEConfig | None:
+def _moe(fields: LlamaFields) -> MoEConfig | None:
     """The mixture of a Mixtral or Qwen3-MoE config; None for all other models."""
-    layers = range(hf.num_hidden_layers)
-    if architecture == "MixtralForCausalLM":
-        experts, intermediate, normalize = hf.num_local_experts, hf.intermediate_size, True
+    layers = range(fields.num_hidden_layers)
+    if isinstance(fields, MixtralFields):
+        experts, intermediate, normalize = _experts(fields, 8), fields.intermediate_size, True
         sparse = frozenset(layers)
-    elif architecture == "Qwen3MoeForCausalLM":
-        experts, intermediate, normalize = hf.num_experts, hf.moe_intermediate_size, bool(hf.norm_topk_prob)
-        if hf.decoder_sparse_step < 1:
-            raise ModelLoadError(f"decoder_sparse_step={hf.decoder_sparse_step} must be at least 1")
-        dense = set(hf.mlp_only_layers or ())
-        sparse = frozenset(i for i in layers if i not in dense and experts and (i + 1) % hf.decoder_sparse_step == 0)
+    elif isinstance(fields, Qwen3MoeFields):
+        experts, intermediate, normalize = _experts(fields, 128), fields.moe_intermediate_size, fields.norm_topk_prob
+        if (step := fields.decoder_sparse_step) < 1:
+            raise ModelLoadError(f"decoder_sparse_step={step} must be at least 1")
+        dense = set(fields.mlp_only_layers or ())
+        sparse = frozenset(i for i in layers if i not in dense and experts and (i + 1) % step == 0)
     else:
         return None
-    if sparse and not 1 <= hf.num_experts_per_tok <= experts:
-        raise ModelLoadError(f"num_experts_per_tok={hf.num_experts_per_tok} is not within 1..{experts} experts")
-    return MoEConfig(experts, hf.num_experts_per_tok, intermediate, normalize, sparse)
+    if sparse and not 1 <= fields.num_experts_per_tok <= experts:
+        raise ModelLoadError(f"num_experts_per_tok={fields.num_experts_per_tok} is not within 1..{experts} experts")
+    return MoEConfig(experts, fields.num_experts_per_tok, intermediate, normalize, sparse)
 
 
-def _eos_token_ids(path: Path, hf: Any) -> tuple[int, ...]:
-    """generation_config.json, where present, knows of end-of-turn ids that config.json does not."""
-    eos = hf.eos_token_id
+def _experts(fields: MixtralFields | Qwen3MoeFields, default: int) -> int:
+    stated = (fields.num_experts, fields.num_local_experts)
+    return next((number for number in stated if number is not None), default)
+
+
+def _eos_token_ids(path: Path, fields: LlamaFields) -> tuple[int, ...]:
+    eos = fields.eos_token_id
     generation = path / "generation_config.json"
     if generation.is_file():
-        eos = _read_json(generation).get("eos_token_id", eos)
+        try:
+            stated = msgspec.convert(_read_json(generation), GenerationFields).eos_token_id
+        except msgspec.ValidationError as error:
+            raise ModelLoadError(f"{generation} is not valid: {error}") from error
+        eos = eos if isinstance(stated, msgspec.UnsetType) else stated
     if eos is None:
         return ()
-    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+    return (eos,) if isinstance(eos, int) else tuple(eos)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

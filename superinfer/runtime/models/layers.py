@@ -16,7 +16,8 @@ from torch import nn
 from superinfer.kernels.activation import silu_and_mul
 from superinfer.kernels.norm import add_rms_norm, rms_norm
 from superinfer.kernels.rope import rope_angles
-from superinfer.runtime.models.config import ModelConfig, RopeConfig
+from superinfer.runtime.models.config import ModelConfig
+from superinfer.runtime.models.rope import RopeConfig
 
 
 class AttentionBackend(Protocol):
@@ -93,11 +94,11 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, rope: RopeConfig) -> None:
         super().__init__()
         # float32 whatever the model's dtype: half precision cannot tell neighbouring positions apart.
-        frequencies = torch.tensor(rope.inv_freq, dtype=torch.float32).repeat(2)
-        amplitudes = torch.full((2, len(frequencies)), rope.scaling, dtype=torch.float32)
-        amplitudes[1, : len(rope.inv_freq)] *= -1
-        self.frequencies = nn.Buffer(frequencies, persistent=False)
-        self.amplitudes = nn.Buffer(amplitudes, persistent=False)
+        # Of numbers alone: computing with tensors on the meta device makes torch import sympy, for half a second.
+        half = len(rope.inv_freq)
+        amplitudes = [[rope.scaling] * 2 * half, [-rope.scaling] * half + [rope.scaling] * half]
+        self.frequencies = nn.Buffer(torch.tensor(rope.inv_freq * 2, dtype=torch.float32), persistent=False)
+        self.amplitudes = nn.Buffer(torch.tensor(amplitudes, dtype=torch.float32), persistent=False)
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         return rope_angles(positions, self.frequencies, self.amplitudes, dtype)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from superinfer.errors import ModelLoadError, UnsupportedError
 from superinfer.runtime.config import EMBEDDED
 from superinfer.runtime.memory import free_memory
-from superinfer.runtime.models.config import ModelConfig, load_config, read_architecture
+from superinfer.runtime.models.config import ModelConfig, load_config
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.layers import FusedLinear, RMSNorm
 from superinfer.runtime.models.moe import Experts
@@ -59,11 +59,6 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def check_architecture(path: Path) -> type[CausalLM]:
-    """The class for a checkpoint folder, found before transformers judges the rest of its config."""
-    return model_class(read_architecture(path))
-
-
 def load_model(
     path: Path,
     config: ModelConfig | None = None,
@@ -81,9 +76,8 @@ def load_model(
     on_progress: called with a label and the fraction of tensors loaded, or of parameters drawn, 0..1.
     Raises ModelLoadError naming the file and tensor at fault, UnsupportedError for features not implemented.
     """
-    cls = check_architecture(path)
     config = config or load_config(path)
-    model = _empty_model(cls, config, dtype, device)
+    model = _empty_model(model_class(config.architecture), config, dtype, device)
     if load_format == "dummy":
         _fill_dummy(model, seed, on_progress)
     elif load_format == "auto":

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 from checkpoints import generate, make_checkpoint
+from plain_kernels import use_plain_kernels
 from stream_double import LateSubmitter, StreamDouble
 
 from superinfer.kernels.paged import TorchAttention
@@ -27,6 +28,11 @@ from superinfer.runtime.scheduler.registry import build_scheduler
 from superinfer.runtime.scheduler.sequence import Sequence
 
 TOKENS, PAGE, BLOCKS = 10, 4, 20
+
+
+@pytest.fixture(autouse=True)
+def plain_kernels(monkeypatch):
+    use_plain_kernels(monkeypatch)
 
 
 @pytest.fixture(scope="module")

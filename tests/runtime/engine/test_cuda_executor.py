@@ -1,4 +1,4 @@
-"""The CUDA executor's host side on the CPU: Triton kernels run through the interpreter, without graphs.
+"""The CUDA executor's host side on the CPU, without graphs; in mixed batches Triton's kernels run in its interpreter.
 
 What a GPU adds, FlashInfer, graphs and real overlap, is tested in tests/gpu.
 """
@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 from checkpoints import generate, logprobs, make_checkpoint
+from plain_kernels import use_plain_kernels
 from stepper import Stepper
 
 from superinfer.kernels.paged import TorchAttention, choose_attention
@@ -48,6 +49,11 @@ def executor_of(folder, page: int = 4, slots: int = 6, blocks: int = 200) -> Cud
         path=str(folder),
         graphs=False,
     )
+
+
+@pytest.fixture
+def plain_kernels(monkeypatch):
+    use_plain_kernels(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +91,7 @@ def test_steps_submitted_ahead_continue_from_tokens_the_host_has_not_seen(llama)
     assert [s.output for s in batch] == [generate(model, prompt, TOKENS) for prompt in prompts]
 
 
-def test_a_seeded_draw_is_the_same_in_any_batch_and_logprobs_come_back(llama):
+def test_a_seeded_draw_is_the_same_in_any_batch_and_logprobs_come_back(llama, plain_kernels):
     folder, model = llama
     sampling = SamplingParams(temperature=0.9, top_p=0.9, logprobs=2)
     prompts = prompts_of([13, 20])
@@ -102,7 +108,7 @@ def test_a_seeded_draw_is_the_same_in_any_batch_and_logprobs_come_back(llama):
         assert [i for i, _ in found.top] == row.topk(2).indices.tolist()
 
 
-def test_scores_equal_transformers_log_softmax(llama):
+def test_scores_equal_transformers_log_softmax(llama, plain_kernels):
     folder, model = llama
     stepper = Stepper(executor_of(folder))
     prompt, other = prompts_of([25, 8])
@@ -114,7 +120,7 @@ def test_scores_equal_transformers_log_softmax(llama):
     torch.testing.assert_close(torch.tensor([s.logprob for s in scored.scores]), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_shared_prefix_blocks_are_read_not_recomputed(llama):
+def test_shared_prefix_blocks_are_read_not_recomputed(llama, plain_kernels):
     folder, model = llama
     stepper = Stepper(executor_of(folder))
     (prompt,) = prompts_of([22])
@@ -125,7 +131,7 @@ def test_shared_prefix_blocks_are_read_not_recomputed(llama):
     assert second.output == generate(model, [*prompt[:16], 7, 8, 9], TOKENS)
 
 
-def test_a_step_that_fails_is_told_by_its_collect_and_leaves_the_executor_usable(llama):
+def test_a_step_that_fails_is_told_by_its_collect_and_leaves_the_executor_usable(llama, plain_kernels):
     folder, model = llama
     executor = executor_of(folder)
     stepper = Stepper(executor)

@@ -29,9 +29,20 @@ PROMPT = "<|im_start|>user\nMira Ruiz is 31 and lives in Oslo. As JSON.<|im_end|
 
 
 @pytest.fixture(scope="module")
-def executor() -> Any:
-    """The embedded model in this process, with a pool so small that sequences preempt each other."""
-    executor = build_executor(EngineConfig(kv_tokens=480, max_batch_size=6, threads=1))
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with the embedded one's tokenizer: what it would say is not the subject here."""
+    folder = tmp_path_factory.mktemp("small")
+    make_checkpoint(folder, vocab_size=4096, max_position_embeddings=2048, eos_token_id=2)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_path() / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def executor(small_checkpoint: Path) -> Any:
+    """It in this process, with a pool so small that sequences preempt each other."""
+    config = EngineConfig(model=str(small_checkpoint), kv_tokens=480, max_batch_size=6, threads=1, dtype="float32")
+    executor = build_executor(config)
     yield executor
     executor.close()
 
@@ -238,38 +249,36 @@ def test_penalties_count_every_token(executor: ModelExecutor, tokenizer: Tokeniz
     assert with_jumps.outputs == without.outputs
 
 
-def test_the_cuda_executor_gives_the_same_outputs_with_steps_under_way(tmp_path: Path):
+def test_the_cuda_executor_gives_the_same_outputs_with_steps_under_way(
+    small_checkpoint: Path, executor: ModelExecutor, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
     """Its host side, on the CPU: what two steps in flight see of each other's tokens is in its hands."""
     pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    from plain_kernels import use_plain_kernels
+
     from superinfer.kernels.paged import TorchAttention
     from superinfer.runtime.engine.cuda_executor import CudaExecutor
     from superinfer.runtime.models.loader import load_model
 
-    make_checkpoint(tmp_path, vocab_size=4096, eos_token_id=2)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(model_path() / name, tmp_path / name)
-    config = EngineConfig(model=str(tmp_path), kv_tokens=2048, max_batch_size=4, threads=1, dtype="float32")
-    plain = build_executor(config)
-    model = load_model(tmp_path)
+    use_plain_kernels(monkeypatch)
+    model = load_model(small_checkpoint)
     scale = model.config.head_dim**-0.5
     cuda = CudaExecutor(
         model,
-        plain.limits,
+        executor.limits,
         lambda _: TorchAttention(scale),
         TorchAttention(scale),
         max_batch_tokens=256,
         model_name="tiny",
-        path=str(tmp_path),
+        path=str(small_checkpoint),
         graphs=False,
     )
     try:
         grammars = [schema_of(record(name={"const": "Mira"}, kind={"enum": ["first", "second"]}))]
-        tokenizer = Tokenizer(str(tmp_path))
-        expected = Run(plain, tokenizer, grammars, prompt="Who?")
+        expected = Run(executor, tokenizer, grammars, prompt="Who?")
         found = Run(cuda, tokenizer, grammars, depth=cuda.depth, prompt="Who?")
         assert found.outputs == expected.outputs and found.steps < len(found.outputs[0])
     finally:
-        plain.close()
         cuda.close()
 
 

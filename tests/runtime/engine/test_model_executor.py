@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -274,6 +275,21 @@ def test_limits_follow_the_model_the_settings_and_the_pool(llama):
     assert executor_of(folder, kv_tokens=100, page_size=16).limits.max_model_len == 96
     assert executor_of(folder, max_model_len=33).limits.max_model_len == 33
     assert executor_of(folder, kv_tokens=None, page_size=16, max_batch_size=5).limits.num_blocks == 5 * 256 // 16
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory in use is read from /proc")
+def test_pools_take_memory_as_their_blocks_are_used(llama):
+    def megabytes() -> float:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+        return int(line.split()[1]) / 1024
+
+    before = megabytes()
+    executor = executor_of(llama[0], kv_tokens=500_000, dram_tokens=500_000, page_size=16)
+    pools = [executor.cache, executor.duplex.dram]
+    assert all(pool.nbytes > 300 << 20 for pool in pools) and megabytes() - before < 100
+    assert not any(pool[block].any() for pool in pools for block in (0, 9999, -1))
+    pools[1][:5000] = 1.0
+    assert 40 < megabytes() - before < 150
 
 
 def test_a_pool_without_room_for_a_block_is_refused(llama):

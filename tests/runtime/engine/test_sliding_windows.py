@@ -68,12 +68,15 @@ def test_the_oracle_sees_the_window(tmp_path):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_cuda_executor_attends_by_layer(tmp_path, variant):
+def test_the_cuda_executor_attends_by_layer(tmp_path, variant, monkeypatch):
     """In mixed batches, with the reference attention; its Triton twin is compared with it in tests/kernels."""
     pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    from plain_kernels import use_plain_kernels
+
     from superinfer.kernels.paged import AttentionByLayer, TorchAttention
     from superinfer.runtime.engine.cuda_executor import CudaExecutor
 
+    use_plain_kernels(monkeypatch)
     oracle = make_checkpoint(tmp_path, variant)
     model = load_model(tmp_path)
     config = model.config

@@ -1,0 +1,43 @@
+"""Plain torch in place of the kernels that the CUDA executor's host side runs through Triton's interpreter on a CPU.
+
+For tests of what is around them. The interpreter takes most of a step; the kernels themselves are compared with plain
+torch in tests/kernels, and run within steps in tests/runtime/engine/test_cuda_executor.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from superinfer.kernels import fused, host_memory
+from superinfer.kernels.rope import apply_rope
+
+
+def rope_and_store(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    places: torch.Tensor,
+    kv: torch.Tensor,
+    kv_heads: int,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See fused.rope_and_store."""
+    whole = qkv.sum(0).to(kv.dtype) if qkv.dim() == 4 else qkv
+    q, k, v = whole.split((whole.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
+    blocks, offsets = places.long() // kv.shape[2], places.long() % kv.shape[2]
+    kv[blocks, 0, offsets] = apply_rope(k, cos, sin)
+    kv[blocks, 1, offsets] = v
+    rotated = apply_rope(q, cos, sin)
+    return rotated if out is None else out.copy_(rotated)
+
+
+def copy(dst: torch.Tensor, src: torch.Tensor) -> None:
+    """See host_memory.copy."""
+    dst.view(-1).view(torch.uint8).copy_(src.view(-1).view(torch.uint8))
+
+
+def use_plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the end of a test."""
+    monkeypatch.setattr(fused, "rope_and_store", rope_and_store)
+    monkeypatch.setattr(host_memory, "copy", copy)
