@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -138,6 +139,48 @@ class DecodeBatch:
         return self.paged(bucket, total + padding)
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkArrays:
+    """The prefill chunks of one step. ids, positions, places: [rows] as in Rows; the others as in PagedBatch."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    places: np.ndarray
+    qo_indptr: np.ndarray
+    kv_indptr: np.ndarray
+    last_page_len: np.ndarray
+    kv_indices: np.ndarray
+    longest_query: int
+
+
+def describe_chunks(work: Sequence[SlotWork], tables: BlockTables, page: int, vocab: int) -> ChunkArrays:
+    """Raises IndexError for token ids that the vocabulary does not have and ValueError where a slot's blocks do not
+    cover its chunk."""
+    slots = np.array([w.slot for w in work], dtype=np.int64)
+    starts = np.array([w.start for w in work], dtype=np.int64)
+    lengths = np.array([w.length for w in work], dtype=np.int64)
+    ends = starts + lengths
+    tables.check(slots, ends, page)
+    ids = np.fromiter(chain.from_iterable(w.tokens for w in work), dtype=np.int64, count=int(lengths.sum()))
+    if ids.min() < 0 or ids.max() >= vocab:
+        raise IndexError(f"token ids {ids.min()}..{ids.max()} are not within the vocabulary of {vocab}")
+    after = np.cumsum(lengths)
+    positions = np.arange(len(ids)) + np.repeat(ends - after, lengths)
+    pages = -(-ends // page)
+    blocks = np.empty(int(pages.sum()), dtype=np.int32)
+    tables.ragged(slots, pages, blocks)
+    return ChunkArrays(
+        ids,
+        positions,
+        tables.rows_at(np.repeat(slots, lengths), positions, page),
+        np.concatenate(([0], after)),
+        np.concatenate(([0], np.cumsum(pages))),
+        (ends - 1) % page + 1,
+        blocks,
+        int(lengths.max()),
+    )
+
+
 class ChunkBatch:
     """The prefill chunks of one step, in buffers that are reused by the next."""
 
@@ -149,35 +192,21 @@ class ChunkBatch:
         self._upload = PinnedUpload(3 * max_tokens + 3 * (limits.num_slots + 1) + blocks + 7 * 4, device)
 
     def fill(self, work: Sequence[SlotWork]) -> tuple[Rows, PagedBatch]:
-        """Describe and send one step's chunks. Raises IndexError for token ids that the vocabulary does not have
-        and ValueError where a slot's blocks do not cover its chunk."""
-        page = self._page
-        slots = np.array([w.slot for w in work], dtype=np.int64)
-        starts = np.array([w.start for w in work], dtype=np.int64)
-        lengths = np.array([w.length for w in work], dtype=np.int64)
-        ends = starts + lengths
-        self._tables.check(slots, ends, page)
-        ids = np.fromiter((i for w in work for i in w.tokens), dtype=np.int64, count=int(lengths.sum()))
-        if ids.min() < 0 or ids.max() >= self._vocab:
-            raise IndexError(f"token ids {ids.min()}..{ids.max()} are not within the vocabulary of {self._vocab}")
-        after = np.cumsum(lengths)
-        positions = np.arange(len(ids)) + np.repeat(ends - after, lengths)
-        pages = -(-ends // page)
-        blocks = np.empty(int(pages.sum()), dtype=np.int32)
-        self._tables.ragged(slots, pages, blocks)
+        """Describe and send one step's chunks. Raises as `describe_chunks`."""
+        chunks = describe_chunks(work, self._tables, self._page, self._vocab)
         sections = (
-            ids,
-            positions,
-            self._tables.rows_at(np.repeat(slots, lengths), positions, page),
-            np.concatenate(([0], after)),
-            np.concatenate(([0], np.cumsum(pages))),
-            (ends - 1) % page + 1,
-            blocks,
+            chunks.ids,
+            chunks.positions,
+            chunks.places,
+            chunks.qo_indptr,
+            chunks.kv_indptr,
+            chunks.last_page_len,
+            chunks.kv_indices,
         )
         device, host = self._send(sections)
         rows = Rows(device[1], device[2], ids=device[0])
         batch = PagedBatch(
-            device[3], device[4], device[6], device[5], host[3], host[4], host[6], host[5], int(lengths.max())
+            device[3], device[4], device[6], device[5], host[3], host[4], host[6], host[5], chunks.longest_query
         )
         return rows, batch
 
@@ -191,3 +220,63 @@ class ChunkBatch:
             start = _aligned(end)
         self._upload.send(start)
         return device, host
+
+
+class MixedBatch:
+    """The decodes and prefill chunks of one step, decodes first, with padding up to a number of rows that graphs were
+    captured for: for each such number, buffers that never move.
+
+    In the buffer lie, for `rows` of them, sources, positions and places, then the chunks' block indices. A source is a
+    token id, or −1 − slot for the token sampled last in a slot.
+    """
+
+    def __init__(self, limits: ExecutorLimits, max_rows: int, tables: BlockTables, device: torch.device) -> None:
+        self._page = limits.page_size
+        self._tables = tables
+        self._vocab = limits.vocab_size
+        self._padding_place = limits.num_blocks * limits.page_size
+        blocks = limits.num_slots * -(-limits.max_model_len // self._page)
+        self._upload = PinnedUpload(3 * max_rows + blocks, device)
+
+    def rows(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The device buffers: sources, positions, places, each [rows] int32, and the chunks' block indices."""
+        device = self._upload.device
+        sources, positions, places = device[: 3 * rows].view(3, rows).unbind()
+        return sources, positions, places, device[3 * rows :]
+
+    def nothing(self, rows: int) -> PagedBatch:
+        """Padding alone, sent: as a capture needs it."""
+        return self.fill(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), (), rows)
+
+    def fill(self, slots: np.ndarray, positions: np.ndarray, chunks: Sequence[SlotWork], rows: int) -> PagedBatch:
+        """Describe and send one step; returns the chunks, whose rows follow those of the decodes.
+
+        slots, positions: [decodes] int64. Raises as `describe_chunks`, and ValueError where a slot's blocks do not
+        reach its position.
+        """
+        array, decodes = self._upload.array, len(slots)
+        sections = array[: 3 * rows].reshape(3, rows)
+        host = self._upload.host
+        end, indices = decodes, 3 * rows
+        qo_indptr, kv_indptr, last, longest = [decodes, decodes], [0, 1], [1], 0
+        if decodes:
+            self._tables.check(slots, positions + 1, self._page)
+            np.subtract(-1, slots, out=sections[0, :decodes], casting="same_kind")
+            sections[1, :decodes] = positions
+            sections[2, :decodes] = self._tables.rows_at(slots, positions, self._page)
+        if chunks:
+            found = describe_chunks(chunks, self._tables, self._page, self._vocab)
+            end = decodes + len(found.ids)
+            sections[0, decodes:end], sections[1, decodes:end] = found.ids, found.positions
+            sections[2, decodes:end] = found.places
+            indices += len(found.kv_indices)
+            array[3 * rows : indices] = found.kv_indices
+            qo_indptr, kv_indptr, last = found.qo_indptr + decodes, found.kv_indptr, found.last_page_len
+            longest = found.longest_query
+        sections[:2, end:] = 0
+        sections[2, end:] = self._padding_place
+        self._upload.send(indices)
+        _, _, _, device_indices = self.rows(rows)
+        qo, kv, pages = (torch.as_tensor(np.asarray(a, dtype=np.int32)) for a in (qo_indptr, kv_indptr, last))
+        # Only the host's half is read: the device learns of the chunks from their plan.
+        return PagedBatch(qo, kv, device_indices, pages, qo, kv, host[3 * rows : indices], pages, longest)

@@ -1,8 +1,9 @@
 """Runs step plans on a GPU, overlapped: `submit` only enqueues, sampled tokens feed the next step on the device.
 
 A step of decodes alone replays a CUDA graph of its bucket. A step with prefill chunks, decodes and chunks in one
-forward, replays graphs between the layers' attention (`cuda_pieces`), or runs eagerly where it has many rows. The host
-waits in `collect`, for the step's own tokens, and nowhere else.
+forward, replays one too where attention of chunks can be captured (`cuda_mixed`), else graphs between the layers'
+attention (`cuda_pieces`); it runs eagerly where it has more rows than any graph. The host waits in `collect`, for the
+step's own tokens, and nowhere else.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,8 @@ import torch
 from superinfer.kernels import fused
 from superinfer.kernels.paged import AttentionCall, PagedBatch
 from superinfer.kernels.sampling import token_logprobs
-from superinfer.runtime.engine.cuda_batch import ChunkBatch, DecodeBatch, decode_buckets
+from superinfer.runtime.engine.cuda_batch import ChunkBatch, DecodeBatch, MixedBatch, decode_buckets
+from superinfer.runtime.engine.cuda_mixed import CapturedChunks, DecodeRows, MixedGraph, MixedGraphs, graph_rows
 from superinfer.runtime.engine.cuda_pieces import MixedBuffers, Pieces, mixed_rows
 from superinfer.runtime.engine.executor import Duplex, ExecutorLimits, TierLimits
 from superinfer.runtime.engine.grammar import GrammarCompiler
@@ -89,10 +92,11 @@ class CudaExecutor:
         max_batch_tokens: int,
         model_name: str,
         path: str,
+        captured_chunks: CapturedChunks | None = None,
         graphs: bool = True,
         on_progress: Progress | None = None,
     ) -> None:
-        """graphs: capture one CUDA graph per decode bucket now."""
+        """captured_chunks: where there is such attention. graphs: capture CUDA graphs now."""
         weight, config = model.lm_head.weight, model.config
         self.limits = limits
         self.tier: TierLimits | None = None
@@ -132,9 +136,21 @@ class CudaExecutor:
         self._pieces: list[Pieces] = []
         self._mixed: MixedBuffers
         self._padding_place = limits.num_blocks * limits.page_size
+        most_rows = self._buckets[-1].size + max_batch_tokens
+        self._mixed_graphs: MixedGraphs | None = None
+        if captured_chunks is not None:
+            batch = MixedBatch(limits, graph_rows(most_rows)[-1], self._tables, self._device)
+            beside = [DecodeRows(bucket.size, bucket.attention) for bucket in self._buckets]
+            self._mixed_graphs = MixedGraphs(
+                model, self._views, batch, self._decodes, beside, captured_chunks, most_rows, self._last_tokens
+            )
         if graphs:
-            self._capture(on_progress)
-            self._capture_pieces(max_batch_tokens, on_progress)
+            pool = torch.cuda.graph_pool_handle()  # shared: one step runs at a time
+            if self._mixed_graphs is None:
+                self._capture_pieces(most_rows, on_progress)
+            else:
+                self._mixed_graphs.capture(pool, on_progress)
+            self._capture(pool, on_progress)
 
     def add_tier(self, duplex: Duplex, tier: TierLimits) -> None:
         """From now on plans may bring copies, between `cache` and what `duplex` has; it is closed with the executor."""
@@ -172,6 +188,7 @@ class CudaExecutor:
             self._duplex = None
         self._buckets.clear()
         self._pieces.clear()
+        self._mixed_graphs = None
         self._views.clear()
         self.cache = torch.empty(0)
 
@@ -238,6 +255,10 @@ class CudaExecutor:
 
     def _mixed_step(self, decodes: Sequence[SlotWork], chunks: list[SlotWork], pending: Pending) -> None:
         """Rows: the decodes of a bucket with their padding, the chunks' tokens, padding to a size that is captured."""
+        if self._mixed_graphs is not None:
+            graph = self._mixed_graphs.find(len(decodes), chunks)
+            if graph is not None:
+                return self._replay_mixed(self._mixed_graphs, graph, decodes, chunks, pending)
         rows, batch = self._chunks.fill(chunks)
         self._chunk_attention.plan(batch)
         ids, positions, places = rows.ids, rows.positions, rows.places
@@ -261,6 +282,20 @@ class CudaExecutor:
             self._mixed.fill(ids, positions, places, pieces.rows, self._padding_place)
             hidden = pieces.run(calls)
         self._finish_mixed(hidden, slots, padded, chunks, pending)
+
+    def _replay_mixed(
+        self,
+        graphs: MixedGraphs,
+        graph: MixedGraph,
+        decodes: Sequence[SlotWork],
+        chunks: list[SlotWork],
+        pending: Pending,
+    ) -> None:
+        slots = np.array([work.slot for work in decodes], dtype=np.int64)
+        positions = np.array([work.start for work in decodes], dtype=np.int64)
+        graphs.prepare(graph, slots, positions, chunks)
+        self._sent.record()
+        self._finish_mixed(graphs.run(graph), slots, len(slots), chunks, pending)
 
     def _finish_mixed(
         self, hidden: torch.Tensor, slots: np.ndarray, padded: int, chunks: list[SlotWork], pending: Pending
@@ -310,9 +345,8 @@ class CudaExecutor:
     # ------------------------------------------------------------------ graphs
 
     @torch.inference_mode()
-    def _capture(self, on_progress: Progress | None) -> None:
+    def _capture(self, pool: Any, on_progress: Progress | None) -> None:
         """One graph per bucket, the largest first, so that the others fit into the memory it took."""
-        pool = torch.cuda.graph_pool_handle()
         nobody = np.empty(0, dtype=np.int64)
         for done, bucket in enumerate(reversed(self._buckets)):
             if on_progress is not None:
@@ -327,8 +361,8 @@ class CudaExecutor:
         torch.cuda.synchronize()
 
     @torch.inference_mode()
-    def _capture_pieces(self, max_batch_tokens: int, on_progress: Progress | None) -> None:
-        sizes = mixed_rows(self._buckets[-1].size + max_batch_tokens)
+    def _capture_pieces(self, most_rows: int, on_progress: Progress | None) -> None:
+        sizes = mixed_rows(most_rows)
         self._mixed = MixedBuffers(sizes[-1], self._model.config, self._logits.dtype, self._device)
         self._mixed.places.fill_(self._padding_place)
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)

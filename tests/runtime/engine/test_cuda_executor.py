@@ -20,6 +20,7 @@ from stepper import Stepper
 from superinfer.kernels.paged import TorchAttention, choose_attention
 from superinfer.runtime.engine.cuda_batch import decode_buckets
 from superinfer.runtime.engine.cuda_executor import CudaExecutor
+from superinfer.runtime.engine.cuda_mixed import CapturedChunks
 from superinfer.runtime.engine.executor import ExecutorLimits
 from superinfer.runtime.models.loader import load_model
 from superinfer.runtime.protocol import SamplingParams
@@ -33,11 +34,13 @@ def prompts_of(lengths: list[int], vocab: int = 211) -> list[list[int]]:
     return [[rng.randrange(vocab) for _ in range(length)] for length in lengths]
 
 
-def executor_of(folder, page: int = 4, slots: int = 6, blocks: int = 200) -> CudaExecutor:
+def executor_of(folder, page: int = 4, slots: int = 6, blocks: int = 200, most_chunks: int = 0) -> CudaExecutor:
+    """most_chunks: that steps made for graphs take, whose kernels are run here as they would be captured; 0: none."""
     model = load_model(folder)
     limits = ExecutorLimits(blocks, page, slots, 256, model.config.vocab_size)
     scale = model.config.head_dim**-0.5
     attention = TorchAttention(scale)  # its Triton twin is compared with it in tests/kernels
+    captured = CapturedChunks(lambda rows, indices: TorchAttention(scale), most_chunks)
     return CudaExecutor(
         model,
         limits,
@@ -46,6 +49,7 @@ def executor_of(folder, page: int = 4, slots: int = 6, blocks: int = 200) -> Cud
         max_batch_tokens=512,
         model_name=str(folder),
         path=str(folder),
+        captured_chunks=captured if most_chunks else None,
         graphs=False,
     )
 
@@ -56,10 +60,13 @@ def llama(tmp_path_factory):
     return folder, make_checkpoint(folder)
 
 
+@pytest.mark.parametrize("most_chunks", [0, 2, 3])
 @pytest.mark.parametrize("variant", ["llama-7-heads-per-kv-head", "qwen2", "qwen3"])
-def test_greedy_tokens_equal_transformers_in_mixed_batches(tmp_path, variant):
+def test_greedy_tokens_equal_transformers_in_mixed_batches(tmp_path, variant, most_chunks):
     model = make_checkpoint(tmp_path, variant)
-    executor = executor_of(tmp_path)
+    executor = executor_of(tmp_path, most_chunks=most_chunks)
+    if most_chunks == 3:  # then no step is left for the general way
+        executor._chunks = None
     prompts = prompts_of([1, 9, 30])
     stepper = Stepper(executor)
     batch = [stepper.add(prompt) for prompt in prompts]

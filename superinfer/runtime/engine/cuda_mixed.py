@@ -1,0 +1,152 @@
+"""Steps with prefill chunks as one CUDA graph each, for attention of chunks that can be captured.
+
+A graph depends on the number of rows, which steps are padded to, and on whether there are decodes. Attention of decodes
+answers as many rows as the largest batch has, whoever they belong to; attention of chunks follows and answers the
+chunks' rows again. Chunks and decodes alike are told by what their plans and index buffers hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from superinfer.kernels import fused
+from superinfer.kernels.paged import AttentionCall
+from superinfer.runtime.engine.cuda_batch import DecodeBatch, MixedBatch
+from superinfer.runtime.engine.cuda_pieces import MIXED_ROWS
+from superinfer.runtime.models.decoder import CausalLM
+from superinfer.runtime.models.loader import Progress
+from superinfer.runtime.scheduler.plan import SlotWork
+
+# Numbers of rows beyond those of `cuda_pieces`; longer steps keep the GPU busy for longer than they take to launch.
+MORE_ROWS = (1280, 1536, 1792, 2048, 2560, 3072, 4096)
+
+
+class CapturedChunks(NamedTuple):
+    """Attention of chunks that can be captured. make: for graphs of so many rows, with block indices in the buffer
+    given. most: chunks that it takes in one step."""
+
+    make: Callable[[int, torch.Tensor], AttentionCall]
+    most: int
+
+
+def graph_rows(most: int) -> list[int]:
+    """The numbers of rows to capture where no step has more than `most`."""
+    sizes = MIXED_ROWS + MORE_ROWS
+    return [rows for rows in sizes if rows < most] + [rows for rows in sizes if rows >= most][:1]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """Attention of decodes that a graph holds: of the first `size` rows."""
+
+    size: int
+    attention: AttentionCall
+
+
+@dataclass(slots=True)
+class MixedGraph:
+    """One number of rows, with decodes or (decodes is None) without."""
+
+    rows: int
+    chunks: AttentionCall
+    decodes: DecodeRows | None
+    graph: torch.cuda.CUDAGraph | None = None
+
+
+class MixedGraphs:
+    """Implements steps with chunks for the executor; `find` says which step it takes."""
+
+    def __init__(
+        self, model: CausalLM, views: list[torch.Tensor], batch: MixedBatch, decode_batch: DecodeBatch,
+        buckets: Sequence[DecodeRows], chunks: CapturedChunks, most_rows: int, last_tokens: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """views: the cache by layer. buckets: attention of decodes, smallest first; the last has all slots. most_rows:
+        of any step. last_tokens: [slots + 1] int64, the token sampled last in each slot."""
+        self._model, self._views = model, views
+        self._batch, self._decode_batch = batch, decode_batch
+        self._most_chunks = chunks.most
+        self._last_tokens = last_tokens
+        sizes = graph_rows(most_rows)
+        weight, config = model.lm_head.weight, model.config
+        most = max(sizes[-1], buckets[-1].size)
+        heads = most, config.num_heads, config.head_dim
+        self._q, self._attended = torch.zeros(2, *heads, dtype=weight.dtype, device=weight.device).unbind()
+        self._hidden = torch.zeros(sizes[-1], config.hidden_size, dtype=weight.dtype, device=weight.device)
+        self._graphs = []
+        for rows in sizes:
+            attention = chunks.make(rows, batch.rows(rows)[3])
+            beside = next((bucket for bucket in buckets if bucket.size >= rows), buckets[-1])
+            self._graphs += [MixedGraph(rows, attention, None), MixedGraph(rows, attention, beside)]
+
+    def capture(self, pool: Any, on_progress: Progress | None) -> None:
+        """All graphs, the largest first, so that the others fit into the memory it took."""
+        nobody = np.empty(0, dtype=np.int64)
+        for done, mixed in enumerate(reversed(self._graphs)):
+            if on_progress is not None:
+                on_progress("capturing CUDA graphs of mixed steps", done / len(self._graphs))
+            mixed.chunks.plan(self._batch.nothing(mixed.rows))
+            if mixed.decodes is not None:
+                size = mixed.decodes.size
+                mixed.decodes.attention.plan(self._decode_batch.fill(nobody, nobody, size))
+            self._forward(mixed)  # loads kernels and libraries, which a capture must not
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._forward(mixed)
+            mixed.graph = graph
+
+    def find(self, decodes: int, chunks: Sequence[SlotWork]) -> MixedGraph | None:
+        """The smallest graph for a step; None where there is none."""
+        if len(chunks) > self._most_chunks:
+            return None
+        rows = decodes + sum(work.length for work in chunks)
+        wanted = (
+            mixed for mixed in self._graphs if mixed.rows >= rows and (mixed.decodes is not None) == (decodes > 0)
+        )
+        return next(wanted, None)
+
+    def prepare(self, mixed: MixedGraph, slots: np.ndarray, positions: np.ndarray, chunks: Sequence[SlotWork]) -> None:
+        """Send a step's inputs and plans. slots, positions: [decodes] int64."""
+        mixed.chunks.plan(self._batch.fill(slots, positions, chunks, mixed.rows))
+        if mixed.decodes is not None:
+            mixed.decodes.attention.plan(self._decode_batch.fill(slots, positions, mixed.decodes.size))
+
+    def run(self, mixed: MixedGraph) -> torch.Tensor:
+        """[rows, hidden] of what was prepared: decodes, chunks, padding; valid until the next run."""
+        if mixed.graph is None:
+            self._forward(mixed)
+        else:
+            mixed.graph.replay()
+        return self._hidden[: mixed.rows]
+
+    def _forward(self, mixed: MixedGraph) -> None:
+        sources, positions, places, _ = self._batch.rows(mixed.rows)
+        last = self._last_tokens.index_select(0, (-1 - sources).clamp_(min=0))
+        ids = torch.where(sources < 0, last, sources.long())
+        hidden = self._model(ids, positions, _Both(self, mixed, places))
+        self._hidden[: mixed.rows].copy_(hidden)
+
+
+class _Both:
+    """Implements `AttentionBackend` for one graph."""
+
+    def __init__(self, graphs: MixedGraphs, mixed: MixedGraph, places: torch.Tensor) -> None:
+        self._graphs, self._mixed, self._places = graphs, mixed, places
+
+    def rotate_and_attend(
+        self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """See AttentionBackend."""
+        graphs, mixed = self._graphs, self._mixed
+        q, out, view = graphs._q, graphs._attended, graphs._views[layer]
+        fused.rope_and_store(qkv, cos, sin, self._places, view, view.shape[3], out=q[: mixed.rows])
+        if mixed.decodes is not None:
+            size = mixed.decodes.size
+            mixed.decodes.attention.run(q[:size], view, layer, out[:size])
+        mixed.chunks.run(q[: mixed.rows], view, layer, out[: mixed.rows])
+        return out[: mixed.rows].flatten(1)
