@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 
 from superinfer.errors import ModelLoadError
-from superinfer.kernels.paged import AttentionByLayer, AttentionCall, Choice, PagedBatch, choose_attention
+from superinfer.kernels.paged import (
+    HOPPER_LEAST_SEQUENCES,
+    AttentionByLayer,
+    AttentionCall,
+    Choice,
+    PagedBatch,
+    choose_attention,
+)
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine.cuda_executor import CudaExecutor, DecodeAttention
 from superinfer.runtime.engine.cuda_tier import add_cuda_tier
 from superinfer.runtime.engine.model_executor import executor_limits
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import Progress
+
+if TYPE_CHECKING:
+    from superinfer.kernels.paged_hopper import HopperKernel
 
 log = logging.getLogger("superinfer.engine")
 
@@ -30,7 +41,8 @@ def build_cuda_executor(
 ) -> CudaExecutor:
     """length: tokens of the longest sequence wanted. Raises ModelLoadError where no room is left for KV."""
     device, dtype, shape = model.lm_head.weight.device, model.lm_head.weight.dtype, model.config
-    choice = choose_attention(torch.cuda.get_device_capability(device), dtype, shape.head_dim)
+    shared = shape.num_heads // shape.num_kv_heads
+    choice = choose_attention(torch.cuda.get_device_capability(device), dtype, shape.head_dim, shared, config.page_size)
     log.info("attention: %s for decodes, %s for prefill: %s", *choice)
     if on_progress is not None:
         on_progress("preparing attention kernels", 0.0)
@@ -89,14 +101,30 @@ def make_attention(choice: Choice, config: EngineConfig, model: CausalLM) -> tup
         stage = flashinfer.PlanStage(device, uploads)
         return flashinfer.FlashInferPrefill(workspace, stage, backend, *sizes, scale, dtype, window)
 
+    kernel = _hopper_kernel(config, model) if choice.decode == "hopper" else None
+
     def decode(batch: PagedBatch) -> AttentionCall:
         def of(window: int | None) -> AttentionCall:
+            if kernel is not None and window is None and batch.sequences >= HOPPER_LEAST_SEQUENCES:
+                from superinfer.kernels.paged_hopper import HopperDecode
+
+                return HopperDecode(kernel)
             places = workspace, plans[window], decode_stages[window]
             return flashinfer.FlashInferDecode(*places, batch, *sizes, scale, dtype, window)
 
         return AttentionByLayer(shape.windows, of)
 
     return decode, AttentionByLayer(shape.windows, prefill)
+
+
+def _hopper_kernel(config: EngineConfig, model: CausalLM) -> HopperKernel:
+    from superinfer.kernels.paged_hopper import HopperKernel
+
+    shape, weight = model.config, model.lm_head.weight
+    return HopperKernel(
+        shape.num_heads, shape.num_kv_heads, shape.head_dim, config.page_size, shape.head_dim**-0.5, weight.dtype,
+        config.max_batch_size, weight.device,
+    )  # fmt: skip
 
 
 class _NoAttention:
