@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 
 from superinfer.errors import ModelLoadError
-from superinfer.kernels.paged import AttentionByLayer, AttentionCall, Choice, PagedBatch, choose_attention
+from superinfer.kernels.paged import (
+    HOPPER_LEAST_SEQUENCES,
+    AttentionByLayer,
+    AttentionCall,
+    Choice,
+    PagedBatch,
+    choose_attention,
+)
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine.cuda_executor import CudaExecutor, DecodeAttention
 from superinfer.runtime.engine.cuda_mixed import CapturedChunks, graph_rows
@@ -15,6 +23,9 @@ from superinfer.runtime.engine.cuda_tier import add_cuda_tier
 from superinfer.runtime.engine.model_executor import executor_limits
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import Progress
+
+if TYPE_CHECKING:
+    from superinfer.kernels.paged_hopper import HopperKernel
 
 log = logging.getLogger("superinfer.engine")
 
@@ -31,7 +42,8 @@ def build_cuda_executor(
 ) -> CudaExecutor:
     """length: tokens of the longest sequence wanted. Raises ModelLoadError where no room is left for KV."""
     device, dtype, shape = model.lm_head.weight.device, model.lm_head.weight.dtype, model.config
-    choice = choose_attention(torch.cuda.get_device_capability(device), dtype, shape.head_dim)
+    shared = shape.num_heads // shape.num_kv_heads
+    choice = choose_attention(torch.cuda.get_device_capability(device), dtype, shape.head_dim, shared, config.page_size)
     log.info("attention: %s for decodes, %s for prefill: %s", *choice)
     if on_progress is not None:
         on_progress("preparing attention kernels", 0.0)
@@ -95,8 +107,14 @@ def make_attention(
         stage = flashinfer.PlanStage(device, uploads)
         return flashinfer.FlashInferPrefill(workspace, stage, backend, *sizes, scale, dtype, window)
 
+    kernel = _hopper_kernel(config, model) if choice.decode == "hopper" else None
+
     def decode(batch: PagedBatch) -> AttentionCall:
         def of(window: int | None) -> AttentionCall:
+            if kernel is not None and window is None and batch.sequences >= HOPPER_LEAST_SEQUENCES:
+                from superinfer.kernels.paged_hopper import HopperDecode
+
+                return HopperDecode(kernel)
             places = workspace, plans[window], decode_stages[window]
             return flashinfer.FlashInferDecode(*places, batch, *sizes, scale, dtype, window)
 
@@ -128,6 +146,16 @@ def _captured_chunks(
         return AttentionByLayer(windows, of)
 
     return CapturedChunks(make, chunks.MOST_CHUNKS)
+
+
+def _hopper_kernel(config: EngineConfig, model: CausalLM) -> HopperKernel:
+    from superinfer.kernels.paged_hopper import HopperKernel
+
+    shape, weight = model.config, model.lm_head.weight
+    return HopperKernel(
+        shape.num_heads, shape.num_kv_heads, shape.head_dim, config.page_size, shape.head_dim**-0.5, weight.dtype,
+        config.max_batch_size, weight.device,
+    )  # fmt: skip
 
 
 class _NoAttention:

@@ -187,6 +187,13 @@ def test_the_table_says_why(monkeypatch, tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvcc").touch()
     assert choose_attention((9, 0), bfloat16, 128)[:2] == ("flashinfer-fa2", "flashinfer-fa3")
+    assert "needs cuda-bindings" in choose_attention((9, 0), bfloat16, 128).why
+    there = {"flashinfer", "cuda", "cuda.bindings"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in there else None)
+    assert choose_attention((9, 0), bfloat16, 128, shared=8)[:2] == ("hopper", "flashinfer-fa3")
+    for sizes in (dict(shared=9), dict(page=24), dict(head_dim=256)):
+        choice = choose_attention(**dict(capability=(9, 0), dtype=bfloat16, head_dim=128) | sizes)
+        assert choice[:2] == ("flashinfer-fa2", "flashinfer-fa3") and str(*sizes.values()) in choice.why
     assert choose_attention((8, 0), bfloat16, 128)[:2] == ("flashinfer-fa2", "flashinfer-fa2")
     for capability, dtype, head_dim, word in (
         ((9, 0), torch.float32, 128, "half precision"),
