@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from superinfer.kernels import host_memory
 from superinfer.runtime.config import EngineConfig
-from superinfer.runtime.engine import cuda_executor, cuda_pieces
+from superinfer.runtime.engine import cuda_executor
 from superinfer.runtime.engine.cuda_executor import CudaExecutor
 from superinfer.runtime.engine.model_executor import build_executor
 from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan
@@ -142,7 +142,11 @@ class HostParts:
         replace(executor._chunk_attention, "plan", "chunks.plan")
         replace(executor._chunk_attention, "run", "chunks.run")
         replace(executor._decodes, "fill", "decodes.fill")
-        replace(executor._mixed, "fill", "mixed.fill")
+        if executor._mixed_graphs is not None:
+            replace(executor._mixed_graphs, "prepare", "mixed.prepare")
+            replace(executor._mixed_graphs, "run", "mixed graph")
+        else:
+            replace(executor._mixed, "fill", "mixed.fill")
         replace(executor, "_finish_mixed", "finish_mixed")
         replace(executor._model, "forward", "model, eager")
         replace(host_memory, "copy", "host_memory.copy")
@@ -239,12 +243,8 @@ def main() -> None:
     parser.add_argument("--name", default="gpu-mixed-steps")
     parser.add_argument("--decodes", type=int, nargs="+", default=[64, 128, 256], help="batches of decodes alone")
     parser.add_argument("--beside", type=int, default=128, help="decodes beside chunks")
-    parser.add_argument("--captured", type=int, default=None, help="rows up to which mixed steps are captured")
     parser.add_argument("--only", nargs="+", default=list(CHUNKS), help=f"of {', '.join(CHUNKS)}")
     arguments = parser.parse_args()
-    if arguments.captured is not None:
-        kept = tuple(rows for rows in cuda_pieces.MIXED_ROWS if rows <= arguments.captured)
-        cuda_pieces.MIXED_ROWS = kept  # type: ignore[misc]
     before = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         config = EngineConfig(

@@ -156,8 +156,8 @@ def _rope_and_store(
 
 
 def rope_tile(tokens: int) -> tuple[int, int]:
-    """Tokens of a program and its warps."""
-    return (1, 1) if tokens <= 1024 else (8, 4)
+    """Tokens of a program and its warps: of ten tried on an H200 at 128 to 8,192 tokens, the quickest."""
+    return (1, 1) if tokens <= 64 else (8, 2) if tokens <= 2048 else (2, 1)
 
 
 def rope_and_store(

@@ -66,6 +66,11 @@ class AttentionCall(Protocol):
         ...
 
 
+def skips_empty(call: AttentionCall) -> bool:
+    """Whether sequences at the end of a batch may have no blocks at all: their rows are then left alone."""
+    return getattr(call, "skips_empty", False)
+
+
 class AttentionByLayer:
     """Implements `AttentionCall` for models whose layers have windows: one call for each window there is."""
 
@@ -73,6 +78,7 @@ class AttentionByLayer:
         """windows: by layer, as in ModelConfig. make: the call for layers of one window."""
         calls = {window: make(window) for window in dict.fromkeys(windows)}
         self._calls = list(calls.values())
+        self.skips_empty = all(skips_empty(call) for call in self._calls)
         self._by_layer = [calls[window] for window in windows]
 
     def plan(self, batch: PagedBatch) -> None:

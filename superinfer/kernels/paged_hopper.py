@@ -126,6 +126,8 @@ class HopperDecode:
     May be captured in a CUDA graph, whose replays read the batch's device tensors as they are then.
     """
 
+    skips_empty = True
+
     def __init__(self, kernel: HopperKernel) -> None:
         self._kernel = kernel
         self._batch: PagedBatch | None = None

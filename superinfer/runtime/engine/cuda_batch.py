@@ -111,8 +111,9 @@ class DecodeBatch:
             return fixed
         return dataclasses.replace(fixed, host_kv_indices=fixed.host_kv_indices[:indices])
 
-    def fill(self, slots: np.ndarray, positions: np.ndarray, bucket: int) -> PagedBatch:
-        """Describe and send one step. slots, positions: [decodes] int64, of the token that is computed.
+    def fill(self, slots: np.ndarray, positions: np.ndarray, bucket: int, empty_padding: bool = False) -> PagedBatch:
+        """Describe and send one step. slots, positions: [decodes] int64, of the token that is computed. empty_padding:
+        rows of padding have no block, rather than one of their own (`paged.skips_empty`).
 
         Raises ValueError where a slot's blocks do not reach its position.
         """
@@ -121,9 +122,10 @@ class DecodeBatch:
         whole, offset = np.divmod(positions, page)
         pages = whole + 1
         total, padding = int(pages.sum()), bucket - count
+        pad_blocks = 0 if empty_padding else padding
         array, at = self._upload.array, self._indices_at
         self._tables.ragged(slots, pages, array[at : at + total])
-        array[at + total : at + total + padding] = self._pad_block
+        array[at + total : at + total + pad_blocks] = self._pad_block
         sections = array[: 4 * most].reshape(4, most)
         sections[0, :count] = positions
         sections[1, :count] = self._tables.rows_at(slots, positions, page)
@@ -134,9 +136,9 @@ class DecodeBatch:
         indptr = array[4 * most : 4 * most + bucket + 1]
         indptr[0] = 0
         np.cumsum(pages, out=indptr[1 : count + 1])
-        indptr[count + 1 :] = np.arange(total + 1, total + padding + 1)
-        self._upload.send(at + total + padding)
-        return self.paged(bucket, total + padding)
+        indptr[count + 1 :] = np.arange(total + 1, total + padding + 1) if pad_blocks else total
+        self._upload.send(at + total + pad_blocks)
+        return self.paged(bucket, total + pad_blocks)
 
 
 @dataclass(frozen=True, slots=True)

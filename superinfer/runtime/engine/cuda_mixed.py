@@ -1,8 +1,8 @@
 """Steps with prefill chunks as one CUDA graph each, for attention of chunks that can be captured.
 
 A graph depends on the number of rows, which steps are padded to, and on whether there are decodes. Attention of decodes
-answers as many rows as the largest batch has, whoever they belong to; attention of chunks follows and answers the
-chunks' rows again. Chunks and decodes alike are told by what their plans and index buffers hold.
+answers as many rows as the largest batch has, whoever they belong to, unless it skips those without a block; attention
+of chunks follows and answers the chunks' rows again. How many there are of either is told by plans and index buffers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from superinfer.kernels import fused
-from superinfer.kernels.paged import AttentionCall
+from superinfer.kernels.paged import AttentionCall, skips_empty
 from superinfer.runtime.engine.cuda_batch import DecodeBatch, MixedBatch
 from superinfer.runtime.engine.cuda_pieces import MIXED_ROWS
 from superinfer.runtime.models.decoder import CausalLM
@@ -91,8 +91,7 @@ class MixedGraphs:
                 on_progress("capturing CUDA graphs of mixed steps", done / len(self._graphs))
             mixed.chunks.plan(self._batch.nothing(mixed.rows))
             if mixed.decodes is not None:
-                size = mixed.decodes.size
-                mixed.decodes.attention.plan(self._decode_batch.fill(nobody, nobody, size))
+                self._plan_decodes(mixed.decodes, nobody, nobody)
             self._forward(mixed)  # loads kernels and libraries, which a capture must not
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -114,7 +113,11 @@ class MixedGraphs:
         """Send a step's inputs and plans. slots, positions: [decodes] int64."""
         mixed.chunks.plan(self._batch.fill(slots, positions, chunks, mixed.rows))
         if mixed.decodes is not None:
-            mixed.decodes.attention.plan(self._decode_batch.fill(slots, positions, mixed.decodes.size))
+            self._plan_decodes(mixed.decodes, slots, positions)
+
+    def _plan_decodes(self, decodes: DecodeRows, slots: np.ndarray, positions: np.ndarray) -> None:
+        empty = skips_empty(decodes.attention)
+        decodes.attention.plan(self._decode_batch.fill(slots, positions, decodes.size, empty))
 
     def run(self, mixed: MixedGraph) -> torch.Tensor:
         """[rows, hidden] of what was prepared: decodes, chunks, padding; valid until the next run."""
