@@ -3,7 +3,8 @@
 Llama-3-8B's shape, random weights, bf16, decodes of 1,100 tokens of context. For decodes alone, decodes beside chunks,
 chunks alone, and steps of both kinds in turn, as an engine has them, with two steps under way:
 
-step: device time between the step's marks. queued: the same where the host was so far ahead that the device never
+rows: asked for, and with the padding of the graph that is replayed. step: device time between the step's marks.
+eager: that where no step with chunks is captured. queued: that where the host was so far ahead that the device never
 waited for it. kernels: what kernels take, the profiler says, overlaps counted once; launches: how many there are.
 gaps: by the kernel in front, where the profiled device had nothing to do. host: what `submit` takes, and its parts (a
 part may hold others).
@@ -228,6 +229,27 @@ def measure(steps: Steps, plans: Sequence[StepPlan]) -> dict[str, Any]:
     }
 
 
+def measure_eager(steps: Steps, plans: Sequence[StepPlan]) -> dict[str, Any]:
+    """The same steps where none with chunks is captured: of exactly their rows, and launched one by one."""
+    executor = steps.executor
+    graphs, executor._mixed_graphs = executor._mixed_graphs, None
+    pieces, executor._pieces = executor._pieces, []
+    again = list(plans) * STEPS
+    steps.run(again)
+    elapsed = steps.run(again)
+    executor._mixed_graphs, executor._pieces = graphs, pieces
+    return {"step_ms": [statistics.median(elapsed[i :: len(plans)]) for i in range(len(plans))]}
+
+
+def padded_rows(executor: CudaExecutor, plan: StepPlan) -> tuple[int, int]:
+    """Rows of a step, and of the graph that it replays; the same where it has none."""
+    chunks = [work for work in plan.work if work.tokens]
+    decodes = len(plan.work) - len(chunks)
+    rows = decodes + sum(work.length for work in chunks)
+    found = executor._mixed_graphs.find(decodes, chunks) if executor._mixed_graphs is not None and chunks else None
+    return rows, rows if found is None else found.rows
+
+
 def capture_memory(executor: CudaExecutor) -> dict[str, float]:
     """Gigabytes."""
     return {
@@ -243,9 +265,19 @@ def main() -> None:
     parser.add_argument("--name", default="gpu-mixed-steps")
     parser.add_argument("--decodes", type=int, nargs="+", default=[64, 128, 256], help="batches of decodes alone")
     parser.add_argument("--beside", type=int, default=128, help="decodes beside chunks")
+    parser.add_argument("--eager", action="store_true", help="measure steps with chunks eagerly too")
     parser.add_argument("--only", nargs="+", default=list(CHUNKS), help=f"of {', '.join(CHUNKS)}")
     arguments = parser.parse_args()
-    before = time.perf_counter()
+    before, last = time.perf_counter(), ""
+    spent: defaultdict[str, float] = defaultdict(float)
+
+    def on_progress(label: str, _: float) -> None:
+        """Seconds by what was going on at start."""
+        nonlocal before, last
+        now = time.perf_counter()
+        spent[last or "importing"] += now - before
+        before, last = now, label
+
     with tempfile.TemporaryDirectory() as folder:
         config = EngineConfig(
             model=model_folder(Path(folder)),
@@ -255,10 +287,11 @@ def main() -> None:
             max_batch_tokens=LONGEST,
             kv_tokens=DECODES * (CONTEXT + 2 * PAGE) + LONGEST + PROMPTS * (LONGEST // 8 + 2 * PAGE),
         )
-        executor = build_executor(config)
+        executor = build_executor(config, on_progress)
+    on_progress("", 1.0)
     assert isinstance(executor, CudaExecutor)
-    memory = {"built_s": time.perf_counter() - before, **capture_memory(executor)}
-    print("  ".join(f"{name} {value:.2f}" for name, value in memory.items()), flush=True)
+    memory = capture_memory(executor)
+    print("  ".join(f"{name} {value:.2f}" for name, value in [*memory.items(), *spent.items()]), flush=True)
     steps = Steps(executor)
     beside = arguments.beside
     cases = {f"{n} decodes": [steps.plan(n)] for n in arguments.decodes}
@@ -269,17 +302,29 @@ def main() -> None:
     results = {}
     for name, plans in cases.items():
         found = results[name] = measure(steps, plans)
+        rows, padded = padded_rows(executor, plans[-1])
+        found |= {"rows": rows, "padded_rows": padded}
+        eager = ""
+        if arguments.eager and name.endswith(tuple(arguments.only)):
+            found["eager"] = measure_eager(steps, plans)
+            eager = "eager " + " ".join(f"{value:.2f}" for value in found["eager"]["step_ms"]) + "  "
         device = found["device"]
         listed = " ".join(f"{value:.2f}" for value in found["step_ms"])
         queued = " ".join(f"{value:.2f}" for value in found["queued_ms"])
         alone = " ".join(f"{value:.2f}" for value in found["alone_ms"])
+        parts = ", ".join(f"{part} {value:.2f}" for part, value in list(found["host_ms"].items())[:9])
         print(
-            f"{name:24} step {listed:12} queued {queued:12} alone {alone:12} wall {found['wall_ms']:6.2f}  kernels "
-            f"{device['kernels_ms']:6.2f}  gaps {device['gaps_ms']:5.2f}  {device['launches']:.0f} launches  host: "
-            + ", ".join(f"{part} {value:.2f}" for part, value in list(found["host_ms"].items())[:9]),
+            f"{name:24} {rows}/{padded} rows  step {listed:12} {eager}queued {queued:12} alone {alone:12} wall "
+            f"{found['wall_ms']:6.2f}  kernels {device['kernels_ms']:6.2f}  gaps {device['gaps_ms']:5.2f}  "
+            f"{device['launches']:.0f} launches  host: {parts}",
             flush=True,
         )
-    measured = {"model": "Llama-3-8B shape, random weights, bfloat16", "memory": memory, "results": results}
+    measured = {
+        "model": "Llama-3-8B shape, random weights, bfloat16",
+        "memory": memory,
+        "start_s": dict(spent),
+        "results": results,
+    }
     print(f"written to {write(arguments.name, 'python benchmarks/gpu_mixed_steps.py', measured)}")
 
 

@@ -89,7 +89,6 @@ def executor_of(batch: int, context: int, model: CausalLM) -> CudaExecutor:
     )
     for bucket in executor._buckets:
         bucket.graph = NoGraph()  # type: ignore[assignment]
-        bucket.tokens = torch.zeros(bucket.size, dtype=torch.int64)
     return executor
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from superinfer.kernels import fused
+from superinfer.kernels import decode_step, fused
 from superinfer.kernels.paged import AttentionCall, PagedBatch
 from superinfer.kernels.sampling import token_logprobs
 from superinfer.runtime.engine.cuda_batch import ChunkBatch, DecodeBatch, MixedBatch, decode_buckets
@@ -66,13 +66,11 @@ class SplitAttention:
 
 @dataclass(slots=True)
 class Bucket:
-    """Decodes of one padded size. tokens: [size] int64, the largest logits, where the graph leaves them.
-    graph: None where steps run eagerly."""
+    """Decodes of one padded size. graph: None where steps run eagerly."""
 
     size: int
     attention: AttentionCall
     graph: torch.cuda.CUDAGraph | None = None
-    tokens: torch.Tensor | None = None
 
 
 class CudaExecutor:
@@ -116,7 +114,7 @@ class CudaExecutor:
         self._device = weight.device
         self._views = list(self.cache.unbind(1))
         blocks_per_slot = -(-limits.max_model_len // limits.page_size)
-        self._tables = BlockTables(limits.num_slots, blocks_per_slot, limits.num_blocks, limits.page_size)
+        self._tables = BlockTables(limits.num_slots, blocks_per_slot, limits.num_blocks, limits.page_size, True)
         self._decodes = DecodeBatch(limits, self._tables, self._device)
         self._chunks = ChunkBatch(limits, max_batch_tokens, self._tables, self._device)
         self.grammars = GrammarCompiler(path, config.vocab_size, config.eos_token_ids)
@@ -125,6 +123,9 @@ class CudaExecutor:
         self._sampling = SamplingState(limits.num_slots, config.vocab_size, self._device, self.grammars, self._stage)
         # One slot more than there are: padding rows take their token there.
         self._last_tokens = torch.zeros(limits.num_slots + 1, dtype=torch.int64, device=self._device)
+        # Of greedy steps, where their graphs write them; two steps may be under way.
+        on_gpu = self._device.type == "cuda"
+        self._tokens = torch.zeros(2, limits.num_slots, dtype=torch.int64, pin_memory=on_gpu)
         # Shared by all buckets: of their own, they would keep 1 GB for a vocabulary of 128,000.
         self._logits = torch.zeros(limits.num_slots, config.vocab_size, dtype=weight.dtype, device=self._device)
         self._chunk_attention = chunk_attention
@@ -142,8 +143,9 @@ class CudaExecutor:
             batch = MixedBatch(limits, graph_rows(most_rows)[-1], self._tables, self._device)
             beside = [DecodeRows(bucket.size, bucket.attention) for bucket in self._buckets]
             self._mixed_graphs = MixedGraphs(
-                model, self._views, batch, self._decodes, beside, captured_chunks, most_rows, self._last_tokens
-            )
+                model, self._views, batch, self._decodes, beside, captured_chunks, most_rows, self._last_tokens,
+                self._stage,
+            )  # fmt: skip
         if graphs:
             pool = torch.cuda.graph_pool_handle()  # shared: one step runs at a time
             if self._mixed_graphs is None:
@@ -223,35 +225,32 @@ class CudaExecutor:
         slots = np.array([work.slot for work in decodes], dtype=np.int64)
         positions = np.array([work.start for work in decodes], dtype=np.int64)
         bucket = next(bucket for bucket in self._buckets if bucket.size >= len(slots))
-        bucket.attention.plan(self._decodes.fill(slots, positions, bucket.size))
+        bucket.attention.plan(self._decodes.fill(slots, positions, bucket.size, self._stage))
         return bucket, slots
 
     def _decode_step(self, decodes: Sequence[SlotWork], pending: Pending) -> None:
         bucket, slots = self._fill_decodes(decodes)
-        self._sent.record()
         if bucket.graph is not None:
             bucket.graph.replay()
         else:
             self._decode_forward(bucket)
-        assert bucket.tokens is not None
-        count = len(slots)
+        turn, count = self._decodes.over(pending.ended), len(slots)
         if self._sampling.is_plain(slots):  # the graph has picked the tokens and kept them for the next step
             self._sampling.advance(slots)
-            pending.keep_sampled(slots, Sampled(bucket.tokens[:count]), [])
+            pending.keep_written(slots, self._tokens[turn, :count])
         else:
             self._sample(self._logits[:count], slots, pending)
 
     def _decode_forward(self, bucket: Bucket) -> None:
         """What a bucket's graph holds: from the slots' last tokens to their next ones."""
+        self._decodes.receive(bucket.size)
         rows = self._decodes.rows(bucket.size)
         assert rows.slots is not None
-        slots = rows.slots.long()
         attention = self._attention(rows.places, [(bucket.size, bucket.attention)])
-        hidden = self._model(self._last_tokens.index_select(0, slots), rows.positions, attention)
+        hidden = self._model(self._last_tokens.index_select(0, rows.slots), rows.positions, attention)
         logits = self._logits[: bucket.size]
         torch.matmul(hidden, self._model.lm_head.weight.t(), out=logits)
-        bucket.tokens = logits.argmax(dim=-1)
-        self._last_tokens.index_copy_(0, slots, bucket.tokens)
+        decode_step.keep_largest(logits, rows.slots, self._last_tokens, self._tokens, self._decodes.turn)
 
     def _mixed_step(self, decodes: Sequence[SlotWork], chunks: list[SlotWork], pending: Pending) -> None:
         """Rows: the decodes of a bucket with their padding, the chunks' tokens, padding to a size that is captured."""
@@ -269,6 +268,8 @@ class CudaExecutor:
         if decodes:
             bucket, slots = self._fill_decodes(decodes)
             padded = bucket.size
+            self._decodes.receive(padded)
+            self._decodes.over(pending.ended)
             head = self._decodes.rows(padded)
             assert head.slots is not None
             ids = torch.cat((self._last_tokens.index_select(0, head.slots).int(), ids))
@@ -295,7 +296,7 @@ class CudaExecutor:
         positions = np.array([work.start for work in decodes], dtype=np.int64)
         graphs.prepare(graph, slots, positions, chunks)
         self._sent.record()
-        self._finish_mixed(graphs.run(graph), slots, len(slots), chunks, pending)
+        self._finish_mixed(graphs.run(graph, pending.ended), slots, len(slots), chunks, pending)
 
     def _finish_mixed(
         self, hidden: torch.Tensor, slots: np.ndarray, padded: int, chunks: list[SlotWork], pending: Pending
@@ -351,8 +352,9 @@ class CudaExecutor:
         for done, bucket in enumerate(reversed(self._buckets)):
             if on_progress is not None:
                 on_progress("capturing CUDA graphs", done / len(self._buckets))
-            bucket.attention.plan(self._decodes.fill(nobody, nobody, bucket.size))
+            bucket.attention.plan(self._decodes.fill(nobody, nobody, bucket.size, self._stage))
             self._decode_forward(bucket)  # loads kernels and libraries, which a capture must not
+            self._decodes.over(self._sent)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):

@@ -1,8 +1,9 @@
 """Steps with prefill chunks as one CUDA graph each, for attention of chunks that can be captured.
 
-A graph depends on the number of rows, which steps are padded to, and on whether there are decodes. Attention of decodes
-answers as many rows as the largest batch has, whoever they belong to, unless it skips those without a block; attention
-of chunks follows and answers the chunks' rows again. How many there are of either is told by plans and index buffers.
+A graph depends on the number of rows alone, which steps are padded to: how many there are of decodes and of chunks is
+told by plans and index buffers. Attention of decodes that does not skip those without a block answers as many rows as
+the largest batch has, whoever they belong to, and attention of chunks answers the chunks' rows again; steps without
+decodes then have a graph of their own.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from superinfer.kernels import fused
 from superinfer.kernels.paged import AttentionCall, skips_empty
 from superinfer.runtime.engine.cuda_batch import DecodeBatch, MixedBatch
 from superinfer.runtime.engine.cuda_pieces import MIXED_ROWS
+from superinfer.runtime.engine.marker import Marker
+from superinfer.runtime.engine.staging import HostStage
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import Progress
 from superinfer.runtime.scheduler.plan import SlotWork
 
-# Numbers of rows beyond those of `cuda_pieces`; longer steps keep the GPU busy for longer than they take to launch.
-MORE_ROWS = (1280, 1536, 1792, 2048, 2560, 3072, 4096)
+# Numbers of rows beyond those of `cuda_pieces`. There products take as long as they have rows, in tiles of 128, so
+# padding must be little; longer steps keep the GPU busy for several times what they take to launch.
+MORE_ROWS = (*range(1152, 2049, 128), *range(2304, 4097, 256))
 
 
 class CapturedChunks(NamedTuple):
@@ -50,7 +54,7 @@ class DecodeRows:
 
 @dataclass(slots=True)
 class MixedGraph:
-    """One number of rows, with decodes or (decodes is None) without."""
+    """One number of rows. decodes: None where there may be none in the step."""
 
     rows: int
     chunks: AttentionCall
@@ -64,9 +68,11 @@ class MixedGraphs:
     def __init__(
         self, model: CausalLM, views: list[torch.Tensor], batch: MixedBatch, decode_batch: DecodeBatch,
         buckets: Sequence[DecodeRows], chunks: CapturedChunks, most_rows: int, last_tokens: torch.Tensor,
+        stage: HostStage,
     ) -> None:  # fmt: skip
         """views: the cache by layer. buckets: attention of decodes, smallest first; the last has all slots. most_rows:
-        of any step. last_tokens: [slots + 1] int64, the token sampled last in each slot."""
+        of any step. last_tokens: [slots + 1] int64, the token sampled last in each slot. stage: of the executor."""
+        self._stage = stage
         self._model, self._views = model, views
         self._batch, self._decode_batch = batch, decode_batch
         self._most_chunks = chunks.most
@@ -81,18 +87,20 @@ class MixedGraphs:
         for rows in sizes:
             attention = chunks.make(rows, batch.rows(rows)[3])
             beside = next((bucket for bucket in buckets if bucket.size >= rows), buckets[-1])
-            self._graphs += [MixedGraph(rows, attention, None), MixedGraph(rows, attention, beside)]
+            if not skips_empty(beside.attention):
+                self._graphs.append(MixedGraph(rows, attention, None))
+            self._graphs.append(MixedGraph(rows, attention, beside))
 
     def capture(self, pool: Any, on_progress: Progress | None) -> None:
         """All graphs, the largest first, so that the others fit into the memory it took."""
-        nobody = np.empty(0, dtype=np.int64)
+        nobody, never = np.empty(0, dtype=np.int64), Marker(self._last_tokens.device)
         for done, mixed in enumerate(reversed(self._graphs)):
             if on_progress is not None:
                 on_progress("capturing CUDA graphs of mixed steps", done / len(self._graphs))
             mixed.chunks.plan(self._batch.nothing(mixed.rows))
             if mixed.decodes is not None:
                 self._plan_decodes(mixed.decodes, nobody, nobody)
-            self._forward(mixed)  # loads kernels and libraries, which a capture must not
+            self.run(mixed, never)  # loads kernels and libraries, which a capture must not
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
@@ -104,10 +112,8 @@ class MixedGraphs:
         if len(chunks) > self._most_chunks:
             return None
         rows = decodes + sum(work.length for work in chunks)
-        wanted = (
-            mixed for mixed in self._graphs if mixed.rows >= rows and (mixed.decodes is not None) == (decodes > 0)
-        )
-        return next(wanted, None)
+        fitting = (mixed for mixed in self._graphs if mixed.rows >= rows)
+        return next((mixed for mixed in fitting if not decodes or mixed.decodes is not None), None)
 
     def prepare(self, mixed: MixedGraph, slots: np.ndarray, positions: np.ndarray, chunks: Sequence[SlotWork]) -> None:
         """Send a step's inputs and plans. slots, positions: [decodes] int64."""
@@ -117,17 +123,22 @@ class MixedGraphs:
 
     def _plan_decodes(self, decodes: DecodeRows, slots: np.ndarray, positions: np.ndarray) -> None:
         empty = skips_empty(decodes.attention)
-        decodes.attention.plan(self._decode_batch.fill(slots, positions, decodes.size, empty))
+        decodes.attention.plan(self._decode_batch.fill(slots, positions, decodes.size, self._stage, empty))
 
-    def run(self, mixed: MixedGraph) -> torch.Tensor:
-        """[rows, hidden] of what was prepared: decodes, chunks, padding; valid until the next run."""
+    def run(self, mixed: MixedGraph, ended: Marker) -> torch.Tensor:
+        """[rows, hidden] of what was prepared: decodes, chunks, padding; valid until the next run. ended: will be set
+        behind the step."""
         if mixed.graph is None:
             self._forward(mixed)
         else:
             mixed.graph.replay()
+        if mixed.decodes is not None:
+            self._decode_batch.over(ended)
         return self._hidden[: mixed.rows]
 
     def _forward(self, mixed: MixedGraph) -> None:
+        if mixed.decodes is not None:
+            self._decode_batch.receive(mixed.decodes.size, skips_empty(mixed.decodes.attention))
         sources, positions, places, _ = self._batch.rows(mixed.rows)
         last = self._last_tokens.index_select(0, (-1 - sources).clamp_(min=0))
         ids = torch.where(sources < 0, last, sources.long())
