@@ -147,6 +147,37 @@ def test_a_step_that_fails_is_told_by_its_collect_and_leaves_the_executor_usable
     assert sequence.output == generate(model, prompt, TOKENS)
 
 
+def test_blocks_that_came_with_a_failed_decode_are_there_for_the_next(llama, monkeypatch):
+    folder, model = llama
+    executor = executor_of(folder)
+    stepper = Stepper(executor)
+    (prompt,) = prompts_of([6])
+    sequence = stepper.add(prompt)
+    stepper.step((sequence, stepper.prefill(sequence)))
+
+    def fail(batch):
+        raise RuntimeError("no plan")
+
+    while len(sequence.output) < TOKENS:
+        work = stepper.decode(sequence)
+        with monkeypatch.context() as patched:
+            patched.setattr(executor._buckets[0].attention, "plan", fail)
+            with pytest.raises(RuntimeError, match="no plan"):
+                stepper.step((sequence, work))
+        stepper.step((sequence, SlotWork(work.slot, work.start, 1, sample=True)))
+    assert sequence.output == generate(model, prompt, TOKENS)
+
+
+def test_more_new_blocks_than_a_step_has_room_for_reach_the_device(llama):
+    """Of 2 slots there is room for 8 changes with a step; two prompts of 60 tokens bring 30 blocks of 4."""
+    folder, model = llama
+    stepper = Stepper(executor_of(folder, slots=2))
+    prompts = prompts_of([60, 58])
+    batch = [stepper.add(prompt) for prompt in prompts]
+    stepper.run(batch, 3)
+    assert [s.output for s in batch] == [generate(model, prompt, 3) for prompt in prompts]
+
+
 def test_work_beyond_a_slots_blocks_is_refused(llama):
     executor = executor_of(llama[0])
     init = SlotInit(0, SamplingParams(), 0, (1, 2, 3, 4, 5))
