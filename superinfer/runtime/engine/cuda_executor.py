@@ -33,6 +33,8 @@ from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import Progress
 from superinfer.runtime.scheduler.plan import SlotWork, StepPlan, StepResult
 
+# Pairs of marks in use by turns: those of the steps under way, and of two before, which pinned memory may wait for.
+MARKS = 4
 # Makes the attention of decodes for one bucket, whose buffers it is given.
 DecodeAttention = Callable[[PagedBatch], AttentionCall]
 
@@ -130,6 +132,7 @@ class CudaExecutor:
         self._logits = torch.zeros(limits.num_slots, config.vocab_size, dtype=weight.dtype, device=self._device)
         self._chunk_attention = chunk_attention
         self._sent = Marker(self._device)
+        self._marks = deque((Marker(self._device), Marker(self._device)) for _ in range(MARKS))
         self._pending: deque[Pending | Exception] = deque()
         self._buckets = [
             Bucket(size, decode_attention(self._decodes.paged(size))) for size in decode_buckets(limits.num_slots)
@@ -195,7 +198,8 @@ class CudaExecutor:
         self.cache = torch.empty(0)
 
     def _start(self, plan: StepPlan) -> Pending:
-        pending = Pending(plan.step, Marker(self._device), Marker(self._device))
+        pending = Pending(plan.step, *self._marks[0])
+        self._marks.rotate(1)
         self._stage.next_step()
         if self._duplex is not None:
             self._duplex.start(plan.copies, plan.waits)
