@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from superinfer.kernels import decode_step, filters, fused, fused_moe, host_memory, paged_triton, skinny
+from superinfer.kernels import decode_step, drawing, filters, fused, fused_moe, host_memory, paged_triton, skinny
 
 INT = "i32"
 # What one block of threads may have, A100 and H100: CUDA's programming guide, "Compute Capabilities".
@@ -48,6 +48,9 @@ def kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     look = {"logits": f"*{kind}", "best": "*fp32", "at_best": "*i32", **numbers("vocab", "row_step", "part")}
     keep = {"best": "*fp32", **pointers("i64", "last_tokens", "host"), **pointers(INT, "at_best", "slots", "turn")}
     keep |= numbers("rows", "half")
+    drawn = {"logits": f"*{kind}", **pointers("fp32", "temperatures", "best", "total")}
+    sums = {**drawn, **numbers("vocab", "row_step", "part")}
+    draws = {**sums, "uniforms": "*fp64", "tokens": "*i64"}
     return [
         (fused._rms_norm, norm, dict(ADD=True, PARTS=0, BLOCK=4096, PDL=pdl)),
         (fused._rms_norm, {**norm, "x": "*fp32"}, dict(ADD=True, PARTS=4, BLOCK=4096, PDL=pdl)),
@@ -64,6 +67,8 @@ def kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
         (decode_step._describe, describe, dict(EMPTY=True, SEQUENCES_2=256, BLOCK=256)),
         (decode_step._largest_of_part, look, dict(BLOCK=2048)),
         (decode_step._keep_largest, keep, dict(PARTS=8, ROWS=64)),
+        (drawing._sum_up, sums, dict(BLOCK=2048)),
+        (drawing._draw, draws, dict(PARTS=16, BLOCK=2048)),
     ]
 
 

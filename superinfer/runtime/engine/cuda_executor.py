@@ -326,7 +326,7 @@ class CudaExecutor:
             pending.keep_scores([chunks[i] for i in scored], self._score(hidden, picked, wanted))
 
     def _sample(self, logits: torch.Tensor, slots: np.ndarray, pending: Pending) -> None:
-        self._keep(slots, self._sampling.sample(logits.float(), slots), pending)
+        self._keep(slots, self._sampling.sample(logits, slots), pending)
 
     def _keep(self, slots: np.ndarray, sampled: Sampled, pending: Pending) -> None:
         """Tokens stay on the device for the next step, and go to the host for this one's result."""
