@@ -6,7 +6,6 @@ and a block of their own, behind the real ones: they read and write nothing that
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -108,9 +107,9 @@ class DecodeBatch:
         """The device buffers of a bucket; always the same ones."""
         return Rows(self._view(0, bucket), self._view(2, bucket), slots=self._view(1, bucket))
 
-    def paged(self, bucket: int, indices: int | None = None) -> PagedBatch:
-        """The attention's view of the buffers. indices: block indices in use; None: all there is room for. They are not
-        known in host memory, where zeros stand for them."""
+    def paged(self, bucket: int) -> PagedBatch:
+        """The attention's view of the buffers. Block indices, as many as there is room for, are not known in host
+        memory, where zeros stand for them."""
         fixed = self._fixed.get(bucket)
         if fixed is None:
             most = self._most
@@ -125,9 +124,7 @@ class DecodeBatch:
                 host_last_page_len=self._known[:bucket],
                 longest_query=1,
             )
-        if indices is None:
-            return fixed
-        return dataclasses.replace(fixed, host_kv_indices=self._unknown[:indices])
+        return fixed
 
     def fill(
         self, slots: np.ndarray, positions: np.ndarray, bucket: int, stage: HostStage, empty_padding: bool = False
@@ -160,7 +157,7 @@ class DecodeBatch:
         np.add(whole, 1, out=indptr[1 : count + 1], casting="same_kind")
         indptr[count + 1 :] = 0 if empty_padding else 1
         np.cumsum(indptr[1:], out=indptr[1:])
-        return self.paged(bucket, int(indptr[-1]))
+        return self.paged(bucket)
 
     def _send_changes(self, array: np.ndarray, stage: HostStage) -> int:
         """Of the block tables; returns how many go with the step."""
