@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_common import LLAMA_3_8B
+from gpu_common import model_folder
 from record import write
 
 from superinfer.kernels.paged import PagedBatch
@@ -68,7 +68,8 @@ def small_model() -> CausalLM:
         "head_dim": 16,
     }
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(LLAMA_3_8B | sizes))
+        config = Path(model_folder(Path(folder))) / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | sizes))
         return load_model(Path(folder), load_format="dummy", dtype=torch.float32)
 
 
@@ -88,7 +89,6 @@ def executor_of(batch: int, context: int, model: CausalLM) -> CudaExecutor:
     )
     for bucket in executor._buckets:
         bucket.graph = NoGraph()  # type: ignore[assignment]
-        bucket.tokens = torch.zeros(bucket.size, dtype=torch.int64)
     return executor
 
 

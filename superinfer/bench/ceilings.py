@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from superinfer.runtime.sim.shapes import ModelShape
 
+HEAD_START_CYCLES = 2_000_000  # of the device, 1 ms: longer than any call here takes to launch
+
 
 class Ceilings(NamedTuple):
     """copy: bytes/s, read plus written, of a copy within the device's memory. matmul: FLOP/s of a matrix product."""
@@ -59,7 +61,8 @@ def median_s(run: Callable[[], object], device: str, repeats: int = 10) -> float
 
 
 def times_s(run: Callable[[], object], device: str, repeats: int) -> list[float]:
-    """Seconds of each of `repeats` calls, after one that warms up."""
+    """Seconds of each of `repeats` calls, after one that warms up. On a GPU each is enqueued while the device is kept
+    busy, so that what it takes to launch a short kernel is not counted as the kernel's."""
     import torch
 
     run()
@@ -67,6 +70,7 @@ def times_s(run: Callable[[], object], device: str, repeats: int) -> list[float]
     for _ in range(repeats):
         if device.startswith("cuda"):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(HEAD_START_CYCLES)
             begin.record()
             run()
             end.record()

@@ -19,6 +19,12 @@ import torch
 import torch.nn.functional as F
 
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
+HOPPER_HEAD_DIMS = (64, 128)
+HOPPER_MOST_SHARED = 8  # query heads per KV head
+HOPPER_TILE = 16  # tokens; blocks are multiples
+# Sequences from which our decode is the quicker one on an H100: 8 x 512 tokens take 13 us against 16, 1 x 8,192 take 38
+# against 22.
+HOPPER_LEAST_SEQUENCES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,11 @@ class AttentionCall(Protocol):
         ...
 
 
+def skips_empty(call: AttentionCall) -> bool:
+    """Whether sequences at the end of a batch may have no blocks at all: their rows are then left alone."""
+    return getattr(call, "skips_empty", False)
+
+
 class AttentionByLayer:
     """Implements `AttentionCall` for models whose layers have windows: one call for each window there is."""
 
@@ -67,6 +78,7 @@ class AttentionByLayer:
         """windows: by layer, as in ModelConfig. make: the call for layers of one window."""
         calls = {window: make(window) for window in dict.fromkeys(windows)}
         self._calls = list(calls.values())
+        self.skips_empty = all(skips_empty(call) for call in self._calls)
         self._by_layer = [calls[window] for window in windows]
 
     def plan(self, batch: PagedBatch) -> None:
@@ -117,7 +129,8 @@ class TorchAttention:
 
 
 class Choice(NamedTuple):
-    """Which implementation runs decodes and prefill chunks ("flashinfer-fa3", "flashinfer-fa2", "triton"), and why."""
+    """Which implementation runs decodes ("hopper", "flashinfer-fa2", "triton") and prefill chunks ("flashinfer-fa3",
+    "flashinfer-fa2", "triton"), and why."""
 
     decode: str
     prefill: str
@@ -138,8 +151,25 @@ def _flashinfer_obstacle() -> str:
     return ""
 
 
-def choose_attention(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> Choice:
-    """The table. capability: of the GPU, (9, 0) for Hopper."""
+def _hopper_obstacle(head_dim: int, shared: int, page: int) -> str:
+    """Why our own decode cannot run on a Hopper GPU; "" if it can."""
+    if head_dim not in HOPPER_HEAD_DIMS or shared > HOPPER_MOST_SHARED or page % HOPPER_TILE:
+        return (
+            f"ours takes head_dim {HOPPER_HEAD_DIMS}, at most {HOPPER_MOST_SHARED} query heads per KV head and blocks "
+            f"of multiples of {HOPPER_TILE} tokens, not {head_dim}, {shared} and {page}"
+        )
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        return "ours needs cuda-bindings; pip install 'superinfer[cuda]'"
+    return ""
+
+
+def choose_attention(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, shared: int = 1, page: int = 16
+) -> Choice:
+    """The table.
+
+    capability: of the GPU, (9, 0) for Hopper. shared: query heads per KV head. page: tokens of a block.
+    """
     obstacle = _flashinfer_obstacle()
     if obstacle:
         return Choice("triton", "triton", obstacle)
@@ -151,5 +181,11 @@ def choose_attention(capability: tuple[int, int], dtype: torch.dtype, head_dim: 
         return Choice("triton", "triton", f"FlashInfer wants compute capability 8.0; this GPU has {capability}")
     if capability[0] == 9:
         # Causal prefill 8 × 1024 tokens on an H100: 321 TFLOP/s with fa3, 248 with fa2. fa3 has no decode of its own.
-        return Choice("flashinfer-fa2", "flashinfer-fa3", "Hopper: fa3 prefill is 1.3 × fa2; tensor-core decode")
+        why = "Hopper: fa3 prefill is 1.3 × fa2; "
+        if obstacle := _hopper_obstacle(head_dim, shared, page):
+            return Choice("flashinfer-fa2", "flashinfer-fa3", f"{why}tensor-core decode, for {obstacle}")
+        least = HOPPER_LEAST_SEQUENCES
+        return Choice(
+            "hopper", "flashinfer-fa3", f"{why}decodes of {least} sequences or more without windows need no plan"
+        )
     return Choice("flashinfer-fa2", "flashinfer-fa2", "fa3 needs Hopper; tensor-core decode")

@@ -140,6 +140,40 @@ def test_windows_and_experts_keep_graphs_equal_to_eager_steps_and_free_of_waits(
     assert run(executor, prompts) == with_graphs
 
 
+@pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen3-alternating-windows"])
+def test_steps_with_chunks_are_graphs_that_give_the_tokens_of_running_the_same_eagerly(tmp_path, variant):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("attention of chunks is captured on a Hopper GPU alone")
+    make_checkpoint(tmp_path, variant, **WIDE)
+    executor = executor_of(tmp_path, dtype="bfloat16")
+    mixed = executor._mixed_graphs
+    assert mixed is not None and all(step.graph is not None for step in mixed._graphs)
+    executor._chunks = None  # nothing is left for the general way
+    prompts = prompts_of([5, 33, 80, 12, 64, 3, 7, 150])
+    with_graphs = run(executor, prompts, chunk=20)
+    for step in mixed._graphs:
+        step.graph = None
+    assert run(executor, prompts, chunk=20) == with_graphs
+
+
+def test_submitting_a_step_with_chunks_never_waits_for_the_device(wide):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("attention of chunks is captured on a Hopper GPU alone")
+    folder, _ = wide
+    executor = executor_of(folder, dtype="bfloat16")
+    stepper = Stepper(executor)
+    decodes = [stepper.add(prompt) for prompt in prompts_of([12, 50, 5])]
+    long = stepper.add(prompts_of([200])[0])
+    stepper.run(decodes, 4)
+    stepper.step((long, stepper.prefill(long, 20)))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(6):
+            stepper.step(*((s, stepper.decode(s)) for s in decodes), (long, stepper.prefill(long, 20)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("sampling", [SamplingParams(temperature=0), SamplingParams(temperature=0.8)])
 def test_steps_submitted_ahead_give_the_tokens_of_steps_one_by_one(wide, sampling):
     folder, _ = wide

@@ -102,3 +102,51 @@ def test_prefill_chunks_with_a_computed_past_equal_dense_attention(buffers, back
     close(call.run(case.q, case.cache[:, case.layer].nan_to_num()), dense_answer(case, SCALE))
     # The strided view itself, not a copy of it: another layer's cells are NaN and must not be read.
     close(call.run(case.q, case.cache[:, case.layer]), dense_answer(case, SCALE))
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_captured_chunks_equal_dense_attention_whatever_the_batch(buffers, window):
+    """One graph, fed by `plan` alone: other chunks, more of them, other places, none at all."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("fa3 needs a Hopper GPU")
+    from superinfer.kernels import flashinfer_chunks as chunks
+
+    rows, before = 640, 37
+    multiprocessors = torch.cuda.get_device_properties(CUDA).multi_processor_count
+    size = chunks.plan_bytes(rows, HEADS, HEAD_DIM, multiprocessors)
+    indices = torch.zeros(400, dtype=torch.int32, device=CUDA)
+    plans = chunks.ChunkPlans(CUDA, size, torch.cuda.Stream())
+    call = chunks.FlashInferChunks(buffers[0][0], plans, rows, indices, *SIZES, window)
+    q = torch.zeros(rows, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=CUDA)
+    out = torch.zeros_like(q)
+    cache = torch.zeros(400, 3, 2, PAGE, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device=CUDA)
+    graph = None
+    most = chunks.MOST_CHUNKS
+    batches = [
+        ((200,), (200,)),
+        ((1, 200, 33, 300), (77, 200, 900, 301)),
+        ((3,) * most, (50,) * most),
+        ((600,), (999,)),
+    ]
+    for seed, (queries, contexts) in enumerate(batches):
+        case = make_batch(queries, contexts, HEADS, KV_HEADS, HEAD_DIM, PAGE, torch.bfloat16, CUDA, seed)
+        count = sum(queries)
+        start = min(before, rows - count)
+        indices[: len(case.batch.kv_indices)] = case.batch.kv_indices
+        call.plan(dataclasses.replace(case.batch, host_qo_indptr=case.batch.host_qo_indptr + start))
+        cache[: len(case.cache)] = case.cache
+        q.fill_(float("nan"))
+        q[start : start + count] = case.q
+        if graph is None:
+            call.run(q, cache[:, case.layer], out=out)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call.run(q, cache[:, case.layer], out=out)
+        out.fill_(7.0)
+        graph.replay()
+        close(out[start : start + count], dense_answer(case, SCALE, window))
+        assert (out[:start] == 7).all() and (out[start + count :] == 7).all(), "rows of others were written to"
+    many = make_batch((1,) * (most + 1), (5,) * (most + 1), HEADS, KV_HEADS, HEAD_DIM, PAGE, torch.bfloat16, CUDA)
+    with pytest.raises(ValueError, match=f"{most + 1} chunks are planned at once; {most} is the most"):
+        call.plan(many.batch)

@@ -23,4 +23,4 @@ def test_every_triton_kernel_compiles_for_ampere_and_hopper(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     # float32 has one tile for the experts, bfloat16 three, and six for products of few rows
-    assert len(done.stdout.splitlines()) == (10 + 3 + 2) + (10 + 3 + 6 + 6)
+    assert len(done.stdout.splitlines()) == (17 + 3 + 2) + (17 + 3 + 6 + 6)

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from superinfer.kernels import filters, fused, fused_moe, host_memory, paged_triton, skinny
+from superinfer.kernels import decode_step, drawing, filters, fused, fused_moe, host_memory, paged_triton, skinny
 
 INT = "i32"
 # What one block of threads may have, A100 and H100: CUDA's programming guide, "Compute Capabilities".
@@ -33,7 +33,7 @@ def kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     norm |= numbers("heads", "size", "token_step", "head_step", "part_step")
     gate = {**pointers(kind, "gate_up", "out"), **numbers("size")}
     rope = {**pointers(kind, "qkv", "cos", "sin", "q_out", "cache"), "places": "*i32"}
-    rope |= numbers("page", "qkv_row", "block_step", "value_step", "offset_step", "part_step")
+    rope |= numbers("tokens", "page", "qkv_row", "block_step", "value_step", "offset_step", "part_step")
     heads = dict(SHARED=4, KV_HEADS=8, HEAD_DIM=128, HEADS_2=4)
     paged = {**pointers(kind, "q", "kv", "out"), "scale": "fp32"}
     paged |= pointers(INT, "qo_indptr", "kv_indptr", "kv_indices", "last_page_len")
@@ -41,18 +41,34 @@ def kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     chosen = {**pointers("fp32", "scaled", "out"), "top_k": "*i64", "top_p": "*fp64"}
     chosen |= numbers("vocab", "top_k_step", "top_p_step")
     pdl = kind == "bf16"  # as launch.overlap has it on an Ampere and a Hopper
-    in_parts = {**rope, "qkv": "*fp32"}, dict(heads, HALF_2=64, PARTS=2, PDL=pdl)
+    in_parts = {**rope, "qkv": "*fp32"}, dict(heads, HALF_2=64, TOKENS=1, PARTS=2, PDL=pdl)
+    receive = {**pointers(INT, "host", "there", "table", "turn"), **numbers("half", "inputs", "changes")}
+    describe = pointers(INT, "positions", "slots", "places", "last_page_len", "indptr", "indices", "table", "turn")
+    describe |= numbers("sequences", "padding_slot", "width", "page")
+    look = {"logits": f"*{kind}", "best": "*fp32", "at_best": "*i32", **numbers("vocab", "row_step", "part")}
+    keep = {"best": "*fp32", **pointers("i64", "last_tokens", "host"), **pointers(INT, "at_best", "slots", "turn")}
+    keep |= numbers("rows", "half")
+    drawn = {"logits": f"*{kind}", **pointers("fp32", "temperatures", "best", "total")}
+    sums = {**drawn, **numbers("vocab", "row_step", "part")}
+    draws = {**sums, "uniforms": "*fp64", "tokens": "*i64"}
     return [
         (fused._rms_norm, norm, dict(ADD=True, PARTS=0, BLOCK=4096, PDL=pdl)),
         (fused._rms_norm, {**norm, "x": "*fp32"}, dict(ADD=True, PARTS=4, BLOCK=4096, PDL=pdl)),
         (fused._rms_norm, norm, dict(ADD=False, PARTS=0, BLOCK=128, PDL=pdl)),
         (fused._silu_and_mul, gate, dict(BLOCK=2048, PDL=pdl)),
-        (fused._rope_and_store, rope, dict(heads, HALF_2=64, PARTS=1, PDL=pdl)),
+        (fused._rope_and_store, rope, dict(heads, HALF_2=64, TOKENS=1, PARTS=1, PDL=pdl)),
+        (fused._rope_and_store, rope, dict(heads, HALF_2=64, TOKENS=8, PARTS=1, PDL=pdl)),
         (fused._rope_and_store, *in_parts),
         (paged_triton._paged_attention, paged, dict(heads, DIM_2=128, QUERIES=4, KEYS=32)),
         (paged_triton._paged_attention, paged, dict(heads, DIM_2=128, QUERIES=16, KEYS=32)),
         (host_memory._copy_words, {**pointers("i64", "dst", "src"), **numbers("count")}, dict(BLOCK=512)),
         (filters._filter_threshold, chosen, dict(INFINITY=filters.INFINITY_BITS, BLOCK=4096)),
+        (decode_step._receive, receive, dict(HEAD=decode_step.HEAD, BLOCK=512)),
+        (decode_step._describe, describe, dict(EMPTY=True, SEQUENCES_2=256, BLOCK=256)),
+        (decode_step._largest_of_part, look, dict(BLOCK=2048)),
+        (decode_step._keep_largest, keep, dict(PARTS=8, ROWS=64)),
+        (drawing._sum_up, sums, dict(BLOCK=2048)),
+        (drawing._draw, draws, dict(PARTS=16, BLOCK=2048)),
     ]
 
 

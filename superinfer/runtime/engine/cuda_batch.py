@@ -1,4 +1,4 @@
-"""A step's work as the index tensors of paged attention: decodes in buffers that never move, chunks in fresh ones.
+"""A step's work as the index tensors of paged attention, in buffers that never move where steps are captured.
 
 Decodes are padded to a bucket, so that one CUDA graph serves every batch size up to it. Padding rows belong to a slot
 and a block of their own, behind the real ones: they read and write nothing that matters.
@@ -6,15 +6,19 @@ and a block of their own, behind the real ones: they read and write nothing that
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 
+from superinfer.kernels import decode_step
+from superinfer.kernels.decode_step import HEAD
 from superinfer.kernels.paged import PagedBatch
 from superinfer.runtime.engine.executor import ExecutorLimits
+from superinfer.runtime.engine.marker import Marker
+from superinfer.runtime.engine.staging import HostStage
 from superinfer.runtime.engine.step_inputs import BlockTables
 from superinfer.runtime.scheduler.plan import SlotWork
 
@@ -60,82 +64,180 @@ def _aligned(count: int) -> int:
 
 
 class DecodeBatch:
-    """The decodes of one step.
+    """The decodes of one step: `fill` writes them to pinned memory, `receive`, which may be captured, has the device
+    fetch them and work out the rest (`kernels.decode_step`). Each `fill` is followed by one `receive`, then `over`.
 
-    tables: with `page` rows a block. In the buffer lie positions, places, slots, last page lengths and indptr, then the
-    block indices, so that one copy takes what is used of it all.
+    In the device's buffer lie positions, slots, places, last page lengths and indptr, then the block indices.
     """
 
     def __init__(self, limits: ExecutorLimits, tables: BlockTables, device: torch.device) -> None:
+        """tables: with `page` rows a block, and changes kept."""
         self._page = limits.page_size
         self._tables = tables
-        self._pad_block = limits.num_blocks
-        # Of a padding row: position, place, slot, last page length.
-        self._padding = np.array([[0], [limits.num_blocks * limits.page_size], [limits.num_slots], [1]], dtype=np.int32)
+        self._device = device
+        self._padding_slot = limits.num_slots
         most = _aligned(limits.num_slots)
         self._most = most
-        # Sequences may share blocks, so that more can be listed than the pool has.
-        longest = most * -(-limits.max_model_len // self._page)
-        self._indices_at = 5 * most + 8
-        self._upload = PinnedUpload(self._indices_at + longest + most, device)
+        self._room = 2 * most  # changes that are sent with a step
+        on_gpu = device.type == "cuda"
+        self._host = torch.zeros(2, HEAD + 2 * most + 2 * self._room, dtype=torch.int32, pin_memory=on_gpu)
+        self._arrays = self._host.numpy()
+        self._turns = 0  # as the device counts them
+        self._turn = torch.zeros(1, dtype=torch.int32, device=device)
+        self._over: list[Marker | None] = [None, None]  # of the step that last had a half of `_host`
+        self._waiting = False  # what was filled has not been received
+        width = -(-limits.max_model_len // self._page)
+        # One slot more than there are, and one block: padding's.
+        self._table = torch.zeros(limits.num_slots + 1, width, dtype=torch.int32, device=device)
+        self._table[self._padding_slot] = limits.num_blocks
+        self._buffer = torch.zeros(5 * most + 8 + most * width, dtype=torch.int32, device=device)
+        # Of what the host knows too: last page lengths, then indptr. Sequences may share blocks, so that more can be
+        # listed than the pool has; the list itself is the device's alone.
+        self._known = torch.zeros(2 * most + 8, dtype=torch.int32, pin_memory=on_gpu)
+        self._known_array = self._known.numpy()
+        self._unknown = torch.zeros(most * width, dtype=torch.int32)
         self._ones = torch.arange(most + 1, dtype=torch.int32)
         self._queries = self._ones.to(device)
         self._fixed: dict[int, PagedBatch] = {}
 
-    def _view(self, whole: torch.Tensor, section: int, count: int) -> torch.Tensor:
-        return whole[section * self._most : section * self._most + count]
+    def _view(self, section: int, count: int) -> torch.Tensor:
+        return self._buffer[section * self._most : section * self._most + count]
 
     def rows(self, bucket: int) -> Rows:
         """The device buffers of a bucket; always the same ones."""
-        whole = self._upload.device
-        return Rows(self._view(whole, 0, bucket), self._view(whole, 1, bucket), slots=self._view(whole, 2, bucket))
+        return Rows(self._view(0, bucket), self._view(2, bucket), slots=self._view(1, bucket))
 
-    def paged(self, bucket: int, indices: int | None = None) -> PagedBatch:
-        """The attention's view of the buffers. indices: block indices in use; None: all there is room for."""
+    def paged(self, bucket: int) -> PagedBatch:
+        """The attention's view of the buffers. Block indices, as many as there is room for, are not known in host
+        memory, where zeros stand for them."""
         fixed = self._fixed.get(bucket)
         if fixed is None:
-            device, host = self._upload.device, self._upload.host
+            most = self._most
             fixed = self._fixed[bucket] = PagedBatch(
                 qo_indptr=self._queries[: bucket + 1],
-                kv_indptr=self._view(device, 4, bucket + 1),
-                kv_indices=device[self._indices_at :],
-                last_page_len=self._view(device, 3, bucket),
+                kv_indptr=self._view(4, bucket + 1),
+                kv_indices=self._buffer[5 * most + 8 :],
+                last_page_len=self._view(3, bucket),
                 host_qo_indptr=self._ones[: bucket + 1],
-                host_kv_indptr=self._view(host, 4, bucket + 1),
-                host_kv_indices=host[self._indices_at :],
-                host_last_page_len=self._view(host, 3, bucket),
+                host_kv_indptr=self._known[most : most + bucket + 1],
+                host_kv_indices=self._unknown,
+                host_last_page_len=self._known[:bucket],
                 longest_query=1,
             )
-        if indices is None:
-            return fixed
-        return dataclasses.replace(fixed, host_kv_indices=fixed.host_kv_indices[:indices])
+        return fixed
 
-    def fill(self, slots: np.ndarray, positions: np.ndarray, bucket: int) -> PagedBatch:
-        """Describe and send one step. slots, positions: [decodes] int64, of the token that is computed.
+    def fill(
+        self, slots: np.ndarray, positions: np.ndarray, bucket: int, stage: HostStage, empty_padding: bool = False
+    ) -> PagedBatch:
+        """Describe one step. slots, positions: [decodes] int64, of the token that is computed. stage: for more changes
+        of the tables than usual. empty_padding: rows of padding have no block, rather than one of their own
+        (`paged.skips_empty`).
 
         Raises ValueError where a slot's blocks do not reach its position.
         """
-        page, count, most = self._page, len(slots), self._most
-        self._tables.check(slots, positions + 1, page)
-        whole, offset = np.divmod(positions, page)
-        pages = whole + 1
-        total, padding = int(pages.sum()), bucket - count
-        array, at = self._upload.array, self._indices_at
-        self._tables.ragged(slots, pages, array[at : at + total])
-        array[at + total : at + total + padding] = self._pad_block
-        sections = array[: 4 * most].reshape(4, most)
-        sections[0, :count] = positions
-        sections[1, :count] = self._tables.rows_at(slots, positions, page)
-        sections[2, :count] = slots
-        np.add(offset, 1, out=sections[3, :count], casting="same_kind")
-        if padding:
-            sections[:, count:bucket] = self._padding
-        indptr = array[4 * most : 4 * most + bucket + 1]
-        indptr[0] = 0
-        np.cumsum(pages, out=indptr[1 : count + 1])
-        indptr[count + 1 :] = np.arange(total + 1, total + padding + 1)
-        self._upload.send(at + total + padding)
-        return self.paged(bucket, total + padding)
+        count, most = len(slots), self._most
+        self._tables.check(slots, positions + 1, self._page)
+        half = self._turns % 2
+        over = self._over[half]
+        if over is not None:
+            over.wait()  # two steps ago: done, where no more steps are under way
+        array = self._arrays[half]
+        if self._waiting:  # the step of the last `fill` failed, and took changes with it
+            self._table[: self._padding_slot] = stage.to_device(self._tables.whole())
+        self._waiting = True
+        array[0] = self._send_changes(array, stage)
+        inputs = array[HEAD : HEAD + 2 * most].reshape(2, most)
+        inputs[0, :count], inputs[1, :count] = positions, slots
+        inputs[0, count:bucket], inputs[1, count:bucket] = 0, self._padding_slot
+        whole, offset = np.divmod(positions, self._page)
+        known = self._known_array
+        np.add(offset, 1, out=known[:count], casting="same_kind")
+        known[count:bucket] = 1
+        indptr = known[most : most + bucket + 1]
+        np.add(whole, 1, out=indptr[1 : count + 1], casting="same_kind")
+        indptr[count + 1 :] = 0 if empty_padding else 1
+        np.cumsum(indptr[1:], out=indptr[1:])
+        return self.paged(bucket)
+
+    def _send_changes(self, array: np.ndarray, stage: HostStage) -> int:
+        """Of the block tables; returns how many go with the step."""
+        if not self._tables.num_changes:
+            return 0
+        places, blocks = self._tables.take_changes()
+        count, first = len(places), HEAD + 2 * self._most
+        if count > self._room:
+            self._table.view(-1)[stage.to_device(places)] = stage.to_device(blocks.astype(np.int32))
+            return 0
+        array[first : first + count] = places
+        array[first + self._room : first + self._room + count] = blocks
+        return count
+
+    def receive(self, bucket: int, empty_padding: bool = False) -> None:
+        """On the device: what `fill` described, in the buffers."""
+        most, rows = self._most, self.rows(bucket)
+        assert rows.slots is not None
+        decode_step.receive(self._host, self._buffer[: 2 * most], self._table, self._turn, self._room)
+        paged = self.paged(bucket)
+        decode_step.describe(
+            rows.positions, rows.slots, rows.places, paged.last_page_len, paged.kv_indptr, paged.kv_indices,
+            self._table, self._turn, self._page, empty_padding,
+        )  # fmt: skip
+
+    def over(self, marker: Marker) -> int:
+        """The step's `receive` has been given to the stream; `marker` will be set behind all of the step. Returns whose
+        turn it was, 0 or 1."""
+        half = self._turns % 2
+        self._over[half] = marker
+        self._turns += 1
+        self._waiting = False
+        return half
+
+    @property
+    def turn(self) -> torch.Tensor:
+        """[1] int32 on the device: how many steps it has received."""
+        return self._turn
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkArrays:
+    """The prefill chunks of one step. ids, positions, places: [rows] as in Rows; the others as in PagedBatch."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    places: np.ndarray
+    qo_indptr: np.ndarray
+    kv_indptr: np.ndarray
+    last_page_len: np.ndarray
+    kv_indices: np.ndarray
+    longest_query: int
+
+
+def describe_chunks(work: Sequence[SlotWork], tables: BlockTables, page: int, vocab: int) -> ChunkArrays:
+    """Raises IndexError for token ids that the vocabulary does not have and ValueError where a slot's blocks do not
+    cover its chunk."""
+    slots = np.array([w.slot for w in work], dtype=np.int64)
+    starts = np.array([w.start for w in work], dtype=np.int64)
+    lengths = np.array([w.length for w in work], dtype=np.int64)
+    ends = starts + lengths
+    tables.check(slots, ends, page)
+    ids = np.fromiter(chain.from_iterable(w.tokens for w in work), dtype=np.int64, count=int(lengths.sum()))
+    if ids.min() < 0 or ids.max() >= vocab:
+        raise IndexError(f"token ids {ids.min()}..{ids.max()} are not within the vocabulary of {vocab}")
+    after = np.cumsum(lengths)
+    positions = np.arange(len(ids)) + np.repeat(ends - after, lengths)
+    pages = -(-ends // page)
+    blocks = np.empty(int(pages.sum()), dtype=np.int32)
+    tables.ragged(slots, pages, blocks)
+    return ChunkArrays(
+        ids,
+        positions,
+        tables.rows_at(np.repeat(slots, lengths), positions, page),
+        np.concatenate(([0], after)),
+        np.concatenate(([0], np.cumsum(pages))),
+        (ends - 1) % page + 1,
+        blocks,
+        int(lengths.max()),
+    )
 
 
 class ChunkBatch:
@@ -149,35 +251,21 @@ class ChunkBatch:
         self._upload = PinnedUpload(3 * max_tokens + 3 * (limits.num_slots + 1) + blocks + 7 * 4, device)
 
     def fill(self, work: Sequence[SlotWork]) -> tuple[Rows, PagedBatch]:
-        """Describe and send one step's chunks. Raises IndexError for token ids that the vocabulary does not have
-        and ValueError where a slot's blocks do not cover its chunk."""
-        page = self._page
-        slots = np.array([w.slot for w in work], dtype=np.int64)
-        starts = np.array([w.start for w in work], dtype=np.int64)
-        lengths = np.array([w.length for w in work], dtype=np.int64)
-        ends = starts + lengths
-        self._tables.check(slots, ends, page)
-        ids = np.fromiter((i for w in work for i in w.tokens), dtype=np.int64, count=int(lengths.sum()))
-        if ids.min() < 0 or ids.max() >= self._vocab:
-            raise IndexError(f"token ids {ids.min()}..{ids.max()} are not within the vocabulary of {self._vocab}")
-        after = np.cumsum(lengths)
-        positions = np.arange(len(ids)) + np.repeat(ends - after, lengths)
-        pages = -(-ends // page)
-        blocks = np.empty(int(pages.sum()), dtype=np.int32)
-        self._tables.ragged(slots, pages, blocks)
+        """Describe and send one step's chunks. Raises as `describe_chunks`."""
+        chunks = describe_chunks(work, self._tables, self._page, self._vocab)
         sections = (
-            ids,
-            positions,
-            self._tables.rows_at(np.repeat(slots, lengths), positions, page),
-            np.concatenate(([0], after)),
-            np.concatenate(([0], np.cumsum(pages))),
-            (ends - 1) % page + 1,
-            blocks,
+            chunks.ids,
+            chunks.positions,
+            chunks.places,
+            chunks.qo_indptr,
+            chunks.kv_indptr,
+            chunks.last_page_len,
+            chunks.kv_indices,
         )
         device, host = self._send(sections)
         rows = Rows(device[1], device[2], ids=device[0])
         batch = PagedBatch(
-            device[3], device[4], device[6], device[5], host[3], host[4], host[6], host[5], int(lengths.max())
+            device[3], device[4], device[6], device[5], host[3], host[4], host[6], host[5], chunks.longest_query
         )
         return rows, batch
 
@@ -191,3 +279,64 @@ class ChunkBatch:
             start = _aligned(end)
         self._upload.send(start)
         return device, host
+
+
+class MixedBatch:
+    """The decodes and prefill chunks of one step, decodes first, with padding up to a number of rows that graphs were
+    captured for: for each such number, buffers that never move.
+
+    In the buffer lie, for `rows` of them, sources, positions and places, then the chunks' block indices. A source is a
+    token id, or −1 − slot for the token sampled last in a slot.
+    """
+
+    def __init__(self, limits: ExecutorLimits, max_rows: int, tables: BlockTables, device: torch.device) -> None:
+        self._page = limits.page_size
+        self._tables = tables
+        self._vocab = limits.vocab_size
+        self._padding_place = limits.num_blocks * limits.page_size
+        blocks = limits.num_slots * -(-limits.max_model_len // self._page)
+        self._upload = PinnedUpload(3 * max_rows + blocks, device)
+
+    def rows(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The device buffers: sources, positions, places, each [rows] int32, and the chunks' block indices."""
+        device = self._upload.device
+        sources, positions, places = device[: 3 * rows].view(3, rows).unbind()
+        return sources, positions, places, device[3 * rows :]
+
+    def nothing(self, rows: int) -> PagedBatch:
+        """Padding alone, sent: as a capture needs it."""
+        return self.fill(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), (), rows)
+
+    def fill(self, slots: np.ndarray, positions: np.ndarray, chunks: Sequence[SlotWork], rows: int) -> PagedBatch:
+        """Describe and send one step; returns the chunks, whose rows follow those of the decodes.
+
+        slots, positions: [decodes] int64. Raises as `describe_chunks`, and ValueError where a slot's blocks do not
+        reach its position.
+        """
+        array, decodes = self._upload.array, len(slots)
+        sections = array[: 3 * rows].reshape(3, rows)
+        host = self._upload.host
+        end, indices = decodes, 3 * rows
+        longest = 0
+        qo_indptr, kv_indptr, last = (np.array(a) for a in ([decodes, decodes], [0, 1], [1]))
+        if decodes:
+            self._tables.check(slots, positions + 1, self._page)
+            np.subtract(-1, slots, out=sections[0, :decodes], casting="same_kind")
+            sections[1, :decodes] = positions
+            sections[2, :decodes] = self._tables.rows_at(slots, positions, self._page)
+        if chunks:
+            found = describe_chunks(chunks, self._tables, self._page, self._vocab)
+            end = decodes + len(found.ids)
+            sections[0, decodes:end], sections[1, decodes:end] = found.ids, found.positions
+            sections[2, decodes:end] = found.places
+            indices += len(found.kv_indices)
+            array[3 * rows : indices] = found.kv_indices
+            qo_indptr, kv_indptr, last = found.qo_indptr + decodes, found.kv_indptr, found.last_page_len
+            longest = found.longest_query
+        sections[:2, end:] = 0
+        sections[2, end:] = self._padding_place
+        self._upload.send(indices)
+        _, _, _, device_indices = self.rows(rows)
+        qo, kv, pages = (torch.from_numpy(a.astype(np.int32)) for a in (qo_indptr, kv_indptr, last))
+        # Only the host's half is read: the device learns of the chunks from their plan.
+        return PagedBatch(qo, kv, device_indices, pages, qo, kv, host[3 * rows : indices], pages, longest)

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 
 from superinfer.errors import ModelLoadError
-from superinfer.kernels.paged import AttentionByLayer, AttentionCall, Choice, PagedBatch, choose_attention
+from superinfer.kernels.paged import (
+    HOPPER_LEAST_SEQUENCES,
+    AttentionByLayer,
+    AttentionCall,
+    Choice,
+    PagedBatch,
+    choose_attention,
+)
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine.cuda_executor import CudaExecutor, DecodeAttention
+from superinfer.runtime.engine.cuda_mixed import CapturedChunks, graph_rows
 from superinfer.runtime.engine.cuda_tier import add_cuda_tier
 from superinfer.runtime.engine.model_executor import executor_limits
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import Progress
+
+if TYPE_CHECKING:
+    from superinfer.kernels.paged_hopper import HopperKernel
 
 log = logging.getLogger("superinfer.engine")
 
@@ -30,14 +42,16 @@ def build_cuda_executor(
 ) -> CudaExecutor:
     """length: tokens of the longest sequence wanted. Raises ModelLoadError where no room is left for KV."""
     device, dtype, shape = model.lm_head.weight.device, model.lm_head.weight.dtype, model.config
-    choice = choose_attention(torch.cuda.get_device_capability(device), dtype, shape.head_dim)
+    shared = shape.num_heads // shape.num_kv_heads
+    choice = choose_attention(torch.cuda.get_device_capability(device), dtype, shape.head_dim, shared, config.page_size)
     log.info("attention: %s for decodes, %s for prefill: %s", *choice)
     if on_progress is not None:
         on_progress("preparing attention kernels", 0.0)
-    decode_attention, chunk_attention = make_attention(choice, config, model)
+    decode_attention, chunk_attention, captured_chunks = make_attention(choice, config, model)
     pool_tokens = config.kv_tokens
     if pool_tokens is None:
-        pool_tokens = _kv_bytes(config, model) // shape.kv_bytes_per_token(dtype)
+        captured = 0 if captured_chunks is None else graph_rows(config.max_batch_size + config.max_batch_tokens)[-1]
+        pool_tokens = _kv_bytes(config, model, captured) // shape.kv_bytes_per_token(dtype)
         if pool_tokens < config.page_size:
             raise ModelLoadError(
                 f"{torch.cuda.get_device_name(device)} has no memory left for a KV block beside the weights and a step "
@@ -52,6 +66,7 @@ def build_cuda_executor(
         max_batch_tokens=config.max_batch_tokens,
         model_name=config.model,
         path=path,
+        captured_chunks=captured_chunks,
         on_progress=on_progress,
     )
     if config.dram_tokens:
@@ -59,8 +74,11 @@ def build_cuda_executor(
     return executor
 
 
-def make_attention(choice: Choice, config: EngineConfig, model: CausalLM) -> tuple[DecodeAttention, AttentionCall]:
-    """What `choice` names: a maker of decode attention by bucket, and the attention of prefill chunks."""
+def make_attention(
+    choice: Choice, config: EngineConfig, model: CausalLM
+) -> tuple[DecodeAttention, AttentionCall, CapturedChunks | None]:
+    """What `choice` names: a maker of decode attention by bucket, and the attention of prefill chunks, for any batch
+    and, where there is such, for capture."""
     shape, device, dtype = model.config, model.lm_head.weight.device, model.lm_head.weight.dtype
     scale = shape.head_dim**-0.5
     if choice.decode == "triton":
@@ -69,7 +87,7 @@ def make_attention(choice: Choice, config: EngineConfig, model: CausalLM) -> tup
         def triton_attention(_: PagedBatch | None = None) -> AttentionCall:
             return AttentionByLayer(shape.windows, lambda window: TritonAttention(scale, window))
 
-        return triton_attention, triton_attention()
+        return triton_attention, triton_attention(), None
     from superinfer.kernels import paged_flashinfer as flashinfer
 
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -89,14 +107,55 @@ def make_attention(choice: Choice, config: EngineConfig, model: CausalLM) -> tup
         stage = flashinfer.PlanStage(device, uploads)
         return flashinfer.FlashInferPrefill(workspace, stage, backend, *sizes, scale, dtype, window)
 
+    kernel = _hopper_kernel(config, model) if choice.decode == "hopper" else None
+
     def decode(batch: PagedBatch) -> AttentionCall:
         def of(window: int | None) -> AttentionCall:
+            if kernel is not None and window is None and batch.sequences >= HOPPER_LEAST_SEQUENCES:
+                from superinfer.kernels.paged_hopper import HopperDecode
+
+                return HopperDecode(kernel)
             places = workspace, plans[window], decode_stages[window]
             return flashinfer.FlashInferDecode(*places, batch, *sizes, scale, dtype, window)
 
         return AttentionByLayer(shape.windows, of)
 
-    return decode, AttentionByLayer(shape.windows, prefill)
+    captured = None
+    if backend == "fa3":
+        rows = graph_rows(config.max_batch_size + config.max_batch_tokens)[-1]
+        captured = _captured_chunks(rows, workspace, uploads, sizes, model)
+    return decode, AttentionByLayer(shape.windows, prefill), captured
+
+
+def _captured_chunks(
+    rows: int, workspace: torch.Tensor, uploads: torch.cuda.Stream, sizes: tuple[int, int, int, int], model: CausalLM
+) -> CapturedChunks:
+    """rows: the most of any graph. sizes: heads, KV heads, head size, page."""
+    from superinfer.kernels import flashinfer_chunks as chunks
+
+    device, dtype, windows = workspace.device, model.lm_head.weight.dtype, model.config.windows
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    size = chunks.plan_bytes(rows, sizes[0], sizes[2], multiprocessors)
+    plans = {window: chunks.ChunkPlans(device, size, uploads) for window in dict.fromkeys(windows)}
+
+    def make(rows: int, kv_indices: torch.Tensor) -> AttentionCall:
+        def of(window: int | None) -> AttentionCall:
+            places = workspace, plans[window], rows, kv_indices
+            return chunks.FlashInferChunks(*places, *sizes, sizes[2] ** -0.5, dtype, window)
+
+        return AttentionByLayer(windows, of)
+
+    return CapturedChunks(make, chunks.MOST_CHUNKS)
+
+
+def _hopper_kernel(config: EngineConfig, model: CausalLM) -> HopperKernel:
+    from superinfer.kernels.paged_hopper import HopperKernel
+
+    shape, weight = model.config, model.lm_head.weight
+    return HopperKernel(
+        shape.num_heads, shape.num_kv_heads, shape.head_dim, config.page_size, shape.head_dim**-0.5, weight.dtype,
+        config.max_batch_size, weight.device,
+    )  # fmt: skip
 
 
 class _NoAttention:
@@ -116,8 +175,11 @@ class _NoAttention:
 
 
 @torch.inference_mode()
-def _kv_bytes(config: EngineConfig, model: CausalLM) -> int:
-    """Device memory left when the largest step has what it needs, measured by running its dense part once."""
+def _kv_bytes(config: EngineConfig, model: CausalLM, captured: int) -> int:
+    """Device memory left when the largest step has what it needs, measured by running its dense part once.
+
+    captured: rows of the largest graph of steps with chunks, which keeps the memory of its step; 0: there are none.
+    """
     device, shape = model.lm_head.weight.device, model.config
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -129,5 +191,6 @@ def _kv_bytes(config: EngineConfig, model: CausalLM) -> int:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     sampler = config.max_batch_size * shape.vocab_size * SAMPLER_BYTES_PER_LOGIT
-    left = free - int(total * (1 - MEMORY_SHARE)) - step - sampler - GRAPH_BYTES
+    graphs = GRAPH_BYTES + int(step * min(1.0, captured / config.max_batch_tokens))
+    left = free - int(total * (1 - MEMORY_SHARE)) - step - sampler - graphs
     return max(0, left)

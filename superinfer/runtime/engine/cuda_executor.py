@@ -1,8 +1,9 @@
 """Runs step plans on a GPU, overlapped: `submit` only enqueues, sampled tokens feed the next step on the device.
 
 A step of decodes alone replays a CUDA graph of its bucket. A step with prefill chunks, decodes and chunks in one
-forward, replays graphs between the layers' attention (`cuda_pieces`), or runs eagerly where it has many rows. The host
-waits in `collect`, for the step's own tokens, and nowhere else.
+forward, replays one too where attention of chunks can be captured (`cuda_mixed`), else graphs between the layers'
+attention (`cuda_pieces`); it runs eagerly where it has more rows than any graph. The host waits in `collect`, for the
+step's own tokens, and nowhere else.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from superinfer.kernels import fused
+from superinfer.kernels import decode_step, fused
 from superinfer.kernels.paged import AttentionCall, PagedBatch
 from superinfer.kernels.sampling import token_logprobs
-from superinfer.runtime.engine.cuda_batch import ChunkBatch, DecodeBatch, decode_buckets
+from superinfer.runtime.engine.cuda_batch import ChunkBatch, DecodeBatch, MixedBatch, decode_buckets
+from superinfer.runtime.engine.cuda_mixed import CapturedChunks, DecodeRows, MixedGraph, MixedGraphs, graph_rows
 from superinfer.runtime.engine.cuda_pieces import MixedBuffers, Pieces, mixed_rows
 from superinfer.runtime.engine.executor import Duplex, ExecutorLimits, TierLimits
 from superinfer.runtime.engine.grammar import GrammarCompiler
@@ -30,6 +33,8 @@ from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import Progress
 from superinfer.runtime.scheduler.plan import SlotWork, StepPlan, StepResult
 
+# Pairs of marks in use by turns: those of the steps under way, and of two before, which pinned memory may wait for.
+MARKS = 4
 # Makes the attention of decodes for one bucket, whose buffers it is given.
 DecodeAttention = Callable[[PagedBatch], AttentionCall]
 
@@ -63,13 +68,11 @@ class SplitAttention:
 
 @dataclass(slots=True)
 class Bucket:
-    """Decodes of one padded size. tokens: [size] int64, the largest logits, where the graph leaves them.
-    graph: None where steps run eagerly."""
+    """Decodes of one padded size. graph: None where steps run eagerly."""
 
     size: int
     attention: AttentionCall
     graph: torch.cuda.CUDAGraph | None = None
-    tokens: torch.Tensor | None = None
 
 
 class CudaExecutor:
@@ -89,10 +92,11 @@ class CudaExecutor:
         max_batch_tokens: int,
         model_name: str,
         path: str,
+        captured_chunks: CapturedChunks | None = None,
         graphs: bool = True,
         on_progress: Progress | None = None,
     ) -> None:
-        """graphs: capture one CUDA graph per decode bucket now."""
+        """captured_chunks: where there is such attention. graphs: capture CUDA graphs now."""
         weight, config = model.lm_head.weight, model.config
         self.limits = limits
         self.tier: TierLimits | None = None
@@ -112,7 +116,7 @@ class CudaExecutor:
         self._device = weight.device
         self._views = list(self.cache.unbind(1))
         blocks_per_slot = -(-limits.max_model_len // limits.page_size)
-        self._tables = BlockTables(limits.num_slots, blocks_per_slot, limits.num_blocks, limits.page_size)
+        self._tables = BlockTables(limits.num_slots, blocks_per_slot, limits.num_blocks, limits.page_size, True)
         self._decodes = DecodeBatch(limits, self._tables, self._device)
         self._chunks = ChunkBatch(limits, max_batch_tokens, self._tables, self._device)
         self.grammars = GrammarCompiler(path, config.vocab_size, config.eos_token_ids)
@@ -121,10 +125,14 @@ class CudaExecutor:
         self._sampling = SamplingState(limits.num_slots, config.vocab_size, self._device, self.grammars, self._stage)
         # One slot more than there are: padding rows take their token there.
         self._last_tokens = torch.zeros(limits.num_slots + 1, dtype=torch.int64, device=self._device)
+        # Of greedy steps, where their graphs write them; two steps may be under way.
+        on_gpu = self._device.type == "cuda"
+        self._tokens = torch.zeros(2, limits.num_slots, dtype=torch.int64, pin_memory=on_gpu)
         # Shared by all buckets: of their own, they would keep 1 GB for a vocabulary of 128,000.
         self._logits = torch.zeros(limits.num_slots, config.vocab_size, dtype=weight.dtype, device=self._device)
         self._chunk_attention = chunk_attention
         self._sent = Marker(self._device)
+        self._marks = deque((Marker(self._device), Marker(self._device)) for _ in range(MARKS))
         self._pending: deque[Pending | Exception] = deque()
         self._buckets = [
             Bucket(size, decode_attention(self._decodes.paged(size))) for size in decode_buckets(limits.num_slots)
@@ -132,9 +140,22 @@ class CudaExecutor:
         self._pieces: list[Pieces] = []
         self._mixed: MixedBuffers
         self._padding_place = limits.num_blocks * limits.page_size
+        most_rows = self._buckets[-1].size + max_batch_tokens
+        self._mixed_graphs: MixedGraphs | None = None
+        if captured_chunks is not None:
+            batch = MixedBatch(limits, graph_rows(most_rows)[-1], self._tables, self._device)
+            beside = [DecodeRows(bucket.size, bucket.attention) for bucket in self._buckets]
+            self._mixed_graphs = MixedGraphs(
+                model, self._views, batch, self._decodes, beside, captured_chunks, most_rows, self._last_tokens,
+                self._stage,
+            )  # fmt: skip
         if graphs:
-            self._capture(on_progress)
-            self._capture_pieces(max_batch_tokens, on_progress)
+            pool = torch.cuda.graph_pool_handle()  # shared: one step runs at a time
+            if self._mixed_graphs is None:
+                self._capture_pieces(most_rows, on_progress)
+            else:
+                self._mixed_graphs.capture(pool, on_progress)
+            self._capture(pool, on_progress)
 
     def add_tier(self, duplex: Duplex, tier: TierLimits) -> None:
         """From now on plans may bring copies, between `cache` and what `duplex` has; it is closed with the executor."""
@@ -172,11 +193,13 @@ class CudaExecutor:
             self._duplex = None
         self._buckets.clear()
         self._pieces.clear()
+        self._mixed_graphs = None
         self._views.clear()
         self.cache = torch.empty(0)
 
     def _start(self, plan: StepPlan) -> Pending:
-        pending = Pending(plan.step, Marker(self._device), Marker(self._device))
+        pending = Pending(plan.step, *self._marks[0])
+        self._marks.rotate(1)
         self._stage.next_step()
         if self._duplex is not None:
             self._duplex.start(plan.copies, plan.waits)
@@ -206,38 +229,39 @@ class CudaExecutor:
         slots = np.array([work.slot for work in decodes], dtype=np.int64)
         positions = np.array([work.start for work in decodes], dtype=np.int64)
         bucket = next(bucket for bucket in self._buckets if bucket.size >= len(slots))
-        bucket.attention.plan(self._decodes.fill(slots, positions, bucket.size))
+        bucket.attention.plan(self._decodes.fill(slots, positions, bucket.size, self._stage))
         return bucket, slots
 
     def _decode_step(self, decodes: Sequence[SlotWork], pending: Pending) -> None:
         bucket, slots = self._fill_decodes(decodes)
-        self._sent.record()
         if bucket.graph is not None:
             bucket.graph.replay()
         else:
             self._decode_forward(bucket)
-        assert bucket.tokens is not None
-        count = len(slots)
+        turn, count = self._decodes.over(pending.ended), len(slots)
         if self._sampling.is_plain(slots):  # the graph has picked the tokens and kept them for the next step
             self._sampling.advance(slots)
-            pending.keep_sampled(slots, Sampled(bucket.tokens[:count]), [])
+            pending.keep_written(slots, self._tokens[turn, :count])
         else:
             self._sample(self._logits[:count], slots, pending)
 
     def _decode_forward(self, bucket: Bucket) -> None:
         """What a bucket's graph holds: from the slots' last tokens to their next ones."""
+        self._decodes.receive(bucket.size)
         rows = self._decodes.rows(bucket.size)
         assert rows.slots is not None
-        slots = rows.slots.long()
         attention = self._attention(rows.places, [(bucket.size, bucket.attention)])
-        hidden = self._model(self._last_tokens.index_select(0, slots), rows.positions, attention)
+        hidden = self._model(self._last_tokens.index_select(0, rows.slots), rows.positions, attention)
         logits = self._logits[: bucket.size]
         torch.matmul(hidden, self._model.lm_head.weight.t(), out=logits)
-        bucket.tokens = logits.argmax(dim=-1)
-        self._last_tokens.index_copy_(0, slots, bucket.tokens)
+        decode_step.keep_largest(logits, rows.slots, self._last_tokens, self._tokens, self._decodes.turn)
 
     def _mixed_step(self, decodes: Sequence[SlotWork], chunks: list[SlotWork], pending: Pending) -> None:
         """Rows: the decodes of a bucket with their padding, the chunks' tokens, padding to a size that is captured."""
+        if self._mixed_graphs is not None:
+            graph = self._mixed_graphs.find(len(decodes), chunks)
+            if graph is not None:
+                return self._replay_mixed(self._mixed_graphs, graph, decodes, chunks, pending)
         rows, batch = self._chunks.fill(chunks)
         self._chunk_attention.plan(batch)
         ids, positions, places = rows.ids, rows.positions, rows.places
@@ -248,6 +272,8 @@ class CudaExecutor:
         if decodes:
             bucket, slots = self._fill_decodes(decodes)
             padded = bucket.size
+            self._decodes.receive(padded)
+            self._decodes.over(pending.ended)
             head = self._decodes.rows(padded)
             assert head.slots is not None
             ids = torch.cat((self._last_tokens.index_select(0, head.slots).int(), ids))
@@ -261,6 +287,20 @@ class CudaExecutor:
             self._mixed.fill(ids, positions, places, pieces.rows, self._padding_place)
             hidden = pieces.run(calls)
         self._finish_mixed(hidden, slots, padded, chunks, pending)
+
+    def _replay_mixed(
+        self,
+        graphs: MixedGraphs,
+        graph: MixedGraph,
+        decodes: Sequence[SlotWork],
+        chunks: list[SlotWork],
+        pending: Pending,
+    ) -> None:
+        slots = np.array([work.slot for work in decodes], dtype=np.int64)
+        positions = np.array([work.start for work in decodes], dtype=np.int64)
+        graphs.prepare(graph, slots, positions, chunks)
+        self._sent.record()
+        self._finish_mixed(graphs.run(graph, pending.ended), slots, len(slots), chunks, pending)
 
     def _finish_mixed(
         self, hidden: torch.Tensor, slots: np.ndarray, padded: int, chunks: list[SlotWork], pending: Pending
@@ -286,7 +326,7 @@ class CudaExecutor:
             pending.keep_scores([chunks[i] for i in scored], self._score(hidden, picked, wanted))
 
     def _sample(self, logits: torch.Tensor, slots: np.ndarray, pending: Pending) -> None:
-        self._keep(slots, self._sampling.sample(logits.float(), slots), pending)
+        self._keep(slots, self._sampling.sample(logits, slots), pending)
 
     def _keep(self, slots: np.ndarray, sampled: Sampled, pending: Pending) -> None:
         """Tokens stay on the device for the next step, and go to the host for this one's result."""
@@ -310,15 +350,15 @@ class CudaExecutor:
     # ------------------------------------------------------------------ graphs
 
     @torch.inference_mode()
-    def _capture(self, on_progress: Progress | None) -> None:
+    def _capture(self, pool: Any, on_progress: Progress | None) -> None:
         """One graph per bucket, the largest first, so that the others fit into the memory it took."""
-        pool = torch.cuda.graph_pool_handle()
         nobody = np.empty(0, dtype=np.int64)
         for done, bucket in enumerate(reversed(self._buckets)):
             if on_progress is not None:
                 on_progress("capturing CUDA graphs", done / len(self._buckets))
-            bucket.attention.plan(self._decodes.fill(nobody, nobody, bucket.size))
+            bucket.attention.plan(self._decodes.fill(nobody, nobody, bucket.size, self._stage))
             self._decode_forward(bucket)  # loads kernels and libraries, which a capture must not
+            self._decodes.over(self._sent)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
@@ -327,8 +367,8 @@ class CudaExecutor:
         torch.cuda.synchronize()
 
     @torch.inference_mode()
-    def _capture_pieces(self, max_batch_tokens: int, on_progress: Progress | None) -> None:
-        sizes = mixed_rows(self._buckets[-1].size + max_batch_tokens)
+    def _capture_pieces(self, most_rows: int, on_progress: Progress | None) -> None:
+        sizes = mixed_rows(most_rows)
         self._mixed = MixedBuffers(sizes[-1], self._model.config, self._logits.dtype, self._device)
         self._mixed.places.fill_(self._padding_place)
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)

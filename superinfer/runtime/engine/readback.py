@@ -52,6 +52,11 @@ class Pending:
             self.logprobs = tuple(to_host(part) for part in sampled.logprobs)
             self.top_wanted = top_wanted
 
+    def keep_written(self, slots: np.ndarray, tokens: torch.Tensor) -> None:
+        """The step writes its rows' tokens to host memory itself. tokens: [rows] int64 there, not written again before
+        this result is read. slots: of the rows."""
+        self.slots, self.tokens = slots, tokens
+
     def keep_scores(self, scored: Sequence[SlotWork], scores: torch.Tensor) -> None:
         """Start the copy of scored tokens' logprobs, [sum of len(work.score)]."""
         self.scored, self.scores = scored, to_host(scores)

@@ -64,6 +64,7 @@ class SamplingState:
         self._seeds = np.zeros(slots, dtype=np.uint64)
         self._min_tokens = np.zeros(slots, dtype=np.int64)
         self._top_logprobs = np.zeros(slots, dtype=np.int64)
+        self._temperatures = np.ones(slots, dtype=np.float32)
         self._needs = np.zeros(slots, dtype=np.int64)
 
     def start(self, init: SlotInit) -> None:
@@ -81,6 +82,7 @@ class SamplingState:
         )
         self._floats[slot] = self._to_device(np.array(floats))
         self._top_k[slot] = min(params.top_k, self._vocab)  # a Python number: filled in by a kernel, not copied
+        self._temperatures[slot] = temperature
         self._seeds[slot] = init.seed % (1 << 64)
         self._generated[slot] = len(init.output)
         self._prompt[slot] = len(init.prompt)
@@ -165,12 +167,16 @@ class SamplingState:
     def sample(self, logits: torch.Tensor, slots: np.ndarray) -> Sampled:
         """One token for each row.
 
-        logits: [rows, vocab] float32, left as they are. slots: [rows] int64 on the host, each at most once.
+        logits: [rows, vocab], any float type, left as they are. slots: [rows] int64 on the host, each at most once.
         """
-        index = self._to_device(slots)
         row_needs = self._needs[slots]
         needs = int(np.bitwise_or.reduce(row_needs))
-        adjusted = logits
+        if logits.is_cuda and (row_needs == DRAWN).all():  # spares the copy to float32
+            tokens = self._draw_unfiltered(logits, slots)
+            self._generated[slots] += 1
+            return Sampled(tokens)
+        index = self._to_device(slots)
+        adjusted = logits = logits.float()
         if needs & BIASED:
             adjusted = self._bias(adjusted, index, _rows(row_needs, BIASED))
         if needs & PENALIZED:
@@ -239,6 +245,19 @@ class SamplingState:
         return logits
 
     def _draw(self, logits: torch.Tensor, slots: np.ndarray, index: torch.Tensor) -> torch.Tensor:
+        filtered = (self._needs[slots] & FILTERED) > 0
+        if not logits.is_cuda or filtered.all():
+            return self._draw_filtered(logits, slots, index)
+        if not filtered.any():
+            return self._draw_unfiltered(logits, slots)
+        # Rounding differs: which way a row goes is its own matter, not that of whom it shares a batch with.
+        tokens = torch.empty(len(slots), dtype=torch.int64, device=logits.device)
+        rows, others = self._to_device(np.flatnonzero(filtered)), self._to_device(np.flatnonzero(~filtered))
+        tokens[rows] = self._draw_filtered(logits[rows], slots[filtered], index[rows])
+        tokens[others] = self._draw_unfiltered(logits[others], slots[~filtered])
+        return tokens
+
+    def _draw_filtered(self, logits: torch.Tensor, slots: np.ndarray, index: torch.Tensor) -> torch.Tensor:
         floats = self._floats[index]
         scaled = sampling.temper(logits, floats[:, TEMPERATURE].float())
         weights = scaled.exp().double()
@@ -246,8 +265,17 @@ class SamplingState:
             top_k, top_p, min_p = self._top_k[index], floats[:, TOP_P], floats[:, MIN_P]
             threshold = sampling.filter_threshold(scaled, weights, top_k, top_p, min_p)
             weights.masked_fill_(scaled < threshold[:, None], 0.0)
-        uniforms = sampling.uniform(self._seeds[slots], self._generated[slots].astype(np.uint64))
-        return sampling.draw(weights, self._to_device(uniforms))
+        return sampling.draw(weights, self._to_device(self._uniforms(slots)))
+
+    def _draw_unfiltered(self, logits: torch.Tensor, slots: np.ndarray) -> torch.Tensor:
+        """`_draw` on a GPU, of rows without filters."""
+        from superinfer.kernels import drawing  # needs triton, which comes with CUDA builds of torch
+
+        temperatures = self._to_device(self._temperatures[slots])
+        return drawing.draw(logits, temperatures, self._to_device(self._uniforms(slots)))
+
+    def _uniforms(self, slots: np.ndarray) -> np.ndarray:
+        return sampling.uniform(self._seeds[slots], self._generated[slots].astype(np.uint64))
 
     def top_logprobs(self, slot: int) -> int:
         """How many of the most likely tokens the slot's request wants to see."""

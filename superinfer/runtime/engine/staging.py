@@ -30,6 +30,8 @@ class HostStage:
 
     def next_step(self) -> None:
         """What is sent from now on belongs to a new step. Waits for the step three before, which is over by then."""
+        if not self._used:
+            return
         self._over[self._at].record()
         self._at = (self._at + 1) % PARTS
         self._over[self._at].wait()

@@ -21,8 +21,11 @@ COPIED_LISTS = 64
 class BlockTables:
     """The KV blocks of every slot, on the host."""
 
-    def __init__(self, slots: int, blocks_per_slot: int, num_blocks: int, rows_per_block: int) -> None:
-        """rows_per_block: distance of two blocks' first rows, layers · 2 · page."""
+    def __init__(
+        self, slots: int, blocks_per_slot: int, num_blocks: int, rows_per_block: int, keep_changes: bool = False
+    ) -> None:
+        """rows_per_block: distance of two blocks' first rows, layers · 2 · page. keep_changes: for `take_changes`."""
+        self._changes: dict[int, int] | None = {} if keep_changes else None  # place in the flat table -> block
         self._blocks = np.zeros((slots, blocks_per_slot), dtype=np.int32)
         self._used = np.zeros(slots, dtype=np.int64)
         self._num_blocks = num_blocks
@@ -42,6 +45,9 @@ class BlockTables:
             raise ValueError(f"block ids {blocks} are not within 0..{self._num_blocks - 1}")
         self._blocks[slot, used : used + len(blocks)] = blocks
         self._used[slot] += len(blocks)
+        if self._changes is not None:
+            first = slot * self._blocks.shape[1] + used
+            self._changes.update(zip(range(first, first + len(blocks)), blocks, strict=True))
 
     def extend(self, work: Sequence[SlotWork]) -> None:
         """Append each work's new blocks to its slot. What raises, as `append` does, keeps none of the others back."""
@@ -53,6 +59,9 @@ class BlockTables:
             if used.max() < self._blocks.shape[1] and blocks.min() >= 0 and blocks.max() < self._num_blocks:
                 self._blocks[slots, used] = blocks
                 self._used[slots] = used + 1
+                if self._changes is not None:
+                    places = slots * self._blocks.shape[1] + used
+                    self._changes.update(zip(places.tolist(), blocks.tolist(), strict=True))
                 work = [w for w in work if len(w.new_blocks) > 1]
         failure: ValueError | None = None
         for w in work:
@@ -62,6 +71,23 @@ class BlockTables:
                 failure = failure or error
         if failure is not None:
             raise failure
+
+    @property
+    def num_changes(self) -> int:
+        return len(self._changes or ())
+
+    def take_changes(self) -> tuple[np.ndarray, np.ndarray]:
+        """(places in the flat table [slots · blocks_per_slot], the blocks that came there) since the last call, each
+        place once."""
+        changes = self._changes or {}
+        places = np.fromiter(changes, dtype=np.int64, count=len(changes))
+        blocks = np.fromiter(changes.values(), dtype=np.int64, count=len(changes))
+        changes.clear()
+        return places, blocks
+
+    def whole(self) -> np.ndarray:
+        """[slots, blocks_per_slot] int32; what lies behind a slot's blocks means nothing."""
+        return self._blocks
 
     def check(self, slots: np.ndarray, ends: np.ndarray, page: int) -> None:
         """Raises ValueError where a slot's blocks do not reach `ends` tokens: writing there would hit foreign KV."""

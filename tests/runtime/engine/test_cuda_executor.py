@@ -21,6 +21,7 @@ from stepper import Stepper
 from superinfer.kernels.paged import TorchAttention, choose_attention
 from superinfer.runtime.engine.cuda_batch import decode_buckets
 from superinfer.runtime.engine.cuda_executor import CudaExecutor
+from superinfer.runtime.engine.cuda_mixed import CapturedChunks
 from superinfer.runtime.engine.executor import ExecutorLimits
 from superinfer.runtime.models.loader import load_model
 from superinfer.runtime.protocol import SamplingParams
@@ -34,11 +35,13 @@ def prompts_of(lengths: list[int], vocab: int = 211) -> list[list[int]]:
     return [[rng.randrange(vocab) for _ in range(length)] for length in lengths]
 
 
-def executor_of(folder, page: int = 4, slots: int = 6, blocks: int = 200) -> CudaExecutor:
+def executor_of(folder, page: int = 4, slots: int = 6, blocks: int = 200, most_chunks: int = 0) -> CudaExecutor:
+    """most_chunks: that steps made for graphs take, whose kernels are run here as they would be captured; 0: none."""
     model = load_model(folder)
     limits = ExecutorLimits(blocks, page, slots, 256, model.config.vocab_size)
     scale = model.config.head_dim**-0.5
     attention = TorchAttention(scale)  # its Triton twin is compared with it in tests/kernels
+    captured = CapturedChunks(lambda rows, indices: TorchAttention(scale), most_chunks)
     return CudaExecutor(
         model,
         limits,
@@ -47,6 +50,7 @@ def executor_of(folder, page: int = 4, slots: int = 6, blocks: int = 200) -> Cud
         max_batch_tokens=512,
         model_name=str(folder),
         path=str(folder),
+        captured_chunks=captured if most_chunks else None,
         graphs=False,
     )
 
@@ -62,10 +66,13 @@ def llama(tmp_path_factory):
     return folder, make_checkpoint(folder)
 
 
+@pytest.mark.parametrize("most_chunks", [0, 2, 3])
 @pytest.mark.parametrize("variant", ["llama-7-heads-per-kv-head", "qwen2", "qwen3"])
-def test_greedy_tokens_equal_transformers_in_mixed_batches(tmp_path, variant):
+def test_greedy_tokens_equal_transformers_in_mixed_batches(tmp_path, variant, most_chunks):
     model = make_checkpoint(tmp_path, variant)
-    executor = executor_of(tmp_path)
+    executor = executor_of(tmp_path, most_chunks=most_chunks)
+    if most_chunks == 3:  # then no step is left for the general way
+        executor._chunks = None
     prompts = prompts_of([1, 9, 30])
     stepper = Stepper(executor)
     batch = [stepper.add(prompt) for prompt in prompts]
@@ -146,6 +153,37 @@ def test_a_step_that_fails_is_told_by_its_collect_and_leaves_the_executor_usable
     assert sequence.output == generate(model, prompt, TOKENS)
 
 
+def test_blocks_that_came_with_a_failed_decode_are_there_for_the_next(llama, monkeypatch):
+    folder, model = llama
+    executor = executor_of(folder)
+    stepper = Stepper(executor)
+    (prompt,) = prompts_of([6])
+    sequence = stepper.add(prompt)
+    stepper.step((sequence, stepper.prefill(sequence)))
+
+    def fail(batch):
+        raise RuntimeError("no plan")
+
+    while len(sequence.output) < TOKENS:
+        work = stepper.decode(sequence)
+        with monkeypatch.context() as patched:
+            patched.setattr(executor._buckets[0].attention, "plan", fail)
+            with pytest.raises(RuntimeError, match="no plan"):
+                stepper.step((sequence, work))
+        stepper.step((sequence, SlotWork(work.slot, work.start, 1, sample=True)))
+    assert sequence.output == generate(model, prompt, TOKENS)
+
+
+def test_more_new_blocks_than_a_step_has_room_for_reach_the_device(llama):
+    """Of 2 slots there is room for 8 changes with a step; two prompts of 60 tokens bring 30 blocks of 4."""
+    folder, model = llama
+    stepper = Stepper(executor_of(folder, slots=2))
+    prompts = prompts_of([60, 58])
+    batch = [stepper.add(prompt) for prompt in prompts]
+    stepper.run(batch, 3)
+    assert [s.output for s in batch] == [generate(model, prompt, 3) for prompt in prompts]
+
+
 def test_work_beyond_a_slots_blocks_is_refused(llama):
     executor = executor_of(llama[0])
     init = SlotInit(0, SamplingParams(), 0, (1, 2, 3, 4, 5))
@@ -186,6 +224,13 @@ def test_the_table_says_why(monkeypatch, tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvcc").touch()
     assert choose_attention((9, 0), bfloat16, 128)[:2] == ("flashinfer-fa2", "flashinfer-fa3")
+    assert "needs cuda-bindings" in choose_attention((9, 0), bfloat16, 128).why
+    there = {"flashinfer", "cuda", "cuda.bindings"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in there else None)
+    assert choose_attention((9, 0), bfloat16, 128, shared=8)[:2] == ("hopper", "flashinfer-fa3")
+    for sizes in (dict(shared=9), dict(page=24), dict(head_dim=256)):
+        choice = choose_attention(**dict(capability=(9, 0), dtype=bfloat16, head_dim=128) | sizes)
+        assert choice[:2] == ("flashinfer-fa2", "flashinfer-fa3") and str(*sizes.values()) in choice.why
     assert choose_attention((8, 0), bfloat16, 128)[:2] == ("flashinfer-fa2", "flashinfer-fa2")
     for capability, dtype, head_dim, word in (
         ((9, 0), torch.float32, 128, "half precision"),

@@ -1,0 +1,342 @@
+// One query per sequence over a block-first paged cache, for GPUs that copy in bulk (Hopper and later).
+//
+// Decode attention is a read of the whole cache: what counts is how many bytes are on their way. A producer warp keeps
+// STAGES tiles of 16 tokens in flight, keys and values of HEADS KV heads each, one bulk copy a token; one warp a KV
+// head computes. No host plan: all tiles of all sequences, in the order of kv_indices, are cut into as many equal spans
+// as there are programs, and whoever finishes a sequence that several spans share adds up its parts ("stream-K" of
+// matrix products, Osama et al. 2023; parts merged as in FlashDecoding, Dao et al. 2023).
+//
+// Products are transposed, tokens x heads and dims x heads, so that the heads that share a KV head are the short side
+// of the tensor core's tile (8) and not the long one (16): S = K q, O += V^T P. Layouts of fragments: PTX ISA,
+// "Matrix fragments for mma.m16n8k16".
+//
+// Constants, given by the compiler's command line: HEAD_DIM (multiple of 16), GROUP (query heads per KV head, at most 8),
+// KV_HEADS, HEADS (KV heads of a program, a divisor of KV_HEADS), PAGE (multiple of 16), STAGES, MIN_TILES (shortest
+// span), HALF (1: float16, 0: bfloat16).
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr int TILE = 16;
+constexpr int STEPS = HEAD_DIM / 16;              // of the tensor core along a head
+constexpr int ROW_BYTES = HEADS * HEAD_DIM * 2;   // of one token's keys or values
+constexpr int ROW = ROW_BYTES + 16;               // in shared memory: eight rows then lie in different banks
+constexpr int STAGE = 2 * TILE * ROW;
+constexpr int BARRIERS = 128;                     // bytes before the first stage
+constexpr int TILES_PER_PAGE = PAGE / TILE;
+constexpr int QUERY_HEADS = KV_HEADS * GROUP;
+constexpr int AHEAD = 4;                          // parts of a sequence that are read at once
+constexpr float LOWEST = -1e30f;                  // below any score, and finite
+constexpr float SLACK = 8.0f;                     // powers of two that weights may exceed 1 by before all is rescaled
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}
+
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+  u32 done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+  } while (!done);
+}
+
+__device__ __forceinline__ void bulk_copy(u32 to, const u16* from, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void load_matrices(u32 (&a)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void load_transposed(u32 (&a)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ u32 transpose(u32 x) {
+  u32 y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+#if HALF
+#define TYPE "f16"
+#else
+#define TYPE "bf16"
+#endif
+
+// c[16 x 8] += a[16 x 16] b[16 x 8]
+__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+  u32 x;
+  asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+  return x;
+}
+
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Over the lanes that hold the same two heads.
+__device__ __forceinline__ float largest(float x) {
+  for (int other = 4; other < 32; other *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, other));
+  return x;
+}
+
+__device__ __forceinline__ float sum(float x) {
+  for (int other = 4; other < 32; other *= 2) x += __shfl_xor_sync(~0u, x, other);
+  return x;
+}
+
+__device__ __forceinline__ float4 read_once(const float4* from) {
+  float4 x;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(from) : "memory");
+  return x;
+}
+
+// One KV head's state of the softmax over a sequence's tokens so far. Of each 16 x 8 fragment a lane holds heads
+// 2 (lane % 4) and the next, and rows lane / 4 and 8 more.
+struct Part {
+  float o[STEPS][4];        // dims x heads, not yet divided by total
+  float most[2], total[2];  // by head; most in powers of two; total of this lane's tokens alone until `finish`
+
+  __device__ void clear() {
+    for (int j = 0; j < STEPS; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
+    most[0] = most[1] = LOWEST;
+    total[0] = total[1] = 0.0f;
+  }
+
+  __device__ void raise(float first, float second) {
+    float f0 = power_of_two(most[0] - first), f1 = power_of_two(most[1] - second);
+    most[0] = first, most[1] = second;
+    total[0] *= f0, total[1] *= f1;
+#pragma unroll
+    for (int j = 0; j < STEPS; ++j) o[j][0] *= f0, o[j][2] *= f0, o[j][1] *= f1, o[j][3] *= f1;
+  }
+
+  // keys, values: this head's first token in shared memory. known: tokens of the tile that exist.
+  __device__ void attend(const u32 (&query)[STEPS][2], u32 keys, u32 values, int known, float scale, int lane) {
+    float even[4] = {}, odd[4] = {};
+    u32 a[4];
+    u32 at = keys + (lane % 16) * ROW + (lane / 16) * 16;
+#pragma unroll
+    for (int k = 0; k < STEPS; ++k) {
+      load_matrices(a, at + k * 32);
+      multiply(k % 2 ? odd : even, a, query[k][0], query[k][1]);
+    }
+    float score[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) score[i] = (even[i] + odd[i]) * scale;
+    if (known < TILE) {
+      const float never = __int_as_float(0xff800000);
+      if (lane / 4 >= known) score[0] = score[1] = never;
+      if (lane / 4 + 8 >= known) score[2] = score[3] = never;
+    }
+    float first = fmaxf(score[0], score[2]), second = fmaxf(score[1], score[3]);
+    if (__any_sync(~0u, first > most[0] + SLACK || second > most[1] + SLACK)) {
+      raise(fmaxf(most[0], largest(first)), fmaxf(most[1], largest(second)));
+    }
+    float w0 = power_of_two(score[0] - most[0]), w1 = power_of_two(score[1] - most[1]);
+    float w2 = power_of_two(score[2] - most[0]), w3 = power_of_two(score[3] - most[1]);
+    total[0] += w0 + w2, total[1] += w1 + w3;
+    u32 b0 = transpose(pack(w0, w1)), b1 = transpose(pack(w2, w3));
+    at = values + (lane % 8 + lane / 16 * 8) * ROW + (lane / 8 % 2) * 16;
+#pragma unroll
+    for (int j = 0; j < STEPS; ++j) {
+      load_transposed(a, at + j * 32);
+      multiply(o[j], a, b0, b1);
+    }
+  }
+
+  __device__ void finish() {
+    total[0] = sum(total[0]), total[1] = sum(total[1]);
+  }
+
+  // A part of a sequence, for whoever merges them. at: of this sequence's part and head.
+  __device__ void leave(float4* at, int lane) const {
+    for (int j = 0; j < STEPS; ++j) at[j * 32 + lane] = make_float4(o[j][0], o[j][1], o[j][2], o[j][3]);
+    at[STEPS * 32 + lane] = make_float4(most[0], most[1], total[0], total[1]);
+  }
+
+  // Parts of the same sequence, `count` of them (at most AHEAD), read all at once: each is a trip to memory.
+  __device__ void add(const float4* (&at)[AHEAD], int count, int lane) {
+    float4 given[AHEAD][STEPS + 1];
+#pragma unroll
+    for (int n = 0; n < AHEAD; ++n) {
+#pragma unroll
+      for (int j = 0; j <= STEPS; ++j) given[n][j] = read_once(at[n] + j * 32 + lane);
+    }
+#pragma unroll
+    for (int n = 0; n < AHEAD; ++n) {
+      if (n >= count) continue;
+      float4 end = given[n][STEPS];
+      raise(fmaxf(most[0], end.x), fmaxf(most[1], end.y));
+      float f0 = power_of_two(end.x - most[0]), f1 = power_of_two(end.y - most[1]);
+      total[0] += f0 * end.z, total[1] += f1 * end.w;
+#pragma unroll
+      for (int j = 0; j < STEPS; ++j) {
+        float4 more = given[n][j];
+        o[j][0] += f0 * more.x, o[j][1] += f1 * more.y, o[j][2] += f0 * more.z, o[j][3] += f1 * more.w;
+      }
+    }
+  }
+
+  // out: of this sequence's and KV head's first query head.
+  __device__ void answer(u16* out, int lane) const {
+    float f0 = 1.0f / total[0], f1 = 1.0f / total[1];
+    int head = lane / 4, dim = lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < STEPS; ++j) {
+      u32 low = transpose(pack(o[j][0] * f0, o[j][1] * f1)), high = transpose(pack(o[j][2] * f0, o[j][3] * f1));
+      if (head < GROUP) {
+        u32* to = reinterpret_cast<u32*>(out + head * HEAD_DIM + j * 16 + dim);
+        to[0] = low, to[4] = high;
+      }
+    }
+  }
+};
+
+constexpr int PART = (STEPS + 1) * 32;  // float4 of a part
+
+__device__ void produce(const u16* kv, const int* kv_indices, u32 memory, int first, int end, u64 block_step,
+                        u64 value_step, u64 token_step, int lane) {
+  int row = lane % TILE;
+  const u16* mine = kv + (lane / TILE) * value_step + row * token_step + blockIdx.y * (HEADS * HEAD_DIM);
+  u32 to = memory + BARRIERS + lane * ROW;
+  auto block_of = [&](int tile) { return tile < end ? kv_indices[tile / TILES_PER_PAGE] : 0; };
+  int blocks = 0, ahead = block_of(first + lane);
+  for (int tile = first, i = 0; tile < end; ++tile, ++i) {
+    if (i % 32 == 0) blocks = ahead, ahead = block_of(tile + 32 + lane);
+    u64 block = __shfl_sync(~0u, blocks, i % 32);
+    int stage = i % STAGES;
+    u32 full = memory + 8 * stage;
+    if (i >= STAGES) barrier_wait(full + 8 * STAGES, (i / STAGES - 1) & 1);
+    if (lane == 0) barrier_expect(full, 2 * TILE * ROW_BYTES);
+    __syncwarp();
+    bulk_copy(to + stage * STAGE, mine + block * block_step + tile % TILES_PER_PAGE * (TILE * token_step), ROW_BYTES,
+              full);
+  }
+}
+
+// q, out: [sequences, QUERY_HEADS, HEAD_DIM]. kv: a layer's keys of block 0; steps in elements: between blocks, from
+// keys to values, between tokens. kv_indptr [sequences + 1], kv_indices, last_page_len [sequences]: as in PagedBatch.
+// parts: [2 gridDim.x, KV_HEADS, PART]. arrived: [sequences, KV_HEADS], zero, and left so. scale: of scores, in powers
+// of two. Grid: (spans, KV_HEADS / HEADS); HEADS + 1 warps; BARRIERS + STAGES x STAGE bytes of shared memory.
+extern "C" __global__ void __launch_bounds__(32 * (HEADS + 1))
+    decode_attention(const u16* q, const u16* kv, u16* out, const int* kv_indptr, const int* kv_indices,
+                     const int* last_page_len, float4* parts, u32* arrived, u64 block_step, u64 value_step,
+                     u64 token_step, int sequences, float scale) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  u32 memory = static_cast<u32>(__cvta_generic_to_shared(shared));
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; ++i) {
+      barrier_init(memory + 8 * i, 1);
+      barrier_init(memory + 8 * (STAGES + i), HEADS);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+
+  int tiles = kv_indptr[sequences] * TILES_PER_PAGE;
+  int span = max((tiles + int(gridDim.x) - 1) / int(gridDim.x), MIN_TILES);
+  int first = blockIdx.x * span, end = min(tiles, first + span);
+  if (first >= end) return;
+  if (warp == HEADS) {
+    produce(kv, kv_indices, memory, first, end, block_step, value_step, token_step, lane);
+    return;
+  }
+
+  int head = blockIdx.y * HEADS + warp;
+  int low = 0, high = sequences;  // the sequence that has the first tile is in [low, high)
+  while (high - low > 1) {
+    int middle = (low + high) / 2;
+    if (kv_indptr[middle] * TILES_PER_PAGE <= first) low = middle;
+    else high = middle;
+  }
+  Part part;
+  for (int sequence = low, tile = first, i = 0; tile < end; ++sequence) {
+    int pages = kv_indptr[sequence], begin = pages * TILES_PER_PAGE;
+    pages = kv_indptr[sequence + 1] - pages;
+    int stop = begin + pages * TILES_PER_PAGE, until = min(stop, end);
+    int context = (pages - 1) * PAGE + last_page_len[sequence];
+    bool whole = tile == begin && until == stop;
+    int slot = 2 * blockIdx.x + (tile == begin);
+    const u16* asked = q + (u64(sequence) * QUERY_HEADS + head * GROUP + lane / 4) * HEAD_DIM + lane % 4 * 2;
+    u32 query[STEPS][2];
+#pragma unroll
+    for (int k = 0; k < STEPS; ++k) {
+      query[k][0] = lane / 4 < GROUP ? *reinterpret_cast<const u32*>(asked + k * 16) : 0;
+      query[k][1] = lane / 4 < GROUP ? *reinterpret_cast<const u32*>(asked + k * 16 + 8) : 0;
+    }
+    part.clear();
+    for (; tile < until; ++tile, ++i) {
+      int stage = i % STAGES, known = context - (tile - begin) * TILE;
+      u32 full = memory + 8 * stage, keys = memory + BARRIERS + stage * STAGE + warp * (HEAD_DIM * 2);
+      u32 values = keys + TILE * ROW;
+      barrier_wait(full, (i / STAGES) & 1);
+      if (known < TILE) {  // what lies behind the last token may be anything, and 0 x NaN is NaN
+        for (int at = max(known, 0) * (HEAD_DIM / 8) + lane; at < TILE * (HEAD_DIM / 8); at += 32) {
+          u32 to = values + at / (HEAD_DIM / 8) * ROW + at % (HEAD_DIM / 8) * 16;
+          asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
+        }
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncwarp();
+      }
+      part.attend(query, keys, values, known, scale, lane);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(full + 8 * STAGES);
+    }
+    part.finish();
+    u16* to = out + (u64(sequence) * QUERY_HEADS + head * GROUP) * HEAD_DIM;
+    if (whole) {
+      part.answer(to, lane);
+      continue;
+    }
+    part.leave(parts + (u64(slot) * KV_HEADS + head) * PART, lane);
+    __threadfence();
+    __syncwarp();
+    int from = begin / span, last = (stop - 1) / span;
+    u32 before = 0;
+    if (lane == 0) before = atomicAdd(&arrived[sequence * KV_HEADS + head], 1);
+    before = __shfl_sync(~0u, before, 0);
+    if (before != u32(last - from)) continue;
+    __threadfence();
+    part.clear();  // and in the spans' order, whoever comes last, so that the same batch gives the same bits
+    for (int other = from; other <= last; other += AHEAD) {
+      const float4* at[AHEAD];
+#pragma unroll
+      for (int n = 0; n < AHEAD; ++n) {
+        int one = min(other + n, last);
+        at[n] = parts + (u64(2 * one + (one == from)) * KV_HEADS + head) * PART;
+      }
+      part.add(at, last - other + 1, lane);
+    }
+    part.answer(to, lane);
+    if (lane == 0) arrived[sequence * KV_HEADS + head] = 0;
+  }
+}

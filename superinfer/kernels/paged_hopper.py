@@ -1,0 +1,144 @@
+"""Decode attention of our own for Hopper, behind `AttentionCall`: `paged_hopper.cu`, compiled at start by NVRTC.
+
+Why beside FlashInfer's: its decode reached 61 % of an H200's memory speed and wants a plan of the host each step,
+copied to the device (docs/performance.md). This one keeps more bytes in flight and is planned by the device itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cuda.bindings import driver, nvrtc
+
+from superinfer.kernels.paged import PagedBatch
+
+SOURCE = Path(__file__).with_name("paged_hopper.cu")
+TILE = 16  # tokens; pages are multiples
+# KV heads of one program, and its tiles in flight: of 8 x 3, 4 x 3, 4 x 6, 2 x 6 and 1 x 3 the quickest on an H100 for
+# most of 1-256 sequences of 512-8,192 tokens.
+MOST_HEADS = 4
+STAGES = 6
+MIN_TILES = 4  # shortest span of tiles that is worth a program
+LOG2_E = 1.4426950408889634
+_SHARED_BYTES = 227 << 10  # of a multiprocessor that one program may have
+_RESERVED = 1 << 10  # of them, by the driver for each program
+
+
+class CudaFailure(RuntimeError):
+    """A call of CUDA's driver or compiler failed."""
+
+
+def _checked(answer: tuple[Any, ...]) -> Any:
+    """What a call of cuda.bindings returned beside its status. Raises CudaFailure."""
+    status, *values = answer
+    if status:
+        raise CudaFailure(f"{type(status).__name__}: {status.name}")
+    return values[0] if len(values) == 1 else values
+
+
+@functools.cache
+def _compiled(architecture: str, constants: tuple[tuple[str, int], ...]) -> bytes:
+    """The kernel's machine code. Raises CudaFailure with the compiler's words."""
+    program = _checked(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, [], []))
+    try:
+        options = [f"--gpu-architecture={architecture}", "-std=c++17", *(f"-D{name}={n}" for name, n in constants)]
+        encoded = [option.encode() for option in options]
+        if nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]:
+            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+            _checked(nvrtc.nvrtcGetProgramLog(program, log))
+            raise CudaFailure(f"{SOURCE.name} does not compile: {log.decode(errors='replace')}")
+        code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        _checked(nvrtc.nvrtcGetCUBIN(program, code))
+        return code
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+class HopperKernel:
+    """The compiled kernel for one model's shape, and the memory its programs share. One stream at a time."""
+
+    def __init__(
+        self, heads: int, kv_heads: int, head_dim: int, page: int, scale: float, dtype: torch.dtype,
+        max_sequences: int, device: torch.device, stages: int = STAGES, min_tiles: int = MIN_TILES,
+        most_heads: int = MOST_HEADS,
+    ) -> None:  # fmt: skip
+        """max_sequences: of one call. Raises CudaFailure where the kernel cannot be compiled or loaded."""
+        self._sizes = heads, head_dim
+        together = next(n for n in range(min(most_heads, kv_heads), 0, -1) if kv_heads % n == 0)
+        constants = dict(
+            HEAD_DIM=head_dim, GROUP=heads // kv_heads, KV_HEADS=kv_heads, HEADS=together, PAGE=page, STAGES=stages,
+            MIN_TILES=min_tiles, HALF=int(dtype == torch.float16),
+        )  # fmt: skip
+        torch.cuda.current_stream(device)  # the device's context exists from here on
+        code = np.frombuffer(_compiled("sm_90a", tuple(constants.items())), dtype=np.uint8)
+        self._module = _checked(driver.cuModuleLoadData(code.ctypes.data))
+        self._function = _checked(driver.cuModuleGetFunction(self._module, b"decode_attention"))
+        self._shared_bytes = 128 + stages * 2 * TILE * (together * head_dim * 2 + 16)
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(self._function, limit, self._shared_bytes))
+        together_on_one = max(1, _SHARED_BYTES // (self._shared_bytes + _RESERVED))
+        programs = torch.cuda.get_device_properties(device).multi_processor_count * together_on_one
+        self._grid = max(1, programs * together // kv_heads), kv_heads // together
+        self._threads = 32 * (together + 1)
+        part = (head_dim // 16 + 1) * 32 * 4
+        self._parts = torch.empty(2 * self._grid[0] * kv_heads * part, dtype=torch.float32, device=device)
+        self._arrived = torch.zeros(max_sequences * kv_heads, dtype=torch.int32, device=device)
+        self._max_sequences = max_sequences
+        self._config = self._launch_config()
+        # The kernel's arguments, 8 bytes each, of which it takes the lower 4 where it wants no more.
+        self._arguments = np.zeros(13, dtype=np.uint64)
+        self._arguments[6:8] = self._parts.data_ptr(), self._arrived.data_ptr()
+        self._arguments[12:].view(np.float32)[0] = scale * LOG2_E
+        self._places = self._arguments.ctypes.data + 8 * np.arange(13, dtype=np.uint64)
+
+    def _launch_config(self) -> Any:
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = *self._grid, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
+        config.sharedMemBytes = self._shared_bytes
+        early = driver.CUlaunchAttribute()  # see `launch.overlap`
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [early], 1
+        return config
+
+    def launch(self, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, batch: PagedBatch) -> None:
+        """In the current stream; may be captured. q, out: [sequences, heads, head_dim], contiguous. kv: see
+        AttentionCall, with the heads of a token one after another."""
+        assert (q.shape[1], q.shape[2]) == self._sizes and batch.sequences <= self._max_sequences
+        assert q.is_contiguous() and out.is_contiguous() and kv.stride()[3:] == (kv.shape[4], 1)
+        self._arguments[:6] = (
+            q.data_ptr(), kv.data_ptr(), out.data_ptr(), batch.kv_indptr.data_ptr(), batch.kv_indices.data_ptr(),
+            batch.last_page_len.data_ptr(),
+        )  # fmt: skip
+        self._arguments[8:12] = *kv.stride()[:3], batch.sequences
+        self._config.hStream = torch.cuda.current_stream().cuda_stream
+        _checked(driver.cuLaunchKernelEx(self._config, self._function, self._places.ctypes.data, 0))
+
+
+class HopperDecode:
+    """Implements `AttentionCall` for one query per sequence; nothing to prepare on the host.
+
+    May be captured in a CUDA graph, whose replays read the batch's device tensors as they are then.
+    """
+
+    skips_empty = True
+
+    def __init__(self, kernel: HopperKernel) -> None:
+        self._kernel = kernel
+        self._batch: PagedBatch | None = None
+
+    def plan(self, batch: PagedBatch) -> None:
+        """See AttentionCall.plan."""
+        self._batch = batch
+
+    def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
+        """See AttentionCall.run."""
+        assert self._batch is not None, "run() before plan()"
+        out = torch.empty_like(q) if out is None else out
+        self._kernel.launch(q, kv, out, self._batch)
+        return out
