@@ -202,11 +202,24 @@ def _attention(s: Setting, q: torch.Tensor, kv: torch.Tensor, batch: PagedBatch,
     general = TritonAttention(scale)
     general.plan(batch)
     variants: dict[str, Run] = {"triton": lambda: general.run(q, kv)}
-    choice = choose_attention(torch.cuda.get_device_capability(s.device), s.dtype, s.shape.head_dim)
+    shared = s.shape.heads // s.shape.kv_heads
+    choice = choose_attention(torch.cuda.get_device_capability(s.device), s.dtype, s.shape.head_dim, shared, PAGE)
     wanted = choice.decode if decode else choice.prefill
     if wanted == "triton":
         return variants
-    return {**_flashinfer(s, q, kv, batch, scale, decode=decode, first=wanted), **variants}
+    if wanted != "hopper":
+        return {**_flashinfer(s, q, kv, batch, scale, decode=decode, first=wanted), **variants}
+    theirs = _flashinfer(s, q, kv, batch, scale, decode=True, first="flashinfer-fa2")
+    return {"hopper": _hopper(s, q, kv, batch, scale), **theirs, **variants}
+
+
+def _hopper(s: Setting, q: torch.Tensor, kv: torch.Tensor, batch: PagedBatch, scale: float) -> Run:
+    from superinfer.kernels.paged_hopper import HopperDecode, HopperKernel
+
+    sizes = s.shape.heads, s.shape.kv_heads, s.shape.head_dim
+    call = HopperDecode(HopperKernel(*sizes, PAGE, scale, s.dtype, batch.sequences, s.device))
+    call.plan(batch)
+    return lambda: call.run(q, kv)
 
 
 def _flashinfer(
