@@ -5,6 +5,7 @@ What only a GPU can show is in tests/gpu/test_duplex.py.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 
@@ -281,6 +282,7 @@ class Bench:
         limits = SchedulerLimits(rng.randrange(2, 5), rng.randrange(5, 20), blocks * 4)
         self.scheduler = build_scheduler(policy, self.kv, limits)
         self.scheduler.quantum = rng.choice([0, 0, 2])
+        self.scheduler.worth, self.scheduler.idle_share = 0.0, math.inf  # whatever it costs
         self.scheduler._rotation.max_waits = rng.choice([0, 2, 100])
         self.scheduler._rotation.mirror_blocks = rng.choice([0, 2, 32])
         lazy, late = rng.choice([0.0, 0.3, 0.8]), rng.choice([0.0, 0.5])
