@@ -232,7 +232,7 @@ class SlowDevice(NoDevice):
 
 
 def measure_beside_thread(rounds: int = 40, plans: int = 16, blocks: int = 128) -> dict[str, Any]:
-    """Plans of `blocks` each way, one behind the other, as `superinfer bench link` gives them, with the submitting thread
+    """Plans of `blocks` each way, one behind the other, as `superinfer bench link` gives them, the submitting thread
     at work: median microseconds of the scheduling thread, of the clock and of the CPU, for each block moved."""
     duplex, first, wall, cpu = CudaDuplex(SlowDevice(), Places(0, 0, 2 << 20, 512)), 1, [], []
     for _ in range(rounds):

@@ -125,11 +125,12 @@ class Arranger:
 
 
 def _parts(copies: list[BlockCopy], first: int, longest: int) -> list[list[BlockCopy]]:
-    """One of `first`, so that its stream has work, then of `longest`; the last may have up to `first` more."""
+    """One of `first`, so that its stream has work, then of `longest`; the last may have up to `first` more,
+    where `longest` is more than that."""
     if len(copies) <= first:
         return [copies] if copies else []
-    parts, at = [copies[:first]], first
-    while len(copies) - at > longest + first:
+    parts, at, beyond = [copies[:first]], first, first if longest > first else 0
+    while len(copies) - at > longest + beyond:
         parts.append(copies[at : at + longest])
         at += longest
     return [*parts, copies[at:]]
