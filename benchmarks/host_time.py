@@ -10,6 +10,7 @@ scheduling thread, `submit` on the submitting one.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import json
 import statistics
@@ -21,9 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_common import model_folder
 from record import write
 
+from superinfer.bench.shapes import CONFIGS
 from superinfer.kernels.paged import PagedBatch
 from superinfer.runtime.engine.cuda_executor import CudaExecutor
 from superinfer.runtime.engine.executor import ExecutorLimits
@@ -36,6 +37,7 @@ from superinfer.runtime.protocol import SamplingParams
 from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan
 
 PAGE = 16
+USLEEP = ctypes.CDLL(None).usleep
 
 
 class NoAttention:
@@ -68,8 +70,7 @@ def small_model() -> CausalLM:
         "head_dim": 16,
     }
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(model_folder(Path(folder))) / "config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | sizes))
+        (Path(folder) / "config.json").write_text(json.dumps(CONFIGS["llama-3-8b"] | sizes))
         return load_model(Path(folder), load_format="dummy", dtype=torch.float32)
 
 
@@ -89,6 +90,7 @@ def executor_of(batch: int, context: int, model: CausalLM) -> CudaExecutor:
     )
     for bucket in executor._buckets:
         bucket.graph = NoGraph()  # type: ignore[assignment]
+        bucket.tokens = torch.zeros(bucket.size, dtype=torch.int64)
     return executor
 
 
@@ -220,6 +222,50 @@ def _exchange(first: int) -> list[BlockCopy]:
     return outs + [BlockCopy(first + 500 + i, False, i, 500 + i, (first + i,)) for i in range(500)]
 
 
+class SlowDevice(NoDevice):
+    """Its copies take 1.5 µs of the caller's time each, without the GIL, as the driver's do."""
+
+    def copy(self, stream: int, dsts: np.ndarray, srcs: np.ndarray, sizes: np.ndarray) -> list[int]:
+        """See CopyDevice."""
+        USLEEP(int(1.5 * len(dsts)))
+        return []
+
+
+def measure_beside_thread(rounds: int = 40, plans: int = 16, blocks: int = 128) -> dict[str, Any]:
+    """Plans of `blocks` each way, one behind the other, as `superinfer bench link` gives them, the submitting thread
+    at work: median microseconds of the scheduling thread, of the clock and of the CPU, for each block moved."""
+    duplex, first, wall, cpu = CudaDuplex(SlowDevice(), Places(0, 0, 2 << 20, 512)), 1, [], []
+    for _ in range(rounds):
+        made = []
+        for _ in range(plans):
+            made.append([BlockCopy(first + i, i >= blocks, i, i) for i in range(2 * blocks)])
+            first += 2 * blocks
+        left, spent, busy = plans * 2 * blocks, 0.0, 0.0
+        for call in [*(lambda plan=plan: duplex.start(plan) for plan in made), None]:
+            while call is not None or left:
+                began, worked = time.perf_counter(), time.thread_time()
+                copied = call() if call is not None else duplex.report()[0]
+                if call is not None or copied:  # other reports only pass the time
+                    spent += time.perf_counter() - began
+                    busy += time.thread_time() - worked
+                if call is not None:
+                    break
+                left -= len(copied)
+                time.sleep(1e-4)
+        wall.append(spent / (plans * 2 * blocks) * 1e6)
+        cpu.append(busy / (plans * 2 * blocks) * 1e6)
+    batches = duplex._jobs / rounds / plans
+    duplex.close()
+    row = {
+        "blocks": 2 * blocks,
+        "batches": batches,
+        "wall_us": statistics.median(wall),
+        "cpu_us": statistics.median(cpu),
+    }
+    print(f"beside the thread: {row['wall_us']:.2f} µs a block, CPU {row['cpu_us']:.2f}; {batches:.0f} batches a plan")
+    return row
+
+
 def measure_copies(rounds: int = 200) -> list[dict[str, Any]]:
     """Median microseconds a block."""
     rows = []
@@ -271,9 +317,16 @@ def main() -> None:
                 flush=True,
             )
     record = {"settings": vars(arguments), "results": results, "copies": measure_copies()}
+    record["beside_thread"] = measure_beside_thread()
     if arguments.before:
         older = json.loads(Path(arguments.before).read_text())
-        record["before"] = {"commit": older["commit"], "date": older["date"], "results": older["results"]}
+        record["before"] = {
+            "commit": older["commit"],
+            "date": older["date"],
+            "results": older["results"],
+            "copies": older["copies"],
+        }
+        record["before"]["beside_thread"] = older.get("beside_thread")
     print(f"written to {write(arguments.name, 'python benchmarks/host_time.py', record)}")
 
 

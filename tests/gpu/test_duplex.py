@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import deque
@@ -172,6 +173,7 @@ class Server:
         self.kv = build_cache(limits.num_blocks, tier.num_blocks, limits.page_size, link=tier.link)
         self.scheduler = build_scheduler("lru", self.kv, SchedulerLimits(4, 64, limits.max_model_len))
         self.scheduler.quantum = quantum
+        self.scheduler.worth, self.scheduler.idle_share = 0.0, math.inf  # whatever it costs
         executor.cache[: limits.num_blocks] = float("nan")  # no read of what nobody wrote or loaded goes unnoticed
         torch.cuda.synchronize()
         self.outputs: dict[int, list[int]] = {}

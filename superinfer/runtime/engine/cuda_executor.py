@@ -214,16 +214,32 @@ class CudaExecutor:
             self._sampling.start(init)
         if grown := [work for work in plan.work if work.new_blocks]:
             self._tables.extend(grown)
-        chunks = [work for work in plan.work if work.tokens]
-        decodes: Sequence[SlotWork] = [work for work in plan.work if not work.tokens] if chunks else plan.work
+        told = [work for work in plan.work if work.tokens]
+        chunks = [work for work in told if not work.is_one_step]
+        decodes: Sequence[SlotWork] = [work for work in plan.work if work.is_one_step] if chunks else plan.work
         # The last step's copies out of pinned buffers come before its kernels: this wait is short, mostly none.
         self._sent.wait()
+        if len(told) > len(chunks):
+            self._tell([work for work in told if work.is_one_step])
         if chunks:
             self._mixed_step(decodes, chunks, pending)
         elif decodes:
             self._decode_step(decodes, pending)
         pending.ended.record()
         return pending
+
+    def _tell(self, works: Sequence[SlotWork]) -> None:
+        """Put the one token that each computes where decodes look for theirs: a sequence that comes back from the
+        second tier, or whose prefix is cached but for its last token, costs a row of a decode step and no chunk."""
+        tokens = np.array([work.tokens[0] for work in works], dtype=np.int64)
+        if tokens.min() < 0 or tokens.max() >= self.limits.vocab_size:
+            raise IndexError(
+                f"token ids {tokens.min()}..{tokens.max()} are not within the vocabulary of {self.limits.vocab_size}"
+            )
+        slots = np.array([work.slot for work in works], dtype=np.int64)
+        self._last_tokens.index_copy_(0, self._to_device(slots), self._to_device(tokens))
+        for work in works:
+            self._sampling.caught_up(work.slot, work.start + 1)
 
     def _fill_decodes(self, decodes: Sequence[SlotWork]) -> tuple[Bucket, np.ndarray]:
         slots = np.array([work.slot for work in decodes], dtype=np.int64)

@@ -19,9 +19,9 @@ import numpy as np
 from superinfer.runtime.kv.copies import BlockCopy
 
 # Half a millisecond of PCIe 5, against some 20 µs of the host's time for each batch. Where they
-# grow, each is twice as long as the one before, LONGEST times that at most.
+# grow, the second is already LONGEST times that.
 BATCH_BYTES = 32 << 20
-LONGEST = 4
+LONGEST = 8
 MAX_BATCH = 512
 # Below this, neighbours are joined: a copy engine spends about a microsecond on a copy however small.
 COALESCE_BELOW = 1 << 20
@@ -125,12 +125,15 @@ class Arranger:
 
 
 def _parts(copies: list[BlockCopy], first: int, longest: int) -> list[list[BlockCopy]]:
-    """Each twice as long as the one before, up to `longest`."""
-    parts, at, size = [], 0, first
-    while at < len(copies):
-        parts.append(copies[at : at + size])
-        at, size = at + size, min(2 * size, longest)
-    return parts
+    """One of `first`, so that its stream has work, then of `longest`; the last may have up to `first` more,
+    where `longest` is more than that."""
+    if len(copies) <= first:
+        return [copies] if copies else []
+    parts, at, beyond = [copies[:first]], first, first if longest > first else 0
+    while len(copies) - at > longest + beyond:
+        parts.append(copies[at : at + longest])
+        at += longest
+    return [*parts, copies[at:]]
 
 
 def _rounds(copies: Sequence[BlockCopy]) -> list[list[BlockCopy]]:
@@ -176,16 +179,21 @@ def moves_of(copies: Sequence[BlockCopy], places: Places) -> Moves:
     size = places.block_bytes
     if size < COALESCE_BELOW and len(copies) > 1 and isinstance(copies, list):
         copies.sort(key=lambda copy: copy.hbm)
+    bytes_, count = np.uint64(size), len(copies)
     hbm = np.array([copy.hbm for copy in copies], dtype=np.uint64)
     dram = np.array([copy.dram for copy in copies], dtype=np.uint64)
-    starts, lengths = np.arange(len(copies)), np.ones(len(copies), dtype=np.uint64)
-    if size < COALESCE_BELOW and len(copies) > 1:
+    if size < COALESCE_BELOW and count > 1:
         piece = dram // np.uint64(places.piece_blocks)
         joined = (np.diff(hbm) == 1) & (np.diff(dram) == 1) & (np.diff(piece) == 0)
         starts = np.flatnonzero(np.concatenate(([True], ~joined)))
-        lengths = np.diff(starts, append=len(copies)).astype(np.uint64)
-    bytes_ = np.uint64(size)
-    in_hbm = hbm[starts] * bytes_ + np.uint64(places.hbm)
-    in_dram = dram[starts] * bytes_ + np.uint64(places.dram)
-    ends = (in_dram, in_hbm) if copies[0].out else (in_hbm, in_dram)
-    return Moves(*ends, lengths * bytes_, starts)
+        sizes = np.diff(starts, append=count).astype(np.uint64) * bytes_
+        hbm, dram = hbm[starts], dram[starts]
+    else:  # in place, with nothing made that is not needed: this is most of what a batch costs its thread
+        starts, sizes = np.arange(count), np.empty(count, dtype=np.uint64)
+        sizes.fill(size)
+    hbm *= bytes_
+    hbm += np.uint64(places.hbm)
+    dram *= bytes_
+    dram += np.uint64(places.dram)
+    ends = (dram, hbm) if copies[0].out else (hbm, dram)
+    return Moves(*ends, sizes, starts)

@@ -95,6 +95,9 @@ class CudaDriver:
         self._compute_stream = compute_stream
         self._attributes = _CopyAttributes(SOURCE_IN_STREAM_ORDER, flags=PREFER_OVERLAP_WITH_COMPUTE)
         self._first = ctypes.c_size_t(0)
+        self._kinds = ctypes.addressof(self._attributes), ctypes.addressof(self._first), 1
+        self._elapsed = ctypes.c_float()  # milliseconds; one for all, as one thread asks
+        self._elapsed_at = ctypes.byref(self._elapsed)
         self._batch = self._find_batch() if batched else None
 
     @property
@@ -187,18 +190,16 @@ class CudaDriver:
 
     def seconds(self, earlier: int, later: int) -> float:
         """See CopyDevice."""
-        milliseconds = ctypes.c_float()
-        code = self._quick.cuEventElapsedTime(ctypes.byref(milliseconds), earlier, later)
+        code = self._quick.cuEventElapsedTime(self._elapsed_at, earlier, later)
         if code:
             self._fail("cuEventElapsedTime", code)
-        return milliseconds.value / 1000
+        return self._elapsed.value / 1000
 
     def copy(self, stream: int, dsts: np.ndarray, srcs: np.ndarray, sizes: np.ndarray) -> list[int]:
         """See CopyDevice."""
         if self._batch is not None:
             arrays = dsts.ctypes.data, srcs.ctypes.data, sizes.ctypes.data
-            kinds = ctypes.addressof(self._attributes), ctypes.addressof(self._first)
-            code = self._batch(*arrays, len(dsts), *kinds, 1, stream)
+            code = self._batch(*arrays, len(dsts), *self._kinds, stream)
             if code == 0:
                 return []
             log.warning("a batch of %d copies failed with %s: copying one by one", len(dsts), self._name(code))

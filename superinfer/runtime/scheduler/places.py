@@ -127,10 +127,13 @@ class Places(ABC):
         sequence.stages.end(now)
 
     def _preempt(self, sequence: Sequence, now: float) -> None:
-        """Room is needed: the sequence gives up its slot and blocks, to the second tier if there is room."""
+        """Room is needed: the sequence gives up its slot and blocks: to the second tier, if there is room and coming
+        back from there is quicker than computing them anew."""
         self._draft.preempted = True
         self._undraft(sequence)
-        if self._rotate_out(sequence, now):
+        rotation, table = self._rotation, sequence.table
+        is_kept = rotation is not None and table is not None and rotation.worth_parking(table, sequence.scheduled)
+        if is_kept and self._rotate_out(sequence, now):
             return
         self._preemptions += 1
         sequence.preemptions += 1

@@ -56,6 +56,11 @@ class SlotWork(msgspec.Struct, frozen=True, gc=False):  # made for every decode 
         return not self.tokens
 
     @property
+    def is_one_step(self) -> bool:
+        """Whether it is one row that samples, like a decode's, be its token known here or on the device only."""
+        return self.length == 1 and not self.score and (self.sample or not self.tokens)
+
+    @property
     def is_untold(self) -> bool:
         """Whether it is a decode whose token is known from elsewhere: see `StepResult.forced`."""
         return not self.tokens and not self.sample

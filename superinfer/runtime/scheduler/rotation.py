@@ -23,6 +23,7 @@ MIRROR_S = 5e-3  # and no more of them than take so long: whoever gets such a bl
 FIRST_MIRRORS = 2  # of these, until one is over: on a link that moves nothing, no more blocks than these are stuck
 PROBE = 100.0  # where one block takes longer than that: one of so many times its own time, to see whether it still does
 BLOCK_S = 50e-6  # seconds a block takes, until one has: 2 MiB over PCIe 5
+LATE = 2.0  # steps from the end of a copy to the plan that knows of it
 REPORT_S = 0.1  # results tell of copies a step or two late; a copy out for longer says that the link is slow
 SMOOTHING = 0.2  # weight of the newest observation
 
@@ -37,11 +38,14 @@ class LoadCost:
     def __init__(self, block_s: float | None = None) -> None:
         self.block_s = block_s
         self.token_s: float | None = None
+        self.step_s = 0.0  # of a step
         self._has_loaded = block_s is not None
         self._in_s = self._out_s = 0.0
 
     def observe(self, plan_tokens: int, decodes: int, result: StepResult, blocks_in: int, blocks_out: int) -> None:
         """A step of `plan_tokens` tokens, `decodes` of them decodes, with so many copies in and out, is done."""
+        if plan_tokens:
+            self.step_s = _smooth(self.step_s or None, result.elapsed)
         if plan_tokens - decodes > decodes:  # mostly prefill: its time is that of the tokens
             self.token_s = _smooth(self.token_s, max(0.0, result.elapsed - result.link.stall_s) / plan_tokens)
         self._in_s += result.link.in_s  # a copy that takes longer than a step is paid for in several results
@@ -102,6 +106,11 @@ class Rotation:
         most = FIRST_MIRRORS if self.cost.block_s is None else int(MIRROR_S / self.block_s)
         return min(self.mirror_blocks, most)
 
+    @property
+    def stalled_s(self) -> float:
+        """Seconds that steps have waited for copies since the start."""
+        return self._link.stall_s
+
     def watch(self, now: float) -> None:
         """Note how long the same copy has been the oldest one under way. Before each plan."""
         self._now = now
@@ -123,6 +132,26 @@ class Rotation:
             return path
         tokens = (len(path) - absent[0]) * self.kv.page_size
         return path if self.cost.loads(len(absent), tokens, self.kv.num_pending_in) else path[: absent[0]]
+
+    def worth_parking(self, table: BlockTable, computed: int) -> bool:
+        """Whether a sequence that must give its blocks up is back sooner by loading them than by computing its first
+        `computed` tokens anew. True while not known."""
+        if self.cost.token_s is None or self.cost.block_s is None:
+            return True
+        absent = self.kv.blocks_for(computed) - self._held_by_others(table)
+        return (absent + self.kv.num_pending) * self.block_s <= absent * self.kv.page_size * self.cost.token_s
+
+    def idle_s(self, table: BlockTable, computed: int) -> float:
+        """Seconds for which places compute nothing if a table leaves now and comes back later: whoever gets its blocks
+        waits for those that are copied out, then itself for those that come in, and each hears of it LATE steps late.
+        """
+        nodes = cast(Seq[TierNode], table.nodes)
+        dirty = self.kv.blocks_for(computed) - sum(node.dram >= 0 for node in nodes)
+        back = self.kv.blocks_for(computed) - self._held_by_others(table)
+        return (dirty + back + self.kv.num_pending) * self.block_s + LATE * self.cost.step_s
+
+    def _held_by_others(self, table: BlockTable) -> int:
+        return sum(node.holders > 1 for node in table.nodes)
 
     def blocks_wanted(self, table: BlockTable | None, path: Seq[Node], total: int) -> int:
         """Of `num_available`, what a sequence of `total` blocks takes: all but those that others hold in HBM."""

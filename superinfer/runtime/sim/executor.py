@@ -27,7 +27,8 @@ class SimExecutor:
     """Implements `Executor`. Every sampled token is DUMMY_TOKEN: outputs end at their max_tokens.
 
     Steps are timed by `rates`, one after another, with `pieces_s` or `eager_s` more for each that has
-    prefill chunks; copies by `link`, as docs/duplexkv.md orders them: a plan's copies
+    prefill chunks (of one token that is followed by a sampled one, as a sequence that comes back has, are none: the
+    engine computes those with the decodes); copies by `link`, as docs/duplexkv.md orders them: a plan's copies
     start when the steps before it are done, its work when those it waits for are over. It has no clock of its own:
     `now` is set by who submits.
     """
@@ -69,7 +70,7 @@ class SimExecutor:
         begin = self._wait(plan, start)
         load = StepLoad.of(plan)
         compute_s = self.rates.seconds(load) if plan.work else 0.0
-        if load.tokens > load.decodes:
+        if any(work.tokens and not work.is_one_step for work in plan.work):
             compute_s += self.pieces_s if load.tokens <= CAPTURED else self.eager_s
         self._free_at = end = begin + compute_s
         copied, use = self._copied(end, stall_s=begin - start if plan.work else 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 
@@ -47,6 +48,18 @@ def llama(tmp_path_factory):
     return folder, prompts, [generate(model, prompt, TOKENS) for prompt in prompts]
 
 
+class ChunkAttention(TorchAttention):
+    """Notes how many tokens each chunk that it plans for has, and of which sequences' step."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(scale)
+        self.lengths: list[int] = []
+
+    def plan(self, batch) -> None:
+        self.lengths += torch.diff(batch.host_qo_indptr).tolist()
+        super().plan(batch)
+
+
 class Rig:
     """A CudaExecutor over two tiers; `device` and `duplex` may be spoiled."""
 
@@ -54,11 +67,12 @@ class Rig:
         model = load_model(folder)
         limits = ExecutorLimits(BLOCKS, PAGE, 4, BLOCKS * PAGE, model.config.vocab_size)
         scale = model.config.head_dim**-0.5
+        self.chunk_attention = ChunkAttention(scale)
         self.executor = CudaExecutor(
             model,
             limits,
             lambda _: TorchAttention(scale),
-            TorchAttention(scale),
+            self.chunk_attention,
             max_batch_tokens=32,
             model_name="",
             path="",
@@ -76,6 +90,7 @@ class Rig:
         self.kv = build_cache(BLOCKS, num_dram, PAGE)
         self.scheduler = build_scheduler("lru", self.kv, SchedulerLimits(4, 32, BLOCKS * PAGE))
         self.scheduler.quantum = 0
+        self.scheduler.worth, self.scheduler.idle_share = 0.0, math.inf  # whatever it costs
         self.lost: set[int] = set()
 
     def serve(self, prompts) -> list[list[int]]:
@@ -114,6 +129,16 @@ def test_tokens_equal_transformers_when_every_step_may_rotate(llama):
     counts = rig.scheduler.counts()
     assert counts.tiers.totals.rotations_out > 5 and counts.preemptions == 0
     assert counts.tiers.link.in_s > 0 and counts.tiers.link.out_s > 0
+    rig.executor.close()
+
+
+def test_a_sequence_that_comes_back_decodes_and_makes_no_prefill_step(llama):
+    """A step with prefill chunks costs milliseconds more than one of decodes: an overload would pay that each time."""
+    folder, prompts, expected = llama
+    rig = Rig(folder)
+    assert rig.serve(prompts) == expected
+    assert rig.scheduler.counts().tiers.totals.rotations_in > 5
+    assert sum(rig.chunk_attention.lengths) <= sum(map(len, prompts)) and 1 not in rig.chunk_attention.lengths
     rig.executor.close()
 
 

@@ -115,6 +115,22 @@ def test_a_seeded_draw_is_the_same_in_any_batch_and_logprobs_come_back(llama, pl
         assert [i for i, _ in found.top] == row.topk(2).indices.tolist()
 
 
+def test_a_sequence_that_lacks_one_token_draws_as_if_it_had_never_left(llama, plain_kernels):
+    folder, _ = llama
+    sampling = SamplingParams(temperature=0.9, top_p=0.9)
+    (prompt,) = prompts_of([13])
+    stepper = Stepper(executor_of(folder))
+    first = stepper.add(prompt, sampling, seed=5)
+    stepper.run([first], TOKENS)
+    back = stepper.add(prompt, sampling, seed=5, output=first.output[:4], shared=tuple(first.blocks[:4]))
+    stepper.step((back, stepper.prefill(back)))
+    stepper.run([back], TOKENS - 4)
+    assert back.output == first.output[4:]
+    broken = stepper.add([999])
+    with pytest.raises(IndexError, match=r"999\.\.999 are not within the vocabulary of 211"):
+        stepper.step((broken, stepper.prefill(broken)))
+
+
 def test_scores_equal_transformers_log_softmax(llama, plain_kernels):
     folder, model = llama
     stepper = Stepper(executor_of(folder))

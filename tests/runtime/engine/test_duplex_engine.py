@@ -65,7 +65,8 @@ def test_greedy_tokens_are_those_of_transformers_however_often_requests_rotate(r
         tiers = stats.tiers
         assert tiers.rotations_out >= 10 and tiers.rotations_in >= 10
         assert sum(report.rotations for _, report in got) == tiers.rotations_out
-        assert stats.preemptions == 0, "room in DRAM, and yet something was computed twice"
+        if link_gbps is None:  # on a slow link, computing twice may be the quicker way back
+            assert stats.preemptions == 0, "room in DRAM, and yet something was computed twice"
         assert tiers.bytes_in > 0 and tiers.bytes_out > 0 and tiers.copies_failed == 0
         assert 0 < tiers.mirror_hit_rate <= 1
         if link_gbps:

@@ -129,6 +129,19 @@ def test_a_step_with_prompt_tokens_takes_what_its_launch_costs_beyond_and_decode
     assert with_it.tpot.mean == pytest.approx(without.tpot.mean)
 
 
+def test_a_sequence_of_which_one_token_is_missing_costs_a_decode_and_no_launch_of_chunks():
+    limits = ExecutorLimits(8, 16, 4, 128, 100)
+    for work, more in (
+        (SlotWork(0, 16, 1, (1,), (0, 1), True), 0.0),
+        (SlotWork(0, 16, 1, (1,), (0, 1)), 0.003),  # of a longer prompt: nothing is sampled behind it
+        (SlotWork(0, 15, 2, (1, 1), (0, 1), True), 0.003),
+    ):
+        executor = SimExecutor(RATES, limits, pieces_s=0.003, eager_s=0.009)
+        executor.submit(StepPlan(1, (work,), (SlotInit(0, SamplingParams(), 0, (1,)),)))
+        executor.collect()
+        assert executor.last.compute_s == pytest.approx(RATES.seconds(executor.last.load) + more)
+
+
 def test_a_request_that_comes_while_a_step_runs_is_read_when_that_ends():
     jobs = [job(0.0, 8000, 2), job(0.1, 10, 2, 1)]
     arrivals: dict[int, float] = {}
