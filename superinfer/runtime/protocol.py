@@ -153,7 +153,7 @@ class Generate(Message, frozen=True, kw_only=True):
 
     prompt: token ids, at least one.
     after: request_id of an unfinished request of this connection, with n = 1, that this one goes on from: it begins
-        when that has ended, and `prompt` stands behind that one's prompt and output (but for the token that stopped it).
+        when that has ended, and `prompt` stands behind that one's prompt and output, but for a token that stopped it.
         Failed("nothing_to_extend") where there is none, or it ends otherwise than by "stop" or "length".
     interval_s: the least time between two deltas of a continuation; what comes meanwhile is in the next. 0: each step's
         tokens at once. inf: all with the last.

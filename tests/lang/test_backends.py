@@ -42,7 +42,7 @@ def test_a_program_says_the_same_over_http_as_on_the_engine(server: str, endpoin
     @si.function
     def program(s):
         s += si.user("hello")
-        s += si.assistant("Well, " + si.gen("x", max_tokens=6, temperature=0, ignore_eos=True, top_k=5))
+        s += si.assistant("Well, " + si.gen("x", max_tokens=6, temperature=0, top_k=5, regex="[a-z]{9}"))
         s += si.user("and") + si.assistant(si.gen("y", max_tokens=4, temperature=0, min_tokens=4))
 
     here = program.run(backend=endpoint)
