@@ -20,6 +20,7 @@ from superinfer.errors import (
     InvalidRequestError,
     NothingToExtendError,
     OverloadedError,
+    QueueFullError,
     RequestCancelledError,
 )
 from superinfer.lang import calls
@@ -379,8 +380,10 @@ class StreamExecutor:
         try:
             try:
                 return await self._ask(context, step, begun)
-            except NothingToExtendError:
-                return await self._ask(context, step)  # the answer that it goes on from is known by now
+            except (NothingToExtendError, QueueFullError):
+                if begun is None:
+                    raise
+                return await self._ask(context, step)  # sent ahead in vain; what it goes on from is known by now
         except OverloadedError:
             if context.watch.planned is None:
                 raise

@@ -174,6 +174,12 @@ def test_an_engine_that_knows_the_answer_no_more_is_sent_the_whole_prompt(endpoi
     assert sum(request.after == "somebody else" for request in begun) == 3
 
 
+def test_a_full_engine_is_sent_each_call_at_its_turn(talking_llama, endpoint):
+    config = {"kv_tokens": 4096, "max_batch_tokens": 128, "max_batch_size": 16, "max_queue": 2, "threads": 1}
+    with si.Runtime(model=str(talking_llama), **config) as small:
+        assert fields.run(False, backend=small).text() == fields.run(True, backend=endpoint).text()
+
+
 def test_cancelling_takes_back_what_was_sent_ahead(endpoint, begun):
     @si.function
     async def long(s):

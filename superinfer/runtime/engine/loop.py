@@ -205,7 +205,7 @@ class EngineLoop:
                 self._hold(client, request)
                 return True
             sequences = self._intake.sequences(client, request, time.monotonic())
-            self._check_room(len(sequences))
+            self._check_room(self._num_live, len(sequences))
             grammar = sequences[0].sampling.grammar
             compiled = self._executor.grammars.request(grammar) if grammar is not None else None
         except SuperinferError as error:
@@ -229,8 +229,8 @@ class EngineLoop:
             self._refuse(client, sequences, max(waits), now)
         return True
 
-    def _check_room(self, wanted: int) -> None:
-        held = self._num_live + len(self._followers)
+    def _check_room(self, held: int, wanted: int) -> None:
+        """What is held for later leaves no less room for what can begin."""
         if held + wanted > self._max_queue:
             raise QueueFullError(
                 f"the engine holds {held} unfinished sequences of at most {self._max_queue}; "
@@ -244,7 +244,7 @@ class EngineLoop:
             raise NothingToExtendError(f"request {request.after!r} is not under way: send the whole prompt")
         if (held.sampling.n if held is not None else len(sequences or ())) != 1:
             raise InvalidRequestError(f"request {request.after!r} has several continuations; only one can be extended")
-        self._check_room(request.sampling.n)
+        self._check_room(self._num_live + len(self._followers), request.sampling.n)
         self._followers.hold(client, request)
 
     def _let_go(self, sequence: Sequence) -> None:
