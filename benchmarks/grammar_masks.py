@@ -17,14 +17,18 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import torch
 import xgrammar
 from record import write
 
 from superinfer.bench.constrained_schemas import Invoice, Team
 from superinfer.bench.shapes import write_tokenizer
+from superinfer.runtime.engine.constraints import Constraints
 from superinfer.runtime.engine.grammar_jump import Retokenizer
 from superinfer.runtime.engine.grammar_rewrite import rewrite
 from superinfer.runtime.engine.grammar_worker import load_tokenizer_info
+from superinfer.runtime.protocol import Grammar, SamplingParams
+from superinfer.runtime.scheduler.plan import SlotInit
 
 VOCAB, EOS = 128256, 2
 
@@ -76,6 +80,50 @@ def measure(info: Any, retokenizer: Retokenizer, schema: dict[str, Any], outputs
     return {"compile_s": compile_s, **{name: _spread(values) for name, values in calls.items()}}
 
 
+class Compiled:
+    """In place of the engine's compiler: one grammar, compiled before."""
+
+    vocab_size = VOCAB
+
+    def __init__(self, compiled: Any, retokenizer: Retokenizer) -> None:
+        self._compiled, self._retokenizer = compiled, retokenizer
+
+    def matcher(self, *_: Any) -> xgrammar.GrammarMatcher:
+        return xgrammar.GrammarMatcher(self._compiled)
+
+    def forced(self, matcher: xgrammar.GrammarMatcher, tail: Any) -> list[int]:
+        return self._retokenizer.forced(matcher, tail)
+
+
+def measure_steps(info: Any, retokenizer: Retokenizer, schema: dict[str, Any], batch: int, jumps: bool) -> Any:
+    """What `Constraints.mask` takes of the host in a step of `batch` rows, but for applying the mask, which is the
+    device's. Sequences that have ended begin anew."""
+    compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+    grammars: Any = Compiled(compiler.compile_json_schema(json.dumps(schema), any_whitespace=False), retokenizer)
+    constraints = Constraints(batch, torch.device("cpu"), grammars, torch.from_numpy)
+    sampling, rng = SamplingParams(grammar=Grammar(kind="json_object")), random.Random(0)
+    slots, logits = np.arange(batch), torch.empty(batch, 1)
+    for slot in range(batch):
+        constraints.start(SlotInit(slot, sampling, 0, (), (), (EOS,)), jumps=jumps)
+    times, picked = [], [0] * batch
+    for _ in range(200):
+        began = time.thread_time()
+        constraints.mask(logits, slots, slots)
+        times.append((time.thread_time() - began) * 1e3)
+        assert constraints._bitmask is not None
+        bits = constraints._bitmask.numpy().view(np.uint8)
+        for slot in range(batch):
+            allowed = np.flatnonzero(np.unpackbits(bits[slot], bitorder="little")[:VOCAB])
+            picked[slot] = int(allowed[rng.randrange(len(allowed))])
+        ended = [slot for slot in range(batch) if picked[slot] == EOS]
+        going = np.array([slot for slot in range(batch) if picked[slot] != EOS])
+        constraints.sampled(slots, going, lambda: picked)
+        for slot in ended:
+            constraints._read()
+            constraints.start(SlotInit(slot, sampling, 0, (), (), (EOS,)), jumps=jumps)
+    return _spread(times)
+
+
 def _spread(values: list[float]) -> dict[str, float]:
     cuts = statistics.quantiles(values, n=100)
     return {"calls": len(values), "p50_ms": cuts[49], "p90_ms": cuts[89], "p99_ms": cuts[98], "max_ms": max(values)}
@@ -85,9 +133,12 @@ def main() -> None:
     """Measure, print, write results/grammar-masks.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--outputs", type=int, default=12, help="of each schema")
+    parser.add_argument("--batch", type=int, default=64, help="rows of the steps that are timed")
     parser.add_argument("--name", default="grammar-masks", help="of the result file")
     arguments = parser.parse_args()
-    found = {}
+    found: dict[str, Any] = {}
+    steps: dict[str, Any] = {}
+    applied = xgrammar.apply_token_bitmask_inplace
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder), VOCAB)
         info = load_tokenizer_info(folder, VOCAB, (EOS,))
@@ -102,7 +153,14 @@ def main() -> None:
                     for call in ("mask", "token", "jump")
                 )
                 print(f"{name}, {how}: compiled in {made['compile_s']:.2f} s; p50 / p90 / max: {times}", flush=True)
-    measured = {"vocabulary": VOCAB, "schemas": found}
+        xgrammar.apply_token_bitmask_inplace = lambda *_, **__: None
+        for name in list(SCHEMAS)[-2:]:
+            for jumps in (False, True):
+                how = f"{name}, {'jumps' if jumps else 'no jumps'}"
+                steps[how] = made = measure_steps(info, retokenizer, rewrite(SCHEMAS[name]), arguments.batch, jumps)
+                print(f"step of {arguments.batch}, {how}: p50 {made['p50_ms']:.2f} p90 {made['p90_ms']:.2f} ms")
+        xgrammar.apply_token_bitmask_inplace = applied
+    measured = {"vocabulary": VOCAB, "schemas": found, "step": steps}
     print(f"written to {write(arguments.name, 'python benchmarks/grammar_masks.py', measured)}")
 
 

@@ -24,7 +24,8 @@ from pathlib import Path
 
 import msgspec
 
-from superinfer.errors import QueueFullError
+from superinfer.errors import NothingToExtendError, QueueFullError
+from superinfer.runtime.engine.followers import Followers
 from superinfer.runtime.engine.frontdoor import FrontDoor
 from superinfer.runtime.protocol import (
     Cancel,
@@ -79,6 +80,8 @@ class Running:
     timeline: TokenTimeline
     started: float | None = None
     given: int = 0
+    kept: int = 0  # given, but not told yet
+    told: float = 0.0
     ended: bool = False
 
 
@@ -96,6 +99,7 @@ class NoopEngine:
     live: dict[tuple[bytes, str], Running] = field(default_factory=dict)
     waiting: deque[Running] = field(default_factory=deque)
     due: list[tuple[float, int, Running]] = field(default_factory=list)
+    followers: Followers = field(default_factory=Followers)
     running: int = 0
     stamped: list[tuple[Running, int]] = field(default_factory=list)
     output_tokens: int = 0
@@ -125,6 +129,12 @@ class NoopEngine:
     def _handle(self, client: bytes, message: object) -> None:
         now = time.monotonic()
         match message:
+            case Generate(after=after) if after:
+                if (client, after) in self.live or self.followers.get(client, after) is not None:
+                    self.followers.hold(client, message)
+                    return
+                error = NothingToExtendError(f"request {after!r} is not under way")
+                self.door.send(client, Failed(code=error.code, message=str(error), request_id=message.request_id))
             case Generate():
                 if len(self.live) >= self.max_queue:
                     error = QueueFullError(f"the engine holds {len(self.live)} unfinished sequences; try again later")
@@ -185,7 +195,10 @@ class NoopEngine:
             one.given += tokens
             self.output_tokens += tokens
             done: FinishReason | None = "length" if one.given >= wanted else None
-            by_client[one.client].append(self._delta(one, tokens, done, now))
+            one.kept, one.told = one.kept + tokens, one.told or now
+            if done or now - one.told >= one.request.interval_s:
+                by_client[one.client].append(self._delta(one, one.kept, done, now))
+                one.kept, one.told = 0, now
             if done:
                 self._end(one)
             else:
@@ -208,6 +221,9 @@ class NoopEngine:
             one.ended = True
             self.running -= one.started is not None
             del self.live[one.client, one.request.request_id]
+            for follower in self.followers.take(one.client, one.request.request_id):
+                prompt = [*one.request.prompt, *(5 + k % 58 for k in range(one.given)), *follower.prompt]
+                self._handle(one.client, msgspec.structs.replace(follower, prompt=prompt, after=""))
 
     def _delta(self, one: Running, tokens: int, reason: FinishReason | None, now: float) -> SequenceDelta:
         # Letters and digits in the test checkpoint; a fixed text in any other.

@@ -24,6 +24,12 @@ class UnsupportedError(InvalidRequestError):
     code = "unsupported"
 
 
+class NothingToExtendError(InvalidRequestError):
+    """A request is to go on from another one that is not there any more, or has not ended in a way to go on from."""
+
+    code = "nothing_to_extend"
+
+
 class ModelLoadError(SuperinferError):
     """A checkpoint, its config or its tokenizer cannot be loaded."""
 

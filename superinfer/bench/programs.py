@@ -31,6 +31,10 @@ def programs(
     start: Annotated[
         bool, typer.Option("--start", help="Our arm: an engine of the options below, started here.")
     ] = False,
+    url_engine: Annotated[
+        str,
+        typer.Option(help="Our arm once more, at the engine itself, ipc://… or tcp://…, beside --url-ours http://…."),
+    ] = "",
     url_peer: Annotated[str, typer.Option(help="The other arm: an OpenAI-compatible server, http://HOST:PORT.")] = "",
     peer_model: Annotated[str, typer.Option(help="Which of its models.", show_default="the first")] = "",
     select_by: Annotated[
@@ -61,7 +65,7 @@ def programs(
         found = joined(join)
     else:
         plan = Plan.of(shapes, numbers("--at-once", at_once), rounds, scale, seed, limit)
-        with _arms(config, url_ours, start, url_peer, peer_model, select_by) as arms:
+        with _arms(config, url_ours, start, url_engine, url_peer, peer_model, select_by) as arms:
             found = asyncio.run(measure(arms, plan))
     found = compare(found)
     print(table(found))
@@ -72,7 +76,13 @@ def programs(
 
 @contextlib.contextmanager
 def _arms(
-    config: EngineConfig, url_ours: str, start: bool, url_peer: str, peer_model: str, select_by: str
+    config: EngineConfig,
+    url_ours: str,
+    start: bool,
+    url_engine: str,
+    url_peer: str,
+    peer_model: str,
+    select_by: str,
 ) -> Iterator[list[Arm]]:
     """Those asked for, ours first. Raises InvalidRequestError for none, or ours twice."""
     from superinfer.bench.programs_run import OpenAIArm, OurArm
@@ -80,8 +90,10 @@ def _arms(
 
     if start and url_ours:
         raise InvalidRequestError("--start and --url-ours are both our arm; give one")
-    if not (start or url_ours or url_peer):
-        raise InvalidRequestError("nothing to measure: give --url-ours or --start, --url-peer, or both")
+    if not (start or url_ours or url_engine or url_peer):
+        raise InvalidRequestError("nothing to measure: give --url-ours, --url-engine or --start, --url-peer, or both")
+    if url_engine.startswith("http"):
+        raise InvalidRequestError(f"--url-engine {url_engine!r} is no engine's address; give ipc://… or tcp://…")
     with contextlib.ExitStack() as stack:
         arms: list[Arm] = []
         backend: Any = None
@@ -98,6 +110,11 @@ def _arms(
             backend = stack.enter_context(si.RuntimeEndpoint(url_ours))
         if backend is not None:
             arms.append(OurArm(backend, url_ours or "started here"))
+        if url_engine:
+            import superinfer as si
+
+            at_engine: Any = stack.enter_context(si.RuntimeEndpoint(url_engine))
+            arms.append(OurArm(at_engine, url_engine, "engine"))
         if url_peer:
             arms.append(OpenAIArm(url_peer, peer_model, select_by))
         yield arms

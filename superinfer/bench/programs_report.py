@@ -16,7 +16,8 @@ _SAME = ("shapes", "at_once", "rounds", "sizes", "seed")  # settings that joined
 
 
 def compare(found: dict[str, Any]) -> dict[str, Any]:
-    """The record with `median_s` by arm, shape and number of programs, and `ratios`, peer's seconds over ours."""
+    """The record with `median_s` by arm, shape and number of programs, `ratios`, peer's seconds over ours, and
+    `engine_ratios`, over those of our arm without HTTP."""
     medians = {
         name: {
             shape: {count: statistics.median(run["seconds"] for run in runs) for count, runs in by.items()}
@@ -24,13 +25,22 @@ def compare(found: dict[str, Any]) -> dict[str, Any]:
         }
         for name, arm in found["arms"].items()
     }
+    return {
+        **found,
+        "median_s": medians,
+        "ratios": _ratios(medians, "ours"),
+        "engine_ratios": _ratios(medians, "engine"),
+    }
+
+
+def _ratios(medians: dict[str, dict[str, dict[str, float]]], name: str) -> dict[str, dict[str, float]]:
     ratios: dict[str, dict[str, float]] = {}
-    for shape, by in medians.get("ours", {}).items():
+    for shape, by in medians.get(name, {}).items():
         for count, ours_s in by.items():
             peer_s = medians.get("peer", {}).get(shape, {}).get(count)
             if peer_s is not None:
                 ratios.setdefault(shape, {})[count] = peer_s / ours_s
-    return {**found, "median_s": medians, "ratios": ratios}
+    return ratios
 
 
 def joined(paths: Sequence[Path]) -> dict[str, Any]:
@@ -68,8 +78,8 @@ def check_tokens(found: dict[str, Any]) -> list[str]:
     other_select = found["arms"].get("peer", {}).get("select_by") == "choice"  # it reads each prompt once
     for (name, shape, count), ours in prompts.items():
         peers = prompts.get(("peer", shape, count)) if shape != "select" or not other_select else None
-        if name == "ours" and peers is not None and abs(ours - peers) > MOST_APART * max(ours, peers):
-            wrong.append(f"prompts of {shape} x {count} had {ours} tokens in our arm and {peers} in the other")
+        if name != "peer" and peers is not None and abs(ours - peers) > MOST_APART * max(ours, peers):
+            wrong.append(f"prompts of {shape} x {count} had {ours} tokens in the arm {name!r} and {peers} in the other")
     return wrong
 
 
@@ -86,15 +96,17 @@ def table(found: dict[str, Any]) -> str:
     keys = dict.fromkeys((shape, count) for _, shape, count, _ in _runs(found))
     for shape, count in keys:
         cells = [f"{shape:16} {count:>4}"]
-        for name in ("ours", "peer"):
+        for name in ("ours", "engine", "peer"):
             seconds = found["median_s"].get(name, {}).get(shape, {}).get(count)
             cells.append(f"{seconds:9.2f}" if seconds is not None else f"{'-':>9}")
-        ratio = found["ratios"].get(shape, {}).get(count)
-        cells.append(f"{ratio:10.2f}" if ratio is not None else "")
+        for ratios in ("ratios", "engine_ratios"):
+            ratio = found[ratios].get(shape, {}).get(count)
+            cells.append(f"{ratio:11.2f}" if ratio is not None else f"{'-':>11}")
         used = next(runs for name, s, c, runs in _runs(found) if (s, c) == (shape, count))[0]
         cells.append(f"{used['calls']:8} {used['prompt']:10} {used['output']:9}")
         rows.append(" ".join(cells))
     head = (
-        f"{'shape':16} {'n':>4} {'ours s':>9} {'peer s':>9} {'peer/ours':>10} {'calls':>8} {'prompt':>10} {'output':>9}"
+        f"{'shape':16} {'n':>4} {'ours s':>9} {'engine s':>9} {'peer s':>9} {'peer/ours':>11} {'peer/engine':>11} "
+        f"{'calls':>8} {'prompt':>10} {'output':>9}"
     )
     return "\n".join([head, *rows])

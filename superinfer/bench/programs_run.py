@@ -51,7 +51,8 @@ class Plan:
 
 
 class Arm(ABC):
-    """One way to run the programs. name: "ours" or "peer". what: to be recorded of it."""
+    """One way to run the programs. name: "ours", "engine" (ours again, without HTTP) or "peer". what: to be recorded of
+    it."""
 
     name: str
     what: dict[str, Any]
@@ -64,6 +65,10 @@ class Arm(ABC):
     async def run(self, texts: Texts) -> Tokens:
         """One program, to its end. Raises what makes it fail."""
 
+    async def counts(self) -> dict[str, int]:
+        """What its engine has done since it began, where that is told: steps, and tokens that it prefilled."""
+        return {}
+
     async def end(self) -> None:  # noqa: B027  (not all hold something)
         """After the last."""
 
@@ -71,11 +76,10 @@ class Arm(ABC):
 class OurArm(Arm):
     """The language, on an engine or a server of ours."""
 
-    name = "ours"
-
-    def __init__(self, backend: Any, at: str) -> None:
+    def __init__(self, backend: Any, at: str, name: str = "ours") -> None:
         from superinfer.lang.backend import TextBackend
 
+        self.name = name
         self._backend = backend
         self.what = {"at": at, "door": "zmq" if isinstance(backend, TextBackend) else "http"}
         if isinstance(backend, TextBackend):
@@ -86,6 +90,14 @@ class OurArm(Arm):
     async def begin(self) -> None:
         # Should both arms be served by one engine, neither is to find the other's prompts in its cache.
         self._backend.flush_cache()
+
+    async def counts(self) -> dict[str, int]:
+        if self.what["door"] != "zmq":
+            return {}
+        from superinfer.lang.loop import language_loop
+
+        stats = await asyncio.wrap_future(language_loop().submit(self._backend.client.client.stats()))
+        return {"steps": stats.steps, "prefill": stats.prefill_tokens}
 
     async def run(self, texts: Texts) -> Tokens:
         from superinfer.bench.programs_lang import PROGRAMS
@@ -169,7 +181,7 @@ async def measure(arms: Sequence[Arm], plan: Plan) -> dict[str, Any]:
 
 async def _batch(arm: Arm, texts: Sequence[Texts], limit: float) -> dict[str, Any]:
     """Start these programs at once and wait for all. seconds: from the first's start to the last's end; programs_s: of
-    each. Tokens are their sums."""
+    each. Tokens are their sums; steps and prefilled tokens are the engine's, where it tells."""
     used, programs_s = Tokens(), []
 
     async def one(text: Texts) -> None:
@@ -177,6 +189,7 @@ async def _batch(arm: Arm, texts: Sequence[Texts], limit: float) -> dict[str, An
         used += await arm.run(text)
         programs_s.append(time.perf_counter() - started)
 
+    before = await arm.counts()
     started = time.perf_counter()
     what = f"{arm.name}: {len(texts)} programs of {texts[0].shape}"
     try:
@@ -187,7 +200,13 @@ async def _batch(arm: Arm, texts: Sequence[Texts], limit: float) -> dict[str, An
         raise SuperinferError(f"{what} took over {limit:.0f} s; raise --limit or lower --scale") from None
     except ExceptionGroup as failed:
         raise SuperinferError(f"{what} failed: {_first(failed)!r}") from failed
-    return {"seconds": time.perf_counter() - started, "programs_s": programs_s, **asdict(used)}
+    seconds, after = time.perf_counter() - started, await arm.counts()
+    return {
+        "seconds": seconds,
+        "programs_s": programs_s,
+        **asdict(used),
+        **{name: after[name] - before[name] for name in before},
+    }
 
 
 def _first(error: BaseException) -> BaseException:

@@ -8,18 +8,19 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 from superinfer.errors import InvalidRequestError, RequestCancelledError, UnsupportedError
 from superinfer.lang.loop import language_loop
-from superinfer.lang.prompt import NO_CHAT, Chat, Prompt
+from superinfer.lang.prompt import NO_CHAT, Chat, Prompt, keeps_answers
 from superinfer.runtime.choices import ScoredChoices, at_border, score_choices
 from superinfer.runtime.client import AsyncEngineClient
 from superinfer.runtime.config import EMBEDDED, EngineConfig
 from superinfer.runtime.launch import EngineProcess, Progress, launch_engine
 from superinfer.runtime.protocol import Hints, ModelInfo, RequestReport, SamplingParams, TokenLogprob
 from superinfer.runtime.slo import SLO
-from superinfer.runtime.text import TextClient, TextDelta, TextRequest
+from superinfer.runtime.text import Begun, TextClient, TextDelta, TextRequest
 from superinfer.runtime.tokenization import Tokenizer
 
 
@@ -39,14 +40,25 @@ class Backend(ABC):
 
     takes_grammars: whether SamplingParams.grammar is honoured; calls that need it are refused before they are sent.
     takes_messages: its requests need the prompt as a Chat too.
+    extends: its calls go on from the tokens of those before them, and are begun with `begin`.
     """
 
     takes_grammars: bool = False
     takes_messages: ClassVar[bool] = False
+    extends: bool = False
 
     @abstractmethod
     def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
         """Deltas of all continuations as they come. Closing the generator early cancels the request."""
+
+    def begin(self, request: TextRequest) -> Begun:
+        """Send a request whose answer is read later. Raises UnsupportedError unless it `extends`."""
+        raise UnsupportedError(f"{type(self).__name__} begins no calls")
+
+    @cached_property
+    def keeps_answers(self) -> bool:
+        """Whether its chat template shows earlier answers as they were written."""
+        return keeps_answers(self.render_chat)
 
     @abstractmethod
     async def score(
@@ -139,9 +151,13 @@ class TextBackend(Backend):
         return self.client.info
 
     def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
-        if self._salt:
-            request = replace(request, cache_salt=self._salt + request.cache_salt)
-        return self.client.stream(request)
+        return self.client.stream(self._salted(request))
+
+    def begin(self, request: TextRequest) -> Begun:
+        return self.client.begin(self._salted(request))
+
+    def _salted(self, request: TextRequest) -> TextRequest:
+        return replace(request, cache_salt=self._salt + request.cache_salt) if self._salt else request
 
     async def score(
         self,
@@ -205,7 +221,9 @@ class RuntimeEndpoint(TextBackend):
     def __init__(self, address: str, *, timeout: float = 10.0) -> None:
         """Connect within `timeout` seconds. Raises EngineUnavailableError, InvalidRequestError, ModelLoadError."""
         self.address = address
-        super().__init__(language_loop().run(_connect(address, timeout)))
+        client = language_loop().run(_connect(address, timeout))
+        super().__init__(client)
+        self.extends = client.tokenizer.cuts_anywhere
 
     @property
     def endpoint(self) -> RuntimeEndpoint:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,8 @@ from superinfer.runtime.text import TextDelta, TextResult
 _NUMBERS = {"int": re.compile(r"\s*([-+]?\d+)"), "float": re.compile(r"\s*([-+]?(?:\d+\.\d*|\.?\d+)(?:[eE][-+]?\d+)?)")}
 _MORE_NUMBER = {"int": re.compile(r"\d*\Z"), "float": re.compile(r"[\d.eE+-]*\Z")}
 
+PIECE_S = 0.1  # between two pieces of a text that nobody reads yet as it is written
+
 # Called with new text of the first continuation and what is known of the call so far.
 Emit = Callable[[str, dict[str, Any]], None]
 
@@ -36,18 +38,20 @@ Emit = Callable[[str, dict[str, Any]], None]
 @dataclass(frozen=True)
 class Answer:
     """What a call made: `value` goes to the variable, `rest` (what was not emitted yet) to the text, `reasoning` to a
-    variable of its own."""
+    variable of its own. token_ids: of the only continuation, where the backend tells them."""
 
     value: Any
     rest: str
     meta: Any
     finish_reason: str | None
     reasoning: str | list[str] | None = None
+    token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where a call is made, and for whom. enforced: the promise whose `on_miss` is ours to keep: `slo` is a plan.
+    """Where a call is made, and for whom. prompt: NO_PROMPT where the call was begun without its text.
+    enforced: the promise whose `on_miss` is ours to keep: `slo` is a plan.
     live: somebody reads the text as it is written."""
 
     backend: Backend
@@ -84,12 +88,18 @@ def unknown(context: Context, expr: Gen | Select) -> Answer:
     return Answer(value if n == 1 else [value] * n, str(value), {}, None, thought)
 
 
-async def generate(context: Context, gen: Gen, sampling: Sampling, emit: Emit) -> Answer:
-    """Generate. Raises like TextClient.stream, and OutputError for a `dtype` that the text is not of."""
-    request = CallRequest(
-        prompt=context.prompt.text,
+def request_of(
+    context: Context, gen: Gen, sampling: Sampling, prompt: str | Sequence[int] | None = None, after: str = ""
+) -> CallRequest:
+    """What goes to the backend. prompt: in place of the context's; behind the answer to request `after` where that is
+    given. Raises UnsupportedError for a grammar that the backend does not honour."""
+    live = context.waits_for_pieces(gen)
+    return CallRequest(
+        prompt=context.prompt.text if prompt is None else prompt,
         chat=context.prompt.chat,
-        live=context.waits_for_pieces(gen),
+        live=live,
+        interval_s=0.0 if live else PIECE_S,
+        after=after,
         sampling=_params(context.backend, gen, sampling),
         stop=sampling.stop_strings,
         stop_regex=sampling.stop_patterns,
@@ -99,9 +109,17 @@ async def generate(context: Context, gen: Gen, sampling: Sampling, emit: Emit) -
         hints=context.hints,
         add_special=context.prompt.add_special,
     )
-    results = [TextResult(index) for index in range(request.sampling.n)]
+
+
+async def generate(
+    context: Context, gen: Gen, sampling: Sampling, emit: Emit, stream: AsyncGenerator[TextDelta, None]
+) -> Answer:
+    """Read the answer to a request. Raises like TextClient.stream, and OutputError for a `dtype` that the text is not
+    of."""
+    n = sampling.n or 1
+    results = [TextResult(index) for index in range(n)]
     emitted = ""
-    stream = in_time(context.backend.stream(request), context.enforced, request.sampling.n)
+    stream = in_time(stream, context.enforced, n)
     async with contextlib.aclosing(stream) as deltas:
         async for delta in deltas:
             results[delta.index].add(delta)
@@ -201,7 +219,7 @@ def _answer(
     reasons = {result.finish_reason for result in results}
     reason = "deadline" if "deadline" in reasons else results[0].finish_reason
     if len(results) == 1:
-        return Answer(texts[0], rest, metas[0], reason)
+        return Answer(texts[0], rest, metas[0], reason, token_ids=results[0].token_ids)
     return Answer(list(texts), rest, metas, reason)
 
 

@@ -10,22 +10,26 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from superinfer.errors import DeadlineMissedError, InvalidRequestError, OverloadedError, RequestCancelledError
+from superinfer.errors import (
+    DeadlineMissedError,
+    InvalidRequestError,
+    NothingToExtendError,
+    OverloadedError,
+    QueueFullError,
+    RequestCancelledError,
+)
 from superinfer.lang import calls
+from superinfer.lang.ahead import CallsAhead, group_of
 from superinfer.lang.callgraph import Call, site_of
 from superinfer.lang.ir import (
     Expr,
     Gen,
-    RoleBegin,
-    RoleEnd,
     Select,
-    Text,
-    Tools,
     VarScopeBegin,
     VarScopeEnd,
     leaves,
@@ -34,12 +38,13 @@ from superinfer.lang.loop import language_loop, on_language_loop
 from superinfer.lang.outcome import Outcome
 from superinfer.lang.planner import NO_PAUSES, Sent, unseen
 from superinfer.lang.promise import Promise, Promises
-from superinfer.lang.prompt import Transcript
+from superinfer.lang.prompt import NO_PROMPT, Transcript
 from superinfer.lang.report import CallWatch
-from superinfer.lang.sampling import DEFAULT_MAX_TOKENS
+from superinfer.lang.sampling import DEFAULT_MAX_TOKENS, Sampling
 from superinfer.lang.steps import Append, Ask, Fork, OpenScope, Say, Step
 from superinfer.lang.unknown import DataDependent
 from superinfer.lang.variable import Feed, Variable
+from superinfer.lang.written import SentCall, Written, can_be_extended, new_mark, say
 from superinfer.runtime.protocol import Hints
 
 if TYPE_CHECKING:
@@ -65,9 +70,9 @@ class StreamExecutor:
         self.fork_mark = (0, 0)
         self._begun = False
         self._ended = False
-        self._steps: deque[Say | Step | Ask | Fork | Append] = deque()  # the first is the one being executed
+        self.steps: deque[Say | Step | Ask | Fork | Append] = deque()  # the first is the one being executed
         self._task: asyncio.Task[None] | None = None
-        self._scopes: list[OpenScope] = []
+        self.scopes: list[OpenScope] = []
         self._published = 0
         self._expected: dict[str, Variable] = {}
         self._lock = threading.Lock()
@@ -75,6 +80,8 @@ class StreamExecutor:
         self._extends: int | None = None  # the call from whose text its next one goes on
         self._visits: dict[str, int] = {}  # how often it has made a call of a name
         self._group = ""  # of its first call, in a fork with siblings
+        self.written = Written(transcript.copy()) if run.backend.extends and not run.tracing else None
+        self.ahead = CallsAhead(self)
         run.executors.append(self)
 
     # ------------------------------------------------------------------ from any thread
@@ -132,7 +139,7 @@ class StreamExecutor:
     @property
     def idle(self) -> bool:
         """Whether all that was submitted is done."""
-        return not self._steps
+        return not self.steps
 
     def expect(self, name: str) -> Variable:
         """The variable `name`, perhaps before the program has come to it."""
@@ -166,7 +173,7 @@ class StreamExecutor:
         self.loop.call_soon_threadsafe(self._stop)
 
     def _put(self, *steps: Say | Step | Ask | Fork | Append) -> None:
-        self._steps.extend(steps)
+        self.steps.extend(steps)
         if on_language_loop():
             self._wake()
         else:
@@ -179,6 +186,8 @@ class StreamExecutor:
         self.transcript = parent.transcript.copy()
         self.fork_mark = self.transcript.mark()
         self.frontier, self._extends, self._group = parent.frontier, parent._extends, group
+        self.written = parent.written.copy() if parent.written is not None else None
+        self.ahead.begin()
         self._begun = True
         self._wake()
 
@@ -199,14 +208,15 @@ class StreamExecutor:
             self.text_feed.close(self.error)
 
     def _wake(self) -> None:
+        self.ahead.look()
         if self._begun and not self.idle and (self._task is None or self._task.done()):
             self._task = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
-        while self._steps:
-            step = self._steps[0]
+        while self.steps:
+            step = self.steps[0]
             if isinstance(step, Ask):
-                self._steps.popleft()  # first: whoever is answered may rely on our being idle
+                self._pop()  # first: whoever is answered may rely on our being idle
                 _compute(step.compute, step.answer)
                 continue
             try:
@@ -226,12 +236,17 @@ class StreamExecutor:
                 self.error = self.error or error
             if self.error is not None:
                 self._give_up(step)
-            self._steps.popleft()
+            self._pop()
         self._task = None  # so that it goes now, and not when the state does
+
+    def _pop(self) -> None:
+        self.steps.popleft()
+        self.ahead.popped()
 
     def _give_up(self, step: Say | Step | Fork | Append) -> None:
         assert self.error is not None
-        for scope in self._scopes:
+        self.ahead.close()
+        for scope in self.scopes:
             scope.variable.fail(self.error)
         if isinstance(step, Step):
             step.variable.fail(self.error)
@@ -246,41 +261,37 @@ class StreamExecutor:
                 self._say_expr(expr)
         elif isinstance(step, Step):  # a scope begins
             assert isinstance(step.expr, VarScopeBegin)
-            self._scopes.append(OpenScope(step.expr.name, len(self.transcript.text()), step.variable))
+            self.scopes.append(OpenScope(step.expr.name, len(self.transcript.text()), step.variable))
         elif isinstance(step, Fork):
-            first = step.children[0]
-            group = f"{self.run.id}/{'/'.join(first.path)}" if len(step.children) > 1 else ""
             for child in step.children:
-                child.begin(self, group)
+                child.begin(self, group_of(step, self.run))
         else:
             for child in step.children:
                 self.transcript.append(child.transcript, child.fork_mark)
+                if self.written is not None:
+                    self.written.outline.append(child.transcript, child.fork_mark)
                 self.frontier = tuple({*self.frontier, *child.frontier})
 
     def _say_expr(self, expr: Expr) -> None:
+        if say(self.transcript, expr):
+            if self.written is not None:
+                say(self.written.outline, expr)
+            return
         match expr:
-            case Text(value=value):
-                self.transcript.add(value)
-            case RoleBegin(role=role):
-                self.transcript.begin(role)
-            case RoleEnd(role=role):
-                self.transcript.end(role)
-            case Tools(schemas=schemas):
-                self.transcript.tools = schemas
             case VarScopeEnd(name=name):
-                if not self._scopes or self._scopes[-1].name != name:
+                if not self.scopes or self.scopes[-1].name != name:
                     raise InvalidRequestError(f"variable scope {name!r} ends, but it is not the innermost open one")
-                scope = self._scopes.pop()
+                scope = self.scopes.pop()
                 scope.variable.set(self.transcript.text()[scope.start :])
             case other:
                 raise InvalidRequestError(f"cannot execute {other!r}")
 
     async def _call(self, expr: Gen | Select, variable: Variable, step: Step) -> None:
-        prompt = self.transcript.prompt(messages=self.run.backend.takes_messages)
+        begun = self.ahead.take(step)
         run, ledger = self.run, self.run.ledger
         watch = CallWatch(
             expr.name or ("gen" if isinstance(expr, Gen) else "select"),
-            (*self.path, *(scope.name for scope in self._scopes)),
+            (*self.path, *(scope.name for scope in self.scopes)),
             None,
         )
         call = variable.call = self._record(expr, watch, step)
@@ -290,11 +301,11 @@ class StreamExecutor:
         watch.planned = sent.planned
         live = run.stream or variable.feed.is_read
         context = calls.Context(
-            run.backend, prompt, sent.slo, run.program_id, watch, sent.hints, run.slo_class, sent.enforced, live
+            run.backend, NO_PROMPT, sent.slo, run.program_id, watch, sent.hints, run.slo_class, sent.enforced, live
         )
         why = "budget" if promise.spent else ""
         try:
-            answer = await self._answer(context, expr, promise, variable)
+            answer = await self._answer(context, step, promise, begun)
         except BaseException as error:
             told = self.error if isinstance(error, asyncio.CancelledError) and self.error is not None else error
             ledger.rows.append(watch.report(error=told, why=why, began=ledger.started))
@@ -329,8 +340,19 @@ class StreamExecutor:
         self.frontier, self._extends = (call.index,), call.index
         return call
 
-    def _plan(self, call: Call, promise: Promise) -> Sent:
-        group, self._group = self._group, ""
+    def plan_ahead(self, step: Step, group: str, same: int) -> Sent:
+        """What goes to the engine with a call that is sent before its turn, and is promised nothing.
+
+        group: as its first call in a fork. same: calls of its name that are to come before it.
+        """
+        name = step.expr.name or "gen"
+        path = (*self.path, *(scope.name for scope in self.scopes))
+        site = site_of(path, name, self._visits.get(name, 0) + same + 1)
+        return self._plan(Call(-1, site, name, path, (), None, 1, None, 0.0), Promise(None), group)
+
+    def _plan(self, call: Call, promise: Promise, group: str | None = None) -> Sent:
+        if group is None:
+            group, self._group = self._group, ""
         pauses, session = NO_PAUSES, self.run.session
         if session is not None:
             pauses = session.pauses()
@@ -341,8 +363,10 @@ class StreamExecutor:
         return self.run.planner.send(call, promise, self.run.due - self.run.clock(), group, pauses)
 
     async def _answer(
-        self, context: calls.Context, expr: Gen | Select, promise: Promise, variable: Variable
+        self, context: calls.Context, step: Step, promise: Promise, begun: SentCall | None
     ) -> calls.Answer:
+        expr = step.expr
+        assert not isinstance(expr, VarScopeBegin)
         if self.run.tracing:
             return calls.unknown(context, expr)
         on_miss = promise.slo.on_miss if promise.slo is not None else "finish"
@@ -354,23 +378,75 @@ class StreamExecutor:
                 f"{self.run.ledger.deadline} s has passed"
             )
         try:
-            return await self._ask(context, expr, variable)
+            try:
+                return await self._ask(context, step, begun)
+            except (NothingToExtendError, QueueFullError):
+                if begun is None:
+                    raise
+                return await self._ask(context, step)  # sent ahead in vain; what it goes on from is known by now
         except OverloadedError:
             if context.watch.planned is None:
                 raise
             # Refused for a deadline that was only our plan: once more with the true one.
             context.watch.planned = None
-            return await self._ask(replace(context, slo=promise.slo, enforced=None), expr, variable)
+            return await self._ask(replace(context, slo=promise.slo, enforced=None), step)
         except DeadlineMissedError:
             if on_miss != "truncate" or isinstance(expr, Gen):
                 raise
             return calls.spent(expr)
 
-    def _ask(self, context: calls.Context, expr: Gen | Select, variable: Variable) -> Awaitable[calls.Answer]:
+    async def _ask(self, context: calls.Context, step: Step, begun: SentCall | None = None) -> calls.Answer:
+        """Send a call, unless it has been, and read its answer."""
+        expr = step.expr
+        if isinstance(expr, Select) or self.written is None or (isinstance(expr, Gen) and expr.reasoning is not None):
+            context = replace(context, prompt=self.transcript.prompt(messages=self.run.backend.takes_messages))
         if isinstance(expr, Select):
-            return calls.choose(context, expr)
-        sampling = expr.sampling.over(self.run.sampling)
-        return calls.generate(context, expr, sampling, partial(self._say, variable))
+            answer = await calls.choose(context, expr)
+            if self.written is not None:
+                self.written.outline.add(answer.rest)
+            return answer
+        assert isinstance(expr, Gen)
+        sampling, emit = expr.sampling.over(self.run.sampling), partial(self._say, step.variable)
+        if self.written is None:
+            stream = self.run.backend.stream(calls.request_of(context, expr, sampling))
+            return await calls.generate(context, expr, sampling, emit, stream)
+        if begun is None:
+            begun = self._begin(context, step, sampling)
+        self.ahead.follow(begun)
+        try:
+            answer = await calls.generate(context, expr, sampling, emit, begun.begun.deltas())
+        finally:
+            begun.begun.close()
+        self._note(self.written, begun, answer)
+        return answer
+
+    def _begin(self, context: calls.Context, step: Step, sampling: Sampling) -> SentCall:
+        """Send a call whose turn has come: the tokens that the engine has, and what was said behind them."""
+        expr, written, backend = step.expr, self.written, self.run.backend
+        assert isinstance(expr, Gen) and written is not None
+        keeps = backend.keeps_answers or self.transcript.is_plain
+        rest = written.rest() if keeps else None
+        if rest is None:
+            self.written = written = Written(self.transcript.copy())
+            whole = self.transcript.prompt()
+            prompt = backend.encode(whole.text, special=whole.add_special)
+            text = whole.text
+        else:
+            prompt = [*written.ids, *backend.encode(rest, special=False)]
+            text = written.text + rest
+        mark = new_mark() if keeps and can_be_extended(expr, sampling) else ""
+        return SentCall(step, backend.begin(calls.request_of(context, expr, sampling, prompt)), text, mark)
+
+    def _note(self, written: Written, call: SentCall, answer: calls.Answer) -> None:
+        """What the engine has now."""
+        if call.mark and answer.finish_reason in ("stop", "length"):
+            ids = answer.token_ids[:-1] if answer.finish_reason == "stop" else answer.token_ids
+            before = written.ids if call.extends else ()
+            written.answered(call.text, call.mark, [*before, *call.begun.prompt, *ids])
+        else:
+            copy = self.transcript.copy()
+            copy.add(answer.rest)
+            self.written = Written(copy)
 
     def _say(self, variable: Variable, text: str, meta: Any) -> None:
         """The model's new text, to the transcript and to whoever reads along."""

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from superinfer.lang.server_wire import ServerWire
 
 CONNECTIONS = 2048  # at a time, to one service
-PIECE_MS = 100.0  # between two pieces of a text that nobody reads yet as it is written
 
 _NAMES = {name: name for name in ("n", "temperature", "top_p", "frequency_penalty", "presence_penalty", "seed")}
 _OWN_NAMES = {
@@ -191,7 +190,7 @@ class OpenAI(RemoteBackend):
         if self.ours:
             asked |= self._extra(request)
             if not request.live:
-                asked["stream_options"]["interval_ms"] = PIECE_MS
+                asked["stream_options"]["interval_ms"] = request.interval_s * 1e3
         if request.chat.plain is not None:
             return "/completions", asked | {"prompt": request.chat.plain}
         return "/chat/completions", asked | chat_fields(request.chat)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from superinfer.errors import InvalidRequestError
 
+_SAID = "one <think>two</think> three"  # an answer as models write it that reason first
 _MARK = "\x02here\x03"  # stands for a message's content while its place in the template is looked for
 
 
@@ -25,6 +26,19 @@ class RenderChat(Protocol):
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> str: ...
+
+
+def keeps_answers(render: RenderChat) -> bool:
+    """Whether a chat template shows earlier answers as they were written. One for models that reason may not."""
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": _SAID},
+        {"role": "user", "content": "q"},
+    ]
+    try:
+        return _SAID in render(messages)
+    except InvalidRequestError:
+        return True  # it takes no chats at all
 
 
 class Part(NamedTuple):
@@ -62,6 +76,9 @@ class Prompt:
     chat: Chat = NO_CHAT
 
 
+NO_PROMPT = Prompt("", add_special=False)
+
+
 class Transcript:
     """All that was said in one state. The last part is open where `role` is not None."""
 
@@ -85,6 +102,11 @@ class Transcript:
             self._parts[-1] = Part(self.role, self._parts[-1].content + text)
         else:
             self._parts.append(Part(None, text))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing stands in a role."""
+        return all(part.role is None for part in self._parts)
 
     def begin(self, role: str) -> None:
         """Open a message. Raises InvalidRequestError within an open one."""

@@ -80,6 +80,10 @@ class RemoteBackend(Backend):
             if value != getattr(_DEFAULTS, name) and name not in self.abilities.sampling:
                 shown = _GEN_NAMES.get(name, f"{name}={value!r:.80}")
                 raise UnsupportedError(f"{shown}: {self.name} does not take it; leave it out or use another backend")
+        if request.stop_regex:
+            raise UnsupportedError(
+                f"stop_regex={request.stop_regex!r:.80}: {self.name} does not take it; use stop, or an engine's address"
+            )
         if len(request.stop) > self.abilities.stops:
             raise UnsupportedError(f"stop: {self.name} takes at most {self.abilities.stops} strings")
         self._check_chat(request.chat)

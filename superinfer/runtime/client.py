@@ -161,6 +161,17 @@ class AsyncEngineClient:
             del self._streams[request.request_id]
             raise
 
+    def open_soon(self, request: Generate | Score, sink: Sink) -> None:
+        """`open` for callers that cannot wait. A link that breaks just now is told to `sink`. Raises like `open`."""
+        if self._dead is not None:
+            raise self._dead
+        if request.request_id in self._streams:
+            raise InvalidRequestError(
+                f"request id {request.request_id!r} is already in use on this connection; give a new one"
+            )
+        self._streams[request.request_id] = sink
+        self._send_soon(request)
+
     def release(self, request_id: str, *, finished: bool) -> None:
         """Forget a request given to `open`; it is cancelled unless it has `finished`."""
         if self._streams.pop(request_id, None) is not None and not finished:

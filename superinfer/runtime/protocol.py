@@ -15,7 +15,7 @@ import msgspec
 from superinfer.errors import InvalidRequestError, ProtocolError
 from superinfer.runtime.slo import SLO
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 FinishReason = Literal["stop", "length", "deadline", "cancelled", "scored"]
 LiveState = Literal["waiting", "computing", "rotated", "loading"]
@@ -152,7 +152,12 @@ class Generate(Message, frozen=True, kw_only=True):
     """Continue a prompt. `request_id` is unique within the connection.
 
     prompt: token ids, at least one.
-    slo: what is left of the promise, as durations from the moment the engine receives this.
+    after: request_id of an unfinished request of this connection, with n = 1, that this one goes on from: it begins
+        when that has ended, and `prompt` stands behind that one's prompt and output, but for a token that stopped it.
+        Failed("nothing_to_extend") where there is none, or it ends otherwise than by "stop" or "length".
+    interval_s: the least time between two deltas of a continuation; what comes meanwhile is in the next. 0: each step's
+        tokens at once. inf: all with the last.
+    slo: what is left of the promise, as durations from the moment the engine receives this, or begins it.
     slo_class: a name under which attainment is counted; "": counted under "default".
     cache_salt: prefixes are shared only between equal salts.
     program: identifier shared by the calls of one program run; a hint for the scheduler.
@@ -166,6 +171,16 @@ class Generate(Message, frozen=True, kw_only=True):
     cache_salt: str = ""
     program: str = ""
     hints: Hints | None = None
+    after: str = ""
+    interval_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (
+            isinstance(self.interval_s, bool)
+            or not isinstance(self.interval_s, (int, float))
+            or not self.interval_s >= 0
+        ):
+            raise InvalidRequestError(f"interval_s={self.interval_s!r} must be a number of seconds, at least 0")
 
 
 class Score(Message, frozen=True, kw_only=True):

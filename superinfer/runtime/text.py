@@ -5,14 +5,15 @@ The language, the HTTP server and the command line all generate through `TextCli
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
-from superinfer.errors import InvalidRequestError
-from superinfer.runtime.client import AsyncEngineClient, new_request_id
+from superinfer.errors import DeadlineMissedError, InvalidRequestError
+from superinfer.runtime.client import AsyncEngineClient, deadline_text, new_request_id
 from superinfer.runtime.protocol import (
     FinishReason,
     Generate,
@@ -37,7 +38,7 @@ class TextRequest:
     stop: strings that end the text; the match itself is left out of it. stop_regex: regular expressions that do.
     add_special: let the tokenizer add its BOS and the like; False for a rendered chat template.
     skip_special: leave special tokens out of the returned text.
-    slo_class, hints: see protocol.Generate.
+    slo_class, hints, after, interval_s: see protocol.Generate. With stop strings there is no interval.
     """
 
     prompt: str | Sequence[int]
@@ -51,6 +52,8 @@ class TextRequest:
     hints: Hints | None = None
     add_special: bool = True
     skip_special: bool = True
+    after: str = ""
+    interval_s: float = 0.0
 
     def __post_init__(self) -> None:
         for stop in self.stop:
@@ -122,7 +125,7 @@ class TextClient:
         """The prompt's token ids. Raises InvalidRequestError for an empty prompt."""
         prompt = request.prompt
         ids = self.tokenizer.encode(prompt, special=request.add_special) if isinstance(prompt, str) else list(prompt)
-        if not ids:
+        if not ids and not request.after:
             raise InvalidRequestError("the prompt is empty; give at least one token")
         return ids
 
@@ -137,7 +140,13 @@ class TextClient:
             cache_salt=request.cache_salt,
             program=request.program,
             hints=request.hints,
+            after=request.after,
+            interval_s=0.0 if request.stop or request.stop_regex else request.interval_s,
         )
+
+    def begin(self, request: TextRequest) -> Begun:
+        """Send a request whose answer is read later, or never. Raises EngineDeadError, InvalidRequestError."""
+        return Begun(self, request)
 
     def readers(self, request: TextRequest) -> list[SequenceReader]:
         """One for each continuation of the request."""
@@ -151,8 +160,15 @@ class TextClient:
     async def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
         """Text deltas of all continuations as they come. Closing the iterator early cancels. Raises like `generate`."""
         wire = self.wire(request)
-        readers = self.readers(request)
-        async with contextlib.aclosing(self.client.generate(wire)) as deltas:
+        async with contextlib.aclosing(self._read(wire, self.client.generate(wire), self.readers(request))) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def _read(
+        self, wire: Generate, deltas: AsyncGenerator[SequenceDelta, None], readers: Sequence[SequenceReader]
+    ) -> AsyncGenerator[TextDelta, None]:
+        """The text of a request's deltas; what is stopped by its text is cancelled."""
+        async with contextlib.aclosing(deltas):
             async for delta in deltas:
                 reader = readers[delta.index]
                 was_stopped = reader.stopped_by is not None
@@ -204,6 +220,54 @@ class TextClient:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
+
+
+class Begun:
+    """A request that has been sent, and whose deltas are kept until they are read. `close` it if they never are."""
+
+    def __init__(self, text: TextClient, request: TextRequest) -> None:
+        """Send it. Raises EngineDeadError, InvalidRequestError."""
+        self._text = text
+        self._wire = text.wire(request)
+        self._readers = text.readers(request)
+        self._open = request.sampling.n
+        self._arrived: asyncio.Queue[SequenceDelta | Exception] = asyncio.Queue()
+        text.client.open_soon(self._wire, self._arrived.put_nowait)
+
+    @property
+    def request_id(self) -> str:
+        return self._wire.request_id
+
+    @property
+    def prompt(self) -> list[int]:
+        """The token ids that were sent."""
+        return self._wire.prompt
+
+    async def deltas(self) -> AsyncGenerator[TextDelta, None]:
+        """As `TextClient.stream`; once."""
+        async with contextlib.aclosing(self._text._read(self._wire, self._received(), self._readers)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def _received(self) -> AsyncGenerator[SequenceDelta, None]:
+        slo = self._wire.slo
+        try:
+            while self._open:
+                delta = await self._arrived.get()
+                if isinstance(delta, Exception):
+                    self._open = 0
+                    raise delta
+                if delta.finish_reason is not None:
+                    self._open -= 1
+                    if delta.finish_reason == "deadline" and slo is not None and slo.on_miss == "raise":
+                        raise DeadlineMissedError(deadline_text(self._wire, delta))
+                yield delta
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Forget it; it is cancelled unless it has finished. Safe to call twice."""
+        self._text.client.release(self.request_id, finished=self._open == 0)
 
 
 class SequenceReader:

@@ -51,6 +51,11 @@ class Tokenizer:
         return tuple(token.content for token in added if token.special)
 
     @property
+    def cuts_anywhere(self) -> bool:
+        """Whether texts may be tokenized piece by piece: no piece gets anything of its own at its beginning."""
+        return self._segments is not None
+
+    @property
     def template_takes_tools(self) -> bool:
         """Whether the chat template mentions tools at all; one that does not would drop them in silence."""
         return "tools" in self.chat_template

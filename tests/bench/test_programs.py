@@ -74,6 +74,26 @@ def test_every_shape_is_timed_on_both_arms_which_use_as_many_tokens(
     }  # fmt: skip
 
 
+def test_our_language_is_timed_at_the_engine_too_beside_http(
+    bench: Bench, tiny_engine: EngineProcess, url: str, tmp_path: Path
+):
+    out = tmp_path / "three.json"
+    arms = ("--url-ours", url, "--url-engine", tiny_engine.address, "--url-peer", url)
+    status, text, err = bench(*arms, *SMALL, "--shapes", "json_extraction,chat", "--at-once", "2", "--json", str(out))
+    assert status == 0, err
+    found = json.loads(out.read_text())
+    assert [(name, arm["door"]) for name, arm in found["arms"].items()] == [
+        ("ours", "http"), ("engine", "zmq"), ("peer", "http"),
+    ]  # fmt: skip
+    for shape, least in (("json_extraction", 8), ("chat", 4)):
+        (engine,), (peer,) = (found["arms"][arm]["runs"][shape]["2"] for arm in ("engine", "peer"))
+        assert found["engine_ratios"][shape]["2"] == pytest.approx(peer["seconds"] / engine["seconds"])
+        assert engine["steps"] >= least and engine["prefill"] > 0
+    assert "peer/engine" in text
+    status, _, err = bench("--url-engine", url)
+    assert status and "no engine's address" in err
+
+
 def test_arms_measured_one_by_one_are_joined(bench: Bench, tiny_engine: EngineProcess, url: str, tmp_path: Path):
     ours, peer, both = (tmp_path / f"{name}.json" for name in ("ours", "peer", "both"))
     some = (*SMALL, "--shapes", "chat,select", "--at-once", "2")
@@ -144,7 +164,7 @@ def test_arms_that_did_other_work_are_told_of():
     found["arms"]["peer"]["runs"]["chat"]["1"][1]["prompt"] += 30
     assert check_tokens(found) == ["peer generated 255 tokens for chat x 1, not 256"]
     found["arms"]["peer"]["runs"]["chat"]["1"][1]["prompt"] += 30
-    assert check_tokens(found)[1] == "prompts of chat x 1 had 2000 tokens in our arm and 2060 in the other"
+    assert check_tokens(found)[1] == "prompts of chat x 1 had 2000 tokens in the arm 'ours' and 2060 in the other"
 
 
 def test_a_server_that_ignores_the_lengths_asked_for_fails_the_command(bench: Bench, tmp_path: Path):

@@ -42,7 +42,7 @@ def test_a_program_says_the_same_over_http_as_on_the_engine(server: str, endpoin
     @si.function
     def program(s):
         s += si.user("hello")
-        s += si.assistant("Well, " + si.gen("x", max_tokens=6, temperature=0, ignore_eos=True, top_k=5))
+        s += si.assistant("Well, " + si.gen("x", max_tokens=6, temperature=0, top_k=5, regex="[a-z]{9}"))
         s += si.user("and") + si.assistant(si.gen("y", max_tokens=4, temperature=0, min_tokens=4))
 
     here = program.run(backend=endpoint)
@@ -283,6 +283,7 @@ def test_messages_go_out_and_text_comes_back(service: Service) -> None:
         (lambda s: s.user("u") or si.assistant(si.gen("x", min_p=0.1)), "min_p=0.1"),
         (lambda s: s.user("u") or si.assistant(si.gen("x", ignore_eos=True)), "ignore_eos"),
         (lambda s: s.user("u") or si.assistant(si.gen("x", return_logprob=True)), "return_logprob"),
+        (lambda s: s.user("u") or si.assistant(si.gen("x", stop_regex="[0-9]")), "stop_regex"),
         (lambda s: s.user("u") or si.assistant(si.select("x", ["a", "b"])), r"select\(\)"),
         (lambda s: s.user("u") or si.user(si.gen("x")), "inside a user message"),
         (lambda s: s.user("u") or "raw" + si.assistant(si.gen("x")), "text between messages"),
@@ -298,6 +299,25 @@ def test_what_a_service_cannot_do_is_refused_before_anything_is_sent(service: Se
         with backend, pytest.warns(RuntimeWarning, match=named):
             assert isinstance(program.run(backend=backend).error(), si.UnsupportedError)
     assert service.asked == []
+
+
+@pytest.mark.parametrize("options", [{"stop_regex": "[0-9]"}, {"return_logprob": True}, {"top_logprobs_num": 2}])
+def test_what_a_superinfer_server_is_not_asked_over_http_is_refused_by_name(
+    server: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from superinfer.lang.server_wire import ServerWire
+
+    asked: list[str] = []
+    monkeypatch.setattr(ServerWire, "chunks", lambda self, path, body: asked.append(path))
+
+    @si.function
+    def program(s):
+        s += "text" + si.gen("x", max_tokens=4, **options)
+
+    named = "stop_regex" if "stop_regex" in options else "return_logprob"
+    with si.RuntimeEndpoint(server) as backend, pytest.warns(RuntimeWarning, match=named):
+        assert isinstance(program.run(backend=backend).error(), si.UnsupportedError)
+    assert asked == []
 
 
 def test_tools_are_refused_where_they_are_not_passed_on(service: Service) -> None:

@@ -10,12 +10,20 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from superinfer.errors import InvalidRequestError, OverloadedError, QueueFullError, SuperinferError
+from superinfer.errors import (
+    InvalidRequestError,
+    NothingToExtendError,
+    OverloadedError,
+    QueueFullError,
+    SuperinferError,
+)
 from superinfer.runtime.engine.attainment import Attainment
 from superinfer.runtime.engine.executor import Executor
+from superinfer.runtime.engine.followers import Followers, whole
 from superinfer.runtime.engine.frontdoor import FrontDoor
 from superinfer.runtime.engine.intake import Intake
 from superinfer.runtime.engine.live import live_report
+from superinfer.runtime.engine.outgoing import Outgoing
 from superinfer.runtime.engine.tier_stats import tier_stats
 from superinfer.runtime.protocol import (
     Cancel,
@@ -26,6 +34,7 @@ from superinfer.runtime.protocol import (
     GetLive,
     GetStats,
     HealthReport,
+    RequestReport,
     Score,
     SequenceDelta,
     Shutdown,
@@ -81,6 +90,8 @@ class EngineLoop:
         self._trace = trace
         self._live: dict[bytes, dict[str, list[Sequence]]] = defaultdict(dict)  # unfinished: client, request id
         self._num_live = 0
+        self._followers = Followers()
+        self._outgoing = Outgoing()  # tokens that a later delta will tell
         self._compiling: list[tuple[Future[Any], list[Sequence]]] = []  # not with the scheduler yet
         self._in_flight: deque[int] = deque()  # steps submitted and not collected, oldest first
         self._counters = Counters()
@@ -184,22 +195,24 @@ class EngineLoop:
             case Shutdown():
                 self.stop("a client asked it to shut down")
 
-    def _take(self, client: bytes, request: Generate | Score) -> None:
+    def _take(self, client: bytes, request: Generate | Score) -> bool:
+        """Take a request in; False where it could not be, which its client has been told."""
         request_id = request.request_id
         try:
-            if request_id in self._live[client]:
+            if request_id in self._live[client] or self._followers.get(client, request_id) is not None:
                 raise InvalidRequestError(f"request id {request_id!r} is already in use; give each request its own")
+            if isinstance(request, Generate) and request.after:
+                self._hold(client, request)
+                return True
             sequences = self._intake.sequences(client, request, time.monotonic())
-            if self._num_live + len(sequences) > self._max_queue:
-                raise QueueFullError(
-                    f"the engine holds {self._num_live} unfinished sequences of at most {self._max_queue}; "
-                    "try again later or raise --max-queue"
-                )
+            self._check_room(self._num_live, len(sequences))
             grammar = sequences[0].sampling.grammar
             compiled = self._executor.grammars.request(grammar) if grammar is not None else None
         except SuperinferError as error:
             self._door.send(client, Failed(code=error.code, message=str(error), request_id=request_id))
-            return
+            return False
+        if isinstance(request, Generate) and request.interval_s:
+            self._outgoing.pace(sequences, request.interval_s)
         self._live[client][request_id] = sequences
         self._num_live += len(sequences)
         if self._trace is not None:
@@ -207,19 +220,55 @@ class EngineLoop:
                 self._trace.follow(sequence)
         if compiled is not None:
             self._compiling.append((compiled, list(sequences)))
-            return
+            return True
         for sequence in sequences:
             self._scheduler.add(sequence)
         now = time.monotonic()
         waits = [wait for sequence in sequences if (wait := self._scheduler.overload(sequence, now)) is not None]
         if waits:
             self._refuse(client, sequences, max(waits), now)
+        return True
+
+    def _check_room(self, held: int, wanted: int) -> None:
+        """What is held for later leaves no less room for what can begin."""
+        if held + wanted > self._max_queue:
+            raise QueueFullError(
+                f"the engine holds {held} unfinished sequences of at most {self._max_queue}; "
+                "try again later or raise --max-queue"
+            )
+
+    def _hold(self, client: bytes, request: Generate) -> None:
+        """Keep a request until the one that it goes on from has ended. Raises SuperinferError where it cannot be."""
+        sequences, held = self._live[client].get(request.after), self._followers.get(client, request.after)
+        if not sequences and held is None:
+            raise NothingToExtendError(f"request {request.after!r} is not under way: send the whole prompt")
+        if (held.sampling.n if held is not None else len(sequences or ())) != 1:
+            raise InvalidRequestError(f"request {request.after!r} has several continuations; only one can be extended")
+        self._check_room(self._num_live + len(self._followers), request.sampling.n)
+        self._followers.hold(client, request)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """A sequence has ended: those that go on from it begin."""
+        if not len(self._followers):
+            return
+        if sequence.finish_reason not in ("stop", "length"):
+            self._drop_followers(sequence.owner, sequence.request_id, f"ended by {sequence.finish_reason!r}")
+            return
+        for follower in self._followers.take(sequence.owner, sequence.request_id):
+            if not self._take(sequence.owner, whole(follower, sequence)):
+                self._drop_followers(sequence.owner, follower.request_id, "failed")
+
+    def _drop_followers(self, client: bytes, request_id: str, why: str) -> None:
+        for dropped in self._followers.drop(client, request_id):
+            text = f"request {request_id!r}, which this one goes on from, {why}: send the whole prompt"
+            self._door.send(client, Failed(code=NothingToExtendError.code, message=text, request_id=dropped.request_id))
 
     def _refuse(self, client: bytes, sequences: list[Sequence], retry_after_s: float, now: float) -> None:
         """What was promised cannot be kept for one of a request's sequences: the whole request is sent back."""
         first = sequences[0]
         for sequence in sequences:
             self._scheduler.cancel(sequence, now)
+            self._outgoing.forget(sequence)
         del self._live[client][first.request_id]
         self._num_live -= len(sequences)
         self._attainment.refused(first.slo_class, len(sequences))
@@ -228,6 +277,7 @@ class EngineLoop:
             client,
             Failed(code=OverloadedError.code, message=text, request_id=first.request_id, retry_after_s=retry_after_s),
         )
+        self._drop_followers(client, first.request_id, "was refused")
 
     def _add_compiled(self, now: float) -> None:
         """Sequences whose grammar is compiled join the others; those whose grammar cannot be used are told so."""
@@ -263,6 +313,11 @@ class EngineLoop:
 
     def _cancel(self, client: bytes, message: Cancel) -> None:
         now = time.monotonic()
+        held = self._followers.cancel(client, message.request_id)
+        if held is not None:
+            self._drop_followers(client, message.request_id, "was cancelled")
+            self._door.send(client, Deltas(deltas=[_never_begun(held, at) for at in range(held.sampling.n)]))
+            return
         sequences = self._live[client].get(message.request_id, [])
         chosen = [s for s in sequences if message.index is None or s.index == message.index]
         updates = [self._end(sequence, now) for sequence in chosen]
@@ -277,37 +332,46 @@ class EngineLoop:
             for client in [client for client, requests in self._live.items() if requests]:
                 self._door.send(client, Deltas(deltas=[]))
         for client in list(self._door.gone):
+            self._followers.forget(client)
             for sequences in list(self._live.pop(client, {}).values()):
                 for sequence in sequences:
                     if self._end(sequence, now) is not None:
                         self._num_live -= 1
                         self._counters.cancelled += 1
+                        self._outgoing.forget(sequence)
             self._door.forget(client)
 
     # ------------------------------------------------------------------ results
 
     def _publish(self, updates: Iterable[SequenceUpdate], now: float) -> None:
         by_client: dict[bytes, list[SequenceDelta]] = defaultdict(list)
+        ended: list[Sequence] = []
         for update in updates:
             sequence = update.sequence
             report = sequence.report(now) if update.finish_reason is not None else None
+            self._counters.output_tokens += len(update.token_ids)
+            if self._outgoing.keeps(update, now):
+                continue
+            token_ids, logprobs = self._outgoing.all_of(update)
             by_client[sequence.owner].append(
                 SequenceDelta(
                     request_id=sequence.request_id,
                     index=sequence.index,
-                    token_ids=update.token_ids,
-                    logprobs=update.logprobs,
+                    token_ids=token_ids,
+                    logprobs=logprobs,
                     finish_reason=update.finish_reason,
                     report=report,
                 )
             )
-            self._counters.output_tokens += len(update.token_ids)
             if report is not None:
                 self._retire(sequence)
                 self._count(update, report.met)
                 self._attainment.ended(sequence.slo_class, update.finish_reason, report)
+                ended.append(sequence)
         for client, deltas in by_client.items():
             self._door.send(client, Deltas(deltas=deltas))
+        for sequence in ended:
+            self._let_go(sequence)
 
     def _count(self, update: SequenceUpdate, met: bool | None) -> None:
         counters = self._counters
@@ -339,7 +403,10 @@ class EngineLoop:
             lost = requests.pop(request_id)
             self._num_live -= len(lost)
             self._counters.failed += len(lost)
+            for sequence in lost:
+                self._outgoing.forget(sequence)
             self._door.send(client, Failed(code=error.code, message=str(error), request_id=request_id))
+            self._drop_followers(client, request_id, "failed")
 
     def _retire(self, sequence: Sequence) -> None:
         requests = self._live[sequence.owner]
@@ -394,6 +461,14 @@ class EngineLoop:
             cost_error_p90=cost_error.p90,
             prefill_tokens=counters.prefill_tokens,
         )
+
+
+def _never_begun(request: Generate, index: int) -> SequenceDelta:
+    """The last delta of a request that was cancelled while it was held."""
+    report = RequestReport(
+        prompt_tokens=0, cached_tokens=0, output_tokens=0, queue_s=0.0, prefill_s=0.0, decode_s=0.0, e2e_s=0.0
+    )
+    return SequenceDelta(request_id=request.request_id, index=index, finish_reason="cancelled", report=report)
 
 
 def _is_expired(sequence: Sequence, now: float) -> bool:
