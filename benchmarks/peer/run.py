@@ -39,6 +39,7 @@ from superinfer.bench.record import environment, without_nan  # noqa: E402
 
 END_S = 25.0  # kept back to end servers and write results
 LOOK_S = 2.0
+AZURE, MOONCAKE = "azure_conv_2023.csv", "mooncake_conversation.jsonl"  # in the folder of --traces
 
 
 def arguments() -> argparse.Namespace:
@@ -72,12 +73,25 @@ def arguments() -> argparse.Namespace:
     given.then_after = given.then_after or given.schedules[-1]
     if given.then_after not in given.schedules:
         parser.error(f"--then-after {given.then_after} is none of {', '.join(given.schedules)}")
+    for trace in _traces(given):
+        if not trace.is_file():  # said now, not when servers have started
+            parser.error(f"there is no {trace}; say with --traces where it is")
     return given
+
+
+def _traces(given: argparse.Namespace) -> list[Path]:
+    """Those that the phases read."""
+    lanes = [
+        only(lane, _parts(given.arms), _parts(given.phases)) for name in given.schedules for lane in SCHEDULES[name]
+    ]
+    phases = {step.phase for lane in lanes for run in lane.runs for step in run.steps}
+    needed = {AZURE: phases & {"online", "slo"}, MOONCAKE: phases & {"turns"}}
+    return [given.traces / name for name, readers in needed.items() if readers]
 
 
 def sizes_and_plan(given: argparse.Namespace) -> tuple[Sizes, Plan]:
     """What is measured, of the real model's size or a small one's."""
-    traces = given.traces / "azure_conv_2023.csv", given.traces / "mooncake_conversation.jsonl"
+    traces = given.traces / AZURE, given.traces / MOONCAKE
     own = tuple(shlex.split(given.own_flags))
     if given.small:
         sizes = Sizes(
@@ -260,7 +274,8 @@ class Command:
         failed = self.then_failed
         for name in self.given.schedules:
             found = self.record(name)
-            failed |= '"failed"' in json.dumps(found["arms"])
+            # A report within a phase counts its failed requests under that name too: those are a result.
+            failed |= any("failed" in one for arm in found["arms"].values() for one in (arm, *arm["phases"].values()))
             print(f"\n=== {name}\n{table(found)}", flush=True)
         print(f"{time.monotonic() - self.began:.0f} s; results in {self.given.out}", flush=True)
         return int(failed)

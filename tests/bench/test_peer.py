@@ -115,12 +115,20 @@ def test_turns_return_to_conversations_and_single_requests_are_left_out():
     assert [len(job.blocks) for job in shorter.jobs] == [3, 5, 3, 4]
 
 
+def ten_requests(folder: Path) -> Path:
+    """A folder with Azure's trace in its format."""
+    rows = [f"2023-11-16 18:15:{at:02d}.0,{100 + at},{20 + at}" for at in range(10)]
+    (folder / "azure_conv_2023.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(rows) + "\n")
+    return folder
+
+
 @pytest.mark.timeout(200)
 def test_a_whole_run_measures_and_writes_what_it_measured(tmp_path: Path):
     command = [sys.executable, str(PEER / "run.py"), "ample", "--small", "--stand-in", "--gpus", "", "--lanes", "1"]
+    command += ["--traces", str(ten_requests(tmp_path))]
     command += [
         "--phases",
-        "prefill",
+        "prefill,online",
         "--clients",
         "1",
         "--out",
@@ -135,6 +143,16 @@ def test_a_whole_run_measures_and_writes_what_it_measured(tmp_path: Path):
     arm = json.loads(path.read_text())["arms"]["ours"]
     assert arm["phases"]["prefill"]["prefill"][0]["tokens_per_s"] > 0 and arm["start_s"] > 0
     assert "prefill 4 x 64" in done.stdout
+    (online,) = arm["phases"]["online"]["runs"]
+    assert online["report"]["failed"] == 0 and online["report"]["ttft"]["p50"] > 0
+
+
+def test_a_trace_that_is_not_there_is_said_before_anything_starts(tmp_path: Path):
+    command = [sys.executable, str(PEER / "run.py"), "tiers", "--traces", str(tmp_path), "--phases", "turns"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60
+    )
+    assert done.returncode == 2 and "mooncake_conversation.jsonl" in done.stderr and "azure" not in done.stderr
 
 
 @pytest.mark.timeout(200)
