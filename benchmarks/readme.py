@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from readme_rooflines import rooflines
 from readme_vllm import beside_vllm
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +37,7 @@ rounds that alternate in one run (`{found["command"]}`, `results/cpu-throughput.
 
 def section() -> str:
     """All figures, as they stand between the markers."""
-    return f"\n{cpu_throughput()}{beside_vllm()}\n"
+    return f"\n{cpu_throughput()}{beside_vllm()}{rooflines()}\n"
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The README's tables beside vLLM, from results/<gpu>-vs-vllm-*.json; nothing where those were not measured."""
+"""The README's tables beside vLLM, from results/<gpu>-vs-vllm-*.json; nothing where those were not measured.
+
+Each table is of the first kind of GPU that it was measured on: the H100's wherever there is one.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,12 @@ RESULTS = Path(__file__).parent / "results"
 _ARMS = {"vllm": "vLLM", "vllm-tight": "vLLM", "vllm-edf": "vLLM, earliest deadline", "vllm-offload": "vLLM, offload"}
 
 
-def beside_vllm(gpus: tuple[str, ...] = ("h100", "h200")) -> str:
-    """The tables of each kind of GPU, as many as there are results for."""
-    return "".join(_speed(gpu) + _turns(gpu) + _promises(gpu) for gpu in gpus)
+GPUS = ("h100", "h200")
+
+
+def beside_vllm() -> str:
+    """As many tables as there are results for."""
+    return "".join(next(filter(None, map(made, GPUS)), "") for made in (_speed, _turns, _promises))
 
 
 def _read(gpu: str, schedule: str) -> dict[str, Any] | None:
@@ -65,19 +71,26 @@ Llama-3-8B's shape, random weights, bf16, {record["device"]["gpu"]}, beside vLLM
 
 
 def _turns(gpu: str) -> str:
-    """Conversations on a small pool, with a second tier and without one."""
-    record = _read(gpu, "tiers") or _read(gpu, "ample-turns")
-    if record is None:
-        return ""
-    tiers, alone = (_phase(record, arm, "turns") for arm in ("ours-turns-tiers", "ours-turns"))
+    """Conversations on a small pool, with a second tier and without one, and vLLM's with its own."""
+    arms: dict[str, Any] = {}
+    for record in filter(None, (_read(gpu, schedule) for schedule in ("ample-turns", "tiers"))):
+        arms |= record["arms"]
+    names = ("ours-turns-tiers", "ours-turns", "vllm-turns-offload")
+    tiers, alone, offload = (_phase({"arms": arms}, arm, "turns") for arm in names)
     if tiers is None or alone is None:
         return ""
     times = tiers["working_set_tokens"] / tiers["pool_tokens"]
     with_tier, without = (found["ttft_returning"]["p50"] * 1e3 for found in (tiers, alone))
+    peer = f"; vLLM's offload {offload['ttft_returning']['p50'] * 1e3:.1f} ms" if offload else ""
     return f"""
-Conversations of the Mooncake trace on a KV pool of a {times:.0f}th of their working set: TTFT p50 of returning turns
-{with_tier:.1f} ms with DRAM behind it, {without:.1f} ms recomputed ({without / with_tier:.1f} ×).
+Conversations of the Mooncake trace on a KV pool of a {times:.0f}th of their working set{_on(gpu)}: TTFT p50 of
+returning turns {with_tier:.1f} ms with DRAM behind it, {without:.1f} ms recomputed ({without / with_tier:.1f} ×){peer}.
 """
+
+
+def _on(gpu: str) -> str:
+    """Which GPU, where tables are of several."""
+    return f" ({gpu.upper()})"
 
 
 def _row(name: str, ours: float, peer: float, digits: int) -> str:
@@ -102,8 +115,8 @@ def _promises(gpu: str) -> str:
     settings = slo["settings"]
     promise = f"first token within {settings['slo']['ttft']:g} s and {settings['slo']['tbt']:g} s a token"
     return f"""
-Promises kept with a KV pool of {settings["sizes"]["tight"] * 16:,} tokens: Azure's conversation lengths, Poisson
-arrivals for {settings["slo_s"]:g} s, {promise}
+Promises kept with a KV pool of {settings["sizes"]["tight"] * 16:,} tokens{_on(gpu)}: Azure's conversation lengths,
+Poisson arrivals for {settings["slo_s"]:g} s, {promise}
 (`results/{gpu}-vs-vllm-slo.json`):
 
 | requests/s | | first token in time | whole answer in time | output tokens/s |

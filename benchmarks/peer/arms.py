@@ -21,6 +21,7 @@ class Sizes:
     """What all arms share. Blocks are of PAGE tokens; block_bytes: K and V of all layers of one.
 
     ample, tight, turns: KV blocks of the three pools that phases ask for. dram_bytes: of the second tier.
+    weight_bytes: of the model. around_bytes: what a server holds of a GPU besides weights and blocks, at most.
     """
 
     model: str
@@ -29,6 +30,8 @@ class Sizes:
     tight: int = 9_600
     turns: int = 4_096
     dram_bytes: int = 64 << 30
+    weight_bytes: int = 16_060_522_496
+    around_bytes: int = 6 << 30
     max_model_len: int = 8192
     max_seqs: int = 512
     batch_tokens: int = 8192
@@ -38,6 +41,10 @@ class Sizes:
     def blocks(self, pool: str) -> int:
         """KV blocks of a pool by name."""
         return int(getattr(self, pool))
+
+    def gpu_bytes(self, pool: str) -> int:
+        """What a server with that pool holds of a GPU's memory, at most."""
+        return self.weight_bytes + self.blocks(pool) * self.block_bytes + self.around_bytes
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,8 @@ def known_arms() -> dict[str, Arm]:
     """Every arm by name."""
     edf = ("--scheduling-policy", "priority")
     found = [
-        Arm("vllm", "vllm", "ample"),
-        Arm("vllm-programs", "vllm", "ample", ("--enable-prompt-tokens-details",)),
+        # The flag has the usage say how many prompt tokens were cached, which `bench programs` records.
+        Arm("vllm", "vllm", "ample", ("--enable-prompt-tokens-details",)),
         Arm("vllm-tight", "vllm", "tight"),
         Arm("vllm-edf", "vllm", "tight", edf, priority="edf"),
         Arm("vllm-offload", "vllm", "tight", dram=True),

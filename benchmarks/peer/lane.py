@@ -24,7 +24,7 @@ import turns
 from arms import Arm, Sizes, known_arms
 from clients import Clients
 from plan import Bench, Plan
-from schedule import Lane, Run, Step
+from schedule import Lane, Run, Step, together
 from servers import Server, ServerFailed
 
 from superinfer.bench.load import Asking, probe
@@ -44,7 +44,8 @@ PHASES: dict[str, Callable[..., dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class LaneTask:
-    """What a lane's process needs. gpu: None where there is none. cores: it keeps to. until: on time.monotonic.
+    """What a lane's process needs. gpu: None where there is none; gpu_bytes: its memory, where known. cores: it keeps
+    to. until: on time.monotonic.
 
     port: of its first server. stand_in: our server in vLLM's place. hold: keep the last servers until the folder has a
     file `end`; their URLs are in `urls-NUMBER.json`.
@@ -53,6 +54,7 @@ class LaneTask:
     number: int
     lane: Lane
     gpu: int | None
+    gpu_bytes: int | None
     cores: Sequence[int]
     sizes: Sizes
     plan: Plan
@@ -70,16 +72,17 @@ def run_lane(task: LaneTask) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # servers are ended on the way out
     if task.cores:
         os.sched_setaffinity(0, task.cores)
-    waiting = list(task.lane.runs)
+    runs, at = task.lane.runs, 0
     try:
         with Clients(task.clients) as clients:
-            while waiting:
-                group, waiting = waiting[: task.lane.together], waiting[task.lane.together :]
+            while at < len(runs):
+                group = runs[at : at + together(task.lane, at, task.sizes, task.gpu_bytes)]
+                at += len(group)
                 for run in group:
                     _start(task, known_arms()[run.arm])
                 for run in group:
                     _measure(task, run, clients)
-                if not (task.hold and not waiting):
+                if not (task.hold and at == len(runs)):
                     _stop_all()
             if task.hold:
                 _hold(task)

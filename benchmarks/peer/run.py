@@ -10,7 +10,6 @@ many GPUs as all schedules have lanes, they all run at once; otherwise one sched
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import multiprocessing
@@ -40,6 +39,7 @@ from superinfer.bench.record import environment, without_nan  # noqa: E402
 
 END_S = 25.0  # kept back to end servers and write results
 LOOK_S = 2.0
+AZURE, MOONCAKE = "azure_conv_2023.csv", "mooncake_conversation.jsonl"  # in the folder of --traces
 
 
 def arguments() -> argparse.Namespace:
@@ -68,12 +68,30 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="the embedded model and short runs: tries the harness")
     parser.add_argument("--stand-in", action="store_true", help="our server in vLLM's place: tries the harness")
     parser.add_argument("--then", default="", help="a command with {ours} and {vllm}, once the last servers are idle")
-    return parser.parse_args()
+    parser.add_argument("--then-after", default="", help="the schedule of those servers; the last one given")
+    given = parser.parse_args()
+    given.then_after = given.then_after or given.schedules[-1]
+    if given.then_after not in given.schedules:
+        parser.error(f"--then-after {given.then_after} is none of {', '.join(given.schedules)}")
+    for trace in _traces(given):
+        if not trace.is_file():  # said now, not when servers have started
+            parser.error(f"there is no {trace}; say with --traces where it is")
+    return given
+
+
+def _traces(given: argparse.Namespace) -> list[Path]:
+    """Those that the phases read."""
+    lanes = [
+        only(lane, _parts(given.arms), _parts(given.phases)) for name in given.schedules for lane in SCHEDULES[name]
+    ]
+    phases = {step.phase for lane in lanes for run in lane.runs for step in run.steps}
+    needed = {AZURE: phases & {"online", "slo"}, MOONCAKE: phases & {"turns"}}
+    return [given.traces / name for name, readers in needed.items() if readers]
 
 
 def sizes_and_plan(given: argparse.Namespace) -> tuple[Sizes, Plan]:
     """What is measured, of the real model's size or a small one's."""
-    traces = given.traces / "azure_conv_2023.csv", given.traces / "mooncake_conversation.jsonl"
+    traces = given.traces / AZURE, given.traces / MOONCAKE
     own = tuple(shlex.split(given.own_flags))
     if given.small:
         sizes = Sizes(
@@ -106,7 +124,9 @@ class Command:
         self.place = environment(shlex.join(["python", "benchmarks/peer/run.py", *sys.argv[1:]]))
         self.place["gpus"] = _nvidia_smi()
         self.name = _gpu_name(self.place)
+        self.memory = _memory(self.place["gpus"])
         self.ceilings: dict[str, Any] = {}
+        self.then_failed = False
         given.out.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> int:
@@ -119,7 +139,7 @@ class Command:
         at_once = len(self.gpus) >= sum(map(len, lanes.values())) and len(lanes) > 1
         rounds = [list(lanes)] if at_once else [[name] for name in lanes]
         for names in rounds:
-            self._round([(name, number) for name in names for number in lanes[name]], last=names is rounds[-1])
+            self._round([(name, number) for name in names for number in lanes[name]])
         for name in self.given.schedules:
             self._write(name)
         return self._report()
@@ -132,14 +152,13 @@ class Command:
     def _lane(self, schedule: str, number: int) -> Lane:
         return only(SCHEDULES[schedule][number], _parts(self.given.arms), _parts(self.given.phases))
 
-    def _round(self, lanes: list[tuple[str, int]], last: bool) -> None:
+    def _round(self, lanes: list[tuple[str, int]]) -> None:
         """As many lanes at once as there are GPUs."""
-        width = max(1, len(self.gpus)) if self.gpus else 1
+        width = max(1, len(self.gpus))
         for at in range(0, len(lanes), width):
-            group = lanes[at : at + width]
-            self._together(group, hold=bool(self.given.then) and last and at + width >= len(lanes))
+            self._together(lanes[at : at + width])
 
-    def _together(self, group: list[tuple[str, int]], hold: bool) -> None:
+    def _together(self, group: list[tuple[str, int]]) -> None:
         context = multiprocessing.get_context("spawn")
         cores = sorted(os.sched_getaffinity(0))
         share = len(cores) // len(group)
@@ -150,7 +169,8 @@ class Command:
             task = LaneTask(
                 number=number,
                 lane=self._lane(schedule, number),
-                gpu=gpu_of(place if len(group) > 1 else number, self.gpus, self.given.swap) if self.gpus else None,
+                gpu=(gpu := self._gpu(place if len(group) > 1 else number)),
+                gpu_bytes=self.memory.get(gpu) if gpu is not None else None,
                 cores=cores[place * share : (place + 1) * share] if len(group) > 1 else (),
                 sizes=self.sizes,
                 plan=self.plan,
@@ -160,13 +180,13 @@ class Command:
                 start_limit_s=self.given.start_limit,
                 clients=self.given.clients,
                 stand_in=self.given.stand_in,
-                hold=hold,
+                hold=self._held(schedule),
             )
             process = context.Process(target=run_lane, args=(task,), name=f"{schedule}-{number}")
             process.start()
             running.append(process)
         try:
-            self._watch(running, {name for name, _ in group}, hold)
+            self._watch(running, {name for name, _ in group})
         finally:
             for process in running:
                 if process.is_alive():
@@ -176,31 +196,51 @@ class Command:
                 if process.is_alive():
                     process.kill()
 
-    def _watch(self, running: list[Any], schedules: set[str], hold: bool) -> None:
+    def _gpu(self, place: int) -> int | None:
+        return gpu_of(place, self.gpus, self.given.swap) if self.gpus else None
+
+    def _held(self, schedule: str) -> bool:
+        """Whether its lanes keep their last servers for --then. On fewer GPUs than it has lanes, each lane is held
+        for itself: the command is run once for each."""
+        return bool(self.given.then) and schedule == self.given.then_after
+
+    def _watch(self, running: list[Any], schedules: set[str]) -> None:
         """Until the lanes are done or time is up; results are gathered meanwhile."""
-        asked = False
-        while any(process.is_alive() for process in running) and time.monotonic() < self.until:
-            time.sleep(LOOK_S)
-            for name in schedules:
-                self._write(name)
-            found = self._urls(schedules)
-            if hold and not asked and len(found) >= len(running):
-                asked = True
-                self._then(found)
+        asked: subprocess.Popen[bytes] | None = None
+        held = [process for process in running if self._held(process.name.rsplit("-", 1)[0])]
+        folder = self._folder(self.given.then_after)
+        try:
+            while any(process.is_alive() for process in running) and time.monotonic() < self.until:
+                time.sleep(LOOK_S)
                 for name in schedules:
-                    (self._folder(name) / "end").touch()
+                    self._write(name)
+                if held and asked is None and self._all_held(held, folder):
+                    asked = self._then(folder)
+                if asked is not None and asked.poll() is not None and not (folder / "end").exists():
+                    self.then_failed |= asked.returncode != 0
+                    (folder / "end").touch()
+        finally:
+            if asked is not None and asked.poll() is None:
+                print("--then was out of time", flush=True)
+                self.then_failed = True
+                os.killpg(asked.pid, signal.SIGKILL)
+                asked.wait()
+            for path in folder.glob("urls-*.json"):
+                path.unlink()
 
-    def _urls(self, schedules: set[str]) -> list[dict[str, str]]:
-        return [json.loads(path.read_text()) for name in schedules for path in self._folder(name).glob("urls-*.json")]
+    def _all_held(self, held: list[Any], folder: Path) -> bool:
+        """Every lane that lives keeps its servers, and one does."""
+        kept = len(list(folder.glob("urls-*.json")))
+        return kept > 0 and kept >= sum(process.is_alive() for process in held)
 
-    def _then(self, found: list[dict[str, str]]) -> None:
-        """The user's own command, with both servers idle. Its time is bounded by what is left."""
+    def _then(self, folder: Path) -> subprocess.Popen[bytes]:
+        """The user's own command, while the servers that it names are idle."""
+        found = [json.loads(path.read_text()) for path in folder.glob("urls-*.json")]
         urls = {("vllm" if name.startswith("vllm") else "ours"): url for each in found for name, url in each.items()}
         command = self.given.then.format(**{"ours": "", "vllm": "", **urls}, out=self.given.out)
         print(f"+ {command}", flush=True)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            environ = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-            subprocess.run(command, shell=True, timeout=max(5.0, self.until - time.monotonic()), cwd=ROOT, env=environ)
+        environ = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+        return subprocess.Popen(command, shell=True, cwd=ROOT, env=environ, process_group=0)
 
     def _folder(self, schedule: str) -> Path:
         folder: Path = self.given.scratch / f"{schedule}-{os.getpid()}"
@@ -231,10 +271,11 @@ class Command:
             for name in self.given.schedules:
                 for log in self._folder(name).glob("*.log"):
                     kept.add(log, f"{name}/{log.name}")
-        failed = False
+        failed = self.then_failed
         for name in self.given.schedules:
             found = self.record(name)
-            failed |= '"failed"' in json.dumps(found["arms"])
+            # A report within a phase counts its failed requests under that name too: those are a result.
+            failed |= any("failed" in one for arm in found["arms"].values() for one in (arm, *arm["phases"].values()))
             print(f"\n=== {name}\n{table(found)}", flush=True)
         print(f"{time.monotonic() - self.began:.0f} s; results in {self.given.out}", flush=True)
         return int(failed)
@@ -263,6 +304,12 @@ def _nvidia_smi() -> list[str]:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()
     except (OSError, subprocess.CalledProcessError):
         return []
+
+
+def _memory(lines: list[str]) -> dict[int, int]:
+    """Bytes of each GPU, from nvidia-smi's lines; 2 % are left to the driver."""
+    found = [re.match(r"(\d+),.*?,\s*(\d+) MiB", line) for line in lines]
+    return {int(match[1]): int(0.98 * (int(match[2]) << 20)) for match in found if match}
 
 
 def _gpu_name(place: dict[str, Any]) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from arms import Sizes, known_arms
+
 RATES_OF_THE_REST = (25.0, 35.0)
 
 
@@ -31,7 +33,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Lane:
-    """Arms of one GPU in order. together: how many of them may hold its memory at once."""
+    """Arms of one GPU in order. together: how many of them may hold its memory at once, where it is large enough."""
 
     runs: tuple[Run, ...]
     together: int = 1
@@ -62,7 +64,7 @@ SCHEDULES: dict[str, tuple[Lane, ...]] = {
         Lane((Run("ours-turns-tiers", (_TURNS,)), Run("ours-turns", (_TURNS,))), together=2),
     ),
     # Servers for `superinfer bench programs`, which asks both.
-    "programs": (Lane((Run("vllm-programs", ()),)), Lane((Run("ours", ()),))),
+    "programs": (Lane((Run("vllm", ()),)), Lane((Run("ours", ()),))),
 }
 
 
@@ -71,6 +73,18 @@ def only(lane: Lane, arms: list[str], phases: list[str]) -> Lane:
     runs = [run for run in lane.runs if not arms or run.arm in arms]
     kept = [replace(run, steps=tuple(step for step in run.steps if not phases or step.phase in phases)) for run in runs]
     return replace(lane, runs=tuple(run for run, whole in zip(kept, runs, strict=True) if run.steps or not whole.steps))
+
+
+def together(lane: Lane, at: int, sizes: Sizes, gpu_bytes: int | None) -> int:
+    """How many of a lane's arms from number `at` on start together: at most `lane.together`, and no more than memory
+    holds, but for the first. gpu_bytes: of its GPU; None: not known, and not asked."""
+    arms, count, held = known_arms(), 0, 0
+    for run in lane.runs[at : at + lane.together]:
+        held += sizes.gpu_bytes(arms[run.arm].pool)
+        if count and gpu_bytes is not None and held > gpu_bytes:
+            break
+        count += 1
+    return count
 
 
 def gpu_of(lane: int, gpus: list[int], swap: bool) -> int:

@@ -91,7 +91,7 @@ def in_dtype(shape: ModelShape, dtype: str) -> ModelShape:
 def decode_floor_s(shape: ModelShape, batch: int, context: float, roof: Ceilings) -> float:
     """A step of `batch` decodes: its weights, read once or multiplied, whichever takes longer, and its KV, read.
 
-    context: tokens of a sequence.
+    context: tokens of a sequence. Of a mixture, tokens are taken to pick experts uniformly (`ModelShape.read_bytes`).
     """
     weights = max(shape.read_bytes(batch) / roof.copy, batch * shape.flops_per_token / roof.matmul)
     return weights + batch * context * shape.kv_bytes_per_token / roof.copy
@@ -101,3 +101,10 @@ def prefill_flops(shape: ModelShape, tokens: int) -> float:
     """Of one prompt: its matrix products, the output projection once, and causal attention."""
     once = 2 * shape.vocab * shape.hidden
     return tokens * (shape.flops_per_token - once) + once + shape.flops_per_pair * tokens * (tokens + 1) / 2
+
+
+def prefill_floor_s(shape: ModelShape, prompts: int, tokens: int, roof: Ceilings) -> float:
+    """Seconds of `prompts` prompts of `tokens` tokens, computed at once: their arithmetic, or the weights read once,
+    whichever takes longer."""
+    arithmetic = prompts * prefill_flops(shape, tokens) / roof.matmul
+    return max(arithmetic, shape.read_bytes(prompts * tokens) / roof.copy)

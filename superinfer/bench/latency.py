@@ -61,7 +61,7 @@ def latency(
     save(
         json_path,
         {
-            "settings": vars(plan) | {"layers": shape.layers, "threads": config.threads},
+            "settings": vars(plan) | {"shape": shape.name, "layers": shape.layers, "threads": config.threads},
             "engine_start_s": start_s,
             **measured,
         },
@@ -161,7 +161,7 @@ async def _tpot(
         f"scheduling {statistics.median(one['schedule_ms_per_step'] for one in rounds):.2f} ms a step",
         flush=True,
     )
-    return {"batch": batch, "tpot_ms": tpot_ms, "floor_ms": floor_ms, "rounds": rounds}
+    return {"batch": batch, "tpot_ms": tpot_ms, "floor_ms": floor_ms, "share": floor_ms / tpot_ms, "rounds": rounds}
 
 
 async def _ttft(
@@ -188,7 +188,7 @@ async def _prefill(
     client: AsyncEngineClient, plan: _Plan, count: int, length: int, shape: ModelShape, roof: Ceilings, bar: Any
 ) -> dict[str, Any]:
     """Prompts at once, one token of output each: from the first sent to the last answered."""
-    from superinfer.bench.ceilings import prefill_flops
+    from superinfer.bench.ceilings import in_dtype, prefill_floor_s, prefill_flops
     from superinfer.bench.engine import ask, random_prompt
 
     rates = []
@@ -203,9 +203,16 @@ async def _prefill(
             rates.append(count * length / took)
     rate = statistics.median(rates)
     tflops = rate / length * prefill_flops(shape, length) / 1e12
+    share = prefill_floor_s(in_dtype(shape, client.info.dtype), count, length, roof) / (count * length / rate)
     print(
-        f"prefill {count} x {length}: {rate:,.0f} tokens/s, {tflops:,.3f} TFLOP/s, "
-        f"{tflops * 1e12 / roof.matmul:.0%} of a matrix product's",
+        f"prefill {count} x {length}: {rate:,.0f} tokens/s, {tflops:,.3f} TFLOP/s; {share:.0%} of its roofline",
         flush=True,
     )
-    return {"prompts": count, "tokens": length, "tokens_per_s": rate, "tflop_s": tflops, "rounds_tokens_per_s": rates}
+    return {
+        "prompts": count,
+        "tokens": length,
+        "tokens_per_s": rate,
+        "tflop_s": tflops,
+        "share": share,
+        "rounds_tokens_per_s": rates,
+    }

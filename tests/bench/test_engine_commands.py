@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from superinfer.bench.ceilings import Ceilings, decode_floor_s, in_dtype, prefill_flops
+from superinfer.bench.ceilings import Ceilings, decode_floor_s, in_dtype, prefill_floor_s, prefill_flops
 from superinfer.bench.shapes import CONFIGS, engine_of_shape
 from superinfer.bench.workload import Load, Span, make_load, prompts_of, workload_name
 from superinfer.errors import InvalidRequestError
@@ -59,15 +59,19 @@ def test_offline_counts_every_token_and_records_where_it_ran(bench: Run, random_
 def test_latency_measures_tpot_ttft_and_prefill(bench: Run, random_llama: Path, tmp_path: Path):
     out = tmp_path / "latency.json"
     sizes = ("--batch", "1,3", "--prompt-tokens", "8", "--output-tokens", "24", "--ttft", "16,64", "--prefill", "2x32")
-    status, _, err = bench("latency", "--model", str(random_llama), *TINY, *sizes, "--rounds", "2", "--json", str(out))
+    status, text, err = bench(
+        "latency", "--model", str(random_llama), *TINY, *sizes, "--rounds", "2", "--json", str(out)
+    )
     assert status == 0, err
     found = json.loads(out.read_text())
     assert [row["batch"] for row in found["tpot"]] == [1, 3]
     assert [row["prompt_tokens"] for row in found["ttft"]] == [16, 64]
     for row in found["tpot"]:
         assert len(row["rounds"]) == 2 and len(row["rounds"][0]["tpots_ms"]) == row["batch"]
-        assert 0 < row["floor_ms"] < row["tpot_ms"]
+        assert 0 < row["floor_ms"] < row["tpot_ms"] and row["share"] == row["floor_ms"] / row["tpot_ms"]
+    assert (found["settings"]["shape"], found["settings"]["layers"]) == (str(random_llama), 2)
     (prefill,) = found["prefill"]
+    assert 0 < prefill["share"] < 1 and f"{prefill['share']:.0%} of its roofline" in text
     assert prefill["tokens_per_s"] > 0 and len(prefill["rounds_tokens_per_s"]) == 2
 
 
@@ -117,13 +121,26 @@ def test_floors_of_llama_3_8b_are_those_of_its_published_sizes():
     assert in_dtype(shape, "float32").weight_bytes == 2 * shape.weight_bytes
 
 
-@pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"mixtral-8x7b"}))
+def test_floors_of_a_mixture_count_the_experts_that_are_read_and_the_two_that_a_token_multiplies():
+    roof, shape = Ceilings(copy=3e12, matmul=7.5e14), SHAPES["mixtral-8x7b"]
+    expert, rest = 3 * 4096 * 14336, 4096 * 128 * 80  # parameters of a layer's expert, and of its attention
+    head = 32000 * 4096
+    assert decode_floor_s(shape, 1, 0, roof) == pytest.approx(2 * (32 * (2 * expert + rest) + head) / 3e12)
+    assert decode_floor_s(shape, 128, 0, roof) == pytest.approx(2 * (32 * (8 * expert + rest) + head) / 3e12)
+    products = 2 * (32 * (2 * expert + rest)) * 2048 + 2 * head + 32 * 4 * 4096 * 2048 * 2049 / 2
+    assert prefill_floor_s(shape, 16, 2048, roof) == pytest.approx(16 * products / 7.5e14)
+    assert prefill_floor_s(shape, 1, 8, roof) == pytest.approx(shape.read_bytes(8) / 3e12)  # too few to be arithmetic's
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_a_named_shape_is_one_config_for_engine_and_floor(name: str):
     with engine_of_shape(EngineConfig(model=name), layers=3) as (config, shape):
         loaded = load_config(Path(config.model))
         assert config.load_format == "dummy"
         assert (loaded.num_layers, loaded.hidden_size, loaded.vocab_size) == (3, shape.hidden, shape.vocab)
         assert (loaded.num_kv_heads, loaded.head_dim) == (shape.kv_heads, shape.head_dim)
+        experts = (loaded.moe.num_experts, loaded.moe.experts_per_token) if loaded.moe else (1, 1)
+        assert experts == (shape.experts, shape.active_experts)
     assert not Path(config.model).exists()
 
 

@@ -43,6 +43,19 @@ def test_all_arms_of_a_pool_have_the_same_bytes_of_kv():
             assert any(tier in part for part in command) == arm.dram, arm.name
 
 
+def test_servers_share_a_gpu_only_where_its_memory_holds_them():
+    from arms import Sizes
+    from schedule import SCHEDULES, together
+
+    sizes, h100, h200 = Sizes(model="m"), 78 << 30, 137 << 30
+    for lane in SCHEDULES["slo"]:  # two pools of 18.75 GiB, each with weights of 15 GiB and what a server holds besides
+        assert [together(lane, 0, sizes, memory) for memory in (h100, h200, None)] == [1, 2, 2]
+        assert together(lane, 1, sizes, h200) == 1  # no more are left
+    conversations = SCHEDULES["ample-turns"][1]
+    assert [together(conversations, at, sizes, h100) for at in (0, 2)] == [2, 1]
+    assert together(conversations, 0, sizes, 1 << 30) == 1  # the first may try
+
+
 def test_several_clients_begin_together_and_their_samples_keep_the_jobs_order():
     from clients import Clients, Work
 
@@ -102,12 +115,20 @@ def test_turns_return_to_conversations_and_single_requests_are_left_out():
     assert [len(job.blocks) for job in shorter.jobs] == [3, 5, 3, 4]
 
 
+def ten_requests(folder: Path) -> Path:
+    """A folder with Azure's trace in its format."""
+    rows = [f"2023-11-16 18:15:{at:02d}.0,{100 + at},{20 + at}" for at in range(10)]
+    (folder / "azure_conv_2023.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(rows) + "\n")
+    return folder
+
+
 @pytest.mark.timeout(200)
 def test_a_whole_run_measures_and_writes_what_it_measured(tmp_path: Path):
     command = [sys.executable, str(PEER / "run.py"), "ample", "--small", "--stand-in", "--gpus", "", "--lanes", "1"]
+    command += ["--traces", str(ten_requests(tmp_path))]
     command += [
         "--phases",
-        "prefill",
+        "prefill,online",
         "--clients",
         "1",
         "--out",
@@ -122,3 +143,28 @@ def test_a_whole_run_measures_and_writes_what_it_measured(tmp_path: Path):
     arm = json.loads(path.read_text())["arms"]["ours"]
     assert arm["phases"]["prefill"]["prefill"][0]["tokens_per_s"] > 0 and arm["start_s"] > 0
     assert "prefill 4 x 64" in done.stdout
+    (online,) = arm["phases"]["online"]["runs"]
+    assert online["report"]["failed"] == 0 and online["report"]["ttft"]["p50"] > 0
+
+
+def test_a_trace_that_is_not_there_is_said_before_anything_starts(tmp_path: Path):
+    command = [sys.executable, str(PEER / "run.py"), "tiers", "--traces", str(tmp_path), "--phases", "turns"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60
+    )
+    assert done.returncode == 2 and "mooncake_conversation.jsonl" in done.stderr and "azure" not in done.stderr
+
+
+@pytest.mark.timeout(200)
+def test_a_command_is_run_beside_the_servers_of_one_schedule_and_its_failure_is_the_runs(tmp_path: Path):
+    told = tmp_path / "told"
+    command = [sys.executable, str(PEER / "run.py"), "programs", "slo", "--small", "--stand-in", "--gpus", ""]
+    command += ["--lanes", "1", "--arms", "ours", "--clients", "1"]  # of slo nothing is left
+    command += ["--out", str(tmp_path / "out"), "--scratch", str(tmp_path / "s"), "--then-after", "programs"]
+    command += ["--then", "python -c 'import urllib.request as u; u.urlopen(\"{ours}/health\")' && "]
+    command[-1] += f"echo {{ours}}={{vllm}}. > {told}; exit 3"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert told.read_text().startswith("http://127.0.0.1:") and told.read_text().strip().endswith("=.")
+    assert "FAILED" not in done.stdout
