@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator
+from itertools import chain
 from operator import itemgetter
 
 import numpy as np
@@ -18,9 +19,10 @@ from superinfer.runtime.scheduler.draft import Draft
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
 from superinfer.runtime.scheduler.siblings import Siblings
-from superinfer.runtime.scheduler.standing import LEFTOVER_SHARE, Standing
+from superinfer.runtime.scheduler.standing import HEAD, LEFTOVER_SHARE, Standing
 
 TRIAGE_S = 0.05  # how old a triage may be: a few steps
+LOOKED_AT = 2048  # live sequences; with more it may be older in proportion, so that looking takes no more of the time
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
 BUSY = 0.7  # share of the machine's time asked for, below which, if nobody is let go, requests are taken without a look
 UNSEEN = 8  # unless so many have come since the last one
@@ -136,7 +138,7 @@ class Rota(BatchScheduler):
 
     def plan(self, now: float) -> StepPlan | None:
         """See Scheduler.plan."""
-        if now >= self._looked + (TRIAGE_S / 4 if self._arrived else TRIAGE_S):
+        if now >= self._looked + self._may_be_old_s():
             self._look(now)
         if self._rotation is not None:
             self._rotation.watch(now)
@@ -172,6 +174,13 @@ class Rota(BatchScheduler):
             self._owed_s = max(0.0, self._owed_s - took_s)
         self._draft = Draft(0)
         return self._finish_plan(draft, now)
+
+    def _may_be_old_s(self) -> float:
+        """How old the last triage may be by now, seconds. Who joins is looked at one by one until the next: not many."""
+        if len(self._joined) > HEAD:
+            return TRIAGE_S / 4
+        age_s = TRIAGE_S * max(1.0, (len(self._running) + len(self._waiting)) / LOOKED_AT)
+        return age_s / 4 if self._arrived else age_s
 
     def _prefill(self, running: list[Sequence], now: float) -> None:
         prefills = [s for s in running if s.scheduled < s.resume_at]
@@ -278,7 +287,7 @@ class Rota(BatchScheduler):
     def _admit_leftovers(self, now: float) -> None:
         """Let leftovers in, oldest first, where there is room beyond what the running may soon need."""
         has_displaced = False
-        for sequence in [*self._standing.next_rest(), *self._joined]:
+        for sequence in chain(self._standing.next_rest(), list(self._joined)):
             if self._draft.budget <= 0 or not self._free_slots:
                 break
             if sequence.status is not Status.WAITING or self._roster.kept[sequence.row] or sequence.is_under_way:

@@ -49,8 +49,8 @@ class Standing:
         self.units = cost.units()
         self.verdicts: Verdicts = NOTHING
         self.victims: tuple[np.ndarray, list[Sequence | None]] = (np.zeros(0), [])
-        self._next_kept = np.zeros((3, 0))  # start, id, row
-        self._next_rest = np.zeros(0, dtype=np.intp)
+        self._next_kept: tuple[list[float], list[float], list[int]] = ([], [], [])  # start, id, row
+        self._next_rest: list[int] = []
         self.aged: Sequence | None = None
         self.tightest = math.inf
         self.next_return = math.inf
@@ -146,10 +146,11 @@ class Standing:
             first = np.argpartition(start, HEAD)[:HEAD]
             kept, start = kept[first], start[first]
         order = np.lexsort((roster.id[kept], start))
-        self._next_kept = np.stack([start, roster.id[kept], kept])[:, order]
+        kept = kept[order]
+        self._next_kept = start[order].tolist(), roster.id[kept].tolist(), kept.tolist()
         if len(rest) > HEAD:
             rest = rest[np.argpartition(roster.arrival[rest], HEAD)[:HEAD]]
-        self._next_rest = rest[np.lexsort((roster.id[rest], roster.arrival[rest]))]
+        self._next_rest = rest[np.lexsort((roster.id[rest], roster.arrival[rest]))].tolist()
 
     def next_kept(self) -> Iterator[tuple[float, float, Sequence]]:
         """Who of the kept that waited at the last look is next: when its work must begin, its id, itself; at most HEAD.
@@ -157,15 +158,15 @@ class Standing:
         A row that has been given to another since then yields that one.
         """
         sequences = self.roster.sequences
-        for start, id, row in zip(*self._next_kept.tolist(), strict=True):
-            sequence = sequences[int(row)]
+        for start, id, row in zip(*self._next_kept, strict=True):
+            sequence = sequences[row]
             if sequence is not None:
                 yield start, id, sequence
 
     def next_rest(self) -> Iterator[Sequence]:
         """Who of the others is next: the oldest, at most HEAD. As `next_kept`."""
         sequences = self.roster.sequences
-        for row in self._next_rest.tolist():
+        for row in self._next_rest:
             sequence = sequences[row]
             if sequence is not None:
                 yield sequence

@@ -198,13 +198,13 @@ def test_under_overload_whoever_is_kept_gets_its_first_token_before_its_client_s
     assert sum(1.0 < seconds <= 1.1 for seconds in took) < 0.02 * len(took)
 
 
-@pytest.mark.parametrize("launch_s", [0.0, 0.005])
-def test_where_launching_chunks_is_dear_few_steps_have_them_and_those_fill_the_graphs(launch_s):
+@pytest.mark.parametrize(("launch_s", "rate"), [(0.0, 26.0), (0.005, 21.0)])
+def test_where_launching_chunks_is_dear_few_steps_have_them_and_those_fill_the_graphs(launch_s, rate):
     cost = StepCost(StepRates.seed(H100, LLAMA)._replace(pieces_s=launch_s, eager_s=3 * launch_s))
     scheduler = build_scheduler("rota", KVCache(20_000, 16), SchedulerLimits(256, 8192, 8192), cost)
     now, filled, steps, number = 0.0, [], 0, 0
     while now < 5.0:
-        while number < 26 * now:
+        while number < rate * now:
             scheduler.add(Sequence(id=number, prompt=[number] * 1200, max_tokens=200, arrival=now, slo=STREAM))
             number += 1
         plan = scheduler.plan(now)
@@ -264,3 +264,24 @@ def test_a_doomed_request_takes_nothing_from_one_that_can_be_kept():
         ended += [u.sequence for u in scheduler.commit(result, now) if u.finish_reason]
     assert ended == [good, doomed]
     assert all(s.status is Status.FINISHED for s in ended)
+
+
+def test_with_thousands_waiting_looking_takes_no_more_of_the_time_and_nobody_who_can_be_kept_is_missed():
+    kv = KVCache(64, 16)
+    scheduler = build_scheduler("rota", kv, SchedulerLimits(1, 64, 1024))
+    looks: list[float] = []
+    look = scheduler._standing.look
+    scheduler._standing.look = lambda residents, block_s, now: (looks.append(now), look(residents, block_s, now))
+    for number in range(8192):  # all too late to be kept: they wait behind one another
+        scheduler.add(Sequence(id=number, prompt=[1, number], max_tokens=900, arrival=0.0, slo=SLO(ttft=1e-6, tbt=0.1)))
+    now, urgent, ended = 0.0, Sequence(id=9000, prompt=[2] * 20, max_tokens=4, arrival=1.0, slo=STREAM), []
+    while now < 2.0 and not ended:
+        if now >= 1.0 and urgent.row < 0:
+            scheduler.add(urgent)
+        plan = scheduler.plan(now)
+        now += 0.01
+        result = StepResult(plan.step, {work.slot: 1 for work in plan.work if work.sample}, elapsed=0.01)
+        ended += [u.sequence for u in scheduler.commit(result, now) if u.finish_reason]
+    assert ended == [urgent]
+    assert urgent.timeline.first <= 1.0
+    assert 3 <= sum(0.1 < at < 1.0 for at in looks) <= 6
