@@ -176,7 +176,7 @@ class Rota(BatchScheduler):
         return self._finish_plan(draft, now)
 
     def _may_be_old_s(self) -> float:
-        """How old the last triage may be by now, seconds. Who joins is looked at one by one until the next: not many."""
+        """How old the last triage may be by now, seconds. Until the next, who joins is looked at singly: not many."""
         if len(self._joined) > HEAD:
             return TRIAGE_S / 4
         age_s = TRIAGE_S * max(1.0, (len(self._running) + len(self._waiting)) / LOOKED_AT)
