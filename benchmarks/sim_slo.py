@@ -1,4 +1,4 @@
-"""RotaSched against its baselines, simulated: one GPU (an H100, unless said otherwise), Azure 2023 conversation lengths, a sweep of rates.
+"""RotaSched against its baselines, simulated: one GPU, Azure 2023 conversation lengths, a sweep of rates.
 
 Llama-3-8B, a KV pool of 153,600 tokens, 64 GiB of DRAM behind PCIe 5, Poisson arrivals for 60 s, SLO ttft 1 s and tbt
 100 ms. Everything is simulated (docs/simulator.md). Needs the trace's file (CC-BY; Patel et al., Splitwise, ISCA 2024).
@@ -101,8 +101,8 @@ def _write(arguments: argparse.Namespace, name: str, rows: list[dict[str, Any]])
     rows.sort(key=lambda row: (row["rate"], POLICIES.split(",").index(row["policy"])))
     write(
         name,
-        f"python benchmarks/sim_slo.py azure_conv_2023.csv --hardware {arguments.hardware} --rates {arguments.rates} --seeds {arguments.seeds} "
-        f"--policies {arguments.policies}{' --keep' if arguments.keep else ''}",
+        f"python benchmarks/sim_slo.py azure_conv_2023.csv --hardware {arguments.hardware} --rates {arguments.rates} "
+        f"--seeds {arguments.seeds} --policies {arguments.policies}{' --keep' if arguments.keep else ''}",
         {
             "simulated": True, "hardware": arguments.hardware, "model": "llama-3-8b", "workload": "azure",
             "duration_s": arguments.duration, "kv_tokens": KV_TOKENS, "dram_tokens": DRAM_TOKENS,
