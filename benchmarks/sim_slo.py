@@ -1,4 +1,4 @@
-"""RotaSched against its baselines, simulated: one H100, Azure 2023 conversation lengths, a sweep of rates.
+"""RotaSched against its baselines, simulated: one GPU, Azure 2023 conversation lengths, a sweep of rates.
 
 Llama-3-8B, a KV pool of 153,600 tokens, 64 GiB of DRAM behind PCIe 5, Poisson arrivals for 60 s, SLO ttft 1 s and tbt
 100 ms. Everything is simulated (docs/simulator.md). Needs the trace's file (CC-BY; Patel et al., Splitwise, ISCA 2024).
@@ -48,19 +48,21 @@ def summary(result: SimResult) -> dict[str, float]:
 
 
 def main() -> None:
-    """Simulate, print, write results/sim-h100-slo.json and three pictures beside it."""
+    """Simulate, print, write results/sim-<gpu>-slo.json and three pictures beside it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trace", type=Path, help="azure_conv_2023.csv")
+    parser.add_argument("--hardware", default="h100-pcie5")
     parser.add_argument("--rates", default="10,15,20,25,30,35,40,45")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--policies", default=POLICIES)
     parser.add_argument("--duration", type=float, default=60.0)
     parser.add_argument("--keep", action="store_true", help="keep the file's rows of other rates and policies")
     arguments = parser.parse_args()
-    profile, shape = profile_of("h100-pcie5"), shape_of("llama-3-8b")
+    profile, shape = profile_of(arguments.hardware), shape_of("llama-3-8b")
+    name = f"sim-{profile.name.partition('-')[0]}-slo"
     rates, policies = [float(rate) for rate in arguments.rates.split(",")], arguments.policies.split(",")
     anew = {(rate, policy) for rate in rates for policy in policies}
-    rows = kept_rows("sim-h100-slo", ("rate", "policy"), anew) if arguments.keep else []
+    rows = kept_rows(name, ("rate", "policy"), anew) if arguments.keep else []
     points = []
     for rate in rates:
         for policy in policies:
@@ -87,22 +89,22 @@ def main() -> None:
                 f"{mean['rotations']:,.0f} rotations  plan {mean['plan_cpu_p50_ms']:.2f} ms",
                 flush=True,
             )
-            _write(arguments, rows)
+            _write(arguments, name, rows)
     shown = [{**row, **row["mean"]} for row in rows if row["policy"] in ("rota", "fcfs", "sjf", "edf")]
-    draw(shown, "sim-h100-slo")
+    draw(shown, name)
     if points:
-        plot_residency(points, RESULTS, "sim-h100-slo")
+        plot_residency(points, RESULTS, name)
 
 
-def _write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+def _write(arguments: argparse.Namespace, name: str, rows: list[dict[str, Any]]) -> None:
     """What there is so far."""
     rows.sort(key=lambda row: (row["rate"], POLICIES.split(",").index(row["policy"])))
     write(
-        "sim-h100-slo",
-        f"python benchmarks/sim_slo.py azure_conv_2023.csv --rates {arguments.rates} --seeds {arguments.seeds} "
-        f"--policies {arguments.policies}{' --keep' if arguments.keep else ''}",
+        name,
+        f"python benchmarks/sim_slo.py azure_conv_2023.csv --hardware {arguments.hardware} --rates {arguments.rates} "
+        f"--seeds {arguments.seeds} --policies {arguments.policies}{' --keep' if arguments.keep else ''}",
         {
-            "simulated": True, "hardware": "h100-pcie5", "model": "llama-3-8b", "workload": "azure",
+            "simulated": True, "hardware": arguments.hardware, "model": "llama-3-8b", "workload": "azure",
             "duration_s": arguments.duration, "kv_tokens": KV_TOKENS, "dram_tokens": DRAM_TOKENS,
             "slo": {"ttft": STREAM.ttft, "tbt": STREAM.tbt}, "runs": rows,
         },

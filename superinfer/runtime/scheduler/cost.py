@@ -1,14 +1,17 @@
-"""How long a step takes: a roofline with six coefficients, seeded from a hardware profile and fitted while it runs.
+"""How long a step takes: a roofline with eight coefficients, seeded from a hardware profile and fitted while it runs.
 
-    t = max(w W, f F) + k K + a A + d D + o O        seconds
+    t = max(w W, f F) + k K + a A + d D + o O + p P + e E        seconds
 
     W  reading the weights the step's tokens need         F  the matmuls' FLOP, over all tokens computed
     K  reading the KV cache, over all positions read      A  attention's FLOP, prefill only
     D  the number of decoding requests                    O  one a step
+    P  launching prefill chunks in a step of at most      E  the same in a longer step: kernel by kernel
+       CAPTURED tokens, as CUDA graphs
 
 Each capital is the seed's own estimate in seconds, from the profile's rates; each small letter is a factor, 1 until
-steps have been observed, and never negative. The maximum is because a step's matmuls either wait for weights or for the
-tensor cores; the other terms run one after another on the device.
+steps have been observed, and never negative. P and E are LAUNCH_S at least, so that they can be learnt where the
+profile says nothing of them; their factors begin at what it says. The maximum is because a step's matmuls either wait
+for weights or for the tensor cores; the other terms run one after another on the device.
 
 `StepCost.observe` is recursive least squares in information form: A <- l A + w x x', b <- l b + w y x, with l the
 forgetting factor and a weak prior that keeps a factor near 1 while nothing tells it apart. Rows are divided by the
@@ -30,7 +33,9 @@ if TYPE_CHECKING:
     from superinfer.runtime.sim.hardware import HardwareProfile
     from superinfer.runtime.sim.shapes import ModelShape
 
-FACTORS = ("weights", "matmul", "kv", "attention", "decode", "step")
+FACTORS = ("weights", "matmul", "kv", "attention", "decode", "step", "pieces", "eager")
+CAPTURED = 2048  # tokens of the largest step with chunks that engine/cuda_mixed.py captures
+LAUNCH_S = 1e-3
 FORGETTING = 0.998  # the last 500 steps count: 10 s at 20 ms a step
 PRIOR = 0.004  # weight of the seed in observations: a 3 % noise against a seed trusted to 50 %
 OUTLIER = 3.0  # median errors beyond which an observation counts less
@@ -60,7 +65,7 @@ class StepLoad(NamedTuple):
         decodes = kv_read = prefill = 0
         pairs = 0.0
         for work in plan.work:
-            if work.tokens:
+            if work.tokens and not work.is_one_step:
                 prefill += work.length
                 kv_read += work.start
                 pairs += work.length * (work.start + (work.length + 1) / 2)
@@ -79,10 +84,20 @@ class UnitCosts(NamedTuple):
     pair_s: float
     decode_s: float
     step_s: float
+    pieces_s: float = 0.0
+    eager_s: float = 0.0
 
     def prefill_s(self, tokens: Amount, start: float = 0.0) -> Amount:
-        """Computing `tokens` positions of a prompt from `start` on; also of arrays."""
-        return tokens * (self.token_s + self.pair_s * (start + tokens / 2))
+        """Computing `tokens` positions of a prompt from `start` on, in steps as full as graphs take; also of arrays."""
+        return tokens * (self.token_s + self.pieces_s / CAPTURED + self.pair_s * (start + tokens / 2))
+
+    def chunk_s(self, tokens: float, start: float = 1000.0) -> float:
+        """`tokens` of a prompt's chunks that begin at `start` or so, in a step that is launched anyway."""
+        return tokens * (self.token_s + self.pair_s * start)
+
+    def launch_s(self, tokens: int) -> float:
+        """What launching costs a step of so many tokens that has prefill chunks, beside the rest."""
+        return self.pieces_s if tokens <= CAPTURED else self.eager_s
 
 
 class StepRates(NamedTuple):
@@ -100,6 +115,8 @@ class StepRates(NamedTuple):
     pair_s: float
     decode_s: float
     step_s: float
+    pieces_s: float = 0.0
+    eager_s: float = 0.0
 
     @classmethod
     def unknown(cls) -> StepRates:
@@ -121,10 +138,13 @@ class StepRates(NamedTuple):
             pair_s=shape.flops_per_pair / (profile.flops * share.attention),
             decode_s=share.decode_s,
             step_s=share.step_s,
+            pieces_s=share.pieces_s,
+            eager_s=share.eager_s,
         )
 
-    def terms(self, load: StepLoad) -> tuple[float, float, float, float, float, float]:
-        """W, F, K, A, D and O of a load, seconds."""
+    def terms(self, load: StepLoad) -> tuple[float, ...]:
+        """W, F, K, A, D, O, P and E of a load, seconds, as the seed has them."""
+        has_chunks, is_captured = load.tokens > load.decodes, load.tokens <= CAPTURED
         return (
             self.dense_s + self.expert_s * (1.0 - self.idle_share**load.tokens),
             self.token_s * load.tokens,
@@ -132,12 +152,14 @@ class StepRates(NamedTuple):
             self.pair_s * load.pairs,
             self.decode_s * load.decodes,
             self.step_s,
+            self.pieces_s if has_chunks and is_captured else 0.0,
+            self.eager_s if has_chunks and not is_captured else 0.0,
         )
 
     def seconds(self, load: StepLoad) -> float:
         """The step time with all factors 1."""
-        weights, matmul, kv, attention, decode, step = self.terms(load)
-        return max(weights, matmul) + kv + attention + decode + step
+        weights, matmul, *others = self.terms(load)
+        return max(weights, matmul) + sum(others)
 
 
 class CostError(NamedTuple):
@@ -155,7 +177,10 @@ class StepCost:
         if not 0.0 < forgetting <= 1.0:
             raise ValueError(f"forgetting={forgetting} must be above 0 and at most 1")
         self.rates = rates
-        self.factors = np.ones(len(FACTORS))
+        least = max(rates.pieces_s, LAUNCH_S), max(rates.eager_s, LAUNCH_S)
+        self._measure = rates._replace(pieces_s=least[0], eager_s=least[1])  # what the factors are times of
+        self._prior = np.array([1.0] * 6 + [rates.pieces_s / least[0], rates.eager_s / least[1]])
+        self.factors = self._prior.copy()
         self._forgetting = forgetting
         self._information = np.zeros((len(FACTORS), len(FACTORS)))
         self._moment = np.zeros(len(FACTORS))
@@ -165,7 +190,7 @@ class StepCost:
 
     def units(self) -> UnitCosts:
         """What each unit of a step's load costs by now."""
-        rates, factors = self.rates, self.factors.tolist()
+        rates, factors = self._measure, self.factors.tolist()
         return UnitCosts(
             (rates.dense_s + rates.expert_s) * factors[0],
             rates.token_s * factors[1],
@@ -173,6 +198,8 @@ class StepCost:
             rates.pair_s * factors[3],
             rates.decode_s * factors[4],
             rates.step_s * factors[5],
+            rates.pieces_s * factors[6],
+            rates.eager_s * factors[7],
         )
 
     def seconds(self, load: StepLoad) -> float:
@@ -204,7 +231,7 @@ class StepCost:
 
     def _row(self, load: StepLoad) -> np.ndarray:
         """The terms, with only the larger of weights and matmul in."""
-        row = np.array(self.rates.terms(load))
+        row = np.array(self._measure.terms(load))
         row[1 if row[0] * self.factors[0] >= row[1] * self.factors[1] else 0] = 0.0
         return row
 
@@ -218,7 +245,7 @@ class StepCost:
         """Least squares with no factor below 0: what would be negative is held at 0 and the others solved again."""
         free = np.ones(len(FACTORS), dtype=bool)
         matrix = self._information + PRIOR * np.eye(len(FACTORS))
-        moment = self._moment + PRIOR
+        moment = self._moment + PRIOR * self._prior
         factors = np.zeros(len(FACTORS))
         for _ in FACTORS:
             factors[:] = 0.0

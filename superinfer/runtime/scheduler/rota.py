@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator
+from itertools import chain
 from operator import itemgetter
 
 import numpy as np
@@ -13,18 +14,20 @@ from superinfer.runtime.kv.cache import KVCache, Node
 from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.batching import BatchScheduler
-from superinfer.runtime.scheduler.cost import StepCost
+from superinfer.runtime.scheduler.cost import CAPTURED, StepCost
 from superinfer.runtime.scheduler.draft import Draft
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
 from superinfer.runtime.scheduler.siblings import Siblings
-from superinfer.runtime.scheduler.standing import LEFTOVER_SHARE, Standing
+from superinfer.runtime.scheduler.standing import HEAD, LEFTOVER_SHARE, Standing
 
 TRIAGE_S = 0.05  # how old a triage may be: a few steps
+LOOKED_AT = 2048  # live sequences; with more it may be older in proportion, so that looking takes no more of the time
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
 BUSY = 0.7  # share of the machine's time asked for, below which, if nobody is let go, requests are taken without a look
 UNSEEN = 8  # unless so many have come since the last one
 MARGIN = 1.1  # times the share of a step that prefills are thought to need: what comes is not quite what was foreseen
+STEP_SHARE = 0.8  # of the tightest pace of a kept resident, the longest step: predictions err
 MAX_MOVED = 8  # sequences rotated out in one plan, more only for one that needs more: each takes the host 0.1 ms
 # Gaps between tokens that may be rotations: fewer than one in a hundred, so that a stream's 99th percentile is a step.
 TURN_SHARE = 0.006
@@ -50,6 +53,7 @@ class Rota(BatchScheduler):
         self._moved = 0  # sequences displaced in the plan being made
         self._turns = MOST_TURNS  # kept streams that may be rotated out now
         self._credit = 0.0  # seconds of machine time that leftovers may use now
+        self._owed_s = 0.0  # machine time that prefills are owed, where they come in few steps
         self._planned_at = 0.0
 
     # ------------------------------------------------------------------ requests come and go
@@ -65,6 +69,7 @@ class Rota(BatchScheduler):
         self._roster.add(sequence, len(sequence.tokens) - known, shared)
         if sequence.kept:
             self._standing.forecast.saw(sequence, len(sequence.tokens) - known)
+        self._standing.asked += len(sequence.tokens) - known
         self._arrived += 1
         self._joined.append(sequence)
         super().add(sequence)
@@ -104,7 +109,7 @@ class Rota(BatchScheduler):
         """When the work on a sequence's next token must begin at the latest, were it alone."""
         roster, row = self._roster, sequence.row
         pace, produced = float(roster.pace[row]), sequence.num_output + sequence.in_flight
-        due = float(roster.base[row])
+        due = float(roster.base[row]) - self._standing.early_s
         if produced and pace < math.inf:
             due += produced * pace
         elif produced:
@@ -133,7 +138,7 @@ class Rota(BatchScheduler):
 
     def plan(self, now: float) -> StepPlan | None:
         """See Scheduler.plan."""
-        if now >= self._looked + (TRIAGE_S / 4 if self._arrived else TRIAGE_S):
+        if now >= self._looked + self._may_be_old_s():
             self._look(now)
         if self._rotation is not None:
             self._rotation.watch(now)
@@ -149,9 +154,10 @@ class Rota(BatchScheduler):
             self._decode(leftovers, now)
             self._credit -= self._seconds() - before
         self._turns = min(self._turns + TURN_SHARE * draft.decodes, MOST_TURNS)
-        draft.budget = min(draft.budget, self._chunk_tokens(now))
+        draft.budget = min(draft.budget, self._chunk_tokens(now, passed))
         self._prefill(prefills, now)
         self._admit_kept(now)
+        self._standing.asked -= draft.prefill
         is_idle = not draft.work  # the kept wait for something: a step without work would help nobody
         if is_idle:
             self._decode(leftovers, now)
@@ -162,8 +168,19 @@ class Rota(BatchScheduler):
             self._credit -= self._standing.units.prefill_s(draft.prefill - before)
         if not draft.work and self._rotation is not None:
             self._wait_with_first(now)
+        if draft.prefill:
+            units = self._standing.units
+            took_s = units.chunk_s(draft.prefill) + units.launch_s(draft.prefill + draft.decodes)
+            self._owed_s = max(0.0, self._owed_s - took_s)
         self._draft = Draft(0)
         return self._finish_plan(draft, now)
+
+    def _may_be_old_s(self) -> float:
+        """How old the last triage may be by now, seconds. Until the next, who joins is looked at singly: not many."""
+        if len(self._joined) > HEAD:
+            return TRIAGE_S / 4
+        age_s = TRIAGE_S * max(1.0, (len(self._running) + len(self._waiting)) / LOOKED_AT)
+        return age_s / 4 if self._arrived else age_s
 
     def _prefill(self, running: list[Sequence], now: float) -> None:
         prefills = [s for s in running if s.scheduled < s.resume_at]
@@ -183,26 +200,46 @@ class Rota(BatchScheduler):
             + units.step_s
         )
 
-    def _chunk_tokens(self, now: float) -> int:
+    def _chunk_tokens(self, now: float, passed: float) -> int:
         """Prompt tokens for this step, so that prefills and decodes each get the share of time that they ask for.
 
         Each step gives each resident stream one token. So a long step is a slow pace: prefills get what the kept
-        streams' pace leaves, or what first tokens need, if that is more and streams live on their slack.
+        streams' pace leaves, or what first tokens need, if that is more and streams live on their slack. In every step
+        a little, so that all steps hide the weights; but where launching chunks costs a step more than that saves, in
+        few steps that are as full as the streams' pace allows.
         """
         units, draft, verdicts = self._standing.units, self._draft, self._standing.verdicts
-        token_s = max(units.prefill_s(1.0, 1000.0), 1e-12)
+        token_s = max(units.chunk_s(1.0), 1e-12)
         if not draft.decodes:  # as many as there are, unless somebody has to be back before the step would be over
             room_s = max(self._standing.next_return - now, 0.0)
             return max(self._kv.page_size, int(min(draft.budget, room_s / token_s))) if room_s else draft.budget
         base_s = self._seconds()
-        free_s = units.weights_s - units.token_s * draft.decodes  # hidden behind reading the weights
+        free_s = max(units.weights_s - units.token_s * draft.decodes, 0.0)  # hidden behind reading the weights
         share = MARGIN * verdicts.prefill_load
         if verdicts.load < BUSY:
             share = max(share, 1.0 - verdicts.decode_load)
         share = min(share, 0.99)
-        chunk_s = (base_s - max(free_s, 0.0)) * share / (1.0 - share)
-        chunk_s = max(min(chunk_s, self._standing.tightest - base_s), 0.0)
-        return max(self._kv.page_size, int(max(chunk_s, free_s) / token_s))
+        room_s = STEP_SHARE * self._standing.tightest - base_s
+        if units.pieces_s <= free_s:
+            chunk_s = max(min((base_s - free_s) * share / (1.0 - share), room_s), 0.0)
+            return max(self._kv.page_size, int(max(chunk_s, free_s) / token_s))
+        return self._lot(share, room_s, token_s, passed)
+
+    def _lot(self, share: float, room_s: float, token_s: float, passed: float) -> int:
+        """Prompt tokens for this step if it is one of the few that have any, as prefills are owed so many; else 0.
+
+        As many as graphs take beside the decodes; more only if their launch, kernel by kernel, costs each half of that:
+        long steps are long gaps.
+        """
+        units, draft, asked = self._standing.units, self._draft, self._standing.asked
+        least = math.ceil(units.pieces_s / token_s)  # a chunk is worth its launch
+        lot = int(min(CAPTURED - draft.decodes, (room_s - units.pieces_s) / token_s))
+        longer = int(min(draft.budget, (room_s - units.eager_s) / token_s))
+        if lot < least or longer * units.pieces_s > 2 * lot * units.eager_s:
+            lot = max(least, longer)
+        lot_s = min(lot, max(asked, 1.0)) * token_s + units.launch_s(lot + draft.decodes)
+        self._owed_s = min(self._owed_s + share * passed, max(lot_s, room_s))
+        return lot if self._owed_s >= lot_s else 0
 
     # ------------------------------------------------------------------ who gets in
 
@@ -250,7 +287,7 @@ class Rota(BatchScheduler):
     def _admit_leftovers(self, now: float) -> None:
         """Let leftovers in, oldest first, where there is room beyond what the running may soon need."""
         has_displaced = False
-        for sequence in [*self._standing.next_rest(), *self._joined]:
+        for sequence in chain(self._standing.next_rest(), list(self._joined)):
             if self._draft.budget <= 0 or not self._free_slots:
                 break
             if sequence.status is not Status.WAITING or self._roster.kept[sequence.row] or sequence.is_under_way:

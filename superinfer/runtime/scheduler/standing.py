@@ -20,6 +20,10 @@ from superinfer.runtime.scheduler.sequence import Sequence, Status
 from superinfer.runtime.scheduler.triage import FIRST_TOKEN, HORIZONS, NOTHING, Demand, Verdicts, triage
 
 LEFTOVER_SHARE = 0.05  # of the machine's time, for leftovers however much is promised to others: nobody starves
+# Steps by which a token is planned for before it is due. A request is read when the step under way is over, and waits
+# for one that computes prompts; that is planned while another runs; it has more to do than this one; and its client is
+# told while the next is made ready. Each is up to a step.
+EARLY = 5.0
 SMOOTHING = 0.1  # weight of the newest step
 PATIENCE_S = 30.0  # a leftover that has waited so long may displace others
 HEAD = 256  # of those who wait, so many are next: more are not looked at before the next look
@@ -30,6 +34,7 @@ class Standing:
 
     units: what work costs now. verdicts: of the last triage. step_s: of a step, smoothed. promised: kept sequences, and
     kept_s the machine time that all of them still ask for. tightest: pace of the kept residents that promise most.
+    asked: prompt tokens that the kept are still to compute.
     mean_output: tokens that a request without any is expected to have.
     victims: kept residents, those furthest ahead first: when their next token is due, and who they are.
     next_return: when the first of the kept that are rotated out has to be let in.
@@ -44,8 +49,8 @@ class Standing:
         self.units = cost.units()
         self.verdicts: Verdicts = NOTHING
         self.victims: tuple[np.ndarray, list[Sequence | None]] = (np.zeros(0), [])
-        self._next_kept = np.zeros((3, 0))  # start, id, row
-        self._next_rest = np.zeros(0, dtype=np.intp)
+        self._next_kept: tuple[list[float], list[float], list[int]] = ([], [], [])  # start, id, row
+        self._next_rest: list[int] = []
         self.aged: Sequence | None = None
         self.tightest = math.inf
         self.next_return = math.inf
@@ -53,13 +58,24 @@ class Standing:
         self.mean_output = 1.0
         self.kept_s = 0.0
         self.step_s = 0.02
+        self._square_s = self.step_s**2
+        self.asked = 0.0
         self._matmul_s = 0.0
 
     def observe(self, load: StepLoad, elapsed: float) -> None:
         """A step of this load took so many seconds."""
         if load.tokens and elapsed > 0.0:
             self.step_s += SMOOTHING * (elapsed - self.step_s)
+            self._square_s += SMOOTHING * (elapsed**2 - self._square_s)
             self._matmul_s += SMOOTHING * (load.tokens * self.units.token_s - self._matmul_s)
+
+    @property
+    def early_s(self) -> float:
+        """How much sooner than promised a token is planned for, s: EARLY steps of the length that a moment falls into.
+
+        That is above the mean: most moments fall into the long ones.
+        """
+        return EARLY * self._square_s / self.step_s
 
     def look(self, residents: list[Sequence], block_s: float, now: float) -> None:
         """See what is lost, what is kept, and how much of the machine that asks for.
@@ -78,11 +94,13 @@ class Standing:
         rows = live[~roster.late[live] & np.isfinite(np.minimum(roster.base[live], roster.deadline[live]))]
         roster.left[rows] = left = self._left(rows, produced)
         due, pace = roster.due(rows, left, self.step_s)
+        early = np.where(np.isfinite(roster.base[rows]), self.early_s, 0.0)
         prefill_s, link_s = units.prefill_s(roster.prefill[rows]), roster.load[rows] * block_s
         here = is_resident[rows]
         needs_s = np.where(here, np.where(prefill_s > 0.0, prefill_s, -np.inf), prefill_s + link_s)
         late = due - now < needs_s
         roster.late[rows[late]] = True
+        due = due - early
         fine = ~late & np.isfinite(due)
         rows, left, due, pace, here = rows[fine], left[fine], due[fine], pace[fine], here[fine]
         prefill_s, link_s = prefill_s[fine], np.where(here, 0.0, link_s[fine])
@@ -106,6 +124,7 @@ class Standing:
             residents[at].kept = bool(now_kept[at])
         self._order_victims(rows[mine & here], due[mine & here], pace[mine & here])
         waits = mine & ~here
+        self.asked = float(roster.prefill[rows[mine]].sum())
         together_s = units.prefill_s(roster.prefill[rows] + roster.shared[rows])
         start = due - np.where(roster.load[rows] > 0.0, 2.0 * (link_s + self.step_s), together_s)
         self.next_return = float(start[waits & (roster.load[rows] > 0.0)].min(initial=math.inf))
@@ -127,10 +146,11 @@ class Standing:
             first = np.argpartition(start, HEAD)[:HEAD]
             kept, start = kept[first], start[first]
         order = np.lexsort((roster.id[kept], start))
-        self._next_kept = np.stack([start, roster.id[kept], kept])[:, order]
+        kept = kept[order]
+        self._next_kept = start[order].tolist(), roster.id[kept].tolist(), kept.tolist()
         if len(rest) > HEAD:
             rest = rest[np.argpartition(roster.arrival[rest], HEAD)[:HEAD]]
-        self._next_rest = rest[np.lexsort((roster.id[rest], roster.arrival[rest]))]
+        self._next_rest = rest[np.lexsort((roster.id[rest], roster.arrival[rest]))].tolist()
 
     def next_kept(self) -> Iterator[tuple[float, float, Sequence]]:
         """Who of the kept that waited at the last look is next: when its work must begin, its id, itself; at most HEAD.
@@ -138,15 +158,15 @@ class Standing:
         A row that has been given to another since then yields that one.
         """
         sequences = self.roster.sequences
-        for start, id, row in zip(*self._next_kept.tolist(), strict=True):
-            sequence = sequences[int(row)]
+        for start, id, row in zip(*self._next_kept, strict=True):
+            sequence = sequences[row]
             if sequence is not None:
                 yield start, id, sequence
 
     def next_rest(self) -> Iterator[Sequence]:
         """Who of the others is next: the oldest, at most HEAD. As `next_kept`."""
         sequences = self.roster.sequences
-        for row in self._next_rest.tolist():
+        for row in self._next_rest:
             sequence = sequences[row]
             if sequence is not None:
                 yield sequence

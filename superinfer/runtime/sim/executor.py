@@ -12,7 +12,6 @@ from superinfer.runtime.scheduler.cost import StepLoad, StepRates
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 
 DUMMY_TOKEN = 0
-CAPTURED = 1024  # rows of the largest step with chunks that engine/cuda_pieces.py captures
 
 
 class SimStep(NamedTuple):
@@ -26,9 +25,6 @@ class SimStep(NamedTuple):
 class SimExecutor:
     """Implements `Executor`. Every sampled token is DUMMY_TOKEN: outputs end at their max_tokens.
 
-    Steps are timed by `rates`, one after another, with `pieces_s` or `eager_s` more for each that has
-    prefill chunks (of one token that is followed by a sampled one, as a sequence that comes back has, are none: the
-    engine computes those with the decodes); copies by `link`, as docs/duplexkv.md orders them: a plan's copies
     start when the steps before it are done, its work when those it waits for are over. It has no clock of its own:
     `now` is set by who submits.
     """
@@ -41,12 +37,8 @@ class SimExecutor:
         depth: int = 1,
         tier: TierLimits | None = None,
         link: VirtualLink | None = None,
-        pieces_s: float = 0.0,
-        eager_s: float = 0.0,
     ) -> None:
         self.rates = rates
-        self.pieces_s = pieces_s
-        self.eager_s = eager_s
         self.limits = limits
         self.tier = tier
         self.depth = depth
@@ -70,8 +62,6 @@ class SimExecutor:
         begin = self._wait(plan, start)
         load = StepLoad.of(plan)
         compute_s = self.rates.seconds(load) if plan.work else 0.0
-        if any(work.tokens and not work.is_one_step for work in plan.work):
-            compute_s += self.pieces_s if load.tokens <= CAPTURED else self.eager_s
         self._free_at = end = begin + compute_s
         copied, use = self._copied(end, stall_s=begin - start if plan.work else 0.0)
         result = StepResult(plan.step, tokens, elapsed=end - start, copied=copied, link=use)

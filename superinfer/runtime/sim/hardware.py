@@ -24,8 +24,7 @@ class Efficiency(NamedTuple):
     decode_s: seconds each decoding request adds beyond the KV it reads.
     pieces_s, eager_s: seconds a step with prefill chunks takes beyond all that, as the device waits for the host: where
         the engine replays graphs between the layers' attention, and where it has more tokens than it has graphs for and
-        launches each kernel. No terms of the scheduler's cost model, which learns them into the others; the simulated
-        executor adds them (docs/simulator.md).
+        launches each kernel. 0: not measured.
     """
 
     weights: float

@@ -191,16 +191,7 @@ def simulate(
     if isinstance(scheduler, Rota):
         scheduler.prefix_aware = config.prefix_aware
     link = _link(profile, tier.block_bytes) if tier else None
-    share = profile.efficiency
-    executor = SimExecutor(
-        rates,
-        limits,
-        depth=config.depth,
-        tier=tier,
-        link=link,
-        pieces_s=share.pieces_s,
-        eager_s=share.eager_s,
-    )
+    executor = SimExecutor(rates, limits, depth=config.depth, tier=tier, link=link)
     run = _Run(scheduler, executor, StepCost(rates), config, on_end)
     started = time.perf_counter()
     run.all(jobs)

@@ -6,6 +6,7 @@ import functools
 import random
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,17 +15,17 @@ from rotation_bench import Bench
 from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.protocol import Hints
 from superinfer.runtime.scheduler.base import SchedulerLimits
-from superinfer.runtime.scheduler.cost import StepCost, StepRates
+from superinfer.runtime.scheduler.cost import CAPTURED, StepCost, StepLoad, StepRates
 from superinfer.runtime.scheduler.plan import StepResult
 from superinfer.runtime.scheduler.registry import build_scheduler
 from superinfer.runtime.scheduler.sequence import Sequence, Status
 from superinfer.runtime.sim.hardware import profile_of
 from superinfer.runtime.sim.shapes import shape_of
 from superinfer.runtime.sim.simulate import SimConfig, SimResult, simulate
-from superinfer.runtime.sim.workload import make_jobs
+from superinfer.runtime.sim.workload import Job, lognormal, make_jobs
 from superinfer.runtime.slo import SLO
 
-H100, LLAMA = profile_of("h100-pcie5"), shape_of("llama-3-8b")
+H100, H200, LLAMA = profile_of("h100-pcie5"), profile_of("h200-pcie5"), shape_of("llama-3-8b")
 STREAM = SLO(ttft=1.0, tbt=0.1)
 MEASURED = ("plan_ms", "plan_ms_max", "wall_s", "requests_per_wall_s")
 
@@ -64,9 +65,12 @@ shapes = st.fixed_dictionaries(
 )
 
 
-def dear_prefills() -> StepCost:
+def dear_prefills(launch_s: float = 0.0) -> StepCost:
     """A machine on which the bench's link, a millisecond a block, is always quicker than computing again."""
-    return StepCost(StepRates.unknown()._replace(token_s=0.01))
+    return StepCost(StepRates.unknown()._replace(token_s=0.01, pieces_s=launch_s, eager_s=2 * launch_s))
+
+
+launches = st.sampled_from([0.0, 0.02, 5.0])  # of a step with chunks, seconds: gathered in few steps where it is dear
 
 
 def play(bench: Bench, work) -> list[Sequence]:
@@ -80,9 +84,9 @@ def play(bench: Bench, work) -> list[Sequence]:
 
 
 @settings(max_examples=120, deadline=None)
-@given(jobs, shapes, st.sampled_from([0, 1, 8]))
-def test_everyone_ends_with_the_tokens_it_would_get_alone(work, shape, max_waits):
-    bench = Bench(policy="rota", cost=dear_prefills(), **shape)
+@given(jobs, shapes, st.sampled_from([0, 1, 8]), launches)
+def test_everyone_ends_with_the_tokens_it_would_get_alone(work, shape, max_waits, launch_s):
+    bench = Bench(policy="rota", cost=dear_prefills(launch_s), **shape)
     bench.scheduler._rotation.max_waits = max_waits
     sequences = play(bench, work)
     bench.run()
@@ -113,9 +117,10 @@ def test_the_schedules_drawn_here_do_rotate():
     st.lists(st.tuples(st.integers(0, 9), st.integers(0, 25)), max_size=6),
     st.sampled_from([0.0, 0.02, 0.2]),
     st.sets(st.integers(0, 25), max_size=2),
+    launches,
 )
-def test_failed_copies_failed_steps_and_cancels_disturb_no_other(work, shape, cancels, fails, failing_steps):
-    bench = Bench(policy="rota", cost=dear_prefills(), **shape)
+def test_failed_copies_failed_steps_and_cancels_disturb_no_other(work, shape, cancels, fails, failing_steps, launch_s):
+    bench = Bench(policy="rota", cost=dear_prefills(launch_s), **shape)
     bench.executor.fails = fails
     sequences = play(bench, work)
     for turn in range(26):
@@ -177,6 +182,56 @@ def test_it_keeps_more_promises_than_any_baseline_when_memory_is_short():
         assert rota.met >= run(policy=policy).met
 
 
+def long_prompts(seed: int, rate: float, count: int) -> list[Job]:
+    """Prompts of 1,150 +- 1,100 tokens, answers of 200 +- 150."""
+    rng = np.random.default_rng(seed)
+    times = np.cumsum(rng.exponential(1 / rate, count))
+    shapes = zip(times, lognormal(rng, 1150, 1100, count), lognormal(rng, 200, 150, count), strict=True)
+    return [Job(float(at), int(p), int(o), (-1 - k,), int(p), STREAM) for k, (at, p, o) in enumerate(shapes)]
+
+
+def test_under_overload_whoever_is_kept_gets_its_first_token_before_its_client_stops_counting():
+    # The client counts from when it sent the request; the engine, from when it read it, between two steps.
+    jobs, way_s = long_prompts(seed=1, rate=40.0, count=360), 0.001
+    took: list[float] = []
+
+    def ended(sequence: Sequence) -> None:
+        took.append(sequence.timeline.first + sequence.arrival + way_s - jobs[sequence.id].at)
+
+    config = SimConfig(policy="rota", kv_tokens=100_000, dram_tokens=524_288, depth=2, way_s=way_s)
+    simulate(jobs, H200, LLAMA, config, ended)
+    assert sum(seconds <= 1.0 for seconds in took) > 0.8 * len(took)
+    assert sum(1.0 < seconds <= 1.1 for seconds in took) < 0.02 * len(took)
+
+
+@pytest.mark.parametrize(("launch_s", "rate"), [(0.0, 26.0), (0.005, 21.0)])
+def test_where_launching_chunks_is_dear_few_steps_have_them_and_those_fill_the_graphs(launch_s, rate):
+    cost = StepCost(StepRates.seed(H100, LLAMA)._replace(pieces_s=launch_s, eager_s=3 * launch_s))
+    scheduler = build_scheduler("rota", KVCache(20_000, 16), SchedulerLimits(256, 8192, 8192), cost)
+    now, filled, steps, number = 0.0, [], 0, 0
+    while now < 5.0:
+        while number < rate * now:
+            scheduler.add(Sequence(id=number, prompt=[number] * 1200, max_tokens=200, arrival=now, slo=STREAM))
+            number += 1
+        plan = scheduler.plan(now)
+        if plan is None:
+            now += 0.001
+            continue
+        load = StepLoad.of(plan)
+        if now >= 2.0:
+            steps += 1
+            filled += [load.tokens / CAPTURED] if load.tokens > load.decodes else []
+        now += cost.seconds(load)
+        tokens = {work.slot: 1 for work in plan.work if work.sample}
+        scheduler.commit(StepResult(plan.step, tokens, elapsed=cost.seconds(load)), now)
+    if launch_s:
+        assert np.median(filled) >= 0.95
+        assert np.mean(np.array(filled) > 1.0) < 0.05
+        assert len(filled) < 0.95 * steps
+    else:  # every step has some, and hides reading the weights
+        assert len(filled) >= 0.95 * steps
+
+
 def without_wall(result: SimResult) -> dict:
     return {name: value for name, value in msgspec.to_builtins(result).items() if name not in MEASURED}
 
@@ -215,3 +270,24 @@ def test_a_doomed_request_takes_nothing_from_one_that_can_be_kept():
         ended += [u.sequence for u in scheduler.commit(result, now) if u.finish_reason]
     assert ended == [good, doomed]
     assert all(s.status is Status.FINISHED for s in ended)
+
+
+def test_with_thousands_waiting_looking_takes_no_more_of_the_time_and_nobody_who_can_be_kept_is_missed():
+    kv = KVCache(64, 16)
+    scheduler = build_scheduler("rota", kv, SchedulerLimits(1, 64, 1024))
+    looks: list[float] = []
+    look = scheduler._standing.look
+    scheduler._standing.look = lambda residents, block_s, now: (looks.append(now), look(residents, block_s, now))
+    for number in range(8192):  # all too late to be kept: they wait behind one another
+        scheduler.add(Sequence(id=number, prompt=[1, number], max_tokens=900, arrival=0.0, slo=SLO(ttft=1e-6, tbt=0.1)))
+    now, urgent, ended = 0.0, Sequence(id=9000, prompt=[2] * 20, max_tokens=4, arrival=1.0, slo=STREAM), []
+    while now < 2.0 and not ended:
+        if now >= 1.0 and urgent.row < 0:
+            scheduler.add(urgent)
+        plan = scheduler.plan(now)
+        now += 0.01
+        result = StepResult(plan.step, {work.slot: 1 for work in plan.work if work.sample}, elapsed=0.01)
+        ended += [u.sequence for u in scheduler.commit(result, now) if u.finish_reason]
+    assert ended == [urgent]
+    assert urgent.timeline.first <= 1.0
+    assert 3 <= sum(0.1 < at < 1.0 for at in looks) <= 6
