@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from superinfer.runtime.sim.shapes import ModelShape
 
 FACTORS = ("weights", "matmul", "kv", "attention", "decode", "step", "pieces", "eager")
-CAPTURED = 2048  # tokens of the largest step with chunks that engine/cuda_mixed.py captures
+# Tokens of the largest step with chunks that engine/cuda_pieces.py captures. Where chunks' attention is captured too
+# (engine/cuda_mixed.py), graphs reach further, and the factors of P and E soon say that neither costs much.
+CAPTURED = 1024
 LAUNCH_S = 1e-3
 FORGETTING = 0.998  # the last 500 steps count: 10 s at 20 ms a step
 PRIOR = 0.004  # weight of the seed in observations: a 3 % noise against a seed trusted to 50 %

@@ -25,6 +25,7 @@ class SimStep(NamedTuple):
 class SimExecutor:
     """Implements `Executor`. Every sampled token is DUMMY_TOKEN: outputs end at their max_tokens.
 
+    Steps are timed by `rates`, one after another; copies by `link`, as docs/duplexkv.md orders them: a plan's copies
     start when the steps before it are done, its work when those it waits for are over. It has no clock of its own:
     `now` is set by who submits.
     """

@@ -113,7 +113,7 @@ def test_a_step_that_waits_for_a_copy_ends_later_by_what_the_link_takes():
     copies = (BlockCopy(1, False, 0, 0), BlockCopy(2, True, 1, 1), BlockCopy(3, True, 2, 2))
     executor.submit(StepPlan(1, work, (init,), copies=copies, waits=(1,)))
     result = executor.collect()
-    compute_s = RATES.seconds(StepLoad(1, 0, 0, 1.0))
+    compute_s = RATES.seconds(StepLoad(1, 1, 1, 0.0))  # one token that is sampled from: a decode's row
     assert result.elapsed == pytest.approx(0.001 + compute_s)
     assert result.link.stall_s == pytest.approx(0.001)
     assert result.copied == [1, 2, 3]
@@ -131,12 +131,13 @@ def test_a_step_with_prompt_tokens_takes_what_its_launch_costs_beyond_and_decode
 
 def test_a_sequence_of_which_one_token_is_missing_costs_a_decode_and_no_launch_of_chunks():
     limits = ExecutorLimits(8, 16, 4, 128, 100)
+    slow = RATES._replace(pieces_s=0.003, eager_s=0.009)
     for work, more in (
         (SlotWork(0, 16, 1, (1,), (0, 1), True), 0.0),
         (SlotWork(0, 16, 1, (1,), (0, 1)), 0.003),  # of a longer prompt: nothing is sampled behind it
         (SlotWork(0, 15, 2, (1, 1), (0, 1), True), 0.003),
     ):
-        executor = SimExecutor(RATES, limits, pieces_s=0.003, eager_s=0.009)
+        executor = SimExecutor(slow, limits)
         executor.submit(StepPlan(1, (work,), (SlotInit(0, SamplingParams(), 0, (1,)),)))
         executor.collect()
         assert executor.last.compute_s == pytest.approx(RATES.seconds(executor.last.load) + more)
