@@ -59,7 +59,7 @@ def _speed(gpu: str) -> str:
     if not rows:
         return ""
     starts = record["arms"]["ours"]["start_s"], record["arms"]["vllm"]["start_s"]
-    rows.append(_row("start to ready, s (FlashInfer's kernels built before; vLLM compiles)", *starts, 0))
+    rows.append(_row("start to ready, s (kernels compiled by an earlier start)", *starts, 0))
     version = record["arms"]["vllm"]["version"]
     return f"""
 Llama-3-8B's shape, random weights, bf16, {record["device"]["gpu"]}, beside vLLM {version} in one run, over HTTP

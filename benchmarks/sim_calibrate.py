@@ -4,7 +4,7 @@ python benchmarks/sim_calibrate.py azure_conv_2023.csv
 
 Reads results/h200-{latency,decode-variants,profile,link,http-vs-client}.json and the arm `ours` of
 h200-vs-vllm-ample-turns.json; prints what runtime/sim/hardware.py has for `h200-pcie5` and how far off each measured
-figure is with it. The overload runs (h200-vs-vllm-slo.json) are not read: sim_truth.py compares with them.
+figure is with it. The overload runs (h200-vs-vllm-slo-before.json) are not read: sim_truth.py compares with them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The simulator held against an H200: the very jobs of the overload runs, simulated, beside what was measured.
 
-python benchmarks/sim_truth.py azure_conv_2023.csv [--measured h200-vs-vllm-slo] [--arms ours-fcfs,ours-rota]
+python benchmarks/sim_truth.py azure_conv_2023.csv [--measured h200-vs-vllm-slo-before] [--arms ours-fcfs,ours-rota]
 
 The measured runs are this engine behind its HTTP server (benchmarks/peer/run.py slo). Nothing in the profile was fitted
 to them: sim_calibrate.py says what it was fitted to. Times are the client's: from when a request was due.
@@ -135,7 +135,7 @@ def main() -> None:
     """Simulate, print beside the measured, write results/sim-truth-h200.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path, help="azure_conv_2023.csv")
-    parser.add_argument("--measured", default="h200-vs-vllm-slo", help="a file of results/, without .json")
+    parser.add_argument("--measured", default="h200-vs-vllm-slo-before", help="a file of results/, without .json")
     parser.add_argument("--arms", default="ours-fcfs,ours-rota")
     parser.add_argument("--hardware", default="h200-pcie5")
     given = parser.parse_args()
