@@ -132,12 +132,13 @@ def compared(name: str, predicted: float | None, measured: float | None) -> dict
 
 
 def main() -> None:
-    """Simulate, print beside the measured, write results/sim-truth-h200.json."""
+    """Simulate, print beside the measured, write results/<name>.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path, help="azure_conv_2023.csv")
     parser.add_argument("--measured", default="h200-vs-vllm-slo-before", help="a file of results/, without .json")
     parser.add_argument("--arms", default="ours-fcfs,ours-rota")
     parser.add_argument("--hardware", default="h200-pcie5")
+    parser.add_argument("--name", default="sim-truth-h200", help="of the result")
     given = parser.parse_args()
     record = json.loads((RESULTS / f"{given.measured}.json").read_text())
     way_s = json.loads((RESULTS / "sim-calibration-h200.json").read_text())["way_s"]
@@ -174,8 +175,8 @@ def main() -> None:
     judged = [f for row in rows for f in row["figures"].values() if f is not None and "bound" in f]
     print(f"{sum(f['within'] for f in judged)} of {len(judged)} figures within their bounds")
     out = write(
-        "sim-truth-h200",
-        f"python benchmarks/sim_truth.py {given.trace.name}",
+        given.name,
+        f"python benchmarks/sim_truth.py {given.trace.name} --measured {given.measured} --arms {given.arms}",
         {
             "hardware": profile.name,
             "efficiency": profile.efficiency._asdict(),
