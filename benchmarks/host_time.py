@@ -90,7 +90,6 @@ def executor_of(batch: int, context: int, model: CausalLM) -> CudaExecutor:
     )
     for bucket in executor._buckets:
         bucket.graph = NoGraph()  # type: ignore[assignment]
-        bucket.tokens = torch.zeros(bucket.size, dtype=torch.int64)
     return executor
 
 
@@ -316,7 +315,8 @@ def main() -> None:
                 f"(least {row['submit_ms_least']:.3f}), collect {row['collect_ms']:.3f} ms",
                 flush=True,
             )
-    record = {"settings": vars(arguments), "results": results, "copies": measure_copies()}
+    settings = vars(arguments) | {"before": Path(arguments.before).name if arguments.before else None}
+    record = {"settings": settings, "results": results, "copies": measure_copies()}
     record["beside_thread"] = measure_beside_thread()
     if arguments.before:
         older = json.loads(Path(arguments.before).read_text())
