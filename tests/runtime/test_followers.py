@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import signal
 
 import pytest
 
 from superinfer.errors import InvalidRequestError, NothingToExtendError, QueueFullError
 from superinfer.runtime.client import AsyncEngineClient, EngineClient, new_request_id
 from superinfer.runtime.config import EngineConfig
-from superinfer.runtime.launch import launch_engine
+from superinfer.runtime.launch import EngineProcess, launch_engine
 from superinfer.runtime.protocol import Generate, SamplingParams, SequenceDelta
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -26,14 +28,20 @@ def tokens(client: EngineClient, wanted: Generate) -> list[int]:
     return [token for delta in client.generate(wanted) for token in delta.token_ids]
 
 
-def together(address: str, *requests: Generate) -> list[list[SequenceDelta] | Exception]:
-    """All sent at once and in this order. The deltas of each, or its error."""
+def together(engine: EngineProcess, *requests: Generate) -> list[list[SequenceDelta] | Exception]:
+    """All sent at once and in this order. The deltas of each, or its error. The engine stands still until all have been
+    sent: were this process held up between two of them, a short request could end before the one that follows it."""
 
     async def sent() -> list[list[SequenceDelta] | Exception]:
-        async with await AsyncEngineClient.connect(address) as client:
+        async with await AsyncEngineClient.connect(engine.address) as client:
             arrived = [asyncio.Queue() for _ in requests]
-            for wanted, queue in zip(requests, arrived, strict=True):
-                client.open_soon(wanted, queue.put_nowait)
+            os.kill(engine.pid, signal.SIGSTOP)
+            try:
+                for wanted, queue in zip(requests, arrived, strict=True):
+                    client.open_soon(wanted, queue.put_nowait)
+                await asyncio.sleep(0.05)  # until the sockets have them
+            finally:
+                os.kill(engine.pid, signal.SIGCONT)
             return list(await asyncio.gather(*map(until_end, arrived)))
 
     async def until_end(queue: asyncio.Queue) -> list[SequenceDelta] | Exception:
@@ -58,7 +66,7 @@ def test_a_request_goes_on_from_the_tokens_of_another_and_others_from_it(engine,
     second = request([5, 6, 7], after=first.request_id)
     third = request([8], after=second.request_id)
     sibling = request([9, 9], after=second.request_id)
-    made = list(map(told, together(engine.address, first, second, third, sibling)))
+    made = list(map(told, together(engine, first, second, third, sibling)))
     one = tokens(client, request(PROMPT))
     two = tokens(client, request([*PROMPT, *one, 5, 6, 7]))
     whole = [*PROMPT, *one, 5, 6, 7, *two]
@@ -68,7 +76,7 @@ def test_a_request_goes_on_from_the_tokens_of_another_and_others_from_it(engine,
 def test_what_it_goes_on_from_is_in_the_cache_and_its_time_begins_when_it_can(engine, client):
     first = request(PROMPT, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
     second = request([5, 6, 7], after=first.request_id)
-    one, two = together(engine.address, first, second)
+    one, two = together(engine, first, second)
     report = two[-1].report
     assert report.prompt_tokens == len(PROMPT) + 60 + 3
     assert report.cached_tokens >= (len(PROMPT) + 59) // 16 * 16
@@ -80,7 +88,7 @@ def test_the_token_that_stopped_an_output_is_no_part_of_what_follows(engine, cli
     at = next(i for i in range(1, 12) if one[i] not in one[:i])
     first = request(PROMPT, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop_token_ids=(one[at],)))
     second = request([5, 6, 7], after=first.request_id)
-    stopped, followed = together(engine.address, first, second)
+    stopped, followed = together(engine, first, second)
     assert told(stopped) == one[: at + 1]
     assert told(followed) == tokens(client, request([*PROMPT, *one[:at], 5, 6, 7]))
 
@@ -90,7 +98,7 @@ def test_what_cannot_be_gone_on_from_is_said(engine, client):
     too_long = request([7] * 2000)
     follows = [request([5], after=one.request_id) for one in (several, too_long)]
     unknown = request([5], after="nobody")
-    _, refused, _, late, lost = together(engine.address, several, follows[0], too_long, follows[1], unknown)
+    _, refused, _, late, lost = together(engine, several, follows[0], too_long, follows[1], unknown)
     assert isinstance(refused, InvalidRequestError) and "several continuations" in str(refused)
     for error in (late, lost):
         assert isinstance(error, NothingToExtendError) and "send the whole prompt" in str(error)
@@ -100,7 +108,7 @@ def test_one_that_cannot_begin_takes_with_it_those_that_follow(engine, client):
     first = request(PROMPT)
     second = request([7] * 2000, after=first.request_id)  # does not fit into the context
     third = request([8], after=second.request_id)
-    made, wrong, lost = together(engine.address, first, second, third)
+    made, wrong, lost = together(engine, first, second, third)
     assert told(made)
     assert isinstance(wrong, InvalidRequestError) and "context" in str(wrong)
     assert isinstance(lost, NothingToExtendError)
@@ -136,7 +144,7 @@ def test_cancelling_ends_a_request_that_is_held_and_those_that_follow_it(engine)
 
 
 def test_an_id_that_is_held_is_in_use(engine):
-    first = request(PROMPT)
+    first = request(PROMPT, LONG)
     second = request([5], after=first.request_id)
 
     async def twice() -> Exception:
@@ -159,9 +167,9 @@ def test_held_requests_count_as_unfinished(random_llama):
         chain = [first]
         for _ in range(3):
             chain.append(request([5], after=chain[-1].request_id))
-        *_, last = together(small.address, *chain)
+        *_, last = together(small, *chain)
         assert isinstance(last, QueueFullError)
-        assert all(map(told, together(small.address, *chain[:3])))  # all are let go of when their client goes
+        assert all(map(told, together(small, *chain[:3])))  # all are let go of when their client goes
 
 
 @pytest.mark.parametrize(("interval_s", "most"), [(math.inf, 1), (0.02, 13), (0.0, 13)])

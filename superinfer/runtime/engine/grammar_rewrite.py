@@ -4,7 +4,10 @@
   does not allow within a text, and near the end of a bounded text a mask takes milliseconds (docs/constrained.md has
   the numbers). Neither way writes escapes within such a text.
 - What a `pattern` demands and JSON writes with an escape (a quote, a backslash, a control character) is demanded as
-  that escape. The compiler would write it raw. Character classes need nothing: it leaves such characters out of them.
+  that escape. The compiler would write it raw. From character classes it leaves such characters out.
+- Character classes of a `pattern` that reach beyond ASCII are written so that they are UTF-8 (`grammar_utf8`), other
+  characters beyond it by their number: a pattern that holds one plainly is compiled in another way, whose classes do
+  take what JSON must escape.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from __future__ import annotations
 import json
 import re
 from typing import Any
+
+from superinfer.runtime.engine.grammar_utf8 import character, code_points, in_pattern
 
 AT_ONCE = 100  # characters of one repetition: the compiler does not unfold one of over 128, and masks are slow then
 
@@ -39,30 +44,34 @@ def rewrite(schema: Any) -> Any:
         found.pop("minLength", None)
         found.pop("maxLength", None)
         found["pattern"] = f"^{_any(least, most)}$"
-    elif isinstance(found.get("pattern"), str):
+    if isinstance(found.get("pattern"), str):
         found["pattern"] = escaped(found["pattern"])
     return found
 
 
-# A class as a whole, or one character as it may be written: escaped, by its number, or plain.
+# A class, or one character as it may be written: escaped, by its number, or plain.
 _PIECE = re.compile(
-    r"""(?P<other>\[(?:\^)?\]?(?:\\.|[^\]\\])*\])
-    |\\x(?P<x>[0-9a-fA-F]{2}) | \\u(?P<u>[0-9a-fA-F]{4}) | \\(?P<letter>.) | (?P<plain>["\x00-\x1f])""",
+    r"""(?P<class>\[(?:\^)?\]?(?:\\.|[^\]\\])*\]|\\[dDwWsS]|\.)
+    |\\x(?P<x>[0-9a-fA-F]{2}) | \\u(?P<u>[0-9a-fA-F]{4}) | \\u\{(?P<braced>[0-9a-fA-F]{1,6})\}
+    |\\(?P<letter>.) | (?P<plain>["\x00-\x1f\x80-\U0010ffff])""",
     re.VERBOSE | re.DOTALL,
 )
 _LETTERS = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0", '"': '"', "\\": "\\"}
 
 
 def escaped(pattern: str) -> str:
-    """The pattern, of a JSON text's characters as JSON writes them."""
+    """The pattern, in ASCII, of a JSON text's characters as JSON writes them."""
 
     def piece(match: re.Match[str]) -> str:
-        number = match["x"] or match["u"]
-        character = chr(int(number, 16)) if number else match["plain"] or _LETTERS.get(match["letter"] or "")
-        if match["other"] or character is None or (character >= " " and character not in '"\\'):
-            return match[0]
-        written = json.dumps(character)[1:-1]
-        return f"({written.replace(chr(92), chr(92) * 2)})"
+        if match["class"]:
+            ranges = code_points(match["class"])
+            return in_pattern(ranges) if ranges and ranges[-1][1] > 0x7F else match[0]
+        number = match["x"] or match["u"] or match["braced"]
+        code = int(number, 16) if number else ord(match["plain"] or _LETTERS.get(match["letter"], match["letter"]))
+        if code < 0x20 or chr(code) in '"\\':
+            written = json.dumps(chr(code))[1:-1]
+            return f"({written.replace(chr(92), chr(92) * 2)})"
+        return character(code) if code > 0x7F or match["braced"] else match[0]
 
     return _PIECE.sub(piece, pattern)
 

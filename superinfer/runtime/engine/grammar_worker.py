@@ -24,6 +24,7 @@ import numpy as np
 
 from superinfer.errors import InvalidRequestError, UnsupportedError
 from superinfer.runtime.engine.grammar_rewrite import rewrite
+from superinfer.runtime.engine.grammar_utf8 import IN_JSON, VALID, in_utf8, numbers_of_characters
 from superinfer.runtime.protocol import Grammar
 
 READY = b"ready"
@@ -81,17 +82,23 @@ def load_tokenizer_info(path: str, vocab_size: int, eos_token_ids: tuple[int, ..
 
 def compile_grammar(compiler: Any, grammar: Grammar) -> Any:
     """Raises RuntimeError with the library's words."""
+    from xgrammar import Grammar as Parsed
+
     match grammar.kind:
         case "json_schema":
             schema = json.dumps(rewrite(json.loads(grammar.source)))
-            return compiler.compile_json_schema(schema, any_whitespace=False)
+            parsed = Parsed.from_json_schema(schema, any_whitespace=False)
         case "json_object":
-            anything = '{"type": "object"}'
-            return compiler.compile_json_schema(anything, strict_mode=False, any_whitespace=False)
+            parsed = Parsed.from_json_schema('{"type": "object"}', strict_mode=False, any_whitespace=False)
         case "regex":
-            return compiler.compile_regex(grammar.source)
+            parsed = Parsed.from_regex(grammar.source)
         case "ebnf":
-            return compiler.compile_grammar(grammar.source)
+            parsed = Parsed.from_ebnf(grammar.source)
+    is_json = grammar.kind in ("json_schema", "json_object")
+    parsed = Parsed.deserialize_json(in_utf8(parsed.serialize_json(), IN_JSON if is_json else VALID))
+    if is_json:
+        parsed = Parsed.from_ebnf(numbers_of_characters(str(parsed)))
+    return compiler.compile_grammar(parsed)
 
 
 def walk(compiled: Any, vocab_size: int, stop_ids: tuple[int, ...]) -> str:
