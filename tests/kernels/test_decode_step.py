@@ -60,7 +60,7 @@ def test_a_batch_follows_from_slots_and_positions(empty_padding):
 
 
 @pytest.mark.parametrize("dtype", [HALF, torch.float32])
-@pytest.mark.parametrize(("rows", "vocab"), [(1, 9), (5, 211), (70, 5000)])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 9), (5, 5000), (65, 2100)])
 def test_the_first_of_the_largest_logits_is_kept_by_slot_and_for_the_host(dtype, rows, vocab):
     torch.manual_seed(rows)
     logits = torch.randn(rows, vocab, device=DEVICE).to(dtype)  # in half precision there are equals among the largest

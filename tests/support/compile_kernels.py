@@ -1,6 +1,8 @@
-"""Compiles every Triton kernel to machine code for Ampere (float32) and Hopper (bfloat16); needs no GPU.
+"""Compiles every Triton kernel to machine code for Hopper (bfloat16) and for Ampere (float32); needs no GPU.
 
 Run as a process of its own: a kernel is either interpreted or compiled, decided when it is defined. Prints a line each.
+Kernels that are the same whatever the activations are compiled for Hopper alone: nothing in them depends on the
+architecture.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ def kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     rope = {**pointers(kind, "qkv", "cos", "sin", "q_out", "cache"), "places": "*i32"}
     rope |= numbers("tokens", "page", "qkv_row", "block_step", "value_step", "offset_step", "part_step")
     heads = dict(SHARED=4, KV_HEADS=8, HEAD_DIM=128, HEADS_2=4)
+    # In float32, products of 128 are compiled for seconds, and the decodes' have them.
+    chunks = dict(heads, DIM_2=128) if kind == "bf16" else dict(heads, HEAD_DIM=64, DIM_2=64)
     paged = {**pointers(kind, "q", "kv", "out"), "scale": "fp32"}
     paged |= pointers(INT, "qo_indptr", "kv_indptr", "kv_indices", "last_page_len")
     paged |= numbers("window", "page", "block_step", "value_step", "offset_step")
@@ -60,7 +64,7 @@ def kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
         (fused._rope_and_store, rope, dict(heads, HALF_2=64, TOKENS=8, PARTS=1, PDL=pdl)),
         (fused._rope_and_store, *in_parts),
         (paged_triton._paged_attention, paged, dict(heads, DIM_2=128, QUERIES=4, KEYS=32)),
-        (paged_triton._paged_attention, paged, dict(heads, DIM_2=128, QUERIES=16, KEYS=32)),
+        (paged_triton._paged_attention, paged, dict(chunks, QUERIES=16, KEYS=32)),
         (host_memory._copy_words, {**pointers("i64", "dst", "src"), **numbers("count")}, dict(BLOCK=512)),
         (filters._filter_threshold, chosen, dict(INFINITY=filters.INFINITY_BITS, BLOCK=4096)),
         (decode_step._receive, receive, dict(HEAD=decode_step.HEAD, BLOCK=512)),
@@ -108,11 +112,11 @@ def skinny_kernels() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str
 
 
 def main() -> None:
-    for capability, kind in ((80, "fp32"), (90, "bf16")):
+    on_hopper = [(*parts, {}) for parts in kernels("bf16")] + expert_kernels("bf16") + skinny_kernels()
+    on_ampere = [(*parts, {}) for parts in kernels("fp32")] + expert_kernels("fp32")
+    on_ampere = [parts for parts in on_ampere if parts not in on_hopper]
+    for capability, kind, every in ((80, "fp32", on_ampere), (90, "bf16", on_hopper)):
         target = GPUTarget("cuda", capability, 32)
-        every = [(*parts, {}) for parts in kernels(kind)] + expert_kernels(kind)
-        if kind == "bf16":
-            every += skinny_kernels()
         for kernel, types, constants, options in every:
             signature = {**types, **dict.fromkeys(constants, "constexpr")}
             places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}

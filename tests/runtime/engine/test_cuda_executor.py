@@ -66,21 +66,31 @@ def llama(tmp_path_factory):
     return folder, make_checkpoint(folder)
 
 
-@pytest.mark.parametrize("most_chunks", [0, 2, 3])
-@pytest.mark.parametrize("variant", ["llama-7-heads-per-kv-head", "qwen2", "qwen3"])
-def test_greedy_tokens_equal_transformers_in_mixed_batches(tmp_path, variant, most_chunks):
-    model = make_checkpoint(tmp_path, variant)
-    executor = executor_of(tmp_path, most_chunks=most_chunks)
+def check_mixed_batches(folder, model, most_chunks):
+    """Prompts of one, two and three chunks: steps of decodes beside two chunks, beside one, and alone."""
+    executor = executor_of(folder, most_chunks=most_chunks)
     if most_chunks == 3:  # then no step is left for the general way
         executor._chunks = None
-    prompts = prompts_of([1, 9, 30])
+    prompts, tokens = prompts_of([1, 9, 17]), 4
     stepper = Stepper(executor)
     batch = [stepper.add(prompt) for prompt in prompts]
-    stepper.run(batch, TOKENS, chunk=7)
-    assert [s.output for s in batch] == [generate(model, prompt, TOKENS) for prompt in prompts]
+    stepper.run(batch, tokens, chunk=7)
+    assert [s.output for s in batch] == [generate(model, prompt, tokens) for prompt in prompts]
 
 
-def test_steps_submitted_ahead_continue_from_tokens_the_host_has_not_seen(llama):
+@pytest.mark.parametrize("most_chunks", [0, 2, 3])
+def test_greedy_tokens_equal_transformers_in_mixed_batches(tmp_path, most_chunks):
+    model = make_checkpoint(tmp_path, "llama-7-heads-per-kv-head")
+    check_mixed_batches(tmp_path, model, most_chunks)
+
+
+@pytest.mark.parametrize("most_chunks", [0, 2, 3])
+@pytest.mark.parametrize("variant", ["qwen2", "qwen3"])
+def test_greedy_tokens_equal_transformers_for_every_architecture(tmp_path, plain_kernels, variant, most_chunks):
+    check_mixed_batches(tmp_path, make_checkpoint(tmp_path, variant), most_chunks)
+
+
+def test_steps_submitted_ahead_continue_from_tokens_the_host_has_not_seen(llama, plain_kernels):
     folder, model = llama
     executor = executor_of(folder)
     prompts = prompts_of([12, 5])
@@ -169,7 +179,7 @@ def test_a_step_that_fails_is_told_by_its_collect_and_leaves_the_executor_usable
     assert sequence.output == generate(model, prompt, TOKENS)
 
 
-def test_blocks_that_came_with_a_failed_decode_are_there_for_the_next(llama, monkeypatch):
+def test_blocks_that_came_with_a_failed_decode_are_there_for_the_next(llama, plain_kernels, monkeypatch):
     folder, model = llama
     executor = executor_of(folder)
     stepper = Stepper(executor)
@@ -190,7 +200,7 @@ def test_blocks_that_came_with_a_failed_decode_are_there_for_the_next(llama, mon
     assert sequence.output == generate(model, prompt, TOKENS)
 
 
-def test_more_new_blocks_than_a_step_has_room_for_reach_the_device(llama):
+def test_more_new_blocks_than_a_step_has_room_for_reach_the_device(llama, plain_kernels):
     """Of 2 slots there is room for 8 changes with a step; two prompts of 60 tokens bring 30 blocks of 4."""
     folder, model = llama
     stepper = Stepper(executor_of(folder, slots=2))
