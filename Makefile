@@ -12,7 +12,7 @@ WORKERS ?= 2
 # Bytecode is kept whatever the environment says: hundreds of processes start from the same files.
 QUIET := PYTHONDONTWRITEBYTECODE= CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test lint types unit gpu gpu-check bench-cpu clean
+.PHONY: demo test lint types unit slow gpu gpu-check bench-cpu clean
 
 demo: .venv/.runtime
 	@$(BIN)/superinfer demo
@@ -30,7 +30,11 @@ types: .venv/.dev
 	$(BIN)/mypy
 
 unit: .venv/.dev
-	$(QUIET) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 5 tests
+	$(QUIET) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 5 -m "not slow" tests
+
+# The few tests that take longest, of the measuring tools and of great numbers. CI runs them after `make test`.
+slow: .venv/.dev
+	$(QUIET) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 5 -m slow tests
 
 gpu: .venv/.dev
 	$(BIN)/python -m pip install --quiet --editable ".[cuda]"

@@ -20,6 +20,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return int(ended.value.code or 0), shown.out, shown.err
 
 
+@pytest.mark.slow
 def test_both_arms_are_timed_and_every_output_is_read(
     capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, tmp_path: Path
 ):

@@ -122,6 +122,7 @@ def ten_requests(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_whole_run_measures_and_writes_what_it_measured(tmp_path: Path):
     command = [sys.executable, str(PEER / "run.py"), "ample", "--small", "--stand-in", "--gpus", "", "--lanes", "1"]
@@ -155,6 +156,7 @@ def test_a_trace_that_is_not_there_is_said_before_anything_starts(tmp_path: Path
     assert done.returncode == 2 and "mooncake_conversation.jsonl" in done.stderr and "azure" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_command_is_run_beside_the_servers_of_one_schedule_and_its_failure_is_the_runs(tmp_path: Path):
     told = tmp_path / "told"

@@ -50,6 +50,7 @@ def url(tiny_engine: EngineProcess) -> Iterator[str]:
         server.terminate()
 
 
+@pytest.mark.slow
 def test_every_shape_is_timed_on_both_arms_which_use_as_many_tokens(
     bench: Bench, tiny_engine: EngineProcess, url: str, tmp_path: Path
 ):
@@ -94,6 +95,7 @@ def test_our_language_is_timed_at_the_engine_too_beside_http(
     assert status and "no engine's address" in err
 
 
+@pytest.mark.slow
 def test_arms_measured_one_by_one_are_joined(bench: Bench, tiny_engine: EngineProcess, url: str, tmp_path: Path):
     ours, peer, both = (tmp_path / f"{name}.json" for name in ("ours", "peer", "both"))
     some = (*SMALL, "--shapes", "chat,select", "--at-once", "2")

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton has no wheel for this platform")
 SCRIPT = Path(__file__).parents[1] / "support" / "compile_kernels.py"
 
 
+@pytest.mark.slow
 def test_every_triton_kernel_compiles_for_ampere_and_hopper(tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)

@@ -55,6 +55,7 @@ class Threads:
         self._watch.join()
 
 
+@pytest.mark.slow
 def test_2000_programs_at_once_need_no_threads_and_failing_ones_harm_no_other(noop_engine: str) -> None:
     with si.RuntimeEndpoint(noop_engine) as backend, Threads() as threads:
         before = threads.most

@@ -240,6 +240,7 @@ def test_a_planted_fault_is_caught(plant, monkeypatch):
     raise AssertionError("60 storms did not notice")
 
 
+@pytest.mark.slow
 def test_a_thousand_storms_without_a_fault_change_no_token():
     rotations = [_storm(seed) for seed in range(1000)]
     assert sum(rotations) > 10_000, "storms are to rotate"

@@ -157,6 +157,7 @@ def test_every_answer_is_a_span_at_the_collector_by_the_time_the_server_has_ende
     assert told["gen_ai.response.finish_reason"].string_value == "length"
 
 
+@pytest.mark.slow
 def test_a_collector_that_is_not_there_costs_no_answer(start: Callable[..., Any], tiny_engine: EngineProcess) -> None:
     command, url = serve(start, tiny_engine, "--otlp-endpoint", "http://127.0.0.1:9/v1/traces", "--grace", "0.1")
     assert httpx.post(f"{url}/v1/chat/completions", json=ASK, timeout=30).status_code == 200

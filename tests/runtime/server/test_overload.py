@@ -159,6 +159,7 @@ def test_what_expires_while_it_waits_is_dropped_and_not_computed(slow: Any) -> N
 # ---------------------------------------------------------------------------- ten times of it
 
 
+@pytest.mark.slow
 def test_ten_times_the_load_is_answered_to_the_last_request_in_bounded_memory() -> None:
     """The benchmark's own load, for two seconds; what it measures over a minute is in results/http-overload.json."""
     with http_load.servers(tbt_ms=20, capacity=16, max_queue=64) as found:
