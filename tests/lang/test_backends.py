@@ -118,7 +118,7 @@ def test_what_a_select_cannot_have_on_our_server_is_said(server: str) -> None:
 def test_text_is_streamed_piece_by_piece_to_whoever_reads_it(server: str) -> None:
     @si.function
     def program(s):
-        s += si.user("hello") + si.assistant(si.gen("x", max_tokens=40, temperature=0, ignore_eos=True))
+        s += si.user("hello") + si.assistant(si.gen("x", max_tokens=200, temperature=0, ignore_eos=True))
 
     with si.RuntimeEndpoint(server) as backend:
         read = list(program.run(backend=backend, stream=True).text_iter("x"))
