@@ -124,8 +124,8 @@ def test_text_is_streamed_piece_by_piece_to_whoever_reads_it(server: str) -> Non
         read = list(program.run(backend=backend, stream=True).text_iter("x"))
         quiet = program.run(backend=backend)
     assert len(read) > 10 and "".join(read) == quiet["x"]
-    assert quiet.slo_report().rows[0].output_tokens == 40
-    assert quiet.get_meta_info("x")["completion_tokens"] == 40
+    assert quiet.slo_report().rows[0].output_tokens == 200
+    assert quiet.get_meta_info("x")["completion_tokens"] == 200
 
 
 def test_more_calls_than_connections_wait_for_each_other(server: str) -> None:
