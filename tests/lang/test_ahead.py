@@ -28,7 +28,8 @@ def begun(endpoint: RuntimeEndpoint, monkeypatch: pytest.MonkeyPatch) -> Iterato
     return requests
 
 
-def says(name: str, tokens: int = 6, **options):
+def says(name: str, tokens: int = 40, **options):
+    """An answer that is still being written when what goes on from it comes in, also on a busy machine."""
     return si.gen(name, max_tokens=tokens, temperature=0, ignore_eos=True, **options)
 
 
