@@ -52,6 +52,8 @@ class FlashInferChunks:
     alone then feeds the replays.
     """
 
+    skips_empty = False
+
     def __init__(
         self, workspace: torch.Tensor, plans: ChunkPlans, rows: int, kv_indices: torch.Tensor, heads: int,
         kv_heads: int, head_dim: int, page: int, scale: float, dtype: torch.dtype, window: int | None = None,

@@ -57,6 +57,8 @@ class AttentionCall(Protocol):
     An implementation with a window has each position attend to that many tokens at most, itself included.
     """
 
+    skips_empty: bool  # sequences at the end of a batch may have no blocks at all: their rows are then left alone
+
     def plan(self, batch: PagedBatch) -> None:
         """Prepare for a batch. In a CUDA graph's replay, `plan` alone feeds the captured `run`s."""
 
@@ -66,11 +68,6 @@ class AttentionCall(Protocol):
         ...
 
 
-def skips_empty(call: AttentionCall) -> bool:
-    """Whether sequences at the end of a batch may have no blocks at all: their rows are then left alone."""
-    return getattr(call, "skips_empty", False)
-
-
 class AttentionByLayer:
     """Implements `AttentionCall` for models whose layers have windows: one call for each window there is."""
 
@@ -78,7 +75,7 @@ class AttentionByLayer:
         """windows: by layer, as in ModelConfig. make: the call for layers of one window."""
         calls = {window: make(window) for window in dict.fromkeys(windows)}
         self._calls = list(calls.values())
-        self.skips_empty = all(skips_empty(call) for call in self._calls)
+        self.skips_empty = all(call.skips_empty for call in self._calls)
         self._by_layer = [calls[window] for window in windows]
 
     def plan(self, batch: PagedBatch) -> None:
@@ -93,6 +90,8 @@ class AttentionByLayer:
 
 class TorchAttention:
     """The reference: one dense attention per sequence, in float32."""
+
+    skips_empty = False
 
     def __init__(self, scale: float, window: int | None = None) -> None:
         self._scale = scale

@@ -72,6 +72,8 @@ class FlashInferDecode:
     May be captured in a CUDA graph: `run` reads only those buffers and the plan, which `plan` refreshes on the device.
     """
 
+    skips_empty = False
+
     def __init__(
         self, workspace: torch.Tensor, plans: torch.Tensor, stage: PlanStage, shape: PagedBatch, heads: int,
         kv_heads: int, head_dim: int, page: int, scale: float, dtype: torch.dtype, window: int | None = None,
@@ -122,6 +124,8 @@ class FlashInferDecode:
 
 class FlashInferPrefill:
     """Any number of queries per sequence, any batch; not for capture. backend: "fa2" or "fa3"."""
+
+    skips_empty = False
 
     def __init__(
         self, workspace: torch.Tensor, stage: PlanStage, backend: str, heads: int, kv_heads: int, head_dim: int,

@@ -75,6 +75,8 @@ def _paged_attention(
 class TritonAttention:
     """Implements `AttentionCall`; nothing to prepare on the host but the longest query."""
 
+    skips_empty = False
+
     def __init__(self, scale: float, window: int | None = None) -> None:
         self._scale = scale
         self._window = NO_WINDOW if window is None else window

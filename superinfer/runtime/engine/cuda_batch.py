@@ -131,7 +131,7 @@ class DecodeBatch:
     ) -> PagedBatch:
         """Describe one step. slots, positions: [decodes] int64, of the token that is computed. stage: for more changes
         of the tables than usual. empty_padding: rows of padding have no block, rather than one of their own
-        (`paged.skips_empty`).
+        (`AttentionCall.skips_empty`).
 
         Raises ValueError where a slot's blocks do not reach its position.
         """

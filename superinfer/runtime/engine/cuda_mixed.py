@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from superinfer.kernels import fused
-from superinfer.kernels.paged import AttentionCall, skips_empty
+from superinfer.kernels.paged import AttentionCall
 from superinfer.runtime.engine.cuda_batch import DecodeBatch, MixedBatch
 from superinfer.runtime.engine.marker import Marker
 from superinfer.runtime.engine.staging import HostStage
@@ -86,7 +86,7 @@ class MixedGraphs:
         for rows in sizes:
             attention = chunks.make(rows, batch.rows(rows)[3])
             beside = next((bucket for bucket in buckets if bucket.size >= rows), buckets[-1])
-            if not skips_empty(beside.attention):
+            if not beside.attention.skips_empty:
                 self._graphs.append(MixedGraph(rows, attention, None))
             self._graphs.append(MixedGraph(rows, attention, beside))
 
@@ -121,7 +121,7 @@ class MixedGraphs:
             self._plan_decodes(mixed.decodes, slots, positions)
 
     def _plan_decodes(self, decodes: DecodeRows, slots: np.ndarray, positions: np.ndarray) -> None:
-        empty = skips_empty(decodes.attention)
+        empty = decodes.attention.skips_empty
         decodes.attention.plan(self._decode_batch.fill(slots, positions, decodes.size, self._stage, empty))
 
     def run(self, mixed: MixedGraph, ended: Marker) -> torch.Tensor:
@@ -137,7 +137,7 @@ class MixedGraphs:
 
     def _forward(self, mixed: MixedGraph) -> None:
         if mixed.decodes is not None:
-            self._decode_batch.receive(mixed.decodes.size, skips_empty(mixed.decodes.attention))
+            self._decode_batch.receive(mixed.decodes.size, mixed.decodes.attention.skips_empty)
         sources, positions, places, _ = self._batch.rows(mixed.rows)
         last = self._last_tokens.index_select(0, (-1 - sources).clamp_(min=0))
         ids = torch.where(sources < 0, last, sources.long())
