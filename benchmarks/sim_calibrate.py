@@ -2,9 +2,13 @@
 
 python benchmarks/sim_calibrate.py azure_conv_2023.csv
 
-Reads results/h200-{latency,decode-variants,profile,link,http-vs-client}.json and the arm `ours` of
-h200-vs-vllm-ample-turns.json; prints what runtime/sim/hardware.py has for `h200-pcie5` and how far off each measured
-figure is with it. The overload runs (h200-vs-vllm-slo-before.json) are not read: sim_truth.py compares with them.
+Reads results/h200-{mixed-steps,link,http-vs-client}.json and the arm `ours` of h200-vs-vllm-ample.json; prints what
+runtime/sim/hardware.py has for `h200-pcie5` and how far off each measured figure is with it. The overload runs
+(h200-vs-vllm-slo.json) are not read: sim_truth.py compares with them.
+
+A step of decodes takes up to a sixth longer between steps with prefill chunks than among its own kind (128 of them 11.4
+ms against 10.0): products bring the GPU to its power limit, and its clocks stay low for a while. Under load steps are
+mixed, so it is steps in turn that are fitted to, and single streams, which draw little.
 """
 
 from __future__ import annotations
@@ -26,10 +30,11 @@ from superinfer.runtime.sim.workload import Job, make_jobs
 
 SHAPE = shape_of("llama-3-8b")
 H200 = profile_of("h200-pcie5")
-WEIGHTS = 2.73 / 3.35  # the share that an H100 reaches in a weight-bound linear; the H200's own was not measured
-CONTEXT = 592  # tokens: 512 of prompt and half of 160 of output
-WINDOW = 521  # tokens of gpu_profile.py's and gpu_decode_variants.py's decodes
+ALONE = 512 + 160 // 2  # tokens a decode of the ample arm attends to: the prompt and half of the output
+BESIDE = 1100  # the same of gpu_mixed_steps.py
+CAPTURED = 2048  # tokens of the largest step with chunks that is one graph: engine/cuda_mixed.py
 BOUND = 200  # tokens in a step from which arithmetic bounds the matmuls
+PAIR = "128, 128 + {}"  # decodes, and decodes beside a chunk, in turn
 AMPLE = SimConfig(
     policy="fcfs", kv_tokens=384_000, max_batch_size=512, max_batch_tokens=8192, max_model_len=8192, depth=2
 )
@@ -37,7 +42,7 @@ AMPLE = SimConfig(
 
 class Point(NamedTuple):
     """A measured time, ms, and its load. kv: GB read. pairs: millions. steps; pieces, eager: of them, those with
-    prefill chunks, of at most 1,024 tokens and of more."""
+    prefill chunks, of at most CAPTURED tokens and of more."""
 
     name: str
     ms: float
@@ -56,70 +61,81 @@ def result(name: str) -> dict[str, Any]:
     return found
 
 
-def decode(name: str, ms: float, batch: int, context: int) -> Point:
-    """A step of decodes."""
-    return Point(name, ms, batch, batch, batch * context * SHAPE.kv_bytes_per_token / 1e9, 0.0, 1, 0, 0)
+def step(name: str, ms: float, decodes: int, context: int, chunk: int = 0) -> Point:
+    """A step of decodes and of one prompt's first tokens."""
+    tokens = decodes + chunk
+    kv = decodes * context * SHAPE.kv_bytes_per_token / 1e9
+    pieces, eager = int(chunk > 0 and tokens <= CAPTURED), int(chunk > 0 and tokens > CAPTURED)
+    return Point(name, ms, tokens, decodes, kv, chunk * (chunk + 1) / 2e6, 1, pieces, eager)
 
 
-def prefill(name: str, ms: float, prompts: int, length: int, steps: int) -> Point:
+def prefill(prompts: int, length: int, tokens_per_s: float) -> Point:
     """Prompts in steps of 8,192 tokens."""
-    return Point(name, ms, prompts * length, 0, 0.0, prompts * length * (length + 1) / 2e6, steps, 0, steps)
+    total = prompts * length
+    steps = -(-total // 8192)
+    pairs = total * (length + 1) / 2e6
+    return Point(f"prefill {prompts} x {length}", total / tokens_per_s * 1e3, total, 0, 0.0, pairs, steps, 0, steps)
 
 
-def alone(ttft_ms: float, length: int, outside_ms: float) -> Point:
-    """One prompt on an idle engine, without what its first token takes to the client."""
-    return Point(f"TTFT {length}", ttft_ms - outside_ms, length, 0, 0.0, length * (length + 1) / 2e6, 1, 1, 0)
+def mixed(found: dict[str, Any]) -> list[Point]:
+    """Steps in turn, and chunks alone, of gpu_mixed_steps.py. Beyond 1,024 rows the graphs that it ran padded to other
+    sizes than today's: there its figures without graphs are taken, which pad nothing."""
+    points = []
+    for chunk in (256, 1200, 2000, 4000):
+        for decodes in (128, 0):
+            name = PAIR.format(chunk) if decodes else f"0 + {chunk}"
+            row = found[name]
+            (*before, ms) = row["step_ms"]
+            if decodes + chunk > 1024:
+                ms = row["eager"]["step_ms"][-1]
+            points += [step(f"{name}: decodes", first, decodes, BESIDE) for first in before]
+            points.append(step(f"{name}: chunk", ms, decodes, BESIDE, chunk))
+    return points
 
 
 def points(ample: dict[str, Any]) -> list[Point]:
-    """All measured step times."""
-    latency, profiled, variants = result("h200-latency"), result("h200-profile"), result("h200-decode-variants")
-    found = [decode(f"latency {r['batch']}", r["tpot_ms"], r["batch"], CONTEXT) for r in latency["tpot"]]
-    found += [decode(f"ample {r['batch']}", r["streamed_ms"], r["batch"], CONTEXT) for r in ample["tpot"]["tpot"]]
-    found += [decode(f"variants {b}", ms, int(b), WINDOW) for b, ms in variants["step_ms"]["both"].items()]
-    for row in latency["prefill"] + ample["prefill"]["prefill"]:
-        count, length = row["prompts"], row["tokens"]
-        total = count * length
-        found.append(
-            prefill(f"prefill {count}x{length}", total / row["tokens_per_s"] * 1e3, count, length, -(-total // 8192))
-        )
-    http = result("h200-http-vs-client")
-    direct, prompt = http["batch_1"]["direct"], int(http["settings"]["prompt"])
-    outside_ms = direct["outside_engine_ms_p50"]
-    found += [alone(r["ttft_ms"], r["prompt_tokens"], outside_ms) for r in latency["ttft"]]
-    found.append(alone(direct["ttft_ms_p50"], prompt, outside_ms))
-    found.append(prefill("profile 16x512", profiled["results"]["prefill 16 x 512"]["step_ms"], 16, 512, 1))
-    return found
+    """All measured step times that are fitted to."""
+    few = [row for row in ample["tpot"]["tpot"] if row["batch"] <= 32]
+    found = [step(f"ample {row['batch']}", row["streamed_ms"], row["batch"], ALONE) for row in few]
+    found += [prefill(row["prompts"], row["tokens"], row["tokens_per_s"]) for row in ample["prefill"]["prefill"]]
+    return found + mixed(result("h200-mixed-steps")["results"])
 
 
 def kv_rate() -> float:
-    """TB/s at which attention reads the KV cache within a step of 256 decodes, 17.5 GB: nearest to a full pool."""
-    attention_ms = result("h200-profile")["results"]["decode 256"]["groups_ms"]["attention"]
-    return decode("", 0.0, 256, WINDOW).kv / float(attention_ms)
+    """TB/s at which attention of decodes reads the KV cache in steps in turn with a chunk of 1,200 tokens."""
+    kernels = result("h200-mixed-steps")["results"][PAIR.format(1200)]["device"]["kernel_ms"]
+    return step("", 0.0, 128, BESIDE).kv / float(kernels["32 x decode_attention"])
 
 
-def fit(measured: list[Point], eager_s: float) -> tuple[Efficiency, np.ndarray]:
-    """Least squares of relative errors, with `eager_s` given. Also each point's relative error."""
-    rows = np.array([point[1:] for point in measured], dtype=float)
-    ms, tokens, decodes, kv, pairs, steps, pieces, eager = rows.T
-    weights_ms = SHAPE.read_bytes() / (H200.memory_rate * WEIGHTS) * 1e3
+def fit(measured: list[Point]) -> tuple[Efficiency, np.ndarray]:
+    """Least squares of relative errors, with no time below 0. Also each point's relative error."""
+    ms, tokens, decodes, kv, pairs, steps, pieces, eager = np.array([point[1:] for point in measured], dtype=float).T
     by_arithmetic = tokens / steps > BOUND
-    known = np.where(by_arithmetic, 0.0, weights_ms * steps) + kv / kv_rate() + eager * eager_s * 1e3
-    terms = np.column_stack([np.where(by_arithmetic, tokens, 0.0), pairs, decodes, steps, pieces])
-    (token, pair, each, step, piece), *_ = np.linalg.lstsq(terms / ms[:, None], (ms - known) / ms, rcond=None)
-    errors = (terms @ np.array([token, pair, each, step, piece]) + known) / ms - 1.0
+    known = kv / kv_rate()
+    by = np.where(by_arithmetic, 0.0, steps), np.where(by_arithmetic, tokens, 0.0)
+    terms = np.column_stack([*by, pairs, decodes, steps, pieces, eager])
+    free = np.ones(terms.shape[1], dtype=bool)
+    times = np.zeros(terms.shape[1])
+    while True:
+        times[free] = np.linalg.lstsq(terms[:, free] / ms[:, None], (ms - known) / ms, rcond=None)[0]
+        if (times >= 0.0).all():
+            break
+        free &= times > 0.0
+        times[:] = 0.0
+    weights, token, pair, each, fixed, early, late = times.tolist()
     return (
         Efficiency(
-            weights=WEIGHTS,
+            weights=SHAPE.read_bytes() / (weights * 1e-3) / H200.memory_rate,
             kv=kv_rate() * 1e12 / H200.memory_rate,
-            matmul=float(SHAPE.flops_per_token / (token * 1e-3) / H200.flops),
-            attention=float(SHAPE.flops_per_pair / (pair * 1e-9) / H200.flops),
-            step_s=float(step * 1e-3),
-            decode_s=float(each * 1e-3),
-            pieces_s=float(piece * 1e-3),
-            eager_s=eager_s,
+            matmul=SHAPE.flops_per_token / (token * 1e-3) / H200.flops,
+            attention=SHAPE.flops_per_pair / (pair * 1e-9) / H200.flops,
+            step_s=fixed * 1e-3,
+            decode_s=each * 1e-3,
+            pieces_s=early * 1e-3,
+            eager_s=late * 1e-3,
+            captured=CAPTURED,
         ),
-        errors,
+        (terms @ times + known) / ms - 1.0,
     )
 
 
@@ -149,19 +165,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path, help="azure_conv_2023.csv")
     trace = parser.parse_args().trace
-    ample = result("h200-vs-vllm-ample-turns")["arms"]["ours"]["phases"]
+    ample = result("h200-vs-vllm-ample")["arms"]["ours"]["phases"]
     measured = points(ample)
     there = ample["online"]["runs"][0]["report"]
     way_s = result("h200-http-vs-client")["batch_1"]["http"]["outside_engine_ms_p50"] / 2e3
-    low, high = 0.0, 0.016  # seconds: mean TPOT grows with it
+    efficiency, errors = fit(measured)
+    low, high = efficiency.pieces_s, 0.010  # mean TPOT grows with it
     for _ in range(7):
-        middle = (low + high) / 2
-        efficiency, errors = fit(measured, middle)
+        efficiency = efficiency._replace(pieces_s=(low + high) / 2)
         run, ttft = online(H200._replace(efficiency=efficiency), trace, way_s)
-        print(f"eager_s {middle * 1e3:.2f} ms: TPOT {run.tpot.mean * 1e3:.2f} ms, {run.steps} steps", flush=True)
-        low, high = (middle, high) if run.tpot.mean < there["tpot"]["mean"] else (low, middle)
+        print(
+            f"pieces_s {efficiency.pieces_s * 1e3:.2f} ms: TPOT {run.tpot.mean * 1e3:.2f} ms, {run.steps} steps",
+            flush=True,
+        )
+        if run.tpot.mean < there["tpot"]["mean"]:
+            low = efficiency.pieces_s
+        else:
+            high = efficiency.pieces_s
     for point, error in zip(measured, errors, strict=True):
-        print(f"{point.name:18} {point.ms:9.2f} ms  {error:+.1%}")
+        print(f"{point.name:26} {point.ms:9.2f} ms  {error:+.1%}")
     whole = offline(H200._replace(efficiency=efficiency))
     link = next(r for r in result("h200-link")["rows"] if r["block_bytes"] == 2 << 20 and r["method"] == "engine")
     checks = {

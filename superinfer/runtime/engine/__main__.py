@@ -102,7 +102,8 @@ def build_engine(config: EngineConfig, reporter: StartReporter, lifeline_fd: int
     num_dram, link = (executor.tier.num_blocks, executor.tier.link) if executor.tier is not None else (0, None)
     kv = build_cache(limits.num_blocks, num_dram, limits.page_size, prefix_cache=config.prefix_cache, link=link)
     batch = SchedulerLimits(limits.num_slots, config.max_batch_tokens, limits.max_model_len)
-    scheduler = build_scheduler(config.policy, kv, batch, seed_cost(executor.device, executor.path), config.admission)
+    cost = seed_cost(executor.device, executor.path, executor.captured_tokens)
+    scheduler = build_scheduler(config.policy, kv, batch, cost, config.admission)
     door = FrontDoor(config.address, info, lifeline_fd)
     return EngineLoop(door, Intake(info, config.seed), scheduler, executor, config.max_queue, trace), door.address
 

@@ -142,6 +142,8 @@ class CudaExecutor:
         self._padding_place = limits.num_blocks * limits.page_size
         most_rows = self._buckets[-1].size + max_batch_tokens
         self._mixed_graphs: MixedGraphs | None = None
+        sizes = mixed_rows(most_rows) if captured_chunks is None else graph_rows(most_rows)
+        self.captured_tokens = sizes[-1] if graphs else 0  # of the largest step with chunks that graphs replay
         if captured_chunks is not None:
             batch = MixedBatch(limits, graph_rows(most_rows)[-1], self._tables, self._device)
             beside = [DecodeRows(bucket.size, bucket.attention) for bucket in self._buckets]

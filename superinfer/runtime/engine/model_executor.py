@@ -61,6 +61,7 @@ class ModelExecutor:
         self.eos_token_ids = config.eos_token_ids
         self.dtype = str(weight.dtype).removeprefix("torch.")
         self.device = str(weight.device)
+        self.captured_tokens = 0  # see CudaExecutor
 
         page = limits.page_size
         shape = (limits.num_blocks, config.num_layers, 2, page, config.num_kv_heads, config.head_dim)

@@ -6,7 +6,7 @@
     K  reading the KV cache, over all positions read      A  attention's FLOP, prefill only
     D  the number of decoding requests                    O  one a step
     P  launching prefill chunks in a step of at most      E  the same in a longer step: kernel by kernel
-       CAPTURED tokens, as CUDA graphs
+       `StepRates.captured` tokens, as CUDA graphs
 
 Each capital is the seed's own estimate in seconds, from the profile's rates; each small letter is a factor, 1 until
 steps have been observed, and never negative. P and E are LAUNCH_S at least, so that they can be learnt where the
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from superinfer.runtime.sim.shapes import ModelShape
 
 FACTORS = ("weights", "matmul", "kv", "attention", "decode", "step", "pieces", "eager")
-# Tokens of the largest step with chunks that engine/cuda_pieces.py captures. Where chunks' attention is captured too
-# (engine/cuda_mixed.py), graphs reach further, and the factors of P and E soon say that neither costs much.
-CAPTURED = 1024
 LAUNCH_S = 1e-3
 FORGETTING = 0.998  # the last 500 steps count: 10 s at 20 ms a step
 PRIOR = 0.004  # weight of the seed in observations: a 3 % noise against a seed trusted to 50 %
@@ -88,10 +85,11 @@ class UnitCosts(NamedTuple):
     step_s: float
     pieces_s: float = 0.0
     eager_s: float = 0.0
+    captured: int = 1024
 
     def prefill_s(self, tokens: Amount, start: float = 0.0) -> Amount:
         """Computing `tokens` positions of a prompt from `start` on, in steps as full as graphs take; also of arrays."""
-        return tokens * (self.token_s + self.pieces_s / CAPTURED + self.pair_s * (start + tokens / 2))
+        return tokens * (self.token_s + self.pieces_s / self.captured + self.pair_s * (start + tokens / 2))
 
     def chunk_s(self, tokens: float, start: float = 1000.0) -> float:
         """`tokens` of a prompt's chunks that begin at `start` or so, in a step that is launched anyway."""
@@ -99,14 +97,15 @@ class UnitCosts(NamedTuple):
 
     def launch_s(self, tokens: int) -> float:
         """What launching costs a step of so many tokens that has prefill chunks, beside the rest."""
-        return self.pieces_s if tokens <= CAPTURED else self.eager_s
+        return self.pieces_s if tokens <= self.captured else self.eager_s
 
 
 class StepRates(NamedTuple):
     """The seed: seconds for each unit of a `StepLoad` on one machine for one model.
 
     dense_s: reading the weights every token needs; expert_s: those of all experts; idle_share: of the experts, the
-    share that one token leaves unread (0 for a dense model).
+    share that one token leaves unread (0 for a dense model). captured: tokens of the largest step with prefill chunks
+    that graphs replay.
     """
 
     dense_s: float
@@ -119,6 +118,7 @@ class StepRates(NamedTuple):
     step_s: float
     pieces_s: float = 0.0
     eager_s: float = 0.0
+    captured: int = 1024
 
     @classmethod
     def unknown(cls) -> StepRates:
@@ -142,11 +142,12 @@ class StepRates(NamedTuple):
             step_s=share.step_s,
             pieces_s=share.pieces_s,
             eager_s=share.eager_s,
+            captured=share.captured,
         )
 
     def terms(self, load: StepLoad) -> tuple[float, ...]:
         """W, F, K, A, D, O, P and E of a load, seconds, as the seed has them."""
-        has_chunks, is_captured = load.tokens > load.decodes, load.tokens <= CAPTURED
+        has_chunks, is_captured = load.tokens > load.decodes, load.tokens <= self.captured
         return (
             self.dense_s + self.expert_s * (1.0 - self.idle_share**load.tokens),
             self.token_s * load.tokens,
@@ -202,6 +203,7 @@ class StepCost:
             rates.step_s * factors[5],
             rates.pieces_s * factors[6],
             rates.eager_s * factors[7],
+            rates.captured,
         )
 
     def seconds(self, load: StepLoad) -> float:

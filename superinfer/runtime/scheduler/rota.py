@@ -14,7 +14,7 @@ from superinfer.runtime.kv.cache import KVCache, Node
 from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.batching import BatchScheduler
-from superinfer.runtime.scheduler.cost import CAPTURED, StepCost
+from superinfer.runtime.scheduler.cost import StepCost
 from superinfer.runtime.scheduler.draft import Draft
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
@@ -233,7 +233,7 @@ class Rota(BatchScheduler):
         """
         units, draft, asked = self._standing.units, self._draft, self._standing.asked
         least = math.ceil(units.pieces_s / token_s)  # a chunk is worth its launch
-        lot = int(min(CAPTURED - draft.decodes, (room_s - units.pieces_s) / token_s))
+        lot = int(min(units.captured - draft.decodes, (room_s - units.pieces_s) / token_s))
         longer = int(min(draft.budget, (room_s - units.eager_s) / token_s))
         if lot < least or longer * units.pieces_s > 2 * lot * units.eager_s:
             lot = max(least, longer)

@@ -25,6 +25,7 @@ class Efficiency(NamedTuple):
     pieces_s, eager_s: seconds a step with prefill chunks takes beyond all that, as the device waits for the host: where
         the engine replays graphs between the layers' attention, and where it has more tokens than it has graphs for and
         launches each kernel. 0: not measured.
+    captured: tokens of the largest step with prefill chunks that it has a graph for.
     """
 
     weights: float
@@ -35,6 +36,7 @@ class Efficiency(NamedTuple):
     decode_s: float
     pieces_s: float = 0.0
     eager_s: float = 0.0
+    captured: int = 1024
 
 
 # From an H100, each figure over the datasheet's 3.35 TB/s and 989 TFLOP/s:
@@ -51,14 +53,15 @@ HOPPER = Efficiency(
 
 # From an H200 under this engine, what benchmarks/sim_calibrate.py prints (results/sim-calibration-h200.json), over the
 # datasheet's 4.8 TB/s and 989 TFLOP/s. No run under overload went into it.
-# weights    the H100's share: the sum of it and step_s is what decode at batch 1 to 128 shows.
-# kv         attention's part of a step of 256 decodes of 521 tokens: 3.23 TB/s. (One call alone, 128 x 1024: 2.57.)
-# matmul, attention, step_s, decode_s, pieces_s: least squares over TPOT at batch 1 to 256, prefill of 512 to 8,000
-#            tokens and the TTFT of one prompt of 128 to 1,024 tokens on an idle engine.
-# eager_s    what makes the mean TPOT of 20 requests/s, with a pool that does not bind, the measured one.
+# kv         attention of 128 decodes of 1,100 tokens, in steps in turn with chunks of 1,200 tokens: 3.03 TB/s.
+# weights, matmul, attention, step_s, decode_s, eager_s: least squares over steps in turn of decodes and of decodes
+#            beside chunks of 256 to 4,000 tokens, such chunks alone, prefill of 2,048 and 8,000 tokens, TPOT at batch 1
+#            and 32.
+# pieces_s   1.1 ms by the same, and what then makes the mean TPOT of 20 requests/s, with a pool that does not bind, the
+#            measured one: 2 ms, of which padding to the sizes of graphs is at most a third.
 HOPPER_H200 = Efficiency(
-    weights=0.815, kv=0.674, matmul=0.736, attention=0.353, step_s=0.741e-3, decode_s=5.39e-6, pieces_s=3.63e-3,
-    eager_s=9.3e-3,
+    weights=0.844, kv=0.631, matmul=0.735, attention=0.312, step_s=0.845e-3, decode_s=1.53e-6, pieces_s=3.12e-3,
+    eager_s=0.0, captured=2048,
 )  # fmt: skip
 
 

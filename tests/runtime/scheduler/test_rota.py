@@ -15,7 +15,7 @@ from rotation_bench import Bench
 from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.protocol import Hints
 from superinfer.runtime.scheduler.base import SchedulerLimits
-from superinfer.runtime.scheduler.cost import CAPTURED, StepCost, StepLoad, StepRates
+from superinfer.runtime.scheduler.cost import StepCost, StepLoad, StepRates
 from superinfer.runtime.scheduler.plan import StepResult
 from superinfer.runtime.scheduler.registry import build_scheduler
 from superinfer.runtime.scheduler.sequence import Sequence, Status
@@ -220,7 +220,7 @@ def test_where_launching_chunks_is_dear_few_steps_have_them_and_those_fill_the_g
         load = StepLoad.of(plan)
         if now >= 2.0:
             steps += 1
-            filled += [load.tokens / CAPTURED] if load.tokens > load.decodes else []
+            filled += [load.tokens / cost.rates.captured] if load.tokens > load.decodes else []
         now += cost.seconds(load)
         tokens = {work.slot: 1 for work in plan.work if work.sample}
         scheduler.commit(StepResult(plan.step, tokens, elapsed=cost.seconds(load)), now)
