@@ -10,7 +10,7 @@ import heapq
 from abc import ABC, abstractmethod
 
 from superinfer.runtime.config import Admission
-from superinfer.runtime.kv.cache import KVCache
+from superinfer.runtime.kv.cache import BlockTable, KVCache
 from superinfer.runtime.kv.duplex import DuplexCache
 from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler import stages
@@ -43,6 +43,7 @@ class Places(ABC):
         self._freed: list[int] = []
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._planned: dict[int, dict[Sequence, SlotWork]] = {}
+        self._given_up: dict[Sequence, BlockTable] = {}  # with work under way, which may wait for a copy that will fail
         self._copy_waiting: list[Sequence] = []  # running, without work in the last plan for want of copies
         self._loads: dict[int, StepLoad] = {}
         self._step = 0
@@ -164,15 +165,21 @@ class Places(ABC):
             self._draft.budget += item.length
 
     def _drop_broken(self, now: float) -> None:
-        """A copy failed: who holds what is lost starts again, and what it has under way is not believed."""
+        """A copy failed: who holds what is lost starts again, and what it has under way is not believed, nor is what
+        those have under way who have given up such a table since."""
+        assert self._rotation is not None
+        given_up, self._given_up = self._given_up, {}
+        for sequence, table in given_up.items():
+            if sequence.table is not None or not sequence.in_flight:
+                continue  # what it had under way then is known
+            if self._rotation.is_lost(table):
+                self._disbelieve(sequence)
+            else:
+                self._given_up[sequence] = table
         for sequence in [*self._running, *self._waiting]:
-            if sequence.table is None or not self._rotation or not self._rotation.is_lost(sequence.table):
+            if sequence.table is None or not self._rotation.is_lost(sequence.table):
                 continue
-            for works in self._planned.values():
-                work = works.pop(sequence, None)
-                if work is not None:
-                    sequence.in_flight -= work.sample
-                    sequence.untold -= work.is_untold
+            self._disbelieve(sequence)
             self._preemptions += 1
             sequence.preemptions += 1
             self._drop_table(sequence)
@@ -180,6 +187,14 @@ class Places(ABC):
                 self._leave_slot(sequence)
                 self._wait_again(sequence, now, stages.PREEMPTED)
             sequence.stages.enter(stages.PREEMPTED, now)
+
+    def _disbelieve(self, sequence: Sequence) -> None:
+        """Take out what is under way of a sequence, whatever comes of it."""
+        for works in self._planned.values():
+            work = works.pop(sequence, None)
+            if work is not None:
+                sequence.in_flight -= work.sample
+                sequence.untold -= work.is_untold
 
     def _wait_again(self, sequence: Sequence, now: float, stage: str) -> None:
         sequence.stages.enter(stage, now)
@@ -204,6 +219,10 @@ class Places(ABC):
             if work is not None and not work.sample:
                 sequence.untold -= work.is_untold
                 del works[sequence]
+        if self._rotation is not None:
+            self._given_up = {s: table for s, table in self._given_up.items() if s.in_flight}
+            if sequence.in_flight:
+                self._given_up[sequence] = sequence.table
         self._kv.release(sequence.table)
         sequence.table = None
         sequence.scheduled = sequence.committed = 0

@@ -81,6 +81,17 @@ def test_failed_copies_failed_steps_and_cancels_disturb_no_other(work, shape, ca
     bench.check_all_given_back()
 
 
+def test_a_token_is_not_believed_whose_step_read_what_a_copy_failed_to_bring_though_its_table_was_given_up_since():
+    bench = Bench(blocks=11, dram=5, slots=4, batch_tokens=8, depth=3, quantum=1, seed=49, eager=0.1)
+    bench.executor.fails = 0.2
+    work = [([7] * 12 + [0] * 4, 14, 0), ([0], 5, 1), ([7] * 7 + [0] * 7, 4, 2), ([0], 1, 0)]
+    sequences = play(bench, work)
+    bench.run(20_000)
+    assert bench.kv.totals.failed and sequences[2].preemptions
+    bench.check(sequences)
+    bench.check_all_given_back()
+
+
 # ---------------------------------------------------------------------------- planted faults
 
 
