@@ -23,7 +23,7 @@ class Bench:
     ):
         self.kv = build_cache(blocks, dram, PAGE, prefix_cache=executor.pop("prefix_cache", True))
         self.scheduler = build_scheduler(policy, self.kv, SchedulerLimits(slots, batch_tokens, blocks * PAGE), cost)
-        self.scheduler.quantum = quantum
+        self.scheduler.quantum, self.scheduler.headroom = quantum, 0
         self.scheduler.worth, self.scheduler.idle_share = 0.0, math.inf  # whatever it costs
         self.executor = TieredMemoryExecutor(blocks, dram, PAGE, **executor)
         self.depth = depth

@@ -27,7 +27,12 @@ RUNNING, FINISHED = Status.RUNNING, Status.FINISHED  # looked up for every token
 
 
 class BatchScheduler(Places):
-    """Implements `Scheduler` for policies that are an order."""
+    """Implements `Scheduler` for policies that are an order.
+
+    headroom: free blocks for each running sequence that are left when another is let in: the one that it fills next.
+    """
+
+    headroom = 1
 
     # ------------------------------------------------------------------ plan
 
@@ -194,7 +199,7 @@ class BatchScheduler(Places):
             path = self._cached_path(sequence)
             if sequence.table is None and self._kv.is_being_computed(sequence.tokens, sequence.salt, path):
                 continue  # its next block is on its way: share it rather than compute it twice
-            if not self._reserve(sequence, path):
+            if not self._leaves_room(sequence, path) or not self._reserve(sequence, path):
                 break
             admitted.append(sequence)
             draft.init.append(self._start(sequence, now))
@@ -217,6 +222,15 @@ class BatchScheduler(Places):
         limit = len(sequence.tokens) - 1 if sequence.score_start is None else sequence.score_start - 1
         path = self._kv.match(sequence.tokens, sequence.salt, limit)
         return path if self._rotation is None else self._rotation.worth_loading(path)
+
+    def _leaves_room(self, sequence: Sequence, path: list[Node]) -> bool:
+        """Whether those that run can still grow once a sequence is let in. Who must go for want of room is computed
+        again, and that costs more than a place left empty; where it moves to the second tier instead, it does not."""
+        if self._rotation is not None and self._rotation.is_quick:
+            return True
+        held = path if sequence.table is None else sequence.table.nodes
+        wanted = self._kv.blocks_for(sequence.compute_length) - sum(node.holders > 0 for node in held)
+        return self._kv.num_available >= wanted + self.headroom * len(self._running)
 
     def _reserve(self, sequence: Sequence, path: list[Node]) -> bool:
         """Hold the matched prefix and blocks for all known tokens, so that a prefill, once begun, can end."""

@@ -107,6 +107,12 @@ class Rotation:
         return min(self.mirror_blocks, most)
 
     @property
+    def is_quick(self) -> bool:
+        """Whether a block moves out and back sooner than its tokens are computed again. True while not known."""
+        token_s = self.cost.token_s
+        return token_s is None or 2 * self.block_s <= self.kv.page_size * token_s
+
+    @property
     def stalled_s(self) -> float:
         """Seconds that steps have waited for copies since the start."""
         return self._link.stall_s

