@@ -94,11 +94,12 @@ class DuplexCache(TieredCache):
             node.parked += 1
         for node in dirty:
             self._mirror(node, self._take_dram())
+        mine.leaving = [node.mirroring for node in dirty]
         for block in content:
             dram = self._take_dram()
             mine.tail.append(dram)
             self._pinned += 1
-            self.copies.plan(True, block, dram, mine)
+            mine.leaving.append(self.copies.plan(True, block, dram, mine))
         self._withdraw(mine)
         self._give(private)
         self._give(mine.spare)
