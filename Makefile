@@ -12,7 +12,7 @@ WORKERS ?= 2
 # Bytecode is kept whatever the environment says: hundreds of processes start from the same files.
 QUIET := PYTHONDONTWRITEBYTECODE= CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test lint types unit slow gpu gpu-check bench-cpu clean
+.PHONY: demo test lint types unit slow gpu gpu-check bench-cpu rotation-picture clean
 
 demo: .venv/.runtime
 	@$(BIN)/superinfer demo
@@ -47,6 +47,14 @@ gpu-check: .venv/.dev
 
 bench-cpu: .venv/.dev
 	$(BIN)/python benchmarks/cpu_throughput.py
+
+# docs/rotation.png: a load that rotates, on the CPU body, and the picture of its trace. About a minute.
+rotation-picture: .venv/.dev
+	$(BIN)/python -m pip install --quiet --editable ".[plot]"
+	$(BIN)/superinfer bench offline --device cpu --requests 24 --prompt-tokens 100:400 --output-tokens 100:200 \
+		--policy lru --kv-tokens 4096 --dram-tokens 32768 --link-gbps 0.5 --max-batch-size 32 --threads 1 --trace rotation.json
+	$(BIN)/superinfer trace plot rotation.json --out docs/rotation.png \
+		--title "Taking turns in HBM: embedded model, CPU body, link of 0.5 GB/s each way"
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed; install one or run make PYTHON=/path/to/it"; exit 1; }

@@ -33,7 +33,7 @@ def prompt(rng: random.Random) -> array[int]:
 def settle_all(kv: DuplexCache) -> None:
     """All pending copies are reported done."""
     kv.take_copies()
-    kv.settle(list(kv._pending), ())
+    kv.settle([copy.id for copy in kv.copies], ())
 
 
 def fill(kv: DuplexCache, rng: random.Random) -> list[array[int]]:
@@ -98,7 +98,7 @@ def measure(kv: DuplexCache, prompts: list[array[int]], rng: random.Random, time
         table = kv.open("")
         kv.allocate(table, CHAIN + 1)
         committed = timed(lambda: kv.commit(table, tokens, len(tokens)))
-        took = timed(lambda: (kv.mirror(10 * CHAIN), kv.take_copies(), kv.settle(list(kv._pending), ())))
+        took = timed(lambda: (kv.mirror(10 * CHAIN), kv.take_copies(), kv.settle([copy.id for copy in kv.copies], ())))
         kv.release(table)
         return committed + took, CHAIN
 

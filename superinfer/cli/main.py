@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from superinfer.bench.commands import app as bench
 from superinfer.cli.options import EngineAddress, with_engine_options
 from superinfer.cli.server_options import with_server_options
+from superinfer.cli.trace import app as trace
 from superinfer.errors import InvalidRequestError, SuperinferError
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.server.settings import ServerSettings
@@ -50,6 +51,7 @@ app = typer.Typer(
 
 app.command()(simulate)
 app.add_typer(bench, name="bench")
+app.add_typer(trace, name="trace")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -15,19 +15,22 @@ from typing import Any, NamedTuple
 import msgspec
 
 from superinfer.errors import InvalidRequestError
+from superinfer.runtime.kv.tiers import TierTable
 from superinfer.runtime.scheduler.base import SchedulerCounts
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 from superinfer.runtime.scheduler.sequence import Sequence
+from superinfer.runtime.scheduler.stages import ROTATED
 
 MAX_EVENTS = 300_000  # about 45 MB
 ENGINE, REQUESTS = 1, 2  # processes of the trace
-STEPS, SCHEDULER, COPIES_IN, COPIES_OUT = 1, 2, 3, 4  # threads of ENGINE
+STEPS, SCHEDULER, COPIES_IN, COPIES_OUT, MIRRORING = 1, 2, 3, 4, 5  # threads of ENGINE
 
 _NAMES = {
     STEPS: "steps",
     SCHEDULER: "scheduler",
     COPIES_IN: "copies in (DRAM to HBM)",
     COPIES_OUT: "copies out (HBM to DRAM)",
+    MIRRORING: "mirroring (HBM to DRAM, ahead of need)",
 }
 
 
@@ -39,6 +42,15 @@ class _Step(NamedTuple):
     decodes: int
     prefill_tokens: int
     waits: int
+
+
+class _Move(NamedTuple):
+    """A request on its way from one tier to the other: under way until no copy of `left` is."""
+
+    request: int
+    name: str
+    begun: float
+    left: set[int]
 
 
 class TraceRecorder:
@@ -55,7 +67,10 @@ class TraceRecorder:
         self._encode = msgspec.json.Encoder().encode
         self._steps: dict[int, _Step] = {}
         self._copies: dict[int, tuple[bool, float]] = {}  # under way: out?, when started
-        self._free_at = {STEPS: origin, COPIES_IN: origin, COPIES_OUT: origin}
+        self._rotated: set[int] = set()  # of these, the copies out that rotations planned; the others are mirrors
+        self._moves: list[_Move] = []
+        self._last_copy = 0
+        self._free_at = dict.fromkeys((STEPS, COPIES_IN, COPIES_OUT, MIRRORING), origin)
         self._followed: set[int] = set()
         self._file.write(b"[\n")
         for pid, name in ((ENGINE, "engine"), (REQUESTS, "requests")):
@@ -87,6 +102,7 @@ class TraceRecorder:
         self._steps[plan.step] = _Step(end, tokens, decodes, tokens - decodes, len(plan.waits))
         for copy in plan.copies:
             self._copies[copy.id] = (copy.out, end)
+            self._last_copy = copy.id
 
     def finished(self, result: StepResult, now: float, committed: float) -> None:
         """A step's result came at `now` and was taken in until `committed`."""
@@ -131,16 +147,33 @@ class TraceRecorder:
     # ------------------------------------------------------------------ how it is drawn
 
     def _copies_over(self, result: StepResult, now: float) -> None:
-        """One slice for each direction: from when the first of these copies could begin, to the report that they are
-        over. A direction's copies go one after another, so a slice begins where the last one ended."""
+        """One slice for each track: from when the first of these copies could begin, to the report that they are over.
+        A direction's copies go one after another, so a slice begins where the last one ended; what the link was busy
+        out is shared among rotations and mirrors by their blocks."""
         failed = set(result.failed_copies)
-        for out, tid, busy in ((False, COPIES_IN, result.link.in_s), (True, COPIES_OUT, result.link.out_s)):
-            ids = [id for id in (*result.copied, *failed) if self._copies.get(id, (not out, 0.0))[0] == out]
+        over = {id for id in (*result.copied, *failed) if id in self._copies}
+        out = {id for id in over if self._copies[id][0]}
+        rotated = out & self._rotated
+        self._rotated -= rotated
+        for tid, ids, in_all, busy in (
+            (COPIES_IN, over - out, len(over - out), result.link.in_s),
+            (COPIES_OUT, rotated, len(out), result.link.out_s),
+            (MIRRORING, out - rotated, len(out), result.link.out_s),
+        ):
             if not ids:
                 continue
             begun = min(self._copies.pop(id)[1] for id in ids)
-            told = {"blocks": len(ids), "failed": len(failed.intersection(ids)), "ids": _range(ids)}
-            self._in_turn(tid, "copy", begun, now, {**told, "link_busy_ms": busy * 1e3})
+            told = {"blocks": len(ids), "failed": len(failed & ids), "ids": _range(ids)}
+            self._in_turn(tid, "copy", begun, now, {**told, "link_busy_ms": busy * 1e3 * len(ids) / in_all})
+        self._moves_over(over, now)
+
+    def _moves_over(self, over: set[int], now: float) -> None:
+        for move in self._moves:
+            move.left.difference_update(over)
+            if not move.left:
+                self._async("b", move.name, move.request, move.begun, cat=move.name)
+                self._async("e", move.name, move.request, now, cat=move.name)
+        self._moves = [move for move in self._moves if move.left]
 
     def _stage(self, sequence: Sequence, stage: str, begin: float, end: float) -> None:
         id = sequence.id
@@ -153,9 +186,27 @@ class TraceRecorder:
         elif end > begin:
             self._async("b", stage, id, begin)
             self._async("e", stage, id, end)
+        if stage and isinstance(sequence.table, TierTable):
+            self._note_move(id, sequence.table, stage, end)
 
-    def _async(self, kind: str, name: str, id: int, at: float, args: dict[str, Any] | None = None) -> None:
-        event = {"ph": kind, "cat": "request", "name": name, "id": id, "pid": REQUESTS, "tid": 0, "ts": self._us(at)}
+    def _note_move(self, id: int, table: TierTable, ended: str, now: float) -> None:
+        """A stage has ended: the sequence may have been rotated out, or have come back."""
+        if table.parked:
+            self._rotated.update(table.leaving)
+            name, copies = "moving out", table.leaving
+        elif ended == ROTATED:
+            name, copies = "moving in", table.awaits
+        else:
+            return
+        # Those of the plan being made are not known yet; others that are not known are over.
+        left = {copy for copy in copies if copy in self._copies or copy > self._last_copy}
+        if left:
+            self._moves.append(_Move(id, name, now, left))
+
+    def _async(
+        self, kind: str, name: str, id: int, at: float, args: dict[str, Any] | None = None, cat: str = "request"
+    ) -> None:
+        event = {"ph": kind, "cat": cat, "name": name, "id": id, "pid": REQUESTS, "tid": 0, "ts": self._us(at)}
         self._write(event | ({"args": args} if args else {}), at)
 
     def _in_turn(self, tid: int, name: str, begin: float, end: float, args: dict[str, Any]) -> None:
@@ -185,6 +236,8 @@ class TraceRecorder:
             self._end_requests(at)
             self._steps.clear()
             self._copies.clear()
+            self._rotated.clear()
+            self._moves.clear()
 
     def _end_requests(self, now: float) -> None:
         """Those that still run end here for the trace, beyond its limit: a slice without an end cannot be drawn."""

@@ -20,7 +20,7 @@ Run = Callable[..., tuple[int, str, str]]
 def test_help_names_every_command(run: Run) -> None:
     status, out, _ = run("--help")
     assert status == 0
-    for command in ("demo", "run", "serve", "chat", "engine", "simulate", "bench"):
+    for command in ("demo", "run", "serve", "chat", "engine", "simulate", "bench", "trace"):
         assert f" {command} " in out
 
 

@@ -58,7 +58,7 @@ def check_nesting(events: list[Event]) -> dict[int, list[Event]]:
     """Async events of each request: every begin has its end, and stages lie inside their request, none over another."""
     by_request: dict[int, list[Event]] = defaultdict(list)
     for event in events:
-        if event["ph"] in "be":
+        if event.get("cat") == "request":
             by_request[event["id"]].append(event)
     for id, found in by_request.items():
         assert [e["name"] for e in found].count(f"request {id}") == 2

@@ -83,5 +83,5 @@ class Bench:
         assert (kv.num_free, kv.num_dram_free, kv.num_dram_pinned) == (kv.num_blocks, kv.num_dram, 0)
         assert sorted(kv._free) == list(range(kv.num_blocks))
         assert sorted(kv._free_dram) == list(range(kv.num_dram))
-        assert not (kv._roots or kv._idle or kv._lru or kv._mirrors or kv._busy or kv._busy_dram)
-        assert not (kv._awaited or kv._spoiled)
+        assert not (kv._roots or kv._idle or kv._order or kv._order.mirrors)
+        assert kv.copies.is_clear()

@@ -1,6 +1,7 @@
-"""In which order DRAM drops blocks that nobody needs now: by age, those that are to be kept for a while last.
+"""Which DRAM block is given up when its room is wanted. Pure Python; no torch.
 
-Pure Python; no torch.
+First those nobody needs now: by age, one more round for those hit since, those to be kept for a while last. Before
+these last ones, if a rotation needs the room, the mirrors of blocks that are held in HBM: they are only dirty again.
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ from superinfer.runtime.kv.tiers import TierNode
 
 
 class DropOrder:
-    """Idle nodes, whatever tier they are in. A node that is kept (`keep_until` above 0) is here in a class of its own.
+    """Idle nodes, whatever tier they are in, and mirrors: nodes that are held and have a DRAM block. Parked nodes are
+    in neither. An idle node that is kept (`keep_until` above 0) is in a class of its own.
 
-    To keep is to prefer, not to pin: `oldest_kept` gives them too, once the others are gone.
+    To keep is to prefer, not to pin: `victim` gives them too, once the others are gone.
     """
 
     def __init__(self) -> None:
+        self.mirrors: OrderedDict[TierNode, None] = OrderedDict()
         self._plain: OrderedDict[TierNode, None] = OrderedDict()
         self._kept: OrderedDict[TierNode, None] = OrderedDict()
         self._ends: list[tuple[float, int, Sequence[TierNode]]] = []
         self._numbers = count()
 
     def __iter__(self) -> Iterator[TierNode]:
-        """Those that are kept come last."""
+        """The idle ones; those that are kept come last."""
         return iter([*self._plain, *self._kept])
 
     def __len__(self) -> int:
@@ -46,13 +49,27 @@ class DropOrder:
         self._plain.pop(node, None)
         self._kept.pop(node, None)
 
-    def oldest(self) -> TierNode | None:
-        """Take out the oldest that is not kept."""
-        return self._plain.popitem(last=False)[0] if self._plain else None
-
-    def oldest_kept(self) -> TierNode | None:
-        """Take out the one kept that has been idle longest."""
-        return self._kept.popitem(last=False)[0] if self._kept else None
+    def victim(self, mirrors: bool) -> TierNode | None:
+        """Take out the node that is to give up its DRAM block. None when all the rest is parked or, without `mirrors`,
+        is held or to be kept."""
+        while self._plain:
+            node = self._plain.popitem(last=False)[0]
+            if node.dram < 0:
+                continue  # in HBM only; it comes back here when it is mirrored or released
+            if node.reused:
+                node.reused = False
+                self.add(node)
+                continue
+            return node
+        if not mirrors:
+            return None
+        if self.mirrors:
+            return self.mirrors.popitem(last=False)[0]
+        while self._kept:
+            node = self._kept.popitem(last=False)[0]
+            if node.dram >= 0:
+                return node
+        return None
 
     def keep(self, nodes: Sequence[TierNode], until: float) -> None:
         """Drop these after all others until then. A later end stands."""

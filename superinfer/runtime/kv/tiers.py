@@ -27,15 +27,17 @@ class TierNode(Node):
 class TierTable(BlockTable):
     """A table that can be parked. `nodes` are TierNodes.
 
+    leaving: the copies out that its last rotation out planned, over or not.
     tail: DRAM blocks of a parked table's private content. missing: positions whose node is in DRAM only so far.
     awaits: copies that must be over before work on this table. lost: a copy of its private content failed.
     """
 
-    __slots__ = ("awaits", "lost", "missing", "parked", "tail")
+    __slots__ = ("awaits", "leaving", "lost", "missing", "parked", "tail")
 
     def __init__(self, root: Node) -> None:
         super().__init__(root)
         self.tail: list[int] = []
         self.missing: list[int] = []
         self.awaits: list[int] = []
+        self.leaving: list[int] = []
         self.parked = self.lost = False

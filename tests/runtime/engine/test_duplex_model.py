@@ -109,7 +109,7 @@ def _skip_copies_in(executor, kv):
 
 
 def _free_early(executor, kv):
-    kv._busy = type("Forgetful", (dict,), {"__setitem__": lambda *_: None})()
+    kv.copies.on_hbm = type("Forgetful", (dict,), {"__setitem__": lambda *_: None})()
 
 
 @pytest.mark.parametrize("fault", [_skip_waits, _skip_copies_in, _free_early])

@@ -34,7 +34,7 @@ def compute(kv: DuplexCache, tokens: array, salt: str = "") -> TierTable:
 def land(kv: DuplexCache, failed: tuple[int, ...] = ()) -> bool:
     """All pending copies are reported."""
     kv.take_copies()
-    return kv.settle([id for id in kv._pending if id not in failed], failed)
+    return kv.settle([copy.id for copy in kv.copies if copy.id not in failed], failed)
 
 
 def mirrored(kv: DuplexCache, *blocks: int, salt: str = "") -> None:
@@ -287,7 +287,7 @@ def test_its_time_over_it_is_the_next_to_go():
     mirrored(kv, 5, 6)
     kv.release(fill(kv))
     kv.let_go(9.9)
-    assert kv._lru.num_kept == 2
+    assert kv._order.num_kept == 2
     kv.let_go(10.0)
     mirrored(kv, 7)
     assert known(kv, 1, 2) == 1, "the end of the path goes before what it hangs on"
@@ -299,7 +299,7 @@ def test_a_later_promise_stands_and_a_rotation_in_need_breaks_it():
     kept(kv, 10.0, 1, 2)
     kept(kv, 20.0, 1, 2)
     kv.let_go(15.0)
-    assert kv._lru.num_kept == 2
+    assert kv._order.num_kept == 2
     kv.release(fill(kv))
     table = compute(kv, tokens_of(5, 6, 7, tail=1))
     kv.mirror(100)
@@ -369,9 +369,9 @@ def check_conserved(kv: DuplexCache, tables: list[TierTable]) -> None:
     parked = {n for t in tables if t.parked for n in t.nodes if n.alive}
     assert kv._pinned == sum(n.dram >= 0 for n in parked) + sum(len(t.tail) for t in tables)
     assert set(kv._idle) == {n for n in nodes if n.holders == 0 and n.block >= 0}
-    assert set(kv._mirrors) == {n for n in nodes if n.holders and not n.parked and n.dram >= 0}
-    assert {n for n in nodes if not n.holders and not n.parked and n.dram >= 0} <= set(kv._lru) <= nodes
-    assert {n for n in kv._lru if n.keep_until} == set(kv._lru._kept)
+    assert set(kv._order.mirrors) == {n for n in nodes if n.holders and not n.parked and n.dram >= 0}
+    assert {n for n in nodes if not n.holders and not n.parked and n.dram >= 0} <= set(kv._order) <= nodes
+    assert {n for n in kv._order if n.keep_until} == set(kv._order._kept)
     held = {n: sum(n in t.nodes for t in tables if not t.parked) for n in nodes}
     assert all(n.holders == held[n] for n in nodes)
 
@@ -414,9 +414,9 @@ class DuplexLives:
         kv = self.kv
         kv.take_copies()
         fate: dict[int, int] = {}
-        for id, (copy, _) in kv._pending.items():  # one cannot be over before those it comes after
-            early = any(before in kv._pending and not fate.get(before) for before in copy.after)
-            fate[id] = 0 if early else choose(id)
+        for copy in kv.copies:  # one cannot be over before those it comes after
+            early = any(before in kv.copies and not fate.get(before) for before in copy.after)
+            fate[copy.id] = 0 if early else choose(copy.id)
         hurt = kv.settle([id for id, f in fate.items() if f == 1], [id for id, f in fate.items() if f == 2])
         if hurt:
             for table, _ in [pair for pair in self.live if not kv.is_intact(pair[0])]:
@@ -442,9 +442,9 @@ class DuplexLives:
         self.report(lambda id: 1)
         self.kv.clear()
         assert (self.kv.num_free, self.kv.num_dram_free) == (self.kv.num_blocks, self.kv.num_dram)
-        assert not (self.kv._roots or self.kv._idle or self.kv._lru or self.kv._mirrors or self.kv._pending)
-        assert not (self.kv._awaited or self.kv._spoiled)
-        assert not (self.kv._busy or self.kv._busy_dram or self.kv.num_dram_pinned)
+        assert not (self.kv._roots or self.kv._idle or self.kv._order or self.kv._order.mirrors)
+        assert not self.kv.num_dram_pinned
+        assert self.kv.copies.is_clear()
 
 
 class DuplexMachine(RuleBasedStateMachine):

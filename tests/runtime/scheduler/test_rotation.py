@@ -104,11 +104,11 @@ def _copies_do_not_wait_for_each_other(bench, patch):
 
 
 def _a_block_changes_hands_without_its_pending_copy(bench, patch):
-    patch.setattr(bench.kv, "_busy", type("Forgetful", (dict,), {"__setitem__": lambda *_: None})())
+    patch.setattr(bench.kv.copies, "on_hbm", type("Forgetful", (dict,), {"__setitem__": lambda *_: None})())
 
 
 def _a_dram_block_changes_hands_without_its_pending_copy(bench, patch):
-    patch.setattr(bench.kv, "_busy_dram", type("Forgetful", (dict,), {"__setitem__": lambda *_: None})())
+    patch.setattr(bench.kv.copies, "on_dram", type("Forgetful", (dict,), {"__setitem__": lambda *_: None})())
 
 
 def _a_load_is_not_waited_for_by_who_shares_it(bench, patch):
@@ -133,9 +133,9 @@ def _the_tail_stays_behind(bench, patch):
 
     def forgetful(table, computed):
         parked = park(table, computed)
-        for copy in [copy for copy in bench.kv._outbox if copy.out and copy.dram in table.tail]:
-            bench.kv._outbox.remove(copy)
-            bench.kv._pop_pending(copy.id)
+        for copy in [copy for copy in bench.kv.copies._outbox if copy.out and copy.dram in table.tail]:
+            bench.kv.copies._outbox.remove(copy)
+            bench.kv.copies.over(copy.id)
         return parked
 
     patch.setattr(bench.kv, "park", forgetful)
@@ -154,22 +154,16 @@ def _the_tail_is_freed_in_dram_while_parked(bench, patch):
 
 
 def _parked_blocks_are_not_pinned(bench, patch):
-    pin = bench.kv._pin
+    park = bench.kv.park
 
-    def loose(node):
-        pin(node)
-        if not node.holders:
-            bench.kv._lru.add(node)
+    def loose(table, computed):
+        parked = park(table, computed)
+        for node in table.nodes if parked else ():
+            if not node.holders:
+                bench.kv._order.add(node)
+        return parked
 
-    unhold = bench.kv._unhold
-
-    def loose_unhold(node):
-        unhold(node)
-        if node.holders == 0 and node.alive:
-            bench.kv._lru.add(node)
-
-    patch.setattr(bench.kv, "_pin", loose)
-    patch.setattr(bench.kv, "_unhold", loose_unhold)
+    patch.setattr(bench.kv, "park", loose)
     patch.setattr(bench.scheduler._rotation, "is_lost", lambda table: False)
 
 
@@ -178,8 +172,8 @@ def _dirty_blocks_count_as_mirrored(bench, patch):
 
     def pretend(node, dram):
         mirror(node, dram)
-        copy = bench.kv._outbox.pop()
-        bench.kv._pop_pending(copy.id)
+        copy = bench.kv.copies._outbox.pop()
+        bench.kv.copies.over(copy.id)
 
     patch.setattr(bench.kv, "_mirror", pretend)
 
