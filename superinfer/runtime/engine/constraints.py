@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +19,19 @@ if TYPE_CHECKING:
 
     from superinfer.runtime.engine.grammar import GrammarCompiler
 
-    _Whose = tuple[xgrammar.GrammarMatcher, deque[int] | None]
-
 log = logging.getLogger("superinfer.engine")
+
+
+@dataclass(slots=True, eq=False)
+class _Constrained:
+    """One slot's. tail: the tokens before; None where what the grammar forces is sampled all the same. given: forced
+    tokens that the matcher has accepted ahead of the slot's steps. has_ended: a token of stop_ids has been accepted."""
+
+    matcher: xgrammar.GrammarMatcher
+    stop_ids: frozenset[int]
+    tail: deque[int] | None
+    given: deque[int] = field(default_factory=deque)
+    has_ended: bool = False
 
 
 class Constraints:
@@ -33,35 +44,32 @@ class Constraints:
         self._grammars = grammars
         self._device = device
         self._send = send
-        self._slots = slots
-        self._matchers: dict[int, xgrammar.GrammarMatcher] = {}
+        self._num_slots = slots
+        self._slots: dict[int, _Constrained] = {}
         self._bitmask: torch.Tensor | None = None  # [slots, vocab / 32] int32, on the host
         self._batch: xgrammar.BatchGrammarMatcher | None = None
-        self._tails: dict[int, deque[int]] = {}  # last tokens of the slots whose grammar may jump
-        self._given: dict[int, deque[int]] = {}  # forced tokens that the slot's matcher has accepted ahead of its steps
-        self.forced: dict[int, tuple[int, ...]] = {}  # what the last `mask` found to follow the token it forces
-        # Tokens sampled and not read yet: the matchers they are for, and who waits for the step and returns them.
-        self._unread: list[tuple[list[_Whose], Callable[[], list[int]]]] = []
+        self.forced: dict[int, tuple[int, ...]] = {}  # what the last `mask` found to be forced from its tokens on
+        # Tokens sampled and not read yet: whose they are, and who waits for the step and returns them.
+        self._unread: list[tuple[list[_Constrained], Callable[[], list[int]]]] = []
         self._known: Collection[int] = ()  # rows of the last `mask` whose token it forced
 
     def start(self, init: SlotInit, *, jumps: bool) -> None:
         """A constrained sequence takes its slot. jumps: what the grammar forces need not be sampled."""
         assert init.sampling.grammar is not None
-        self._matchers[init.slot] = self._grammars.matcher(init.sampling.grammar, init.stop_ids, init.output)
-        self._given.pop(init.slot, None)
-        self._tails.pop(init.slot, None)
-        if jumps:
-            self._tails[init.slot] = deque(init.output[-TAIL:], TAIL)
+        matcher = self._grammars.matcher(init.sampling.grammar, init.stop_ids, init.output)
+        tail = deque(init.output[-TAIL:], TAIL) if jumps else None
+        has_ended = matcher.is_terminated()
+        self._slots[init.slot] = _Constrained(matcher, frozenset(matcher.stop_token_ids), tail, has_ended=has_ended)
 
     def release(self, slot: int) -> None:
         """The slot is free, whether it was constrained or not."""
-        self._matchers.pop(slot, None)
-        self._tails.pop(slot, None)
-        self._given.pop(slot, None)
+        self._slots.pop(slot, None)
 
     def caught_up(self, slot: int) -> None:
         """The slot computes all tokens that are known of it, forced ones included, and samples the next."""
-        self._given.pop(slot, None)
+        constrained = self._slots.get(slot)
+        if constrained is not None:
+            constrained.given.clear()
 
     def mask(self, logits: torch.Tensor, slots: np.ndarray, rows: np.ndarray) -> None:
         """Forbid in place what may not come next. Waits for the tokens of steps before, if they are not known yet.
@@ -72,23 +80,19 @@ class Constraints:
 
         self._read()
         if self._bitmask is None or self._batch is None:
-            self._bitmask = xgrammar.allocate_token_bitmask(self._slots, self._grammars.vocab_size)
+            self._bitmask = xgrammar.allocate_token_bitmask(self._num_slots, self._grammars.vocab_size)
             self._batch = xgrammar.BatchGrammarMatcher(max_threads=1)
-        # One that has ended is in a step planned ahead, whose token nobody will see.
-        at = {row: self._matchers[slot] for row, slot in zip(rows.tolist(), slots[rows].tolist(), strict=True)}
-        at = {row: matcher for row, matcher in at.items() if not matcher.is_terminated()}
-        if not at:
+        only, free = self._divided(slots[rows].tolist(), rows.tolist())
+        indices = sorted([*only, *free])
+        if not indices:
             return
-        only = self._only(slots, at)
-        free = {row: matcher for row, matcher in at.items() if row not in only}
+        used = self._bitmask[: indices[-1] + 1]
+        bits = used.numpy().view(np.uint32)
         if free:
             self._batch.batch_fill_next_token_bitmask(list(free.values()), self._bitmask, list(free))
-        indices = list(at)
-        used = self._bitmask[: indices[-1] + 1]
-        _let_dead_ends_end(used.numpy(), free)
-        for row, token in only.items():
-            used[row] = 0
-            _allow(used[row].numpy(), token)
+            _let_dead_ends_end(bits, free)
+        if only:
+            _allow_alone(bits, np.array(list(only), dtype=np.int64), np.array(list(only.values()), dtype=np.int64))
         masked: Any = indices if len(indices) < len(logits) else None
         if self._device.type == "cuda":
             # A list of rows would be copied from pageable memory, which waits for all that the device has to do.
@@ -97,55 +101,88 @@ class Constraints:
                 masked = self._send(np.array(indices, dtype=np.int32))
         xgrammar.apply_token_bitmask_inplace(logits, used, indices=masked)
 
-    def _only(self, slots: np.ndarray, at: dict[int, xgrammar.GrammarMatcher]) -> dict[int, int]:
-        """The token of each row that has no choice. at: matchers by row. Says in `forced` what follows, where a text
-        is forced from here on."""
+    def _divided(self, slots: list[int], rows: list[int]) -> tuple[dict[int, int], dict[int, xgrammar.GrammarMatcher]]:
+        """The token of each row that has no choice; the matchers of the others. By row, without those that have ended:
+        they are in a step planned ahead, whose token nobody will see. Says in `forced` what is forced from here on."""
         only: dict[int, int] = {}
+        free: dict[int, xgrammar.GrammarMatcher] = {}
         self.forced = {}
-        for row, matcher in at.items():
-            slot = int(slots[row])
-            tail = self._tails.get(slot)
-            if tail is None:
+        for slot, row in zip(slots, rows, strict=True):
+            constrained = self._slots[slot]
+            if constrained.has_ended:
                 continue
-            given = self._given.get(slot)
-            if not given:
-                tokens = self._grammars.forced(matcher, tail)
-                if not tokens:
-                    continue
-                given = self._given[slot] = deque(tokens)
-                tail.extend(tokens)
-                self.forced[slot] = tuple(tokens[1:])
-            only[row] = given.popleft()
+            given, tail = constrained.given, constrained.tail
+            if not given and tail is not None:
+                tokens = self._grammars.forced(constrained.matcher, tail)
+                if tokens:
+                    given.extend(tokens)
+                    tail.extend(tokens)
+                    self.forced[slot] = tuple(tokens)
+            if given:
+                only[row] = given.popleft()
+            else:
+                free[row] = constrained.matcher
         self._known = only.keys()
-        return only
+        return only, free
 
     def sampled(self, slots: np.ndarray, rows: np.ndarray, read: Callable[[], list[int]]) -> None:
         """Tokens have been picked for all rows of a step. read: returns them, when they are wanted."""
-        rows = np.array([row for row in rows.tolist() if row not in self._known], dtype=np.int64)
-        if not len(rows):
+        known = self._known
+        unknown = [row for row in rows.tolist() if row not in known] if known else rows.tolist()
+        if not unknown:
             return
-        whose = [(self._matchers[slot], self._tails.get(slot)) for slot in slots[rows].tolist()]
-        self._unread.append((whose, lambda: np.array(read())[rows].tolist()))
+        whose = [self._slots[slot] for slot in slots[unknown].tolist()]
+
+        def read_unknown() -> list[int]:
+            tokens = read()
+            return [tokens[row] for row in unknown]
+
+        self._unread.append((whose, read_unknown))
 
     def _read(self) -> None:
+        from xgrammar import BatchGrammarMatcher
+
         for whose, read in self._unread:
-            for (matcher, tail), token in zip(whose, read(), strict=True):
-                if not matcher.is_terminated() and not matcher.accept_token(token):
+            pairs = [pair for pair in zip(whose, read(), strict=True) if not pair[0].has_ended]
+            if not pairs:
+                continue
+            matchers, tokens = [constrained.matcher for constrained, _ in pairs], [token for _, token in pairs]
+            accepted = BatchGrammarMatcher.batch_accept_token(matchers, tokens)
+            for (constrained, token), taken in zip(pairs, accepted, strict=True):
+                if not taken:
                     log.error("token %d does not follow its grammar, and was chosen all the same", token)
-                if tail is not None:
-                    tail.append(token)
+                elif token in constrained.stop_ids:
+                    constrained.has_ended = constrained.matcher.is_terminated()
+                if constrained.tail is not None:
+                    constrained.tail.append(token)
         self._unread.clear()
 
 
-def _let_dead_ends_end(bitmask: np.ndarray, matchers: dict[int, xgrammar.GrammarMatcher]) -> None:
-    """Where nothing is allowed, allow the end. bitmask: [rows, vocab / 32] int32. matchers: by row."""
-    rows = np.array(list(matchers), dtype=np.int64)
-    for row in rows[~bitmask[rows].any(axis=1)].tolist():
-        log.error("a grammar allows no token that the vocabulary has; the sequence ends there")
-        for token_id in matchers[row].stop_token_ids:
-            _allow(bitmask[row], token_id)
+def split_forced(
+    forced: dict[int, tuple[int, ...]], told: Container[int], before: Container[int]
+) -> tuple[dict[int, tuple[int, ...]], dict[int, tuple[int, ...]]]:
+    """What a step's masks force, by slot: what its own result is to tell, behind the token that it samples, and what
+    the result of the step before can tell already, as that sampled the token in front of it.
+
+    told: slots of the step whose tokens its plan gave. before: slots whose token the step before samples; empty where
+    its result is no longer to be changed.
+    """
+    earlier = {slot: tokens for slot, tokens in forced.items() if slot in before and slot not in told}
+    return {slot: tokens[1:] for slot, tokens in forced.items() if slot not in earlier}, earlier
 
 
-def _allow(row: np.ndarray, token_id: int) -> None:
-    """row: [vocab / 32] int32."""
-    row.view(np.uint32)[token_id // 32] |= np.uint32(1 << token_id % 32)
+def _let_dead_ends_end(bits: np.ndarray, matchers: dict[int, xgrammar.GrammarMatcher]) -> None:
+    """Where nothing is allowed, allow the end. bits: [rows, vocab / 32] uint32. matchers: by row."""
+    if np.bitwise_or.reduce(bits, axis=1).all():
+        return
+    for row, matcher in matchers.items():
+        if not bits[row].any():
+            log.error("a grammar allows no token that the vocabulary has; the sequence ends there")
+            for token_id in matcher.stop_token_ids:
+                bits[row, token_id // 32] |= np.uint32(1 << token_id % 32)
+
+
+def _allow_alone(bits: np.ndarray, rows: np.ndarray, tokens: np.ndarray) -> None:
+    """Leave each of these rows one token. bits: [rows, vocab / 32] uint32."""
+    bits[rows] = 0
+    bits[rows, tokens // 32] = np.left_shift(np.uint32(1), (tokens % 32).astype(np.uint32))

@@ -19,6 +19,7 @@ import torch
 from superinfer.kernels import decode_step, fused
 from superinfer.kernels.paged import AttentionCall, PagedBatch
 from superinfer.kernels.sampling import token_logprobs
+from superinfer.runtime.engine.constraints import split_forced
 from superinfer.runtime.engine.cuda_batch import ChunkBatch, DecodeBatch, MixedBatch, decode_buckets
 from superinfer.runtime.engine.cuda_mixed import CapturedChunks, DecodeRows, MixedGraph, MixedGraphs, graph_rows
 from superinfer.runtime.engine.cuda_pieces import MixedBuffers, Pieces, mixed_rows
@@ -169,7 +170,9 @@ class CudaExecutor:
     def submit(self, plan: StepPlan) -> None:
         """Enqueue a step. What it raises is raised by the `collect` that belongs to it."""
         try:
-            self._pending.append(self._start(plan))
+            pending = self._start(plan)
+            self._tell_ahead(plan, pending)
+            self._pending.append(pending)
         except Exception as error:
             self._sent.record()
             self._pending.append(error)
@@ -229,6 +232,19 @@ class CudaExecutor:
             self._decode_step(decodes, pending)
         pending.ended.record()
         return pending
+
+    def _tell_ahead(self, plan: StepPlan, pending: Pending) -> None:
+        """What a grammar forces is known when the step is given to the device: the result of the step before can tell
+        it, and the next plan compute it."""
+        if not pending.forced:
+            return
+        before = self._pending[-1] if self._pending else None
+        told = {work.slot for work in plan.work if work.tokens}
+        if isinstance(before, Pending) and before.slots is not None:
+            pending.forced, earlier = split_forced(pending.forced, told, before.slots.tolist())
+            before.forced |= earlier
+        else:
+            pending.forced, _ = split_forced(pending.forced, told, ())
 
     def _tell(self, works: Sequence[SlotWork]) -> None:
         """Put the one token that each computes where decodes look for theirs: a sequence that comes back from the

@@ -13,6 +13,7 @@ from superinfer.errors import InvalidRequestError, ModelLoadError, UnsupportedEr
 from superinfer.kernels.attention import PagedAttention, layer_views
 from superinfer.kernels.sampling import token_logprobs
 from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.engine.constraints import split_forced
 from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
 from superinfer.runtime.engine.grammar import GrammarCompiler
 from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
@@ -163,7 +164,7 @@ class ModelExecutor:
         self._sampling.told(slots, lambda: tokens)
         result.tokens = dict(zip(slots.tolist(), tokens, strict=True))
         result.logprobs = self._logprobs(sampled, slots, tokens)
-        result.forced = sampled.forced
+        result.forced, _ = split_forced(sampled.forced, (), ())
 
     def _logprobs(self, sampled: Sampled, slots: np.ndarray, tokens: list[int]) -> dict[int, TokenLogprob]:
         if sampled.logprobs is None or sampled.logprob_rows is None:

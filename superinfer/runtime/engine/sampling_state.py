@@ -31,7 +31,7 @@ TEMPERATURE, TOP_P, MIN_P, REPETITION, FREQUENCY, PRESENCE = range(6)
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """tokens: [rows] int64. logprobs: (chosen, top ids, top logprobs) of the rows that asked, which logprob_rows lists;
-    None where none did. forced: by slot, tokens that a grammar has follow the sampled one."""
+    None where none did. forced: by slot, what a grammar forces, if this step found it: the sampled token first."""
 
     tokens: torch.Tensor
     logprob_rows: np.ndarray | None = None
@@ -176,6 +176,7 @@ class SamplingState:
             self._generated[slots] += 1
             return Sampled(tokens)
         index = self._to_device(slots)
+        given = logits
         adjusted = logits = logits.float()
         if needs & BIASED:
             adjusted = self._bias(adjusted, index, _rows(row_needs, BIASED))
@@ -185,7 +186,8 @@ class SamplingState:
             adjusted = self._bar_stop_ids(adjusted, index, slots)
         forced: dict[int, tuple[int, ...]] = {}
         if needs & CONSTRAINED:
-            adjusted = adjusted.clone()
+            if adjusted is given or (needs & LOGPROBS and adjusted is logits):  # masked in place, and wanted as it is
+                adjusted = adjusted.clone()
             assert self._constraints is not None
             self._constraints.mask(adjusted, slots, _rows(row_needs, CONSTRAINED))
             forced = self._constraints.forced

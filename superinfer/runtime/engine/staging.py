@@ -48,7 +48,9 @@ class HostStage:
         from superinfer.kernels import host_memory  # needs triton, which comes with CUDA builds of torch
 
         held = self._parts[self._at][self._used : self._used + size]
-        held.copy_(tensor.view(-1).view(torch.uint8))
+        held.numpy()[:] = (
+            tensor.view(-1).view(torch.uint8).numpy()
+        )  # torch would wake its threads for a mask's megabyte
         self._used += -(-size // ALIGNMENT) * ALIGNMENT
         out = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
         host_memory.copy(out, held)

@@ -278,6 +278,24 @@ def test_the_cuda_executor_gives_the_same_outputs_with_steps_under_way(
         expected = Run(executor, tokenizer, grammars, prompt="Who?")
         found = Run(cuda, tokenizer, grammars, depth=cuda.depth, prompt="Who?")
         assert found.outputs == expected.outputs and found.steps < len(found.outputs[0])
+
+        # A forced text is told with the token in front of it, and computed by the very next plan: planning ahead costs
+        # a step behind the prompt, whose text is forced before any token is told, and one behind the end.
+        text = schema_of(record(shipping_address={"type": "string", "maxLength": 4}, customer_name={"const": "Mira"}))
+        at_once, ahead = Run(executor, tokenizer, [text]), Run(cuda, tokenizer, [text], depth=cuda.depth)
+        assert ahead.outputs == at_once.outputs and ahead.steps == at_once.steps + 2
+
+        words = Grammar(kind="regex", source="one two three four five six seven eight nine ten")
+        whole = Run(executor, tokenizer, [words]).outputs[0]
+        for most in range(1, 9):
+            run = Run(cuda, tokenizer, [words], depth=cuda.depth, max_tokens=most)
+            assert run.outputs == [whole[:most]] and run.sequences[0].finish_reason == "length"
+
+        long = record(**{f"field_number_{i}": {"type": "string", "maxLength": 6} for i in range(7)})
+        many = [schema_of(long | {"title": str(i)}) for i in range(6)]
+        together = Run(cuda, tokenizer, many, depth=cuda.depth, temperature=1.0)
+        assert together.preemptions > 0, "the pool should have been too small for all"
+        assert together.outputs == Run(executor, tokenizer, many, temperature=1.0).outputs
     finally:
         cuda.close()
 
