@@ -64,9 +64,9 @@ class StepLoad(NamedTuple):
     @classmethod
     def of(cls, plan: StepPlan) -> StepLoad:
         """The load of a plan."""
-        decodes = kv_read = prefill = 0
-        pairs = 0.0
-        for work in plan.work:
+        decodes, prefill, pairs = len(plan.decodes), 0, 0.0
+        kv_read = int(plan.decodes.positions.sum()) + decodes
+        for work in plan.others:
             if work.tokens and not work.is_one_step:
                 prefill += work.length
                 kv_read += work.start

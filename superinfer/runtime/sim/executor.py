@@ -62,9 +62,9 @@ class SimExecutor:
         start = max(self._free_at, self.now)
         begin = self._wait(plan, start)
         load = StepLoad.of(plan)
-        compute_s = self.rates.seconds(load) if plan.work else 0.0
+        compute_s = self.rates.seconds(load) if plan.has_work else 0.0
         self._free_at = end = begin + compute_s
-        copied, use = self._copied(end, stall_s=begin - start if plan.work else 0.0)
+        copied, use = self._copied(end, stall_s=begin - start if plan.has_work else 0.0)
         result = StepResult(plan.step, tokens, elapsed=end - start, copied=copied, link=use)
         self._done.append((result, SimStep(load, compute_s, end)))
 
@@ -83,7 +83,7 @@ class SimExecutor:
                 raise RuntimeError(f"step {plan.step} moves blocks, and there is one tier only")
             return start
         self._link.start(plan.copies, start)
-        if not plan.work and not plan.waits:  # all there is to do is to see the copies end
+        if not plan.has_work and not plan.waits:  # all there is to do is to see the copies end
             return self._link.next_over_at(start)
         return self._link.over_at(plan.waits, start) if plan.waits else start
 
