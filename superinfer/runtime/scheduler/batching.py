@@ -21,7 +21,7 @@ from superinfer.runtime.scheduler.cohort import Cohort, CohortStep
 from superinfer.runtime.scheduler.draft import Draft
 from superinfer.runtime.scheduler.places import Places
 from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan, StepResult
-from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, StepUpdates, Status
+from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status, StepUpdates
 
 # Waiting sequences looked at in one step: a long queue behind one prefix that is being computed costs no more.
 MAX_LOOKED_AT = 256
@@ -40,7 +40,7 @@ class BatchScheduler(Places):
             self._rotation.watch(now)
         self._make_room(now)
         # Every decode takes one token of the budget before any prefill chunk takes the rest.
-        prefills = self._decode([s for s in self._running if s.cohort is None], now, self._cohort)
+        prefills = self._decode(self._loose(), now, self._cohort)
         if len(prefills) > 1:
             prefills.sort(key=lambda s: self.rank(s, now))
         for sequence in prefills:
@@ -102,9 +102,8 @@ class BatchScheduler(Places):
             self._cohort_steps[self._step] = draft.cohorts
         self._loads[self._step] = load = draft.load
         freed, self._freed = tuple(self._freed), []
-        plan = StepPlan(
-            self._step, tuple(draft.work.values()), tuple(draft.init), freed, copies, tuple(sorted(draft.waits)), decodes
-        )
+        others, waits = tuple(draft.work.values()), tuple(sorted(draft.waits))
+        plan = StepPlan(self._step, others, tuple(draft.init), freed, copies, waits, decodes)
         if self._rotation is not None:
             self._rotation.planned(self._step, load.tokens, load.decodes)
         return plan
@@ -138,6 +137,10 @@ class BatchScheduler(Places):
                 self._draft_decode(sequence, new_blocks)
         return prefills
 
+    def _loose(self) -> list[Sequence]:
+        """Those that run and are in no cohort."""
+        return [s for s in self._running if s.cohort is None] if len(self._cohort) < len(self._running) else []
+
     def _draft_decode(self, sequence: Sequence, new_blocks: tuple[int, ...]) -> None:
         start = sequence.scheduled
         sequence.scheduled = start + 1
@@ -148,8 +151,8 @@ class BatchScheduler(Places):
     def _decode_cohort(self, cohort: Cohort, sequences: list[Sequence], now: float) -> list[Sequence]:
         """One token for each member of `cohort`, after those of `sequences` that can have joined. Returns the others.
 
-        Where the budget may not serve all, nobody is a member. Members that begin a block are looked at: one that cannot
-        get it, or has to wait for copies, leaves; so does one whose last token this is.
+        Where the budget may not serve all, nobody is a member. Members that begin a block are looked at: one that
+        cannot get it, or has to wait for copies, leaves; so does one whose last token this is.
         """
         draft = self._draft
         if len(cohort) + len(sequences) > draft.budget:
@@ -170,13 +173,23 @@ class BatchScheduler(Places):
             cohort.leave(sequence)
             rest.append(sequence)
         grown: dict[Sequence, tuple[int, ...]] = {}
+        is_tiered = self._rotation is not None
         for sequence in begin:
             if sequence.cohort is not cohort:
                 continue  # ends, or has given its place up to one before it
+            table = sequence.table
+            assert table is not None
+            held = len(table.blocks)
+            is_plain = table.sent == held and held * self._kv.page_size == sequence.scheduled
+            new = self._kv.allocate(table, 1) if is_plain else None
+            if new is not None and not (is_tiered and table.awaits):
+                table.sent += 1
+                grown[sequence] = (new[0],)
+                continue
             new_blocks = self._next_block(sequence, now)
             if new_blocks is None:
                 self._part(sequence)
-            elif self._rotation is not None and sequence.table.awaits:  # type: ignore[union-attr]
+            elif is_tiered and table.awaits:
                 cohort.leave(sequence)
                 self._draft_decode(sequence, new_blocks)
             else:
@@ -397,7 +410,7 @@ class BatchScheduler(Places):
             first += count
             for slot in (*result.forced, *result.logprobs):
                 sequence = step.cohort.members.get(slot)
-                if step.has(sequence):
+                if sequence is not None and step.has(sequence):
                     self._part(sequence)
             ending = np.zeros(count, dtype=bool)
             for ids in step.stops:
@@ -407,10 +420,11 @@ class BatchScheduler(Places):
                     self._part(step.sequences[at])
             sequences, told = step.sequences, tokens.tolist()
             if step.gone:
-                stay = step.stay().tolist()
-                result.tokens.update((slot, t) for slot, t, s in zip(step.slots.tolist(), told, stay, strict=True) if not s)
-                sequences = [sequence for sequence, stays in zip(sequences, stay, strict=True) if stays]
-                told = [token for token, stays in zip(told, stay, strict=True) if stays]
+                stay = step.stay()
+                gone = ~stay
+                result.tokens.update(zip(step.slots[gone].tolist(), tokens[gone].tolist(), strict=True))
+                sequences = [sequence for sequence, stays in zip(sequences, stay.tolist(), strict=True) if stays]
+                told = tokens[stay].tolist()
             for sequence in step.cohort.commit(step, tokens, now):
                 assert sequence.table is not None
                 self._kv.commit(sequence.table, sequence.tokens, step.index + 1 + sequence.own_scheduled)

@@ -26,8 +26,20 @@ class CohortStep:
     joined: whose first it is. is_void: the cohort knows nothing of it any more.
     """
 
-    __slots__ = ("cohort", "full", "gone", "grown", "index", "is_void", "joined", "positions", "sequences", "slots",
-                 "stops", "works")  # fmt: skip
+    __slots__ = (
+        "cohort",
+        "full",
+        "gone",
+        "grown",
+        "index",
+        "is_void",
+        "joined",
+        "positions",
+        "sequences",
+        "slots",
+        "stops",
+        "works",
+    )
 
     def __init__(
         self, cohort: Cohort, index: int, slots: np.ndarray, positions: np.ndarray, sequences: list[Sequence],
@@ -57,9 +69,9 @@ class CohortStep:
             self.sequences = [s for s, stays in zip(self.sequences, stay.tolist(), strict=True) if stays]
             self.gone.clear()
 
-    def has(self, sequence: Sequence | None) -> bool:
+    def has(self, sequence: Sequence) -> bool:
         """Whether it is a member that was one when this step was planned."""
-        return sequence is not None and sequence.cohort is self.cohort and self.cohort.joined_at(sequence) <= self.index
+        return sequence.cohort is self.cohort and self.cohort.joined_at(sequence) <= self.index
 
     def tokens(self, by_slot: dict[int, int]) -> np.ndarray:
         """[members] int64: of a result that has them by slot."""
@@ -67,7 +79,7 @@ class CohortStep:
 
 
 class Cohort:
-    """Members are at `planned`: so many steps have been planned with the cohort, of which the first `committed` are done.
+    """`planned` counts the steps that have been planned with it, of which the first `committed` are done.
 
     A member's next position is its `own_scheduled` + planned; so nothing is written when a step is planned.
     """
@@ -89,6 +101,7 @@ class Cohort:
         self._first_row = 0  # index of the step whose tokens are the history's first
         self._timelines = Timelines(num_slots)
         self._timelines_at = 0  # steps done when all timelines were last brought up to date
+        self._late_at, self._late = 0, [False] * num_slots
         self._changed = True
         self._slots = np.empty(0, dtype=np.int64)
         self._starts = self._stops = self._slots
@@ -171,6 +184,12 @@ class Cohort:
         slots = [slot for slot in self.members if self._joined_at[slot] < self.committed]
         self._timelines.give_all(slots, [self.members[slot].own_timeline for slot in slots])
 
+    def is_late(self, sequence: Sequence) -> bool:
+        """Whether a token of a member that the cohort has seen came late."""
+        if self._late_at != self.committed:
+            self._late_at, self._late = self.committed, self._timelines.late()
+        return self._joined_at[sequence.slot] < self.committed and self._late[sequence.slot]
+
     # ------------------------------------------------------------------ a step
 
     def due(self) -> tuple[list[Sequence], list[Sequence]]:
@@ -213,8 +232,22 @@ class Cohort:
         self._timelines.note(step.slots, now)
         self.committed = step.index + 1
         if row + 1 == ROWS:
-            for sequence in self.members.values():
-                self.tell(sequence)
+            self._tell_all([s for s in self.members.values() if self._told[s.slot] < self.committed])
             self._timelines.settle()
             self._first_row = self.committed
-        return [s for s in step.full if step.has(s)]
+        full = [s for s in step.full if step.has(s)]
+        self._tell_all(full)
+        return full
+
+    def _tell_all(self, sequences: list[Sequence]) -> None:
+        """As `tell`, of many. Of equally many tokens each, mostly: they fill a block."""
+        if not sequences:
+            return
+        slots = [sequence.slot for sequence in sequences]
+        first = min(self._told[slot] for slot in slots)
+        rows = self._history[first - self._first_row : self.committed - self._first_row, slots]
+        told, size = rows.T.tobytes(), 4 * len(rows)
+        for at, (slot, sequence) in enumerate(zip(slots, sequences, strict=True)):
+            known = 4 * (self._told[slot] - first)
+            sequence.own_tokens.frombytes(told[at * size + known : (at + 1) * size])
+            self._told[slot] = self.committed

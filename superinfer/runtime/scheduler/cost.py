@@ -218,8 +218,12 @@ class StepCost:
         self._errors.append(error / elapsed)
         weight = self._weight(error / predicted)
         x, y = row / predicted, elapsed / predicted
-        self._information = self._forgetting * self._information + weight * np.outer(x, x)
-        self._moment = self._forgetting * self._moment + weight * y * x
+        outer = x[:, None] * x
+        outer *= weight
+        self._information *= self._forgetting
+        self._information += outer
+        self._moment *= self._forgetting
+        self._moment += weight * y * x
         self._unsolved += 1
         if len(self._errors) < SOLVE_EVERY or self._unsolved >= SOLVE_EVERY:
             self.factors, self._unsolved = self._solve(), 0

@@ -16,8 +16,8 @@ from superinfer.runtime.scheduler.sequence import Sequence
 class Draft:
     """A plan being made. budget: tokens left. waits: copies its work depends on; `patient`: however many they are.
 
-    decodes, kv_read, prefill, pairs: what its work comes to, as in a `StepLoad`. cohorts: what those do that have a part
-    in it; `work` is all the rest.
+    decodes, kv_read, prefill, pairs: what its work comes to, as in a `StepLoad`. cohorts: their parts in it; work: all
+    the rest.
     """
 
     budget: int

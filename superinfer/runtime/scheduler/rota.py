@@ -148,7 +148,7 @@ class Rota(BatchScheduler):
         spare = max(LEFTOVER_SHARE, 1.0 - self._standing.verdicts.load) if self._standing.promised else 1.0
         self._credit = min(self._credit + spare * min(passed, 1.0), max(spare, 0.1) * 0.2)
         draft = self._draft = Draft(self._limits.max_batch_tokens)
-        loose = [s for s in self._running if s.cohort is None]
+        loose = self._loose()
         kept, leftovers = [s for s in loose if s.kept], [s for s in loose if not s.kept]
         prefills = self._decode(kept, now, self._cohort)
         if self._credit > 0.0 or not self._standing.promised:

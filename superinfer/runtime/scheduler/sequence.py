@@ -175,14 +175,28 @@ class Sequence:
         self.own_in_flight += tokens - self.in_flight  # of steps before it joined a cohort
 
     @property
+    def is_late(self) -> bool:
+        """Whether a token came after it was due, as its timeline says."""
+        return self.own_timeline.is_late or (self.cohort is not None and self.cohort.is_late(self))
+
+    @property
+    def length(self) -> int:
+        """Tokens known and in flight, the prompt's included."""
+        if self.cohort is not None:  # the next position reads the last token in flight
+            return self.own_scheduled + self.cohort.planned + 1
+        return len(self.own_tokens) + self.own_in_flight
+
+    @property
     def num_output(self) -> int:
         """Tokens generated and known."""
-        return len(self.tokens) - self.num_prompt
+        if self.cohort is not None:
+            return self.length - self.in_flight - self.num_prompt
+        return len(self.own_tokens) - self.num_prompt
 
     @property
     def compute_length(self) -> int:
         """Positions that can be computed by now: of tokens known and in flight. Scoring needs no last position."""
-        return len(self.tokens) + self.in_flight if self.score_start is None else self.num_prompt - 1
+        return self.length if self.score_start is None else self.num_prompt - 1
 
     @property
     def is_prefilling(self) -> bool:

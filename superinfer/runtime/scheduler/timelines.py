@@ -54,6 +54,12 @@ class Timelines:
         for timeline, state in zip(timelines, self._table[:CHANGING, slots].T.tolist(), strict=True):
             timeline.catch_up(*state)
 
+    def late(self) -> list[bool]:
+        """By slot, whether a token with a pace to keep came late."""
+        self.settle()
+        late: list[bool] = (self._table[LAG] > 0.0).tolist()
+        return late
+
     def _look(self, slots: np.ndarray, times: np.ndarray) -> None:
         """One token for each slot at each of `times`."""
         table = self._table[:, slots]
@@ -68,4 +74,3 @@ class Timelines:
         table[LAST] = since[-1]
         table[COUNT] += len(times)
         self._table[:CHANGING, slots] = table[:CHANGING]
-
