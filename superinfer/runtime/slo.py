@@ -156,6 +156,23 @@ class TokenTimeline:
         self.last = now
         self.count = count + n
 
+    @property
+    def promised(self) -> tuple[float, float, float]:
+        """Of a stream with a token: (start, tbt, deadline), token k being due at the earlier of start + k * tbt and the
+        deadline; infinite tbt and deadline where no pace is promised."""
+        return (self._start, math.inf, math.inf) if self._tbt is None else (self._start, self._tbt, self._deadline)
+
+    @property
+    def lag(self) -> float:
+        """The worst lag of a token that has a pace to keep; minus infinity before the first."""
+        return self._lag
+
+    def catch_up(self, last: float, max_tbt: float, lag: float, count: float) -> None:
+        """Take over what tokens that were watched elsewhere have come to; `lag` as the property."""
+        self.last, self.max_tbt, self._lag, self.count = last, max_tbt, lag, int(count)
+        if lag > 0:
+            self.is_late = True
+
     def verdict(self, now: float) -> Verdict:
         """Judge the request as finished (or given up) at `now`."""
         slo = self.slo or SLO()

@@ -97,7 +97,7 @@ class TraceRecorder:
         if plan is None or self._left <= 0:
             return
         self._slice(SCHEDULER, "plan", begin, end, {"step": plan.step})
-        decodes = sum(work.is_decode for work in plan.work)
+        decodes = len(plan.decodes) + sum(work.is_decode for work in plan.others)
         tokens = plan.num_tokens
         self._steps[plan.step] = _Step(end, tokens, decodes, tokens - decodes, len(plan.waits))
         for copy in plan.copies:

@@ -32,7 +32,7 @@ from superinfer.runtime.engine.staging import HostStage
 from superinfer.runtime.engine.step_inputs import BlockTables
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import Progress
-from superinfer.runtime.scheduler.plan import SlotWork, StepPlan, StepResult
+from superinfer.runtime.scheduler.plan import Decodes, SlotWork, StepPlan, StepResult
 
 # Pairs of marks in use by turns: those of the steps under way, and of two before, which pinned memory may wait for.
 MARKS = 4
@@ -217,19 +217,21 @@ class CudaExecutor:
         for init in plan.init:
             self._tables.clear(init.slot)
             self._sampling.start(init)
-        if grown := [work for work in plan.work if work.new_blocks]:
-            self._tables.extend(grown)
-        told = [work for work in plan.work if work.tokens]
+        grown = [(work.slot, work.new_blocks) for work in plan.others if work.new_blocks]
+        if grown or plan.decodes.new_blocks:
+            self._tables.grow([*plan.decodes.new_blocks, *grown])
+        told = [work for work in plan.others if work.tokens]
         chunks = [work for work in told if not work.is_one_step]
-        decodes: Sequence[SlotWork] = [work for work in plan.work if work.is_one_step] if chunks else plan.work
+        decodes = _decode_rows(plan)
         # The last step's copies out of pinned buffers come before its kernels: this wait is short, mostly none.
         self._sent.wait()
         if len(told) > len(chunks):
             self._tell([work for work in told if work.is_one_step])
         if chunks:
             self._mixed_step(decodes, chunks, pending)
-        elif decodes:
+        elif len(decodes):
             self._decode_step(decodes, pending)
+        pending.in_order = len(plan.decodes)
         pending.ended.record()
         return pending
 
@@ -259,14 +261,12 @@ class CudaExecutor:
         for work in works:
             self._sampling.caught_up(work.slot, work.start + 1)
 
-    def _fill_decodes(self, decodes: Sequence[SlotWork]) -> tuple[Bucket, np.ndarray]:
-        slots = np.array([work.slot for work in decodes], dtype=np.int64)
-        positions = np.array([work.start for work in decodes], dtype=np.int64)
-        bucket = next(bucket for bucket in self._buckets if bucket.size >= len(slots))
-        bucket.attention.plan(self._decodes.fill(slots, positions, bucket.size, self._stage))
-        return bucket, slots
+    def _fill_decodes(self, decodes: Decodes) -> tuple[Bucket, np.ndarray]:
+        bucket = next(bucket for bucket in self._buckets if bucket.size >= len(decodes))
+        bucket.attention.plan(self._decodes.fill(decodes.slots, decodes.positions, bucket.size, self._stage))
+        return bucket, decodes.slots
 
-    def _decode_step(self, decodes: Sequence[SlotWork], pending: Pending) -> None:
+    def _decode_step(self, decodes: Decodes, pending: Pending) -> None:
         bucket, slots = self._fill_decodes(decodes)
         if bucket.graph is not None:
             bucket.graph.replay()
@@ -290,7 +290,7 @@ class CudaExecutor:
         torch.matmul(hidden, self._model.lm_head.weight.t(), out=logits)
         decode_step.keep_largest(logits, rows.slots, self._last_tokens, self._tokens, self._decodes.turn)
 
-    def _mixed_step(self, decodes: Sequence[SlotWork], chunks: list[SlotWork], pending: Pending) -> None:
+    def _mixed_step(self, decodes: Decodes, chunks: list[SlotWork], pending: Pending) -> None:
         """Rows: the decodes of a bucket with their padding, the chunks' tokens, padding to a size that is captured."""
         if self._mixed_graphs is not None:
             graph = self._mixed_graphs.find(len(decodes), chunks)
@@ -303,7 +303,7 @@ class CudaExecutor:
         calls = [(len(ids), self._chunk_attention)]
         padded = 0
         slots = np.empty(0, dtype=np.int64)
-        if decodes:
+        if len(decodes):
             bucket, slots = self._fill_decodes(decodes)
             padded = bucket.size
             self._decodes.receive(padded)
@@ -326,15 +326,13 @@ class CudaExecutor:
         self,
         graphs: MixedGraphs,
         graph: MixedGraph,
-        decodes: Sequence[SlotWork],
+        decodes: Decodes,
         chunks: list[SlotWork],
         pending: Pending,
     ) -> None:
-        slots = np.array([work.slot for work in decodes], dtype=np.int64)
-        positions = np.array([work.start for work in decodes], dtype=np.int64)
-        graphs.prepare(graph, slots, positions, chunks)
+        graphs.prepare(graph, decodes.slots, decodes.positions, chunks)
         self._sent.record()
-        self._finish_mixed(graphs.run(graph, pending.ended), slots, len(slots), chunks, pending)
+        self._finish_mixed(graphs.run(graph, pending.ended), decodes.slots, len(decodes), chunks, pending)
 
     def _finish_mixed(
         self, hidden: torch.Tensor, slots: np.ndarray, padded: int, chunks: list[SlotWork], pending: Pending
@@ -411,3 +409,13 @@ class CudaExecutor:
                 on_progress("capturing CUDA graphs of mixed steps", done / len(sizes))
             self._pieces.insert(0, Pieces(self._model, self._views, self._mixed, rows, stream, pool))
         torch.cuda.synchronize()
+
+
+def _decode_rows(plan: StepPlan) -> Decodes:
+    """All that is one row of a decode step: the plan's decodes, then what others come to one."""
+    single = [work for work in plan.others if work.is_one_step]
+    if not single:
+        return plan.decodes
+    slots = np.array([work.slot for work in single], dtype=np.int64)
+    positions = np.array([work.start for work in single], dtype=np.int64)
+    return Decodes(np.concatenate((plan.decodes.slots, slots)), np.concatenate((plan.decodes.positions, positions)))

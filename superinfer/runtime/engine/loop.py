@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import chain
+from types import MappingProxyType
 from typing import Any
 
 from superinfer.errors import (
@@ -42,13 +44,14 @@ from superinfer.runtime.protocol import (
     ToEngine,
 )
 from superinfer.runtime.scheduler.base import Scheduler
-from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
+from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status, StepUpdates
 from superinfer.runtime.tracing import TraceRecorder
 
 log = logging.getLogger("superinfer.engine")
 
 IDLE_POLL_MS = 200
 COMPILING_POLL_MS = 2  # while nothing computes and a grammar is being compiled
+NOTHING: Mapping[bytes, list[SequenceDelta]] = MappingProxyType({})
 PULSE_S = 1.0  # how long the requests of a client that has gone may go on at most
 
 
@@ -175,7 +178,7 @@ class EngineLoop:
         if self._trace is not None:
             self._trace.finished(result, now, committed)
             self._trace.gauges(self._scheduler.counts(), committed)
-        self._publish(updates, now)
+        self._publish_step(updates, now)
 
     # ------------------------------------------------------------------ messages
 
@@ -343,8 +346,24 @@ class EngineLoop:
 
     # ------------------------------------------------------------------ results
 
-    def _publish(self, updates: Iterable[SequenceUpdate], now: float) -> None:
+    def _publish_step(self, updates: StepUpdates, now: float) -> None:
+        """Tell clients what a step has brought."""
+        self._counters.output_tokens += len(updates.tokens)
+        steady, paced = self._outgoing.steady(updates.sequences, updates.tokens, now)
+        if not updates.others and not paced:
+            for client, deltas in steady.items():
+                self._door.send(client, Deltas(deltas=deltas))
+            return
+        self._counters.output_tokens -= len(paced)  # counted below
+        self._publish(chain(paced, updates.others), now, steady)
+
+    def _publish(
+        self, updates: Iterable[SequenceUpdate], now: float, steady: Mapping[bytes, list[SequenceDelta]] = NOTHING
+    ) -> None:
+        """Tell clients of `updates`, with the deltas of `steady`: one message for each client."""
         by_client: dict[bytes, list[SequenceDelta]] = defaultdict(list)
+        for client, deltas in steady.items():
+            by_client[client] += deltas
         ended: list[Sequence] = []
         for update in updates:
             sequence = update.sequence

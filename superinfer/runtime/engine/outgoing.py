@@ -1,7 +1,8 @@
-"""Tokens that their clients do not want at once: kept, and told with a later delta. Pure Python.
+"""Updates as the deltas that clients read. Pure Python.
 
 A delta for each token of each sequence costs the engine, the wire and the client more than the tokens are worth to a
-program that reads an answer only when it is whole.
+program that reads an answer only when it is whole: tokens that a client does not want at once are kept, and told with a
+later delta. And what says whose a token is need not be made anew for a sequence that gets one in every step.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from superinfer.runtime.protocol import TokenLogprob
+from superinfer.runtime.protocol import SequenceDelta, TokenLogprob
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate
 
 
@@ -24,10 +25,42 @@ class _Paced:
 
 
 class Outgoing:
-    """The sequences of requests with an `interval_s`, and what of theirs is kept."""
+    """The sequences of requests with an `interval_s`, and what of theirs is kept; and deltas that are used again."""
 
     def __init__(self) -> None:
         self._paced: dict[Sequence, _Paced] = {}
+        self._roll: list[Sequence] = []  # whom `steady` was asked for last
+        self._deltas: dict[Sequence, SequenceDelta] = {}  # theirs, but for paced ones'
+        self._by_client: dict[bytes, list[SequenceDelta]] = {}  # the same
+
+    def steady(
+        self, sequences: list[Sequence], tokens: list[int], now: float
+    ) -> tuple[dict[bytes, list[SequenceDelta]], list[SequenceUpdate]]:
+        """Deltas by client of one new token for each of `sequences`, and updates of those that are paced.
+
+        They hold until the next call: encode them first. The quicker if `sequences` is the same list as last time.
+        """
+        if sequences is not self._roll:
+            known, self._roll, self._deltas, self._by_client = self._deltas, sequences, {}, {}
+            for sequence in sequences:
+                if sequence in self._paced:
+                    continue
+                delta = known.get(sequence)
+                if delta is None:
+                    delta = SequenceDelta(request_id=sequence.request_id, index=sequence.index, token_ids=[0])
+                self._deltas[sequence] = delta
+                self._by_client.setdefault(sequence.owner, []).append(delta)
+        if len(self._deltas) == len(sequences):
+            for delta, token in zip(self._deltas.values(), tokens, strict=True):
+                delta.token_ids[0] = token
+            return self._by_client, []
+        paced = []
+        for sequence, token in zip(sequences, tokens, strict=True):
+            if sequence in self._deltas:
+                self._deltas[sequence].token_ids[0] = token
+            else:
+                paced.append(SequenceUpdate(sequence, [token], None, None))
+        return self._by_client, paced
 
     def pace(self, sequences: Iterable[Sequence], interval_s: float) -> None:
         """Their deltas are to be so far apart: the first comes so long after the first token."""

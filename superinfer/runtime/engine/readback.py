@@ -28,11 +28,13 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(slots=True)
 class Pending:
-    """A step under way. begun, ended: its place in the stream. top_wanted: logprobs that each such row asked for."""
+    """A step under way. begun, ended: its place in the stream. in_order: so many of its first rows are the plan's
+    decodes. top_wanted: logprobs that each such row asked for."""
 
     step: int
     begun: Marker
     ended: Marker
+    in_order: int = 0
     slots: np.ndarray | None = None
     tokens: torch.Tensor | None = None
     logprob_rows: np.ndarray | None = None
@@ -73,10 +75,12 @@ class Pending:
         self.ended.wait()
         result = StepResult(self.step, elapsed=self.ended.seconds_since(self.begun))
         if self.slots is not None and self.tokens is not None:
-            slots, tokens = self.slots.tolist(), self.tokens.tolist()
-            result.tokens = dict(zip(slots, tokens, strict=True))
+            first = self.in_order
+            result.decoded = self.tokens[:first].numpy().copy()  # where the next step but one writes
+            result.tokens = dict(zip(self.slots[first:].tolist(), self.tokens[first:].tolist(), strict=True))
             result.forced = self.forced
             if self.logprob_rows is not None:
+                slots, tokens = self.slots.tolist(), self.tokens.tolist()
                 chosen, ids, values = (part.tolist() for part in self.logprobs)
                 for i, row in enumerate(self.logprob_rows.tolist()):
                     top = list(zip(ids[i], values[i], strict=True))[: self.top_wanted[i]]

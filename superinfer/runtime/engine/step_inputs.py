@@ -50,11 +50,14 @@ class BlockTables:
             self._changes.update(zip(range(first, first + len(blocks)), blocks, strict=True))
 
     def extend(self, work: Sequence[SlotWork]) -> None:
-        """Append each work's new blocks to its slot. What raises, as `append` does, keeps none of the others back."""
-        single = [w for w in work if len(w.new_blocks) == 1]
+        """Append each work's new blocks to its slot, as `grow`."""
+        self.grow([(w.slot, w.new_blocks) for w in work])
+
+    def grow(self, grown: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Append blocks to slots. What raises, as `append` does, keeps none of the others back."""
+        single = [(slot, blocks[0]) for slot, blocks in grown if len(blocks) == 1]
         if len(single) > 1:
-            slots = np.array([w.slot for w in single])
-            blocks = np.array([w.new_blocks[0] for w in single])
+            slots, blocks = np.array(single).T
             used = self._used[slots]
             if used.max() < self._blocks.shape[1] and blocks.min() >= 0 and blocks.max() < self._num_blocks:
                 self._blocks[slots, used] = blocks
@@ -62,11 +65,11 @@ class BlockTables:
                 if self._changes is not None:
                     places = slots * self._blocks.shape[1] + used
                     self._changes.update(zip(places.tolist(), blocks.tolist(), strict=True))
-                work = [w for w in work if len(w.new_blocks) > 1]
+                grown = [(slot, more) for slot, more in grown if len(more) > 1]
         failure: ValueError | None = None
-        for w in work:
+        for slot, more in grown:
             try:
-                self.append(w.slot, w.new_blocks)
+                self.append(slot, more)
             except ValueError as error:
                 failure = failure or error
         if failure is not None:

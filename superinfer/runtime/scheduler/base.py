@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from superinfer.runtime.kv.copies import LinkUse, TierCounts
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
-from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate
+from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, StepUpdates
 
 if TYPE_CHECKING:
     from superinfer.runtime.scheduler.cost import StepCost
@@ -46,7 +46,7 @@ class Scheduler(Protocol):
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None when there is nothing to compute."""
 
-    def commit(self, result: StepResult, now: float) -> list[SequenceUpdate]:
+    def commit(self, result: StepResult, now: float) -> StepUpdates:
         """Take in what a planned step produced."""
 
     def abort(self, step: int, now: float) -> list[Sequence]:

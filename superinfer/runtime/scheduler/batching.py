@@ -11,15 +11,17 @@ from collections.abc import Iterable
 from itertools import islice
 
 import msgspec
+import numpy as np
 
 from superinfer.runtime.kv.cache import Node
 from superinfer.runtime.kv.copies import BlockCopy
 from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler import stages
+from superinfer.runtime.scheduler.cohort import Cohort, CohortStep
 from superinfer.runtime.scheduler.draft import Draft
 from superinfer.runtime.scheduler.places import Places
 from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan, StepResult
-from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
+from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status, StepUpdates
 
 # Waiting sequences looked at in one step: a long queue behind one prefix that is being computed costs no more.
 MAX_LOOKED_AT = 256
@@ -43,26 +45,26 @@ class BatchScheduler(Places):
             self._rotation.watch(now)
         self._make_room(now)
         # Every decode takes one token of the budget before any prefill chunk takes the rest.
-        prefills = self._decode(list(self._running), now)
+        prefills = self._decode(self._loose(), now, self._cohort)
         if len(prefills) > 1:
             prefills.sort(key=lambda s: self.rank(s, now))
         for sequence in prefills:
             self._continue(sequence, now)
         # What was preempted for others would come straight back; but where nobody else computes, someone must.
-        if draft.budget > 0 and self._free_slots and not (draft.preempted and draft.work):
+        if draft.budget > 0 and self._free_slots and not (draft.preempted and draft.num_sequences):
             self._admit(now)
-        if not draft.work and self._rotation is not None:
+        if not draft.num_sequences and self._rotation is not None:
             self._wait_with_first(now)
         self._draft = Draft(0)
         return self._finish_plan(draft, now)
 
     def _note_copy_waits(self, draft: Draft, now: float) -> None:
         """Who has a slot and no work in this plan for want of copies is waiting for them; the others are not."""
-        if self._rotation is None or (len(draft.work) == len(self._running) and not self._copy_waiting):
+        if self._rotation is None or (draft.num_sequences == len(self._running) and not self._copy_waiting):
             return
         waiting = []
         for sequence in self._running:
-            if sequence in draft.work or sequence.table is None:
+            if draft.has(sequence) or sequence.table is None:
                 continue
             if self._rotation.kv.awaits(sequence.table):
                 sequence.stages.enter(stages.COPY_WAIT, now)
@@ -76,7 +78,8 @@ class BatchScheduler(Places):
         """All that run wait for copies: the step waits with the first of them."""
         self._draft.patient = True
         for sequence in sorted(self._running, key=lambda s: self.rank(s, now)):
-            if not self._draft.work:
+            if not self._draft.num_sequences:
+                self._part(sequence)
                 self._decode([sequence], now)
                 self._continue(sequence, now)
 
@@ -89,58 +92,130 @@ class BatchScheduler(Places):
         if self._rotation is not None and self._returns is not None:
             self._returns.bring_back(now, self._rotation.background_blocks)
             copies = self._rotation.copies_of_plan()
-        if not draft.work and not copies:
+        decodes = draft.all_decodes()
+        if not draft.work and not len(decodes) and not copies:
+            for step in draft.cohorts:  # of which nobody is left
+                step.cohort.dissolve()
+            draft.cohorts.clear()
             if self._rotation is None or self._planned or not self._rotation.kv.num_pending:
                 return None
             if self._running or self._waiting:  # nothing to do but wait for copies
                 draft.waits = {self._rotation.kv.oldest_pending}
         self._step += 1
         self._planned[self._step] = draft.work
+        if draft.cohorts:
+            self._cohort_steps[self._step] = draft.cohorts
         self._loads[self._step] = load = draft.load
         freed, self._freed = tuple(self._freed), []
-        plan = StepPlan(
-            self._step, tuple(draft.work.values()), tuple(draft.init), freed, copies, tuple(sorted(draft.waits))
-        )
+        others, waits = tuple(draft.work.values()), tuple(sorted(draft.waits))
+        plan = StepPlan(self._step, others, tuple(draft.init), freed, copies, waits, decodes)
         if self._rotation is not None:
             self._rotation.planned(self._step, load.tokens, load.decodes)
         return plan
 
-    def _decode(self, sequences: list[Sequence], now: float) -> list[Sequence]:
+    def _decode(self, sequences: list[Sequence], now: float, cohort: Cohort | None = None) -> list[Sequence]:
         """One token for every running sequence that is past its prefill, while the budget lasts. Returns the others.
 
+        sequences: of no cohort. cohort: decode its members too; whoever can joins it. Without one it is one by one.
         The order matters only if the budget cannot serve all. Should blocks run out, the last in rank gives its own up
-        whoever asked first. The loop is spelled out, with the fewest reads that will do: it is most of the scheduler's
-        time in a full batch.
+        whoever asked first.
         """
         draft, page_size, is_tiered = self._draft, self._kv.page_size, self._rotation is not None
+        if cohort is not None:
+            sequences = self._decode_cohort(cohort, sequences, now)
         if len(sequences) > draft.budget:
             sequences.sort(key=lambda s: self.rank(s, now))
-        work, prefills, count, kv_read, budget = draft.work, [], 0, 0, draft.budget
+        prefills = []
         for sequence in sequences:
             start = sequence.scheduled
             if start < sequence.resume_at:
                 prefills.append(sequence)
                 continue
-            slot = sequence.slot
-            if slot < 0 or start >= sequence.last_position:
+            if sequence.slot < 0 or start >= sequence.last_position:
                 continue  # lost its place to one before it in this loop, or all its tokens are planned
-            if count >= budget:
+            if draft.budget <= 0:
                 break
-            new_blocks: tuple[int, ...] = ()
+            new_blocks: tuple[int, ...] | None = ()
             if start % page_size == 0 or (is_tiered and sequence.table.awaits):  # type: ignore[union-attr]
-                draft.count_decodes(count, kv_read)
-                grown = self._next_block(sequence, now)
-                count, kv_read, budget = 0, 0, draft.budget
-                if grown is None:
-                    continue
-                new_blocks = grown
-            sequence.scheduled = start = start + 1
-            sequence.in_flight += 1
-            work[sequence] = SlotWork(slot, start - 1, 1, (), new_blocks, True)
-            count += 1
-            kv_read += start
-        draft.count_decodes(count, kv_read)
+                new_blocks = self._next_block(sequence, now)
+            if new_blocks is not None:
+                self._draft_decode(sequence, new_blocks)
         return prefills
+
+    def _loose(self) -> list[Sequence]:
+        """Those that run and are in no cohort."""
+        return [s for s in self._running if s.cohort is None] if len(self._cohort) < len(self._running) else []
+
+    def _draft_decode(self, sequence: Sequence, new_blocks: tuple[int, ...]) -> None:
+        start = sequence.scheduled
+        sequence.scheduled = start + 1
+        sequence.in_flight += 1
+        self._draft.work[sequence] = SlotWork(sequence.slot, start, 1, (), new_blocks, True)
+        self._draft.count_decodes(1, start + 1)
+
+    def _decode_cohort(self, cohort: Cohort, sequences: list[Sequence], now: float) -> list[Sequence]:
+        """One token for each member of `cohort`, after those of `sequences` that can have joined. Returns the others.
+
+        Where the budget may not serve all, nobody is a member. Members that begin a block are looked at: one that
+        cannot get it, or has to wait for copies, leaves; so does one whose last token this is.
+        """
+        draft = self._draft
+        if len(cohort) + len(sequences) > draft.budget:
+            sequences = [*cohort.members.values(), *sequences]
+            for member in list(cohort.members.values()):
+                cohort.leave(member)
+            return sequences
+        rest = []
+        for sequence in sequences:
+            if sequence.may_join and self._can_join(sequence):
+                cohort.join(sequence)
+            else:
+                rest.append(sequence)
+        if not len(cohort):
+            return rest
+        ends, begin = cohort.due()
+        for sequence in ends:
+            cohort.leave(sequence)
+            rest.append(sequence)
+        grown: dict[Sequence, tuple[int, ...]] = {}
+        is_tiered = self._rotation is not None
+        for sequence in begin:
+            if sequence.cohort is not cohort:
+                continue  # ends, or has given its place up to one before it
+            table = sequence.table
+            assert table is not None
+            held = len(table.blocks)
+            is_plain = table.sent == held and held * self._kv.page_size == sequence.scheduled
+            new = self._kv.allocate(table, 1) if is_plain else None
+            if new is not None and not (is_tiered and table.awaits):
+                table.sent += 1
+                grown[sequence] = (new[0],)
+                continue
+            new_blocks = self._next_block(sequence, now)
+            if new_blocks is None:
+                self._part(sequence)
+            elif is_tiered and table.awaits:
+                cohort.leave(sequence)
+                self._draft_decode(sequence, new_blocks)
+            else:
+                grown[sequence] = new_blocks
+        if len(cohort):
+            step = cohort.plan(grown, draft.work)
+            step.grown = {s: blocks for s, blocks in grown.items() if step.has(s)}
+            draft.cohorts.append(step)
+            draft.count_decodes(len(step), int(step.positions.sum()) + len(step))
+        return rest
+
+    def _can_join(self, sequence: Sequence) -> bool:
+        """Whether all that it needs in the steps to come is a token in each."""
+        start, table = sequence.own_scheduled, sequence.table
+        return (
+            sequence.slot >= 0
+            and sequence.resume_at <= start < sequence.last_position - 1
+            and sequence.own_timeline.count > 0
+            and sequence.untold == 0
+            and (self._rotation is None or not table.awaits)  # type: ignore[union-attr]
+        )
 
     def _next_block(self, sequence: Sequence, now: float) -> tuple[int, ...] | None:
         """What a decode's table has grown by, at the first position of a block; None if it cannot be computed now."""
@@ -292,7 +367,7 @@ class BatchScheduler(Places):
 
     # ------------------------------------------------------------------ results
 
-    def commit(self, result: StepResult, now: float) -> list[SequenceUpdate]:
+    def commit(self, result: StepResult, now: float) -> StepUpdates:
         """See Scheduler.commit."""
         load = self._loads.pop(result.step)
         if load.tokens:
@@ -300,9 +375,13 @@ class BatchScheduler(Places):
         if self._rotation is not None and self._rotation.settle(result):
             self._drop_broken(now)
         planned = self._planned.pop(result.step)
+        cohorts = [step for step in self._cohort_steps.pop(result.step, ()) if not step.is_void]
         if result.link.stall_s > 0.0:
             for sequence in planned:
                 sequence.stages.stalled(result.link.stall_s, now)
+            for sequence in (s for step in cohorts for s in step.sequences if step.has(s)):
+                sequence.stages.stalled(result.link.stall_s, now)
+        sequences, told = self._commit_cohorts(cohorts, result, now)
         updates: list[SequenceUpdate] = []
         tokens, forced = result.tokens, result.forced
         page_size, is_plain = self._kv.page_size, not result.logprobs
@@ -312,7 +391,6 @@ class BatchScheduler(Places):
                 if update is not None:
                     updates.append(update)
                 continue
-            # A decode, spelled out as in `_decode`.
             sequence.in_flight -= 1
             status = sequence.status
             if status is FINISHED:
@@ -329,7 +407,44 @@ class BatchScheduler(Places):
                 if reason is not None:
                     self._finish(sequence, reason, now)
             updates.append(SequenceUpdate(sequence, [token], None, reason))
-        return updates
+        return StepUpdates(sequences, told, updates)
+
+    def _commit_cohorts(
+        self, steps: list[CohortStep], result: StepResult, now: float
+    ) -> tuple[list[Sequence], list[int]]:
+        """(sequences that got a token and nothing else, those tokens). The others leave, their tokens in
+        `result.tokens`."""
+        all_sequences: list[Sequence] = []
+        all_tokens: list[int] = []
+        first = 0
+        for step in steps:
+            count = len(step.slots)
+            decoded = result.decoded
+            tokens = step.tokens(result.tokens) if decoded is None else decoded[first : first + count]
+            first += count
+            for slot in (*result.forced, *result.logprobs):
+                sequence = step.cohort.members.get(slot)
+                if sequence is not None and step.has(sequence):
+                    self._part(sequence)
+            ending = np.zeros(count, dtype=bool)
+            for ids in step.stops:
+                ending |= tokens == ids
+            for at in ending.nonzero()[0].tolist():
+                if step.has(step.sequences[at]):
+                    self._part(step.sequences[at])
+            sequences, told = step.sequences, tokens.tolist()
+            if step.gone:
+                stay = step.stay()
+                gone = ~stay
+                result.tokens.update(zip(step.slots[gone].tolist(), tokens[gone].tolist(), strict=True))
+                sequences = [sequence for sequence, stays in zip(sequences, stay.tolist(), strict=True) if stays]
+                told = tokens[stay].tolist()
+            for sequence in step.cohort.commit(step, tokens, now):
+                assert sequence.table is not None
+                self._kv.commit(sequence.table, sequence.tokens, step.index + 1 + sequence.own_scheduled)
+            all_sequences = all_sequences + sequences if all_sequences else sequences
+            all_tokens += told
+        return all_sequences, all_tokens
 
     def _commit_work(self, sequence: Sequence, work: SlotWork, result: StepResult, now: float) -> SequenceUpdate | None:
         """What came of a prefill chunk, of a step with logprobs, or of a token that others must follow."""
@@ -366,6 +481,7 @@ class BatchScheduler(Places):
     def _follow(self, sequence: Sequence, forced: tuple[int, ...], now: float) -> list[int]:
         """Take tokens that a grammar forces as known; returns them, as far as max_tokens lets them be. Their KV is
         computed like a prompt's, and steps under way that sample the first of them tell nothing new."""
+        self._part(sequence)
         taken = list(forced[: sequence.max_tokens - sequence.num_output])
         sequence.tokens.extend(taken)
         sequence.timeline.tokens(len(taken), now - sequence.arrival)
@@ -409,6 +525,8 @@ class BatchScheduler(Places):
         if self._rotation is not None:
             self._rotation.dropped(step)
         self._loads.pop(step, None)
+        for part in self._cohort_steps.pop(step, ()):
+            part.cohort.dissolve()
         for sequence, work in self._planned.pop(step, {}).items():
             sequence.in_flight -= work.sample
             sequence.untold -= work.is_untold

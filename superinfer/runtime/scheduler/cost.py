@@ -61,9 +61,9 @@ class StepLoad(NamedTuple):
     @classmethod
     def of(cls, plan: StepPlan) -> StepLoad:
         """The load of a plan."""
-        decodes = kv_read = prefill = 0
-        pairs = 0.0
-        for work in plan.work:
+        decodes, prefill, pairs = len(plan.decodes), 0, 0.0
+        kv_read = int(plan.decodes.positions.sum()) + decodes
+        for work in plan.others:
             if work.tokens and not work.is_one_step:
                 prefill += work.length
                 kv_read += work.start
@@ -220,8 +220,12 @@ class StepCost:
         self._errors.append(error / elapsed)
         weight = self._weight(error / predicted)
         x, y = row / predicted, elapsed / predicted
-        self._information = self._forgetting * self._information + weight * np.outer(x, x)
-        self._moment = self._forgetting * self._moment + weight * y * x
+        outer = x[:, None] * x
+        outer *= weight
+        self._information *= self._forgetting
+        self._information += outer
+        self._moment *= self._forgetting
+        self._moment += weight * y * x
         self._unsolved += 1
         if len(self._errors) < SOLVE_EVERY or self._unsolved >= SOLVE_EVERY:
             self.factors, self._unsolved = self._solve(), 0

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from superinfer.runtime.scheduler.cohort import CohortStep
 from superinfer.runtime.scheduler.cost import StepLoad
-from superinfer.runtime.scheduler.plan import SlotInit, SlotWork
+from superinfer.runtime.scheduler.plan import NO_DECODES, Decodes, SlotInit, SlotWork
 from superinfer.runtime.scheduler.sequence import Sequence
 
 
@@ -13,7 +16,8 @@ from superinfer.runtime.scheduler.sequence import Sequence
 class Draft:
     """A plan being made. budget: tokens left. waits: copies its work depends on; `patient`: however many they are.
 
-    decodes, kv_read, prefill, pairs: what its work comes to, as in a `StepLoad`.
+    decodes, kv_read, prefill, pairs: what its work comes to, as in a `StepLoad`. cohorts: their parts in it; work: all
+    the rest.
     """
 
     budget: int
@@ -22,10 +26,33 @@ class Draft:
     prefill: int = 0
     pairs: float = 0.0
     work: dict[Sequence, SlotWork] = field(default_factory=dict)
+    cohorts: list[CohortStep] = field(default_factory=list)
     init: list[SlotInit] = field(default_factory=list)
     waits: set[int] = field(default_factory=set)
     preempted: bool = False
     patient: bool = False
+
+    @property
+    def num_sequences(self) -> int:
+        """How many compute."""
+        return len(self.work) + sum(map(len, self.cohorts))
+
+    def has(self, sequence: Sequence) -> bool:
+        """Whether it computes."""
+        return sequence in self.work or any(step.has(sequence) for step in self.cohorts)
+
+    def all_decodes(self) -> Decodes:
+        """Of all cohorts, one after another."""
+        steps = self.cohorts
+        if not steps:
+            return NO_DECODES
+        for step in steps:
+            step.compact()
+        slots, positions = steps[0].slots, steps[0].positions
+        if len(steps) > 1:
+            slots, positions = (np.concatenate(a) for a in zip(*((s.slots, s.positions) for s in steps), strict=True))
+        grown = tuple((s.slot, blocks) for step in steps for s, blocks in step.grown.items() if blocks)
+        return Decodes(slots, positions, grown)
 
     @property
     def load(self) -> StepLoad:

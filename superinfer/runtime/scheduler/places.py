@@ -15,6 +15,7 @@ from superinfer.runtime.kv.duplex import DuplexCache
 from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler import stages
 from superinfer.runtime.scheduler.base import SchedulerCounts, SchedulerLimits
+from superinfer.runtime.scheduler.cohort import Cohort, CohortStep
 from superinfer.runtime.scheduler.cost import StepCost, StepLoad, StepRates
 from superinfer.runtime.scheduler.draft import Draft
 from superinfer.runtime.scheduler.plan import SlotWork
@@ -39,11 +40,13 @@ class Places(ABC):
         self._limits = limits
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []
+        self._cohort = Cohort(limits.num_slots, kv.page_size)
         self._free_slots = list(range(limits.num_slots - 1, -1, -1))
         self._freed: list[int] = []
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._planned: dict[int, dict[Sequence, SlotWork]] = {}
         self._given_up: dict[Sequence, BlockTable] = {}  # with work under way, which may wait for a copy that will fail
+        self._cohort_steps: dict[int, list[CohortStep]] = {}  # of the same steps, what cohorts do
         self._copy_waiting: list[Sequence] = []  # running, without work in the last plan for want of copies
         self._loads: dict[int, StepLoad] = {}
         self._step = 0
@@ -155,6 +158,7 @@ class Places(ABC):
 
     def _undraft(self, sequence: Sequence) -> None:
         """Take back what the plan being made has for this sequence."""
+        self._part(sequence)
         item = self._draft.work.pop(sequence, None)
         if item is not None:
             sequence.scheduled = item.start
@@ -190,6 +194,7 @@ class Places(ABC):
 
     def _disbelieve(self, sequence: Sequence) -> None:
         """Take out what is under way of a sequence, whatever comes of it."""
+        self._part(sequence)
         for works in self._planned.values():
             work = works.pop(sequence, None)
             if work is not None:
@@ -202,7 +207,13 @@ class Places(ABC):
         sequence.preempted_at = now
         self._waiting.add(sequence, self._queue_key(sequence, now))
 
+    def _part(self, sequence: Sequence) -> None:
+        """Something happens to it that does not happen to all of its cohort."""
+        if sequence.cohort is not None:
+            sequence.cohort.leave(sequence)
+
     def _leave_slot(self, sequence: Sequence) -> None:
+        self._part(sequence)
         self._running.remove(sequence)
         self._free_slots.append(sequence.slot)
         if any(init.slot == sequence.slot for init in self._draft.init):  # never given to the executor
@@ -214,6 +225,7 @@ class Places(ABC):
     def _drop_table(self, sequence: Sequence) -> None:
         """Its KV is given up. What chunks under way compute is no part of the table it will have next."""
         assert sequence.table is not None
+        self._part(sequence)
         for works in self._planned.values():
             work = works.get(sequence)
             if work is not None and not work.sample:

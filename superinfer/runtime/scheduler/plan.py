@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import msgspec
+import numpy as np
 
 from superinfer.runtime.kv.copies import BlockCopy, LinkUse
 from superinfer.runtime.protocol import SamplingParams, TokenLogprob
@@ -66,30 +67,67 @@ class SlotWork(msgspec.Struct, frozen=True, gc=False):  # made for every decode 
         return not self.tokens and not self.sample
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Decodes:
+    """Decodes as arrays: what sampled work of length 1 without tokens of its own would say one by one.
+
+    slots, positions: [decodes] int64, each slot once. new_blocks: (slot, KV block ids appended to its block table
+    before this step) of those that grow.
+    """
+
+    slots: np.ndarray
+    positions: np.ndarray
+    new_blocks: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def one_by_one(self) -> tuple[SlotWork, ...]:
+        """The same as SlotWork."""
+        grown = dict(self.new_blocks)
+        return tuple(
+            SlotWork(slot, position, 1, (), grown.get(slot, ()), True)
+            for slot, position in zip(self.slots.tolist(), self.positions.tolist(), strict=True)
+        )
+
+
+NO_DECODES = Decodes(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One immutable step. `work` is in execution order: decodes first, then prefill chunks.
+    """One immutable step: `decodes`, then `others` in execution order, decodes first, then prefill chunks.
 
     freed: slots given up before this step (their rows may be overwritten by `init` of the same plan).
     copies: block copies to start, after the work of earlier plans. waits: ids of copies, of this or earlier plans, that
-        must be over before `work` computes. See docs/duplexkv.md. Work may be empty when copies are all there is.
+        must be over before its work computes. See docs/duplexkv.md. There may be no work when copies are all there is.
     """
 
     step: int
-    work: tuple[SlotWork, ...]
+    others: tuple[SlotWork, ...]
     init: tuple[SlotInit, ...] = ()
     freed: tuple[int, ...] = ()
     copies: tuple[BlockCopy, ...] = ()
     waits: tuple[int, ...] = ()
+    decodes: Decodes = NO_DECODES
+
+    @property
+    def work(self) -> tuple[SlotWork, ...]:
+        """All that is computed, one by one, for who does not care for arrays. O(sequences) at each call."""
+        return self.decodes.one_by_one() + self.others if len(self.decodes) else self.others
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.others) or len(self.decodes) > 0
 
     @property
     def num_tokens(self) -> int:
-        return sum(w.length for w in self.work)
+        return len(self.decodes) + sum(w.length for w in self.others)
 
     @property
     def num_prefill_tokens(self) -> int:
         total = 0
-        for work in reversed(self.work):  # chunks are last
+        for work in reversed(self.others):  # chunks are last
             if not work.tokens:
                 break
             total += len(work.tokens)
@@ -100,7 +138,8 @@ class StepPlan:
 class StepResult:
     """What an executor made of a StepPlan.
 
-    tokens: sampled token id by slot, for every SlotWork with `sample`.
+    tokens: sampled token id by slot, for every SlotWork with `sample`; for the plan's `decodes` too, unless `decoded`,
+        [decodes] of integers in their order, has those.
     logprobs: by slot, for those whose SamplingParams ask for them.
     forced: by slot, tokens that follow the sampled one whatever the model says, a grammar being why. Steps under way
         that sample for the slot pick the first of them.
@@ -119,3 +158,4 @@ class StepResult:
     copied: list[int] = field(default_factory=list)
     failed_copies: list[int] = field(default_factory=list)
     link: LinkUse = field(default_factory=LinkUse)
+    decoded: np.ndarray | None = None

@@ -101,12 +101,12 @@ class Roster:
 
     def update(self, sequences: list[Sequence], rows: np.ndarray) -> None:
         """Note how far sequences have come, whose rows these are."""
-        lengths = np.array([len(s.tokens) + s.in_flight for s in sequences], dtype=float)
+        lengths = np.array([s.length for s in sequences], dtype=float)
         self.context[rows] = lengths
         self.produced[rows] = lengths - self.prompt[rows]
         self.prefill[rows] = np.maximum(np.array([s.resume_at - s.scheduled for s in sequences], dtype=float), 0.0)
         self.load[rows] = 0
-        self.late[rows] |= np.array([s.timeline.is_late for s in sequences], dtype=bool)
+        self.late[rows] |= np.array([s.is_late for s in sequences], dtype=bool)
         for row in rows[np.isinf(self.base[rows]) & np.isfinite(self.pace[rows])].tolist():
             sequence = self.sequences[row]  # a stream without a ttft is timed from its first token
             assert sequence is not None

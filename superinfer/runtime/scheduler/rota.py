@@ -14,10 +14,11 @@ from superinfer.runtime.kv.cache import KVCache, Node
 from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.batching import BatchScheduler
+from superinfer.runtime.scheduler.cohort import Cohort
 from superinfer.runtime.scheduler.cost import StepCost
 from superinfer.runtime.scheduler.draft import Draft
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
-from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
+from superinfer.runtime.scheduler.sequence import Sequence, Status, StepUpdates
 from superinfer.runtime.scheduler.siblings import Siblings
 from superinfer.runtime.scheduler.standing import HEAD, LEFTOVER_SHARE, Standing
 
@@ -55,6 +56,7 @@ class Rota(BatchScheduler):
         self._credit = 0.0  # seconds of machine time that leftovers may use now
         self._owed_s = 0.0  # machine time that prefills are owed, where they come in few steps
         self._planned_at = 0.0
+        self._rest = Cohort(limits.num_slots, kv.page_size)  # of leftovers; `_cohort` is of the kept
 
     # ------------------------------------------------------------------ requests come and go
 
@@ -129,7 +131,7 @@ class Rota(BatchScheduler):
         self._siblings.leave(sequence)
         self._roster.remove(sequence)
 
-    def commit(self, result: StepResult, now: float) -> list[SequenceUpdate]:
+    def commit(self, result: StepResult, now: float) -> StepUpdates:
         """See Scheduler.commit."""
         self._standing.observe(self._loads[result.step], result.elapsed - result.link.stall_s)
         return super().commit(result, now)
@@ -146,27 +148,27 @@ class Rota(BatchScheduler):
         spare = max(LEFTOVER_SHARE, 1.0 - self._standing.verdicts.load) if self._standing.promised else 1.0
         self._credit = min(self._credit + spare * min(passed, 1.0), max(spare, 0.1) * 0.2)
         draft = self._draft = Draft(self._limits.max_batch_tokens)
-        kept = [s for s in self._running if s.kept]
-        leftovers = [s for s in self._running if not s.kept]
-        prefills = self._decode(kept, now)
+        loose = self._loose()
+        kept, leftovers = [s for s in loose if s.kept], [s for s in loose if not s.kept]
+        prefills = self._decode(kept, now, self._cohort)
         if self._credit > 0.0 or not self._standing.promised:
             before = self._seconds()
-            self._decode(leftovers, now)
+            self._decode(leftovers, now, self._rest)
             self._credit -= self._seconds() - before
         self._turns = min(self._turns + TURN_SHARE * draft.decodes, MOST_TURNS)
         draft.budget = min(draft.budget, self._chunk_tokens(now, passed))
         self._prefill(prefills, now)
         self._admit_kept(now)
         self._standing.asked -= draft.prefill
-        is_idle = not draft.work  # the kept wait for something: a step without work would help nobody
+        is_idle = not draft.num_sequences  # the kept wait for something: a step without work would help nobody
         if is_idle:
-            self._decode(leftovers, now)
+            self._decode(leftovers, now, self._rest)
         if (self._credit > 0.0 or not self._standing.promised or is_idle) and draft.budget > 0:
             before = draft.prefill
             self._prefill(leftovers, now)
             self._admit_leftovers(now)
             self._credit -= self._standing.units.prefill_s(draft.prefill - before)
-        if not draft.work and self._rotation is not None:
+        if not draft.num_sequences and self._rotation is not None:
             self._wait_with_first(now)
         if draft.prefill:
             units = self._standing.units
@@ -383,6 +385,9 @@ class Rota(BatchScheduler):
         """Triage: who is kept from now on."""
         self._looked, self._arrived, self._joined = now, 0, []
         self._standing.look(self._running, self._block_s(), now)
+        for sequence in self._running:  # who is no longer kept, or is now, changes its cohort
+            if sequence.cohort is not None and (sequence.cohort is self._cohort) is not sequence.kept:
+                self._part(sequence)
 
     def _wait_again(self, sequence: Sequence, now: float, stage: str) -> None:
         super()._wait_again(sequence, now, stage)

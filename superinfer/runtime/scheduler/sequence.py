@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -12,6 +14,11 @@ from superinfer.runtime.protocol import FinishReason, Hints, RequestReport, Samp
 from superinfer.runtime.scheduler import stages
 from superinfer.runtime.scheduler.stages import StageClock
 from superinfer.runtime.slo import SLO, TokenTimeline, why_late
+
+if TYPE_CHECKING:
+    from superinfer.runtime.scheduler.cohort import Cohort
+
+MAX_STOP_IDS = 8  # of a sequence in a cohort
 
 
 class Status(Enum):
@@ -35,18 +42,20 @@ class Sequence:
     is_degraded: it was taken without its promise, which could not be kept.
     row, kept: a policy's own: its row in a table, and whether its promise is to be kept.
     score_start: score the prompt from this position on instead of generating; None: generate.
+    may_join: nothing that was asked for keeps it out of a cohort. cohort: which it is in; `tokens`, `timeline`,
+    `scheduled` and `in_flight` then follow that, and what lies under `own_*` lags behind.
     """
 
     __slots__ = (
         "arrival",
         "cached",
+        "cohort",
         "committed",
         "finish_reason",
         "finished_at",
         "first_scheduled",
         "hints",
         "id",
-        "in_flight",
         "index",
         "is_degraded",
         "kept",
@@ -55,7 +64,12 @@ class Sequence:
         "let_in_at",
         "let_in_with",
         "max_tokens",
+        "may_join",
         "num_prompt",
+        "own_in_flight",
+        "own_scheduled",
+        "own_timeline",
+        "own_tokens",
         "owner",
         "preempted_at",
         "preemptions",
@@ -66,7 +80,6 @@ class Sequence:
         "row",
         "salt",
         "sampling",
-        "scheduled",
         "score_start",
         "seed",
         "slo",
@@ -76,8 +89,6 @@ class Sequence:
         "status",
         "stop_ids",
         "table",
-        "timeline",
-        "tokens",
         "untold",
     )
 
@@ -103,7 +114,7 @@ class Sequence:
     ) -> None:
         self.id = id
         self.request_id, self.index, self.owner = request_id, index, owner
-        self.tokens = array("i", prompt)
+        self.own_tokens = array("i", prompt)
         self.num_prompt = len(prompt)
         self.last_position = self.num_prompt + max_tokens - 1 if score_start is None else -1
         self.sampling = sampling or SamplingParams()
@@ -111,12 +122,14 @@ class Sequence:
         self.slo_class, self.hints = slo_class, hints
         self.max_tokens, self.seed, self.stop_ids, self.score_start = max_tokens, seed, stop_ids, score_start
         self.arrival = arrival
-        self.timeline = TokenTimeline(slo)
+        self.own_timeline = TokenTimeline(slo)
         self.stages = StageClock(arrival)
         self.status = Status.WAITING
         self.slot = -1
         self.table: BlockTable | None = None
-        self.scheduled = self.committed = self.in_flight = self.untold = self.resume_at = 0
+        self.cohort: Cohort | None = None
+        self.own_scheduled = self.own_in_flight = 0
+        self.committed = self.untold = self.resume_at = 0
         self.cached = 0
         self.first_scheduled: float | None = None
         self.finished_at: float | None = None
@@ -125,16 +138,65 @@ class Sequence:
         self.preemptions = self.rotations = 0
         self.let_in, self.let_in_with, self.let_in_at = arrival, 0, 0
         self.row, self.kept, self.is_degraded = -1, False, False
+        self.may_join = (
+            score_start is None
+            and self.sampling.logprobs is None
+            and self.sampling.grammar is None
+            and len(stop_ids) <= MAX_STOP_IDS
+        )
+
+    @property
+    def tokens(self) -> array[int]:
+        if self.cohort is not None:
+            self.cohort.tell(self)
+        return self.own_tokens
+
+    @property
+    def timeline(self) -> TokenTimeline:
+        if self.cohort is not None:
+            self.cohort.tell_timelines()
+        return self.own_timeline
+
+    @property
+    def scheduled(self) -> int:
+        return self.own_scheduled if self.cohort is None else self.own_scheduled + self.cohort.planned
+
+    @scheduled.setter
+    def scheduled(self, position: int) -> None:
+        assert self.cohort is None, "in a cohort, positions are planned for all"
+        self.own_scheduled = position
+
+    @property
+    def in_flight(self) -> int:
+        return self.own_in_flight if self.cohort is None else self.cohort.in_flight(self)
+
+    @in_flight.setter
+    def in_flight(self, tokens: int) -> None:
+        self.own_in_flight += tokens - self.in_flight  # of steps before it joined a cohort
+
+    @property
+    def is_late(self) -> bool:
+        """Whether a token came after it was due, as its timeline says."""
+        return self.own_timeline.is_late or (self.cohort is not None and self.cohort.is_late(self))
+
+    @property
+    def length(self) -> int:
+        """Tokens known and in flight, the prompt's included."""
+        if self.cohort is not None:  # the next position reads the last token in flight
+            return self.own_scheduled + self.cohort.planned + 1
+        return len(self.own_tokens) + self.own_in_flight
 
     @property
     def num_output(self) -> int:
         """Tokens generated and known."""
-        return len(self.tokens) - self.num_prompt
+        if self.cohort is not None:
+            return self.length - self.in_flight - self.num_prompt
+        return len(self.own_tokens) - self.num_prompt
 
     @property
     def compute_length(self) -> int:
         """Positions that can be computed by now: of tokens known and in flight. Scoring needs no last position."""
-        return len(self.tokens) + self.in_flight if self.score_start is None else self.num_prompt - 1
+        return self.length if self.score_start is None else self.num_prompt - 1
 
     @property
     def is_prefilling(self) -> bool:
@@ -200,3 +262,18 @@ class SequenceUpdate(msgspec.Struct, frozen=True, gc=False):  # made for every t
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None
     finish_reason: FinishReason | None
+
+
+class StepUpdates:
+    """What a step's result brought. tokens: one for each of `sequences`, to which nothing else happened. others: the
+    rest. Iterating makes a SequenceUpdate of each."""
+
+    __slots__ = ("others", "sequences", "tokens")
+
+    def __init__(self, sequences: list[Sequence], tokens: list[int], others: list[SequenceUpdate]) -> None:
+        self.sequences, self.tokens, self.others = sequences, tokens, others
+
+    def __iter__(self) -> Iterator[SequenceUpdate]:
+        for sequence, token in zip(self.sequences, self.tokens, strict=True):
+            yield SequenceUpdate(sequence, [token], None, None)
+        yield from self.others

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
+import numpy as np
+
 from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
 from superinfer.runtime.kv.copies import BlockCopy, LinkUse
 from superinfer.runtime.kv.link import VirtualLink
@@ -54,18 +56,19 @@ class SimExecutor:
         """Time a step. RuntimeError if it works on a slot that no sequence took, or brings copies to a single tier."""
         self._slots.difference_update(plan.freed)
         self._slots.update(init.slot for init in plan.init)
-        tokens = {work.slot: DUMMY_TOKEN for work in plan.work if work.sample}
-        if not tokens.keys() <= self._slots:
-            raise RuntimeError(
-                f"step {plan.step} works on slots {sorted(tokens.keys() - self._slots)} that nobody took"
-            )
+        tokens = {work.slot: DUMMY_TOKEN for work in plan.others if work.sample}
+        decoding = plan.decodes.slots.tolist()
+        unknown = {*tokens, *decoding} - self._slots
+        if unknown:
+            raise RuntimeError(f"step {plan.step} works on slots {sorted(unknown)} that nobody took")
         start = max(self._free_at, self.now)
         begin = self._wait(plan, start)
         load = StepLoad.of(plan)
-        compute_s = self.rates.seconds(load) if plan.work else 0.0
+        compute_s = self.rates.seconds(load) if plan.has_work else 0.0
         self._free_at = end = begin + compute_s
-        copied, use = self._copied(end, stall_s=begin - start if plan.work else 0.0)
-        result = StepResult(plan.step, tokens, elapsed=end - start, copied=copied, link=use)
+        copied, use = self._copied(end, stall_s=begin - start if plan.has_work else 0.0)
+        decoded = np.full(len(decoding), DUMMY_TOKEN)
+        result = StepResult(plan.step, tokens, elapsed=end - start, copied=copied, link=use, decoded=decoded)
         self._done.append((result, SimStep(load, compute_s, end)))
 
     def collect(self) -> StepResult:
@@ -83,7 +86,7 @@ class SimExecutor:
                 raise RuntimeError(f"step {plan.step} moves blocks, and there is one tier only")
             return start
         self._link.start(plan.copies, start)
-        if not plan.work and not plan.waits:  # all there is to do is to see the copies end
+        if not plan.has_work and not plan.waits:  # all there is to do is to see the copies end
             return self._link.next_over_at(start)
         return self._link.over_at(plan.waits, start) if plan.waits else start
 

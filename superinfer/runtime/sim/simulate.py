@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
@@ -356,7 +356,7 @@ class _Run:
         if counts.tiers is not None:
             tally.dram_peak = max(tally.dram_peak, counts.tiers.dram_pinned / counts.tiers.dram_total)
 
-    def _record(self, updates: Many[SequenceUpdate], now: float) -> None:
+    def _record(self, updates: Iterable[SequenceUpdate], now: float) -> None:
         tally = self._tally
         for update in updates:
             sequence, reason = update.sequence, update.finish_reason

@@ -1,0 +1,253 @@
+"""Decodes that need no look: sequences that get one token in every step, kept as arrays from step to step. No torch.
+
+docs/architecture.md says why. A member's state lags behind: `Sequence` asks here where it is read. Whatever happens to
+a member that does not happen to all makes it leave first, and it is then as if it had never been one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import numpy as np
+
+from superinfer.runtime.scheduler.plan import SlotWork
+from superinfer.runtime.scheduler.sequence import MAX_STOP_IDS, Sequence
+from superinfer.runtime.scheduler.timelines import Timelines
+
+ROWS = 64  # steps whose tokens may wait to be told to the sequences
+
+
+class CohortStep:
+    """A cohort's part of one planned step, the cohort's `index`-th.
+
+    slots, positions: [members] int64. sequences: the same. gone: slots of those that have left since; what they were to
+    compute is in `works`, the step's. grown: blocks that members' tables got for it. full: whose last block it fills.
+    joined: whose first it is. is_void: the cohort knows nothing of it any more.
+    """
+
+    __slots__ = (
+        "cohort",
+        "full",
+        "gone",
+        "grown",
+        "index",
+        "is_void",
+        "joined",
+        "positions",
+        "sequences",
+        "slots",
+        "stops",
+        "works",
+    )
+
+    def __init__(
+        self, cohort: Cohort, index: int, slots: np.ndarray, positions: np.ndarray, sequences: list[Sequence],
+        stops: np.ndarray, works: dict[Sequence, SlotWork],
+    ) -> None:  # fmt: skip
+        self.cohort, self.index, self.works = cohort, index, works
+        self.slots, self.positions, self.sequences, self.stops = slots, positions, sequences, stops
+        self.gone: set[int] = set()
+        self.grown: dict[Sequence, tuple[int, ...]] = {}
+        self.full: list[Sequence] = []
+        self.joined: list[Sequence] = []
+        self.is_void = False
+
+    def __len__(self) -> int:
+        """Those who have not left."""
+        return len(self.slots) - len(self.gone)
+
+    def stay(self) -> np.ndarray:
+        """[members] bool: who has not left."""
+        return ~np.isin(self.slots, np.fromiter(self.gone, dtype=np.int64, count=len(self.gone)))
+
+    def compact(self) -> None:
+        """Forget those who have left: nobody has been told of the step yet."""
+        if self.gone:
+            stay = self.stay()
+            self.slots, self.positions, self.stops = self.slots[stay], self.positions[stay], self.stops[:, stay]
+            self.sequences = [s for s, stays in zip(self.sequences, stay.tolist(), strict=True) if stays]
+            self.gone.clear()
+
+    def has(self, sequence: Sequence) -> bool:
+        """Whether it is a member that was one when this step was planned."""
+        return sequence.cohort is self.cohort and self.cohort.joined_at(sequence) <= self.index
+
+    def tokens(self, by_slot: dict[int, int]) -> np.ndarray:
+        """[members] int64: of a result that has them by slot."""
+        return np.fromiter((by_slot[slot] for slot in self.slots.tolist()), dtype=np.int64, count=len(self.slots))
+
+
+class Cohort:
+    """`planned` counts the steps that have been planned with it, of which the first `committed` are done.
+
+    A member's next position is its `own_scheduled` + planned; so nothing is written when a step is planned.
+    """
+
+    def __init__(self, num_slots: int, page_size: int) -> None:
+        self._page_size = page_size
+        self.members: dict[int, Sequence] = {}  # by slot
+        self.planned = self.committed = 0
+        self._under_way: deque[CohortStep] = deque()
+        self._new: list[Sequence] = []  # joined since the last step was planned
+        self._fills: dict[int, dict[Sequence, None]] = {}  # by index of the step: whose last block it fills
+        self._ends: dict[int, dict[Sequence, None]] = {}  # by index of the step: whose last it is
+        self._offsets = np.zeros(num_slots, dtype=np.int64)
+        self._joined_at = [0] * num_slots
+        self._told = [0] * num_slots  # index of the first step whose token the sequence has not been told
+        self._stop_ids = np.full((MAX_STOP_IDS, num_slots), -1, dtype=np.int64)
+        self._stop_width = 0
+        self._history = np.zeros((ROWS, num_slots), dtype=np.int32)
+        self._first_row = 0  # index of the step whose tokens are the history's first
+        self._timelines = Timelines(num_slots)
+        self._timelines_at = 0  # steps done when all timelines were last brought up to date
+        self._late_at, self._late = 0, [False] * num_slots
+        self._changed = True
+        self._slots = np.empty(0, dtype=np.int64)
+        self._starts = self._stops = self._slots
+        self._sequences: list[Sequence] = []
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    # ------------------------------------------------------------------ who is in
+
+    def join(self, sequence: Sequence) -> None:
+        """A sequence decodes from the next step on with the others. It has a token, and more than one to come."""
+        slot, start, page_size = sequence.slot, sequence.scheduled, self._page_size
+        sequence.own_scheduled = start - self.planned
+        sequence.cohort = self
+        self.members[slot] = sequence
+        self._offsets[slot] = sequence.own_scheduled
+        self._joined_at[slot] = self._told[slot] = self.planned
+        self._new.append(sequence)
+        self._fills.setdefault(self.planned + -start % page_size - 1, {})[sequence] = None
+        self._ends.setdefault(self.planned + sequence.last_position - 1 - start, {})[sequence] = None
+        self._stop_ids[:, slot] = -1
+        self._stop_ids[: len(sequence.stop_ids), slot] = sequence.stop_ids
+        self._stop_width = max(self._stop_width, len(sequence.stop_ids))
+        self._changed = True
+
+    def leave(self, sequence: Sequence) -> None:
+        """A member's state is brought up to date, what it has under way becomes work of its own."""
+        slot = sequence.slot
+        joined = self._joined_at[slot]
+        self.tell(sequence)
+        if self.committed > joined:
+            self._timelines.give(slot, sequence.own_timeline)
+        sequence.own_in_flight = self.in_flight(sequence)
+        offset = sequence.own_scheduled
+        sequence.own_scheduled = offset + self.planned
+        sequence.cohort = None
+        for step in self._under_way:
+            if step.index >= joined:
+                blocks = step.grown.pop(sequence, ())
+                step.gone.add(slot)
+                step.works[sequence] = SlotWork(slot, offset + step.index, 1, (), blocks, True)
+        del self.members[slot]
+        self._changed = True
+
+    def dissolve(self) -> None:
+        """All leave, and results of steps under way mean nothing to the cohort."""
+        for sequence in list(self.members.values()):
+            self.leave(sequence)
+        for step in self._under_way:
+            step.is_void = True
+        self._under_way.clear()
+        self.committed = self._first_row = self.planned
+        self._new = []
+
+    # ------------------------------------------------------------------ what members are read as
+
+    def joined_at(self, sequence: Sequence) -> int:
+        """Index of a member's first step."""
+        return self._joined_at[sequence.slot]
+
+    def in_flight(self, sequence: Sequence) -> int:
+        """A member's tokens that planned steps will sample."""
+        return sequence.own_in_flight + self.planned - max(self.committed, self._joined_at[sequence.slot])
+
+    def tell(self, sequence: Sequence) -> None:
+        """A member's tokens are brought up to date."""
+        slot = sequence.slot
+        told = self._told[slot]
+        if told < self.committed:
+            first = self._first_row
+            sequence.own_tokens.frombytes(self._history[told - first : self.committed - first, slot].tobytes())
+            self._told[slot] = self.committed
+
+    def tell_timelines(self) -> None:
+        """All members' timelines are brought up to date: who asks for one mostly asks for all."""
+        if self._timelines_at == self.committed:
+            return
+        self._timelines_at = self.committed
+        slots = [slot for slot in self.members if self._joined_at[slot] < self.committed]
+        self._timelines.give_all(slots, [self.members[slot].own_timeline for slot in slots])
+
+    def is_late(self, sequence: Sequence) -> bool:
+        """Whether a token of a member that the cohort has seen came late."""
+        if self._late_at != self.committed:
+            self._late_at, self._late = self.committed, self._timelines.late()
+        return self._joined_at[sequence.slot] < self.committed and self._late[sequence.slot]
+
+    # ------------------------------------------------------------------ a step
+
+    def due(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Of the step to be planned: (for whom it is the last, who begins a block)."""
+        at = self.planned
+        ends = [s for s in self._ends.pop(at, ()) if s.cohort is self and s.own_scheduled + at == s.last_position - 1]
+        fills = self._fills.pop(at - 1, ())
+        return ends, [s for s in fills if s.cohort is self and (s.own_scheduled + at) % self._page_size == 0]
+
+    def plan(self, begun: Iterable[Sequence], works: dict[Sequence, SlotWork]) -> CohortStep:
+        """A step of all members. begun: of those that were due, who has got a block."""
+        at, page_size = self.planned, self._page_size
+        if self._changed:
+            self._changed = False
+            self._slots = np.fromiter(self.members, dtype=np.int64, count=len(self.members))
+            self._sequences = list(self.members.values())
+            self._starts = self._offsets[self._slots]
+            self._stops = self._stop_ids[: self._stop_width, self._slots]
+        step = CohortStep(self, at, self._slots, self._starts + at, self._sequences, self._stops, works)
+        step.joined, self._new = self._new, []
+        later = self._fills.setdefault(at + page_size - 1, {})
+        for sequence in begun:
+            later[sequence] = None
+        step.full = [
+            s for s in self._fills.get(at, ()) if s.cohort is self and (s.own_scheduled + at + 1) % page_size == 0
+        ]
+        self.planned = at + 1
+        self._under_way.append(step)
+        return step
+
+    def commit(self, step: CohortStep, tokens: np.ndarray, now: float) -> list[Sequence]:
+        """The oldest step under way is done. tokens: [members] int64. Returns whose block is full now."""
+        assert self._under_way.popleft() is step
+        if joined := [s for s in step.joined if step.has(s)]:
+            self._timelines.settle()  # what came for those who had their slots before
+            for sequence in joined:
+                self._timelines.take(sequence.slot, sequence.arrival, sequence.own_timeline)
+        row = step.index - self._first_row
+        self._history[row, step.slots] = tokens
+        self._timelines.note(step.slots, now)
+        self.committed = step.index + 1
+        if row + 1 == ROWS:
+            self._tell_all([s for s in self.members.values() if self._told[s.slot] < self.committed])
+            self._timelines.settle()
+            self._first_row = self.committed
+        full = [s for s in step.full if step.has(s)]
+        self._tell_all(full)
+        return full
+
+    def _tell_all(self, sequences: list[Sequence]) -> None:
+        """As `tell`, of many. Of equally many tokens each, mostly: they fill a block."""
+        if not sequences:
+            return
+        slots = [sequence.slot for sequence in sequences]
+        first = min(self._told[slot] for slot in slots)
+        rows = self._history[first - self._first_row : self.committed - self._first_row, slots]
+        told, size = rows.T.tobytes(), 4 * len(rows)
+        for at, (slot, sequence) in enumerate(zip(slots, sequences, strict=True)):
+            known = 4 * (self._told[slot] - first)
+            sequence.own_tokens.frombytes(told[at * size + known : (at + 1) * size])
+            self._told[slot] = self.committed
