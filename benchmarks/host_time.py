@@ -14,6 +14,7 @@ import ctypes
 import itertools
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections import deque
@@ -27,6 +28,7 @@ from record import write
 from superinfer.bench.shapes import CONFIGS
 from superinfer.kernels.paged import PagedBatch
 from superinfer.runtime.engine.cuda_executor import CudaExecutor
+from superinfer.runtime.engine.cuda_tier import SWITCH_S
 from superinfer.runtime.engine.executor import ExecutorLimits
 from superinfer.runtime.kv.copies import BlockCopy
 from superinfer.runtime.kv.copy_batches import Places
@@ -38,6 +40,7 @@ from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan
 
 PAGE = 16
 USLEEP = ctypes.CDLL(None).usleep
+GIL_RELEASES = 20
 
 
 class NoAttention:
@@ -230,6 +233,98 @@ class SlowDevice(NoDevice):
         return []
 
 
+class Driver(SlowDevice):
+    """Its short calls take the caller's time with the GIL, as the driver's do: a microsecond each. Counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def _call(self) -> None:
+        self.calls += 1
+        until = time.perf_counter() + 1e-6
+        while time.perf_counter() < until:
+            pass
+
+    def record(self, event: int, stream: int) -> None:
+        """See CopyDevice."""
+        self._call()
+
+    def wait(self, stream: int, event: int) -> None:
+        """See CopyDevice."""
+        self._call()
+
+    def reached(self, event: int) -> bool:
+        """See CopyDevice."""
+        self._call()
+        return True
+
+    def seconds(self, earlier: int, later: int) -> float:
+        """See CopyDevice."""
+        self._call()
+        return 1e-3
+
+
+def measure_in_step(rounds: int = 300, blocks: int = 140, work_s: float = 3e-4, step_s: float = 4e-3) -> dict[str, Any]:
+    """Steps whose `submit` starts copies of `blocks` each way, each copy in behind a copy out, and then spends `work_s`
+    on what is not copies, giving up the GIL now and then as torch's calls do; `collect` comes `step_s` later. Beside
+    steps without copies, in turn: what `submit` and `report` take longer, microseconds of the clock for each block
+    moved; and short driver calls a step."""
+    sys.setswitchinterval(SWITCH_S)
+    device = Driver()
+    duplex, first = CudaDuplex(device, Places(0, 0, 2 << 20, 512)), 1
+    submits: dict[bool, list[float]] = {True: [], False: []}
+    reports: dict[bool, list[float]] = {True: [], False: []}
+    for turn in range(2 * rounds):
+        moving = turn % 2 == 0
+        copies = []
+        if moving:
+            copies = [
+                BlockCopy(first + i, i % 2 == 0, i, i, (first + i - 1,) if i % 2 else ()) for i in range(2 * blocks)
+            ]
+            first += 2 * blocks
+        began = time.perf_counter()
+        duplex.start(copies, hold=True)
+        duplex.wait(())
+        for _ in range(GIL_RELEASES):
+            spun = 0
+            while spun < work_s / GIL_RELEASES * SPINS_PER_S:
+                spun += 1
+            time.sleep(0)
+        duplex.release()
+        submitted = time.perf_counter()
+        time.sleep(step_s)
+        collected = time.perf_counter()
+        duplex.report()
+        reports[moving].append(time.perf_counter() - collected)
+        submits[moving].append(submitted - began)
+        while duplex._arranger._batch_of:
+            time.sleep(1e-4)
+            duplex.report()
+    duplex.close()
+
+    def more(times: dict[bool, list[float]]) -> float:
+        return (statistics.median(times[True]) - statistics.median(times[False])) / (2 * blocks) * 1e6
+
+    calls = device.calls / rounds
+    row = {"blocks": 2 * blocks, "submit_us": more(submits), "report_us": more(reports), "driver_calls": calls}
+    print(
+        f"in a step: submit {row['submit_us']:.2f} µs a block longer, report {row['report_us']:.2f}; "
+        f"{calls:.0f} short driver calls for {2 * blocks} blocks"
+    )
+    return row
+
+
+def _spins_per_s() -> float:
+    began, spun = time.perf_counter(), 0
+    while spun < 1_000_000:
+        spun += 1
+    return 1_000_000 / (time.perf_counter() - began)
+
+
+SPINS_PER_S = _spins_per_s()
+
+
 def measure_beside_thread(rounds: int = 40, plans: int = 16, blocks: int = 128) -> dict[str, Any]:
     """Plans of `blocks` each way, one behind the other, as `superinfer bench link` gives them, the submitting thread
     at work: median microseconds of the scheduling thread, of the clock and of the CPU, for each block moved."""
@@ -318,6 +413,7 @@ def main() -> None:
     settings = vars(arguments) | {"before": Path(arguments.before).name if arguments.before else None}
     record = {"settings": settings, "results": results, "copies": measure_copies()}
     record["beside_thread"] = measure_beside_thread()
+    record["in_step"] = measure_in_step()
     if arguments.before:
         older = json.loads(Path(arguments.before).read_text())
         record["before"] = {

@@ -176,6 +176,9 @@ class CudaExecutor:
         except Exception as error:
             self._sent.record()
             self._pending.append(error)
+        finally:
+            if self._duplex is not None:
+                self._duplex.release()
 
     def collect(self) -> StepResult:
         """Raises what the step raised; RuntimeError when no step is waiting to be collected."""
@@ -207,7 +210,7 @@ class CudaExecutor:
         self._marks.rotate(1)
         self._stage.next_step()
         if self._duplex is not None:
-            self._duplex.start(plan.copies, plan.waits)
+            self._duplex.start(plan.copies, plan.waits, hold=True)
         pending.begun.record()
         if self._duplex is not None:
             self._duplex.wait(plan.waits)

@@ -38,8 +38,13 @@ class TierLimits(NamedTuple):
 class Duplex(Protocol):
     """The body of the second tier, as an executor uses it: docs/duplexkv.md says what it guarantees."""
 
-    def start(self, copies: Sequence[BlockCopy], wanted: Collection[int] = ()) -> None:
-        """Begin a plan's copies; call before its work, after that of the plans before it. wanted: what it waits for."""
+    def start(self, copies: Sequence[BlockCopy], wanted: Collection[int] = (), *, hold: bool = False) -> None:
+        """Begin a plan's copies; call before its work, after that of the plans before it. wanted: what it waits for.
+        hold: those that no `wait` asks for may begin with `release` only, when the work has been given to the device.
+        """
+
+    def release(self) -> None:
+        """See `start`."""
 
     def wait(self, ids: Collection[int]) -> None:
         """The work that follows comes after all of `ids`."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from itertools import zip_longest
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -25,24 +26,29 @@ LONGEST = 8
 MAX_BATCH = 512
 # Below this, neighbours are joined: a copy engine spends about a microsecond on a copy however small.
 COALESCE_BELOW = 1 << 20
+_first = itemgetter(0)
 
 
 class Batch:
     """Copies that are submitted together. Events are handles of the device.
 
     seq: grows by one with each batch of its direction. after: the batch of the other direction that it waits for, 0
-    for none. job: what it was submitted with. fence: an event to wait for first, 0 for none. ids: of its copies.
-    failed: ids of copies that could not be made; unordered: nothing marks its end, it counts as over once submitted.
+    for none. job: what it was submitted with. plan: its number; fence: the event that all its batches come after.
+    begin: 0 where it begins as the one before it on its stream ends. wait: an event to wait for, 0 for none. ids: of
+    its copies. failed: ids of copies that could not be made; unordered: nothing marks its end, it counts as over once
+    submitted.
     """
 
-    __slots__ = ("after", "begin", "copies", "end", "failed", "fence", "ids", "job", "out", "seq", "unordered", "wait")
+    __slots__ = (
+        "after", "begin", "copies", "end", "failed", "fence", "ids", "job", "out", "plan", "seq", "unordered", "wait",
+    )  # fmt: skip
 
     def __init__(self, out: bool, copies: list[BlockCopy], after: int) -> None:
         self.out = out
         self.copies = copies
         self.ids = [copy.id for copy in copies]
         self.after = after
-        self.seq = self.job = self.begin = self.end = self.fence = self.wait = 0
+        self.seq = self.job = self.plan = self.begin = self.end = self.fence = self.wait = 0
         self.failed: list[int] = []
         self.unordered = False
 
@@ -89,23 +95,36 @@ class Arranger:
         streams soon have work."""
         chained = any([copy.after for copy in copies])
         batches: list[Batch] = []
-        for members in _rounds(copies) if chained else [copies]:
-            longest = self._most if chained else LONGEST * self._most
-            ways = [self._cut(out, [copy for copy in members if copy.out is out], longest) for out in (True, False)]
-            for pair in zip_longest(*ways):
+        longest = self._most if chained else LONGEST * self._most
+        for ins, outs in _rounds(copies) if chained else [_by_direction(copies)]:
+            for pair in zip_longest(self._cut(True, outs, longest), self._cut(False, ins, longest)):
                 batches += [batch for batch in pair if batch is not None]
         return batches
 
     def _cut(self, out: bool, copies: list[BlockCopy], longest: int) -> list[Batch]:
-        """Those that follow nothing of the other direction first, then the others in the order of what they follow."""
-        follows = [(self._follows(copy), copy) for copy in copies if copy.after]
-        if not any([seq for seq, _ in follows]):
+        """Those that follow nothing of the other direction first, then the others in the order of what they follow:
+        the last batch of it, as their own direction's come before them anyway."""
+        if not any([copy.after for copy in copies]):
             return [self._batch(out, part, 0) for part in _parts(copies, self._most, longest)]
-        last = dict([(copy.id, seq) for seq, copy in follows if seq])
-        free = [copy for copy in copies if copy.id not in last]
-        behind = sorted([copy for copy in copies if copy.id in last], key=lambda copy: last[copy.id])
+        find, free, behind = self._batch_of.get, [], []
+        for copy in copies:
+            last = 0
+            for id in copy.after:
+                batch = find(id)
+                if batch is not None and batch.out is not out and batch.seq > last:
+                    last = batch.seq
+            if last:
+                behind.append((last, copy))
+            else:
+                free.append(copy)
+        if not behind:
+            return [self._batch(out, part, 0) for part in _parts(free, self._most, longest)]
+        behind.sort(key=_first)
         batches = [self._batch(out, part, 0) for part in _parts(free, self._most, self._most)]
-        return batches + [self._batch(out, part, last[part[-1].id]) for part in _parts(behind, self._most, self._most)]
+        for at in range(0, len(behind), self._most):
+            part = behind[at : at + self._most]
+            batches.append(self._batch(out, [copy for _, copy in part], part[-1][0]))
+        return batches
 
     def _batch(self, out: bool, copies: list[BlockCopy], after: int) -> Batch:
         batch = Batch(out, copies, after)
@@ -113,15 +132,6 @@ class Arranger:
         batch.seq = self._last[out]
         self._batch_of.update(dict.fromkeys(batch.ids, batch))
         return batch
-
-    def _follows(self, copy: BlockCopy) -> int:
-        """The last batch of the other direction that the copy must follow; its own direction's come before anyway."""
-        last = 0
-        for id in copy.after:
-            batch = self._batch_of.get(id)
-            if batch is not None and batch.out is not copy.out and batch.seq > last:
-                last = batch.seq
-        return last
 
 
 def _parts(copies: list[BlockCopy], first: int, longest: int) -> list[list[BlockCopy]]:
@@ -136,10 +146,15 @@ def _parts(copies: list[BlockCopy], first: int, longest: int) -> list[list[Block
     return [*parts, copies[at:]]
 
 
-def _rounds(copies: Sequence[BlockCopy]) -> list[list[BlockCopy]]:
-    """Each round's copies follow none of their own round."""
+def _by_direction(copies: Sequence[BlockCopy]) -> tuple[list[BlockCopy], list[BlockCopy]]:
+    """In, out."""
+    return [copy for copy in copies if not copy.out], [copy for copy in copies if copy.out]
+
+
+def _rounds(copies: Sequence[BlockCopy]) -> list[tuple[list[BlockCopy], list[BlockCopy]]]:
+    """Each round's copies, in and out, follow none of their own round."""
     level: dict[int, int] = {}
-    rounds: list[list[BlockCopy]] = [[]]
+    rounds: list[tuple[list[BlockCopy], list[BlockCopy]]] = [([], [])]
     for copy in copies:
         deepest = 0
         for id in copy.after:
@@ -148,8 +163,8 @@ def _rounds(copies: Sequence[BlockCopy]) -> list[list[BlockCopy]]:
                 deepest = before + 1
         level[copy.id] = deepest
         if deepest == len(rounds):
-            rounds.append([])
-        rounds[deepest].append(copy)
+            rounds.append(([], []))
+        rounds[deepest][copy.out].append(copy)
     return rounds
 
 

@@ -8,6 +8,7 @@ tested without one.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -124,35 +125,51 @@ class CudaDuplex:
         self._streams = [device.new_stream(), device.new_stream()]  # in, out
         self._under_way: tuple[deque[Batch], deque[Batch]] = (deque(), deque())
         self._over = [0, 0]  # the last batch of each direction that was reported
+        self._plans = 0
+        self._fenced = [0, 0]  # the last plan whose fence each stream waits for: the submitting side's
         self._free_events: deque[tuple[int, int]] = deque()  # (jobs that may still name it, event)
         self._events: list[int] = []
         self._stalls: deque[tuple[int, int]] = deque()
         self._stall_s = 0.0
         self._spans = BusySpans()
         self._last_end = [0.0, 0.0]
+        self._unmarked = [False, False]  # the last batch of each direction has no end to be asked
         self._base = self._event()
         self._base_s = 0.0
         device.record(self._base, device.compute_stream())
 
     # ------------------------------------------------------------------ the engine's side
 
-    def start(self, copies: Sequence[BlockCopy], wanted: Collection[int] = ()) -> None:
-        """Begin a plan's copies; call before its work, after that of the plans before it. wanted: what it waits for."""
+    def start(self, copies: Sequence[BlockCopy], wanted: Collection[int] = (), *, hold: bool = False) -> None:
+        """Begin a plan's copies; call before its work, after that of the plans before it. wanted: what it waits for.
+
+        hold: only what `wait` asks for is given to the device until `release` is called: the thread that submits would
+        want the GIL while the caller, who is about to give the device its step, has better to do.
+        """
         if not copies:
             return
         batches = self._arranger.arrange(copies, wanted)
         fence = self._event()
+        self._plans += 1
         self._device.record(fence, self._device.compute_stream())
+        follows = [False, False]  # something of this plan on the same stream
         for batch in batches:
             self._jobs += 1
-            batch.job, batch.fence = self._jobs, fence
-            batch.begin, batch.end = self._event(), self._event()
+            batch.job, batch.plan, batch.fence, batch.end = self._jobs, self._plans, fence, self._event()
             if batch.after > self._over[not batch.out]:
                 batch.wait = self._end_of(not batch.out, batch.after)
+            if batch.wait or not follows[batch.out]:
+                batch.begin, follows[batch.out] = self._event(), True
             self._under_way[batch.out].append(batch)
             self._submitter.put(partial(self._submit, batch))
-        self._submitter.wake()
         self._free_events.append((self._jobs, fence))
+        if not hold:
+            self._submitter.wake()
+
+    def release(self) -> None:
+        """What was started with `hold` may be given to the device."""
+        if self._submitter.done < self._jobs:
+            self._submitter.wake()
 
     def wait(self, ids: Collection[int]) -> None:
         """What is given to the compute stream from now on comes after all of `ids`. Does not wait for the device."""
@@ -170,8 +187,7 @@ class CudaDuplex:
         before, after = self._event(), self._event()
         device.record(before, stream)
         for batch in needed:
-            if not batch.unordered:
-                device.wait(stream, batch.end)
+            device.wait(stream, batch.end)
         device.record(after, stream)
         self._stalls.append((before, after))
 
@@ -181,15 +197,19 @@ class CudaDuplex:
         failed: list[int] = []
         reached = self._reached()
         for out in (True, False):
-            batches = self._under_way[out]
+            batches, first = self._under_way[out], None  # first: of a run on a stream that does not rest within it
             while batches and batches[0].seq <= reached[out]:
                 batch = batches.popleft()
                 self._over[out] = batch.seq
-                self._account(batch)
                 self._arranger.forget(batch)
                 failed += batch.failed
                 copied += [id for id in batch.ids if id not in batch.failed] if batch.failed else batch.ids
-                self._free_events += ((self._jobs, batch.begin), (self._jobs, batch.end))
+                first = batch if first is None else first
+                after = batches[0] if batches and batches[0].seq <= reached[out] else None
+                if after is None or after.begin or batch.unordered or after.unordered:
+                    self._account(first, batch)
+                    first = None
+                self._free_events += [(self._jobs, event) for event in (batch.begin, batch.end) if event]
         for out in (True, False):
             self._spans.forget(out, self._last_end[not out] if self._under_way[not out] else self._last_end[out])
         self._account_stalls()
@@ -214,13 +234,28 @@ class CudaDuplex:
         except Exception as error:  # the scheduler knows what a lost copy means; the engine serves on
             log.error("copies of %d KV blocks could not be made", len(batch.ids), exc_info=error)
             batch.failed, batch.unordered = batch.ids, True
+            self._mark_end(batch)
+
+    def _mark_end(self, batch: Batch) -> None:
+        """Of one that failed: who waits for it waits for those before it on its stream, too."""
+        try:
+            self._device.record(batch.end, self._streams[batch.out])
+        except Exception as error:
+            log.error("no event marks the end of copies: waiting for their stream", exc_info=error)
+            with contextlib.suppress(Exception):  # there is nothing left to order then
+                self._device.synchronize(self._streams[batch.out])
 
     def _submit_one(self, batch: Batch) -> None:
         device, stream = self._device, self._streams[batch.out]
-        device.wait(stream, batch.fence)
+        if (
+            self._fenced[batch.out] != batch.plan
+        ):  # a stream is in order: what waits once has waited for all that follows
+            device.wait(stream, batch.fence)
+            self._fenced[batch.out] = batch.plan
         if batch.wait:
             device.wait(stream, batch.wait)
-        device.record(batch.begin, stream)
+        if batch.begin:
+            device.record(batch.begin, stream)
         moves = moves_of(batch.copies, self._places)
         lost = device.copy(stream, moves.dsts, moves.srcs, moves.sizes)
         device.record(batch.end, stream)
@@ -247,6 +282,10 @@ class CudaDuplex:
         """The last batch of each direction that is over. What such a batch followed is over too, though it may not
         have been when it was asked."""
         reached, grown = list(self._over), True
+        for out in (True, False):  # mostly all of them are, which the last one knows
+            batches = self._under_way[out]
+            if batches and self._is_over(batches[-1], 0) and not any([batch.unordered for batch in batches]):
+                reached[out] = batches[-1].seq
         while grown:
             grown = False
             for out in (True, False):
@@ -266,12 +305,17 @@ class CudaDuplex:
             return batch.after <= reached_of_other
         return self._device.reached(batch.end)
 
-    def _account(self, batch: Batch) -> None:
-        if batch.unordered:
+    def _account(self, first: Batch, batch: Batch) -> None:
+        """Of a run of batches, from the `first` to the last."""
+        if batch.unordered:  # nothing marks its end, so the next one's begin may not be known
+            self._unmarked[batch.out] = True
             return
         end = self._base_s + self._device.seconds(self._base, batch.end)
-        begin = end - self._device.seconds(batch.begin, batch.end)
-        self._spans.add(batch.out, begin, end)
+        if first.begin:
+            self._spans.add(batch.out, end - self._device.seconds(first.begin, batch.end), end)
+        elif not self._unmarked[batch.out]:
+            self._spans.add(batch.out, self._last_end[batch.out], end)
+        self._unmarked[batch.out] = False
         self._last_end[batch.out] = end
         if end - self._base_s > REBASE_S:
             self._free_events.append((self._jobs, self._base))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections import deque
 
 import pytest
@@ -24,7 +25,7 @@ from superinfer.runtime.kv.duplex_cuda import CudaDuplex
 from superinfer.runtime.models.loader import load_model
 from superinfer.runtime.protocol import SamplingParams
 from superinfer.runtime.scheduler.base import SchedulerLimits
-from superinfer.runtime.scheduler.plan import StepPlan
+from superinfer.runtime.scheduler.plan import SlotWork, StepPlan
 from superinfer.runtime.scheduler.registry import build_scheduler
 from superinfer.runtime.scheduler.sequence import Sequence
 
@@ -181,6 +182,27 @@ def test_an_empty_plan_waits_for_the_copies_it_names(llama):
     assert sorted(rig.executor.collect().copied) == [copy.id for copy in copies]
     place = next((copy.dram for copy in copies if copy.hbm == 3), None)
     assert place is None or bool((rig.dram[place] == 7.0).all())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_copies_that_no_step_waits_for_are_submitted_by_the_thread_once_the_step_is(llama, fails):
+    rig = Rig(llama[0], lazy=0.5)
+    threaded = CudaDuplex(rig.device, rig.duplex._places)
+    rig.executor.add_tier(threaded, rig.executor.tier)
+    table = rig.kv.open("")
+    rig.kv.allocate(table, 4)
+    rig.kv.park(table, 16)
+    work = (SlotWork(99, 0, 1, (1,), (0,), True),) if fails else ()
+    rig.executor.submit(StepPlan(1, work, copies=rig.kv.take_copies()))
+    until = time.monotonic() + 10
+    while threaded._submitter.done < threaded._jobs and time.monotonic() < until:
+        time.sleep(0.001)
+    assert threaded._submitter.done == threaded._jobs > 0
+    if fails:
+        with pytest.raises(IndexError):
+            rig.executor.collect()
+    threaded.close()
+    assert len(threaded.report()[0]) == 4
 
 
 def test_work_that_does_not_wait_changes_tokens(llama):

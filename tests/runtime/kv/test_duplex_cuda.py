@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections import deque
 
 import numpy as np
@@ -112,6 +113,67 @@ def test_a_report_never_comes_before_that_of_what_it_followed():
             copied, failed, _ = rig.duplex.report()
             seen |= {*copied, *failed}
             assert all(set(after[id]) <= seen for id in (*copied, *failed))
+
+
+def test_a_report_never_comes_before_that_of_what_a_refused_batch_followed():
+    refused = 0
+    for seed in range(300):
+        rng = random.Random(seed)
+        rig = Rig(seed=seed, lazy=0.6, submitter=LateSubmitter(seed, late=1.0))
+        rig.duplex._arranger._most = 2
+        copies = chained(rng, 14, 6, 4)
+        rig.duplex.start(copies)
+        after, seen = {copy.id: copy.after for copy in copies}, set()
+        for _ in range(1000):
+            rig.device.pass_time()
+            rig.device.refuses = lambda name, rng=rng: name == "copy" and rng.random() < 0.2
+            rig.submitter.finish(min(rig.duplex._jobs, rig.submitter.done + rng.randrange(3)))
+            rig.device.refuses = lambda name: False
+            copied, failed, use = rig.duplex.report()
+            refused += len(failed)
+            seen |= {*copied, *failed}
+            assert all(set(after[id]) <= seen for id in (*copied, *failed))
+            assert min(use) >= 0.0
+            if len(seen) == 14:
+                break
+        else:
+            raise AssertionError("copies that are never reported")
+    assert refused > 300
+
+
+def test_what_is_held_back_is_submitted_when_the_step_has_been_unless_it_waits_for_it():
+    rig = Rig(hbm=40, dram=40)
+    duplex = CudaDuplex(rig.device, rig.duplex._places)
+    duplex._arranger._most = 4
+    copies = [BlockCopy(id, True, id, id) for id in range(40)]
+    before = duplex._submitter.done
+    duplex.start(copies, wanted=[30], hold=True)
+    time.sleep(0.05)
+    assert duplex._submitter.done == before, "the thread would take the GIL from who submits the step"
+    duplex.wait([30])
+    assert 0 < duplex._submitter.done < duplex._jobs, "what the step waits for is in, and no more"
+    rig.device.synchronize(COMPUTE)
+    assert 30 in duplex.report()[0]
+    duplex.release()
+    until = time.monotonic() + 10
+    while duplex._submitter.done < duplex._jobs and time.monotonic() < until:
+        time.sleep(0.001)
+    duplex.close()
+    assert np.array_equal(rig.dram, rig.hbm)
+
+
+def test_a_stream_waits_for_the_work_before_once_and_a_run_of_batches_has_one_begin():
+    calls: list[str] = []
+    rig = Rig(hbm=64, dram=64)
+    rig.duplex._arranger._most = 2
+    rig.device.refuses = lambda name: calls.append(name) or False
+    for plan in range(2):
+        rig.duplex.start([BlockCopy(64 * plan + id, id % 2 == 0, id, id) for id in range(64)])
+        assert len(rig.settle()[0]) == 64
+    assert calls.count("copy") == 2 * 2 * 3, "three batches of each direction and plan"
+    assert calls.count("wait") == 2 * 2, "one for each stream and plan"
+    # For each plan a fence, a begin for each stream, an end for each batch.
+    assert calls.count("record") == 2 * (1 + 2 + 2 * 3)
 
 
 def test_work_waits_for_what_it_needs_and_for_nothing_else():
@@ -391,6 +453,17 @@ def _copies_do_not_wait_for_the_work_before(bench):
     duplex._submit_one = unfenced
 
 
+def _copies_of_later_plans_do_not_wait_for_the_work_before(bench):
+    duplex = bench.executor.duplex
+    submit = duplex._submit_one
+
+    def stale(batch):
+        batch.plan = 1
+        submit(batch)
+
+    duplex._submit_one = stale
+
+
 def _a_batch_does_not_wait_for_the_other_direction(bench):
     duplex = bench.executor.duplex
     submit = duplex._submit_one
@@ -462,6 +535,7 @@ def _failures_are_not_told(bench):
 FAULTS = [
     _work_does_not_wait,
     _copies_do_not_wait_for_the_work_before,
+    _copies_of_later_plans_do_not_wait_for_the_work_before,
     _a_batch_does_not_wait_for_the_other_direction,
     _copies_of_a_plan_do_not_follow_each_other,
     _work_waits_for_events_not_yet_recorded,
