@@ -25,6 +25,7 @@ from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Stat
 
 # Waiting sequences looked at in one step: a long queue behind one prefix that is being computed costs no more.
 MAX_LOOKED_AT = 256
+LEAST_COHORT = 32  # decodes, of which arrays are quicker than each for itself, even where some come and go
 RUNNING, FINISHED = Status.RUNNING, Status.FINISHED  # looked up for every token
 
 
@@ -32,9 +33,11 @@ class BatchScheduler(Places):
     """Implements `Scheduler` for policies that are an order.
 
     headroom: free blocks for each running sequence that are left when another is let in: the one that it fills next.
+    least_cohort: of fewer sequences no cohort is made, and it falls apart below half of it.
     """
 
     headroom = 1
+    least_cohort = LEAST_COHORT
 
     # ------------------------------------------------------------------ plan
 
@@ -116,7 +119,8 @@ class BatchScheduler(Places):
     def _decode(self, sequences: list[Sequence], now: float, cohort: Cohort | None = None) -> list[Sequence]:
         """One token for every running sequence that is past its prefill, while the budget lasts. Returns the others.
 
-        sequences: of no cohort. cohort: decode its members too; whoever can joins it. Without one it is one by one.
+        sequences: of no cohort. cohort: decode its members too; whoever can joins it. The others' loop is
+        spelled out, with the fewest reads that will do.
         The order matters only if the budget cannot serve all. Should blocks run out, the last in rank gives its own up
         whoever asked first.
         """
@@ -125,46 +129,49 @@ class BatchScheduler(Places):
             sequences = self._decode_cohort(cohort, sequences, now)
         if len(sequences) > draft.budget:
             sequences.sort(key=lambda s: self.rank(s, now))
-        prefills = []
+        work, prefills, count, kv_read, budget = draft.work, [], 0, 0, draft.budget
         for sequence in sequences:
-            start = sequence.scheduled
+            start = sequence.own_scheduled
             if start < sequence.resume_at:
                 prefills.append(sequence)
                 continue
-            if sequence.slot < 0 or start >= sequence.last_position:
+            slot = sequence.slot
+            if slot < 0 or start >= sequence.last_position:
                 continue  # lost its place to one before it in this loop, or all its tokens are planned
-            if draft.budget <= 0:
+            if count >= budget:
                 break
-            new_blocks: tuple[int, ...] | None = ()
+            new_blocks: tuple[int, ...] = ()
             if start % page_size == 0 or (is_tiered and sequence.table.awaits):  # type: ignore[union-attr]
-                new_blocks = self._next_block(sequence, now)
-            if new_blocks is not None:
-                self._draft_decode(sequence, new_blocks)
+                draft.count_decodes(count, kv_read)
+                grown = self._next_block(sequence, now)
+                count, kv_read, budget = 0, 0, draft.budget
+                if grown is None:
+                    continue
+                new_blocks = grown
+            sequence.own_scheduled = start = start + 1
+            sequence.own_in_flight += 1
+            work[sequence] = SlotWork(slot, start - 1, 1, (), new_blocks, True)
+            count += 1
+            kv_read += start
+        draft.count_decodes(count, kv_read)
         return prefills
 
     def _loose(self) -> list[Sequence]:
         """Those that run and are in no cohort."""
         return [s for s in self._running if s.cohort is None] if len(self._cohort) < len(self._running) else []
 
-    def _draft_decode(self, sequence: Sequence, new_blocks: tuple[int, ...]) -> None:
-        start = sequence.scheduled
-        sequence.scheduled = start + 1
-        sequence.in_flight += 1
-        self._draft.work[sequence] = SlotWork(sequence.slot, start, 1, (), new_blocks, True)
-        self._draft.count_decodes(1, start + 1)
-
     def _decode_cohort(self, cohort: Cohort, sequences: list[Sequence], now: float) -> list[Sequence]:
         """One token for each member of `cohort`, after those of `sequences` that can have joined. Returns the others.
 
-        Where the budget may not serve all, nobody is a member. Members that begin a block are looked at: one that
-        cannot get it, or has to wait for copies, leaves; so does one whose last token this is.
+        Where the budget may not serve all, or they are few, nobody is a member. Members that begin a block are looked
+        at: one that cannot get it, or has to wait for copies, leaves; so does one whose last token this is.
         """
-        draft = self._draft
-        if len(cohort) + len(sequences) > draft.budget:
-            sequences = [*cohort.members.values(), *sequences]
-            for member in list(cohort.members.values()):
+        draft, most = self._draft, len(cohort) + len(sequences)
+        if most > draft.budget or most < (self.least_cohort // 2 if len(cohort) else self.least_cohort):
+            members = list(cohort.members.values())
+            for member in members:
                 cohort.leave(member)
-            return sequences
+            return members + sequences
         rest = []
         for sequence in sequences:
             if sequence.may_join and self._can_join(sequence):
@@ -187,16 +194,19 @@ class BatchScheduler(Places):
             held = len(table.blocks)
             is_plain = table.sent == held and held * self._kv.page_size == sequence.scheduled
             new = self._kv.allocate(table, 1) if is_plain else None
-            if new is not None and not (is_tiered and table.awaits):
+            if new is not None and not (is_tiered and table.awaits):  # type: ignore[attr-defined]
                 table.sent += 1
                 grown[sequence] = (new[0],)
                 continue
             new_blocks = self._next_block(sequence, now)
             if new_blocks is None:
                 self._part(sequence)
-            elif is_tiered and table.awaits:
+            elif is_tiered and table.awaits:  # type: ignore[attr-defined]
                 cohort.leave(sequence)
-                self._draft_decode(sequence, new_blocks)
+                start = sequence.own_scheduled
+                sequence.own_scheduled, sequence.own_in_flight = start + 1, sequence.own_in_flight + 1
+                draft.work[sequence] = SlotWork(sequence.slot, start, 1, (), new_blocks, True)
+                draft.count_decodes(1, start + 1)
             else:
                 grown[sequence] = new_blocks
         if len(cohort):
@@ -391,16 +401,17 @@ class BatchScheduler(Places):
                 if update is not None:
                     updates.append(update)
                 continue
-            sequence.in_flight -= 1
+            # Its own state, though it may have joined a cohort since: that knows of later steps only.
+            sequence.own_in_flight -= 1
             status = sequence.status
             if status is FINISHED:
                 continue
             token = tokens[work.slot]
-            sequence.tokens.append(token)
-            sequence.timeline.tokens(1, now - sequence.arrival)
+            sequence.own_tokens.append(token)
+            sequence.own_timeline.tokens(1, now - sequence.arrival)
             end = work.start + 1
             if end % page_size == 0 and status is RUNNING:  # a block is full
-                self._kv.commit(sequence.table, sequence.tokens, end)  # type: ignore[arg-type]
+                self._kv.commit(sequence.table, sequence.own_tokens, end)  # type: ignore[arg-type]
             reason: FinishReason | None = None
             if end >= sequence.last_position or token in sequence.stop_ids:
                 reason = self._finish_reason(sequence, work)

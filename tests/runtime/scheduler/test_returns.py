@@ -69,7 +69,7 @@ def second_tokens(bench: Bench):
 def test_a_turn_that_does_not_come_back_is_dropped_like_any_other():
     bench, again = second_turn(Hints(keep_s=0.2), 3.0, others=1)
     bench.scheduler.cancel(again, bench.now)
-    assert bench.kv._lru.num_kept == 0
+    assert bench.kv._order.num_kept == 0
     crowd(bench, 8, first=40)
     assert bench.kv.match(again.tokens, "", 20) == []
     assert len(bench.scheduler._returns) == 0
