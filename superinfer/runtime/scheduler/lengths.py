@@ -19,12 +19,14 @@ class Lengths:
     def __init__(self) -> None:
         self._in_order: deque[int] = deque()
         self._sorted: list[int] = []
+        self._ends: np.ndarray | None = None  # the same as an array, once asked for
 
     def __len__(self) -> int:
         return len(self._sorted)
 
     def learn(self, length: int) -> None:
         """An answer ended after this many tokens."""
+        self._ends = None
         if len(self._in_order) == HISTORY:
             oldest = self._in_order.popleft()
             del self._sorted[bisect_right(self._sorted, oldest) - 1]
@@ -43,7 +45,9 @@ class Lengths:
         way count, as longer than they are by now: the Kaplan-Meier estimate of how many reach each length. Beyond the
         longest answer seen, tokens come with the chance of an end that all of them had (an exponential tail).
         """
-        ends = np.array(self._sorted, dtype=float)
+        if self._ends is None:
+            self._ends = np.array(self._sorted, dtype=float)
+        ends = self._ends
         begun = np.sort(live[live > 0.0])
         at_risk = np.arange(len(ends), 0, -1) + (len(begun) - np.searchsorted(begun, ends))
         share = np.cumprod(1.0 - 1.0 / at_risk)  # that goes on beyond each end

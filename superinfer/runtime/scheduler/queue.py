@@ -23,6 +23,13 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return (sequence for _, _, sequence in self._entries)
 
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence.id in self._keys
+
+    def first(self, count: int) -> list[tuple[Key, int, Sequence]]:
+        """The keys, ids and sequences of so many, in order: a copy, that nobody who joins or leaves disturbs."""
+        return self._entries[:count]
+
     def add(self, sequence: Sequence, key: Key) -> None:
         """Let the sequence wait; its id must not be waiting already."""
         assert sequence.id not in self._keys, f"sequence {sequence.id} waits already"

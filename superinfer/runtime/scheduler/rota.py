@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import chain
 from operator import itemgetter
 
@@ -17,14 +17,17 @@ from superinfer.runtime.scheduler.batching import BatchScheduler
 from superinfer.runtime.scheduler.cost import CAPTURED, StepCost
 from superinfer.runtime.scheduler.draft import Draft
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
+from superinfer.runtime.scheduler.queue import WaitingQueue
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
 from superinfer.runtime.scheduler.siblings import Siblings
+from superinfer.runtime.scheduler.slices import finish
 from superinfer.runtime.scheduler.standing import HEAD, LEFTOVER_SHARE, Standing
 
 TRIAGE_S = 0.05  # how old a triage may be: a few steps
 LOOKED_AT = 2048  # live sequences; with more it may be older in proportion, so that looking takes no more of the time
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
 BUSY = 0.7  # share of the machine's time asked for, below which, if nobody is let go, requests are taken without a look
+SLICE_US = 200  # of a plan's time, for looking, microseconds
 UNSEEN = 8  # unless so many have come since the last one
 MARGIN = 1.1  # times the share of a step that prefills are thought to need: what comes is not quite what was foreseen
 STEP_SHARE = 0.8  # of the tightest pace of a kept resident, the longest step: predictions err
@@ -48,8 +51,13 @@ class Rota(BatchScheduler):
         self._roster = self._standing.roster
         self._siblings = Siblings(kv.page_size)
         self._looked = -math.inf  # when the last triage was
-        self._arrived = 0  # how many, since
-        self._joined: list[Sequence] = []  # who began to wait since then
+        self._arrived = 0  # how many came since the last one that is over began
+        self._looking: Generator[int, None, None] | None = None  # a look under way
+        self._next_slice = 0  # of it: about how many microseconds it will take
+        self._taken_in = 0  # of `_arrived`
+        # Who began to wait since the last look began, the kept first, by when their work must begin; then the others, by
+        # age. And who had by then, but after the one before it began: until it is over, they are not in its lists.
+        self._joined, self._seen = WaitingQueue(), WaitingQueue()
         self._moved = 0  # sequences displaced in the plan being made
         self._turns = MOST_TURNS  # kept streams that may be rotated out now
         self._credit = 0.0  # seconds of machine time that leftovers may use now
@@ -71,8 +79,8 @@ class Rota(BatchScheduler):
             self._standing.forecast.saw(sequence, len(sequence.tokens) - known)
         self._standing.asked += len(sequence.tokens) - known
         self._arrived += 1
-        self._joined.append(sequence)
         super().add(sequence)
+        self._join(sequence)
 
     def overload(self, sequence: Sequence, now: float) -> float | None:
         """See Scheduler.overload. It may stay if it is kept beside all that were promised something before it.
@@ -89,7 +97,8 @@ class Rota(BatchScheduler):
             return None
         if self.admission == "refuse":
             return max(1.0, self._standing.kept_s)
-        roster.late[sequence.row] = sequence.is_degraded = True
+        roster.give_up(sequence.row)
+        sequence.is_degraded = True
         roster.kept[sequence.row] = sequence.kept = False
         return None
 
@@ -138,8 +147,7 @@ class Rota(BatchScheduler):
 
     def plan(self, now: float) -> StepPlan | None:
         """See Scheduler.plan."""
-        if now >= self._looked + self._may_be_old_s():
-            self._look(now)
+        self._look_on(now)
         if self._rotation is not None:
             self._rotation.watch(now)
         passed, self._planned_at, self._moved = max(0.0, now - self._planned_at), now, 0
@@ -166,6 +174,10 @@ class Rota(BatchScheduler):
             self._prefill(leftovers, now)
             self._admit_leftovers(now)
             self._credit -= self._standing.units.prefill_s(draft.prefill - before)
+        if not draft.work and self._looking is not None:  # time to look at those who wait for it
+            self._finish_look()
+            self._admit_kept(now)
+            self._admit_leftovers(now)
         if not draft.work and self._rotation is not None:
             self._wait_with_first(now)
         if draft.prefill:
@@ -249,11 +261,11 @@ class Rota(BatchScheduler):
         if aged is not None and aged.status is Status.WAITING:
             aged.kept = True
             yield aged
-        joined = {s for s in self._joined if s.status is Status.WAITING and flags[s.row] and s is not aged}
-        new = sorted((self._start_by(s), s.id, s) for s in joined)
-        before = (entry for entry in self._standing.next_kept() if entry[2] not in joined)  # theirs is a new place
-        for _, _, sequence in heapq.merge(before, new, key=itemgetter(0, 1)) if new else before:
-            if sequence.status is Status.WAITING and flags[sequence.row]:
+        seen, joined = self._seen, self._joined
+        before = (entry for entry in self._standing.next_kept() if entry[2] not in joined and entry[2] not in seen)
+        new = [(key[0], id, s) for queue in (seen, joined) for key, id, s in queue.first(HEAD) if key[0] < math.inf]
+        for _, _, sequence in heapq.merge(before, sorted(new), key=itemgetter(0, 1)) if new else before:
+            if sequence.status is Status.WAITING and flags[sequence.row] and sequence is not aged:
                 sequence.kept = True
                 yield sequence
 
@@ -261,6 +273,8 @@ class Rota(BatchScheduler):
         """Let kept sequences in, soonest due first; for one whose turn it is, rotate out whoever is furthest ahead."""
         backs_wait = False
         for sequence in self._waiting_kept():
+            if backs_wait and self._draft.budget <= 0:
+                break
             if sequence.is_under_way:
                 continue
             is_back = sequence.table is not None
@@ -287,7 +301,8 @@ class Rota(BatchScheduler):
     def _admit_leftovers(self, now: float) -> None:
         """Let leftovers in, oldest first, where there is room beyond what the running may soon need."""
         has_displaced = False
-        for sequence in chain(self._standing.next_rest(), list(self._joined)):
+        new = (entry[2] for queue in (self._seen, self._joined) for entry in queue.first(HEAD))
+        for sequence in chain(self._standing.next_rest(), new):
             if self._draft.budget <= 0 or not self._free_slots:
                 break
             if sequence.status is not Status.WAITING or self._roster.kept[sequence.row] or sequence.is_under_way:
@@ -365,9 +380,9 @@ class Rota(BatchScheduler):
         if self._rotation is None or self._turns < 1.0:
             return
         worth = now + max(0.0, slack) + TURNS * self._kv.num_blocks * self._block_s()
-        due, victims = self._standing.victims
+        due, victims = self._standing.victims()
         ahead = int(np.searchsorted(-due, -worth))  # how many are due later than that
-        yield from (victim for victim in victims[:ahead] if victim is not None and victim.kept)
+        yield from (victim for victim in victims[:ahead] if victim.kept)
 
     def _block_s(self) -> float:
         return self._rotation.block_s if self._rotation is not None else 0.0
@@ -380,13 +395,54 @@ class Rota(BatchScheduler):
     # ------------------------------------------------------------------ triage
 
     def _look(self, now: float) -> None:
-        """Triage: who is kept from now on."""
-        self._looked, self._arrived, self._joined = now, 0, []
-        self._standing.look(self._running, self._block_s(), now)
+        """Triage, all of it: who is kept from now on."""
+        self._finish_look()
+        self._begin_look(now)
+        self._finish_look()
+
+    def _finish_look(self) -> None:
+        """Do what is left of a look under way."""
+        if self._looking is not None:
+            finish(self._looking)
+            self._end_look()
+
+    def _look_on(self, now: float) -> None:
+        """Begin a look if the last one may be old; do as much of the one under way as is a plan's share, and at least a
+        slice, so that no plan takes long however many are live."""
+        if self._looking is None:
+            if now < self._looked + self._may_be_old_s():
+                return
+            self._begin_look(now)
+        assert self._looking is not None
+        room = SLICE_US
+        while self._next_slice <= room or room == SLICE_US:
+            room -= self._next_slice
+            try:
+                self._next_slice = next(self._looking)
+            except StopIteration:
+                self._end_look()
+                return
+
+    def _begin_look(self, now: float) -> None:
+        self._looked, self._taken_in = now, self._arrived
+        self._seen, self._joined = self._joined, WaitingQueue()
+        self._looking = self._standing.look(self._running, self._block_s(), now)
+        self._next_slice = next(self._looking)
+
+    def _end_look(self) -> None:
+        self._looking, self._seen = None, WaitingQueue()
+        self._arrived -= self._taken_in
 
     def _wait_again(self, sequence: Sequence, now: float, stage: str) -> None:
         super()._wait_again(sequence, now, stage)
-        self._joined.append(sequence)
+        self._join(sequence)
+
+    def _join(self, sequence: Sequence) -> None:
+        for queue in (self._joined, self._seen):
+            if sequence in queue:
+                queue.remove(sequence)
+        is_kept = self._roster.kept[sequence.row]
+        self._joined.add(sequence, (self._start_by(sequence),) if is_kept else (math.inf, sequence.arrival))
 
     def _rotate_out(self, sequence: Sequence, now: float) -> bool:
         """See BatchScheduler. DRAM that is full of leftovers makes room for who is kept: the latest is forgotten."""

@@ -6,7 +6,7 @@ docs/rotasched.md says why. Nothing here changes who runs: that is the policy's 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 
@@ -15,9 +15,9 @@ from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepCost, StepLoad
 from superinfer.runtime.scheduler.forecast import Forecast
 from superinfer.runtime.scheduler.lengths import LengthPredictor
-from superinfer.runtime.scheduler.roster import Roster
+from superinfer.runtime.scheduler.roster import Columns, Roster
 from superinfer.runtime.scheduler.sequence import Sequence, Status
-from superinfer.runtime.scheduler.triage import FIRST_TOKEN, HORIZONS, NOTHING, Demand, Verdicts, triage
+from superinfer.runtime.scheduler.triage import FIRST_TOKEN, HORIZONS, NOTHING, Demand, Verdicts, triage_in_slices
 
 LEFTOVER_SHARE = 0.05  # of the machine's time, for leftovers however much is promised to others: nobody starves
 # Steps by which a token is planned for before it is due. A request is read when the step under way is over, and waits
@@ -36,7 +36,6 @@ class Standing:
     kept_s the machine time that all of them still ask for. tightest: pace of the kept residents that promise most.
     asked: prompt tokens that the kept are still to compute.
     mean_output: tokens that a request without any is expected to have.
-    victims: kept residents, those furthest ahead first: when their next token is due, and who they are.
     next_return: when the first of the kept that are rotated out has to be let in.
     aged: a leftover that has waited long enough: served before all others until it ends.
     """
@@ -48,7 +47,8 @@ class Standing:
         self.forecast = Forecast()
         self.units = cost.units()
         self.verdicts: Verdicts = NOTHING
-        self.victims: tuple[np.ndarray, list[Sequence | None]] = (np.zeros(0), [])
+        self._ahead = np.zeros(0, dtype=np.intp), np.zeros(0), np.zeros(0)  # victims in no order: rows, ids, due
+        self._victims: tuple[np.ndarray, list[Sequence]] | None = None
         self._next_kept: tuple[list[float], list[float], list[int]] = ([], [], [])  # start, id, row
         self._next_rest: list[int] = []
         self.aged: Sequence | None = None
@@ -77,64 +77,89 @@ class Standing:
         """
         return EARLY * self._square_s / self.step_s
 
-    def look(self, residents: list[Sequence], block_s: float, now: float) -> None:
+    def look(self, residents: list[Sequence], block_s: float, now: float) -> Generator[int, None, None]:
         """See what is lost, what is kept, and how much of the machine that asks for.
 
-        residents: who runs; they are told whether they are kept. block_s: seconds of the link for a block.
+        In slices, each yielded before it is done, as about so many rows: the first takes everybody in as of `now`, the
+        last tells those who are still there what came of it. Between them anything may happen to anyone.
+
+        residents: who runs, by the time of each slice; they are told whether they are kept. block_s: seconds of the link
+        for a block.
         """
-        self.units = units = self._cost.units()
         roster = self.roster
-        running = np.array([s.row for s in residents], dtype=np.intp)
-        roster.update(residents, running)
-        live = np.flatnonzero(roster.live)
-        is_resident = np.zeros(len(roster.live), dtype=bool)
-        is_resident[running] = True
-        produced = roster.produced[live]
-        # Whoever may still be kept: all below is about these.
-        rows = live[~roster.late[live] & np.isfinite(np.minimum(roster.base[live], roster.deadline[live]))]
-        roster.left[rows] = left = self._left(rows, produced)
-        due, pace = roster.due(rows, left, self.step_s)
-        early = np.where(np.isfinite(roster.base[rows]), self.early_s, 0.0)
-        prefill_s, link_s = units.prefill_s(roster.prefill[rows]), roster.load[rows] * block_s
-        here = is_resident[rows]
+        yield 20 + len(residents) // 3 + len(roster.live) // 100
+        self.units = units = self._cost.units()
+        is_resident = self._is_resident(roster.update(residents))
+        rows = np.flatnonzero(roster.hopeful)  # who may still be kept: all below is about these
+        table, kinds, names, here = roster.columns(rows), roster.kind[rows], roster.kinds, is_resident[rows]
+        under_way, asked = roster.produced[roster.produced > 0.0], self.asked
+        roster.fresh.clear()
+
+        yield 90 + len(rows) // 20
+        seen = Columns(*table)
+        left = self._left(seen, kinds, names, under_way)
+        due, pace = seen.next_due(left, self.step_s)
+        prefill_s, link_s = units.prefill_s(seen.prefill), seen.load * block_s
         needs_s = np.where(here, np.where(prefill_s > 0.0, prefill_s, -np.inf), prefill_s + link_s)
         late = due - now < needs_s
-        roster.late[rows[late]] = True
-        due = due - early
-        fine = ~late & np.isfinite(due)
-        rows, left, due, pace, here = rows[fine], left[fine], due[fine], pace[fine], here[fine]
-        prefill_s, link_s = prefill_s[fine], np.where(here, 0.0, link_s[fine])
-        produced = roster.produced[rows]
-        context = roster.context[rows] + left / 2
-        token_s = self._token_s(context)
-        first = np.where((produced == 0) & np.isfinite(roster.base[rows]), FIRST_TOKEN, 0.0)
-        held, weight = self._held(context), roster.weight[rows]
-        demand = Demand(due - now, pace, left, prefill_s, token_s, link_s, weight, first, held, held * self.step_s)
-        self.verdicts = verdicts = triage(self._with_foreseen(demand, now), 1.0 - LEFTOVER_SHARE)
-        streams, prefills = verdicts.streams[: len(rows)], verdicts.prefills[: len(rows)]
-        mine = np.where(produced > 0, streams, prefills)
-        were_kept = roster.kept[running]
-        roster.whole[:] = roster.kept[:] = False
-        roster.kept[rows], roster.whole[rows] = mine, streams
-        self.promised = int(mine.sum())
-        self.kept_s = float((prefill_s + left * token_s)[mine].sum())
-        self._age(live, now)
-        now_kept = roster.kept[running]
-        for at in np.flatnonzero(now_kept != were_kept).tolist():
-            residents[at].kept = bool(now_kept[at])
-        self._order_victims(rows[mine & here], due[mine & here], pace[mine & here])
-        waits = mine & ~here
-        self.asked = float(roster.prefill[rows[mine]].sum())
-        together_s = units.prefill_s(roster.prefill[rows] + roster.shared[rows])
-        start = due - np.where(roster.load[rows] > 0.0, 2.0 * (link_s + self.step_s), together_s)
-        self.next_return = float(start[waits & (roster.load[rows] > 0.0)].min(initial=math.inf))
-        self._line_up(rows[waits], start[waits], live[~roster.kept[live] & ~is_resident[live]])
+        there = self._are_there(rows, seen.id)
+        roster.left[rows[there]] = left[there]
+        roster.give_up(rows[late & there])
+        due = due - np.where(np.isfinite(seen.base), self.early_s, 0.0)
+        link_s[here] = 0.0
+        fine = np.flatnonzero(~late & np.isfinite(due))
+        if len(fine) < len(rows):
+            seen = Columns(*table.take(fine, axis=1))
+            rows, here, left, due, pace = rows[fine], here[fine], left[fine], due[fine], pace[fine]
+            prefill_s, link_s = prefill_s[fine], link_s[fine]
 
-    def _age(self, live: np.ndarray, now: float) -> None:
+        yield 150 + len(rows) // 20
+        context = seen.context + left / 2
+        token_s, held = self._token_s(context), self._held(context)
+        first = np.where((seen.produced == 0) & np.isfinite(seen.base), FIRST_TOKEN, 0.0)
+        demand = Demand(
+            due - now, pace, left, prefill_s, token_s, link_s, seen.weight, first, held, held * self.step_s
+        )
+        verdicts = yield from triage_in_slices(self._with_foreseen(demand, now), 1.0 - LEFTOVER_SHARE)
+
+        yield 100 + len(rows) // 10 + len(residents) // 5 + len(roster.live) // 100
+        self.verdicts = verdicts
+        there = self._are_there(rows, seen.id)
+        streams, prefills = verdicts.streams[: len(rows)] & there, verdicts.prefills[: len(rows)] & there
+        mine = np.where(seen.produced > 0, streams, prefills)
+        roster.keep(rows[mine], rows[streams])
+        self.promised = int(np.count_nonzero(mine))
+        self.kept_s = float((prefill_s + left * token_s)[mine].sum())
+        self.asked += float(seen.prefill[mine].sum()) - asked
+        self._age(now)
+        running = roster.rows_of(residents)
+        for sequence, is_kept in zip(residents, roster.kept[running].tolist(), strict=True):
+            sequence.kept = is_kept
+        runs = np.flatnonzero(mine & here)
+        self._ahead, self._victims = (rows[runs], seen.id[runs], due[runs]), None
+        self.tightest = float(pace[runs].min(initial=math.inf))
+        waits, is_back = mine & ~here, seen.load > 0.0
+        together_s = units.prefill_s(seen.prefill + seen.shared)
+        start = due - np.where(is_back, 2.0 * (link_s + self.step_s), together_s)
+        self.next_return = float(start[waits & is_back].min(initial=math.inf))
+        rest = np.flatnonzero(roster.live & ~roster.kept & ~self._is_resident(running))
+        self._line_up(rows[waits], start[waits], rest)
+
+    def _is_resident(self, running: np.ndarray) -> np.ndarray:
+        """By row, whether it is one of these."""
+        flags = np.zeros(len(self.roster.live), dtype=bool)
+        flags[running] = True
+        return flags
+
+    def _are_there(self, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Whether the sequences that had these rows and ids still have them."""
+        return self.roster.live[rows] & (self.roster.id[rows] == ids)
+
+    def _age(self, now: float) -> None:
         """The leftover whose turn it is, however much is promised to others: the oldest, if it waits since long."""
         roster = self.roster
         if self.aged is None or self.aged.status is Status.FINISHED:
-            old = live[~roster.kept[live] & (roster.arrival[live] <= now - PATIENCE_S)]
+            old = np.flatnonzero(roster.live & ~roster.kept & (roster.arrival <= now - PATIENCE_S))
             self.aged = roster.sequences[old[np.argmin(roster.arrival[old])]] if len(old) else None
         if self.aged is not None:
             roster.kept[self.aged.row] = True
@@ -195,25 +220,28 @@ class Standing:
         )
         return Demand(*(np.concatenate(pair) for pair in zip(demand, more, strict=True)))
 
-    def _left(self, rows: np.ndarray, live: np.ndarray) -> np.ndarray:
-        """Tokens still to come of each row, at least 1, within max_tokens. live: what everybody has produced."""
-        roster, lengths = self.roster, self.lengths
-        produced, kinds = roster.produced[rows], roster.kind[rows]
-        left = np.empty(len(rows))
+    def _left(
+        self, seen: Columns, kinds: np.ndarray, names: list[tuple[str, ...]], under_way: np.ndarray
+    ) -> np.ndarray:
+        """Tokens still to come of each, at least 1, within max_tokens.
+
+        kinds: of each, an index into `names`. under_way: what everybody who has a token has produced.
+        """
+        lengths, produced = self.lengths, seen.produced
+        left = np.empty(len(produced))
         resolved: dict[str | None, list[int]] = {lengths.kind(()): []}
         for kind in np.flatnonzero(np.bincount(kinds)).tolist():
-            resolved.setdefault(lengths.kind(roster.kinds[kind]), []).append(kind)
+            resolved.setdefault(lengths.kind(names[kind]), []).append(kind)
         for number, (name, members) in enumerate(resolved.items()):
-            mine = slice(None) if len(members) == len(roster.kinds) else np.isin(kinds, members)
+            mine = slice(None) if len(members) == len(names) else np.isin(kinds, members)
             ages = produced[mine]
             if number:
-                left[mine] = lengths.remaining(name, ages, live if name == "" else ages)
+                left[mine] = lengths.remaining(name, ages, under_way if name == "" else ages)
             else:  # of all kinds together, and a request without any token is one of them
-                of_all = lengths.remaining(name, np.append(ages, 0.0), live)
+                of_all = lengths.remaining(name, np.append(ages, 0.0), under_way)
                 left[mine], self.mean_output = of_all[:-1], float(of_all[-1])
-        expected = roster.expected[rows]
-        left = np.where(expected > produced, expected - produced, left)
-        return np.clip(left, 1.0, np.maximum(1.0, roster.most[rows] - produced))
+        left = np.where(seen.expected > produced, seen.expected - produced, left)
+        return np.minimum(np.maximum(left, 1.0), np.maximum(seen.most - produced, 1.0))
 
     def _token_s(self, context: np.ndarray) -> np.ndarray:
         """Machine time of one decode: its own, and its part of what a step costs whoever is in it."""
@@ -229,8 +257,12 @@ class Standing:
         """Share of HBM, or of the places in a batch, that sequences of so many tokens hold."""
         return np.maximum(context / (self._kv.num_blocks * self._kv.page_size), 1.0 / self._limits.num_slots)
 
-    def _order_victims(self, rows: np.ndarray, due: np.ndarray, pace: np.ndarray) -> None:
-        order = np.argsort(-due, kind="stable")
-        sequences = self.roster.sequences
-        self.victims = due[order], [sequences[row] for row in rows[order].tolist()]
-        self.tightest = float(pace.min()) if len(pace) else math.inf
+    def victims(self) -> tuple[np.ndarray, list[Sequence]]:
+        """Kept residents of the last look, those furthest ahead first: when their next token is due, who they are."""
+        if self._victims is None:  # seldom asked: not a part of every look
+            rows, ids, due = self._ahead
+            order = np.argsort(-due, kind="stable")
+            order = order[self._are_there(rows[order], ids[order])]
+            sequences = [self.roster.sequences[row] for row in rows[order].tolist()]
+            self._victims = due[order], [sequence for sequence in sequences if sequence is not None]
+        return self._victims
