@@ -333,8 +333,12 @@ class DuplexCache(KVCache):
 
     def _plan_copy(self, out: bool, hbm: int, dram: int, owner: TierNode | TierTable) -> int:
         self._last_copy = id = self._last_copy + 1
-        before = {self._busy.get(hbm, 0), self._busy_dram.get(dram, 0)} - {0}
-        copy = BlockCopy(id, out, hbm, dram, tuple(sorted(before)))
+        first, second = self._busy.get(hbm, 0), self._busy_dram.get(dram, 0)
+        if not first or not second or first == second:
+            after = (first or second,) if first or second else ()
+        else:
+            after = (first, second) if first < second else (second, first)
+        copy = BlockCopy(id, out, hbm, dram, after)
         self._busy[hbm] = self._busy_dram[dram] = id
         self._pending[id] = (copy, owner)
         self._pending_out += out

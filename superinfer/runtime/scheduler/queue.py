@@ -26,9 +26,13 @@ class WaitingQueue:
     def __contains__(self, sequence: Sequence) -> bool:
         return sequence.id in self._keys
 
-    def first(self, count: int) -> list[tuple[Key, int, Sequence]]:
-        """The keys, ids and sequences of so many, in order: a copy, that nobody who joins or leaves disturbs."""
-        return self._entries[:count]
+    def entries(self) -> list[tuple[Key, int, Sequence]]:
+        """Keys, ids and sequences, in order: a copy, that nobody who joins or leaves disturbs."""
+        return self._entries[:]
+
+    def drop_last(self) -> None:
+        """The last of them waits no longer. IndexError if there is none."""
+        del self._keys[self._entries.pop()[1]]
 
     def add(self, sequence: Sequence, key: Key) -> None:
         """Let the sequence wait; its id must not be waiting already."""

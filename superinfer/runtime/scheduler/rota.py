@@ -6,7 +6,6 @@ import heapq
 import math
 from collections.abc import Generator, Iterator
 from itertools import chain
-from operator import itemgetter
 
 import numpy as np
 
@@ -27,11 +26,12 @@ TRIAGE_S = 0.05  # how old a triage may be: a few steps
 LOOKED_AT = 2048  # live sequences; with more it may be older in proportion, so that looking takes no more of the time
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
 BUSY = 0.7  # share of the machine's time asked for, below which, if nobody is let go, requests are taken without a look
-SLICE_US = 200  # of a plan's time, for looking, microseconds
+PLAN_US = 450.0  # of a plan's time, microseconds: what decodes leave of it is for looking
+DECODE_US = 1.0  # that a decode takes of it
 UNSEEN = 8  # unless so many have come since the last one
 MARGIN = 1.1  # times the share of a step that prefills are thought to need: what comes is not quite what was foreseen
 STEP_SHARE = 0.8  # of the tightest pace of a kept resident, the longest step: predictions err
-MAX_MOVED = 8  # sequences rotated out in one plan, more only for one that needs more: each takes the host 0.1 ms
+MAX_MOVED = 4  # sequences rotated out in one plan, more only for one that needs more: each takes the host 0.1 ms
 # Gaps between tokens that may be rotations: fewer than one in a hundred, so that a stream's 99th percentile is a step.
 TURN_SHARE = 0.006
 MOST_TURNS = 64.0  # that may be saved up
@@ -56,7 +56,7 @@ class Rota(BatchScheduler):
         self._next_slice = 0  # of it: about how many microseconds it will take
         self._taken_in = 0  # of `_arrived`
         # Who began to wait since the last look began, the kept first, by when their work must begin; then the others, by
-        # age. And who had by then, but after the one before it began: until it is over, they are not in its lists.
+        # age: the first HEAD of them. And who had by then, but after the one before it began, until it is over.
         self._joined, self._seen = WaitingQueue(), WaitingQueue()
         self._moved = 0  # sequences displaced in the plan being made
         self._turns = MOST_TURNS  # kept streams that may be rotated out now
@@ -189,7 +189,7 @@ class Rota(BatchScheduler):
 
     def _may_be_old_s(self) -> float:
         """How old the last triage may be by now, seconds. Until the next, who joins is looked at singly: not many."""
-        if len(self._joined) > HEAD:
+        if len(self._joined) == HEAD:
             return TRIAGE_S / 4
         age_s = TRIAGE_S * max(1.0, (len(self._running) + len(self._waiting)) / LOOKED_AT)
         return age_s / 4 if self._arrived else age_s
@@ -263,8 +263,10 @@ class Rota(BatchScheduler):
             yield aged
         seen, joined = self._seen, self._joined
         before = (entry for entry in self._standing.next_kept() if entry[2] not in joined and entry[2] not in seen)
-        new = [(key[0], id, s) for queue in (seen, joined) for key, id, s in queue.first(HEAD) if key[0] < math.inf]
-        for _, _, sequence in heapq.merge(before, sorted(new), key=itemgetter(0, 1)) if new else before:
+        new = (
+            ((key[0], id, s) for key, id, s in queue.entries() if key[0] < math.inf) for queue in (seen, joined) if queue
+        )
+        for _, _, sequence in heapq.merge(before, *new):
             if sequence.status is Status.WAITING and flags[sequence.row] and sequence is not aged:
                 sequence.kept = True
                 yield sequence
@@ -301,7 +303,7 @@ class Rota(BatchScheduler):
     def _admit_leftovers(self, now: float) -> None:
         """Let leftovers in, oldest first, where there is room beyond what the running may soon need."""
         has_displaced = False
-        new = (entry[2] for queue in (self._seen, self._joined) for entry in queue.first(HEAD))
+        new = (entry[2] for queue in (self._seen, self._joined) for entry in queue.entries())
         for sequence in chain(self._standing.next_rest(), new):
             if self._draft.budget <= 0 or not self._free_slots:
                 break
@@ -407,15 +409,15 @@ class Rota(BatchScheduler):
             self._end_look()
 
     def _look_on(self, now: float) -> None:
-        """Begin a look if the last one may be old; do as much of the one under way as is a plan's share, and at least a
-        slice, so that no plan takes long however many are live."""
+        """Begin a look if the last one may be old; do as much of the one under way as a plan has time for, and at least a
+        slice: so no plan takes long, however many are live."""
         if self._looking is None:
             if now < self._looked + self._may_be_old_s():
                 return
             self._begin_look(now)
         assert self._looking is not None
-        room = SLICE_US
-        while self._next_slice <= room or room == SLICE_US:
+        room = max(float(self._next_slice), PLAN_US - DECODE_US * len(self._running))
+        while self._next_slice <= room:
             room -= self._next_slice
             try:
                 self._next_slice = next(self._looking)
@@ -443,6 +445,8 @@ class Rota(BatchScheduler):
                 queue.remove(sequence)
         is_kept = self._roster.kept[sequence.row]
         self._joined.add(sequence, (self._start_by(sequence),) if is_kept else (math.inf, sequence.arrival))
+        if len(self._joined) > HEAD:
+            self._joined.drop_last()
 
     def _rotate_out(self, sequence: Sequence, now: float) -> bool:
         """See BatchScheduler. DRAM that is full of leftovers makes room for who is kept: the latest is forgotten."""

@@ -89,67 +89,71 @@ class Standing:
         roster = self.roster
         yield 20 + len(residents) // 3 + len(roster.live) // 100
         self.units = units = self._cost.units()
-        is_resident = self._is_resident(roster.update(residents))
+        is_resident = np.zeros(len(roster.live), dtype=bool)
+        is_resident[roster.update(residents)] = True
         rows = np.flatnonzero(roster.hopeful)  # who may still be kept: all below is about these
         table, kinds, names, here = roster.columns(rows), roster.kind[rows], roster.kinds, is_resident[rows]
         under_way, asked = roster.produced[roster.produced > 0.0], self.asked
         roster.fresh.clear()
 
-        yield 90 + len(rows) // 20
+        yield 100 + len(rows) // 20
         seen = Columns(*table)
         left = self._left(seen, kinds, names, under_way)
         due, pace = seen.next_due(left, self.step_s)
         prefill_s, link_s = units.prefill_s(seen.prefill), seen.load * block_s
-        needs_s = np.where(here, np.where(prefill_s > 0.0, prefill_s, -np.inf), prefill_s + link_s)
-        late = due - now < needs_s
+        late = due - now < prefill_s + link_s
+        late &= ~here | (prefill_s > 0.0)
         there = self._are_there(rows, seen.id)
         roster.left[rows[there]] = left[there]
-        roster.give_up(rows[late & there])
-        due = due - np.where(np.isfinite(seen.base), self.early_s, 0.0)
-        link_s[here] = 0.0
-        fine = np.flatnonzero(~late & np.isfinite(due))
-        if len(fine) < len(rows):
-            seen = Columns(*table.take(fine, axis=1))
+        is_timed = np.isfinite(seen.base)
+        due = due - np.where(is_timed, self.early_s, 0.0)
+        fine = np.isfinite(due)
+        if late.any():
+            roster.give_up(rows[late & there])
+            fine &= ~late
+        if not fine.all():
+            table, is_timed = table.compress(fine, axis=1), is_timed[fine]
+            seen = Columns(*table)
             rows, here, left, due, pace = rows[fine], here[fine], left[fine], due[fine], pace[fine]
             prefill_s, link_s = prefill_s[fine], link_s[fine]
 
-        yield 150 + len(rows) // 20
-        context = seen.context + left / 2
-        token_s, held = self._token_s(context), self._held(context)
-        first = np.where((seen.produced == 0) & np.isfinite(seen.base), FIRST_TOKEN, 0.0)
+        yield 50 + len(rows) // 20
+        token_s, held = self._costs(seen.context + left / 2)
+        first = np.where(is_timed & (seen.produced == 0.0), FIRST_TOKEN, 0.0)
         demand = Demand(
             due - now, pace, left, prefill_s, token_s, link_s, seen.weight, first, held, held * self.step_s
         )
-        verdicts = yield from triage_in_slices(self._with_foreseen(demand, now), 1.0 - LEFTOVER_SHARE)
+        if len(rows) and len(self.forecast):
+            yield 150
+            demand = self._with_foreseen(demand, now)
+        verdicts = yield from triage_in_slices(demand, 1.0 - LEFTOVER_SHARE)
 
-        yield 100 + len(rows) // 10 + len(residents) // 5 + len(roster.live) // 100
+        yield 50 + len(rows) // 20 + len(residents) // 5
         self.verdicts = verdicts
         there = self._are_there(rows, seen.id)
         streams, prefills = verdicts.streams[: len(rows)] & there, verdicts.prefills[: len(rows)] & there
-        mine = np.where(seen.produced > 0, streams, prefills)
+        mine = np.where(seen.produced > 0.0, streams, prefills)
         roster.keep(rows[mine], rows[streams])
         self.promised = int(np.count_nonzero(mine))
         self.kept_s = float((prefill_s + left * token_s)[mine].sum())
         self.asked += float(seen.prefill[mine].sum()) - asked
         self._age(now)
-        running = roster.rows_of(residents)
-        for sequence, is_kept in zip(residents, roster.kept[running].tolist(), strict=True):
-            sequence.kept = is_kept
         runs = np.flatnonzero(mine & here)
         self._ahead, self._victims = (rows[runs], seen.id[runs], due[runs]), None
         self.tightest = float(pace[runs].min(initial=math.inf))
-        waits, is_back = mine & ~here, seen.load > 0.0
-        together_s = units.prefill_s(seen.prefill + seen.shared)
-        start = due - np.where(is_back, 2.0 * (link_s + self.step_s), together_s)
-        self.next_return = float(start[waits & is_back].min(initial=math.inf))
-        rest = np.flatnonzero(roster.live & ~roster.kept & ~self._is_resident(running))
-        self._line_up(rows[waits], start[waits], rest)
+        kept = roster.kept[roster.rows_of(residents)].tolist()
+        for sequence, is_kept in zip(residents, kept, strict=True):
+            sequence.kept = is_kept
 
-    def _is_resident(self, running: np.ndarray) -> np.ndarray:
-        """By row, whether it is one of these."""
-        flags = np.zeros(len(self.roster.live), dtype=bool)
-        flags[running] = True
-        return flags
+        yield 50 + len(rows) // 20 + len(roster.live) // 80
+        waits = np.flatnonzero(mine & ~here)
+        is_back = seen.load[waits] > 0.0
+        together_s = units.prefill_s((seen.prefill + seen.shared)[waits])
+        start = due[waits] - np.where(is_back, 2.0 * (link_s[waits] + self.step_s), together_s)
+        self.next_return = float(start[is_back].min(initial=math.inf))
+        rest = roster.live & ~roster.kept  # those who have come since run already, or are new
+        rest[: len(is_resident)] &= ~is_resident
+        self._line_up(rows[waits], seen.id[waits], start, np.flatnonzero(rest))
 
     def _are_there(self, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Whether the sequences that had these rows and ids still have them."""
@@ -164,28 +168,24 @@ class Standing:
         if self.aged is not None:
             roster.kept[self.aged.row] = True
 
-    def _line_up(self, kept: np.ndarray, start: np.ndarray, rest: np.ndarray) -> None:
+    def _line_up(self, kept: np.ndarray, ids: np.ndarray, start: np.ndarray, rest: np.ndarray) -> None:
         """Note who is next: of the rows of the kept that wait, and of all others'."""
         roster = self.roster
         if len(kept) > HEAD:
             first = np.argpartition(start, HEAD)[:HEAD]
-            kept, start = kept[first], start[first]
-        order = np.lexsort((roster.id[kept], start))
-        kept = kept[order]
-        self._next_kept = start[order].tolist(), roster.id[kept].tolist(), kept.tolist()
+            kept, ids, start = kept[first], ids[first], start[first]
+        order = np.lexsort((ids, start))
+        self._next_kept = start[order].tolist(), ids[order].tolist(), kept[order].tolist()
         if len(rest) > HEAD:
             rest = rest[np.argpartition(roster.arrival[rest], HEAD)[:HEAD]]
         self._next_rest = rest[np.lexsort((roster.id[rest], roster.arrival[rest]))].tolist()
 
     def next_kept(self) -> Iterator[tuple[float, float, Sequence]]:
-        """Who of the kept that waited at the last look is next: when its work must begin, its id, itself; at most HEAD.
-
-        A row that has been given to another since then yields that one.
-        """
+        """Who of the kept that waited at the last look is next: when its work must begin, its id, itself; at most HEAD."""
         sequences = self.roster.sequences
         for start, id, row in zip(*self._next_kept, strict=True):
             sequence = sequences[row]
-            if sequence is not None:
+            if sequence is not None and sequence.id == id:
                 yield start, id, sequence
 
     def next_rest(self) -> Iterator[Sequence]:
@@ -199,26 +199,24 @@ class Standing:
     def _with_foreseen(self, demand: Demand, now: float) -> Demand:
         """With what will ask for its part soon."""
         ahead = self.forecast.ahead(now, float(HORIZONS[-1]))
-        if ahead is None or not len(demand.due):
+        if ahead is None:
             return demand
-        output = np.minimum(ahead.most, self.mean_output)
+        output, times = np.minimum(ahead.most, self.mean_output), ahead.times
         stream, end = ahead.at + ahead.ttft, ahead.at + ahead.deadline - output * self.step_s
-        context = ahead.prompt + output / 2
-        token_s = self._token_s(context)
-        times = ahead.times
-        more = Demand(
-            np.minimum(stream, end),
-            np.where(end < stream, self.step_s, ahead.pace),
-            output,
-            self.units.prefill_s(ahead.prompt) * times,
-            token_s * times,
-            np.zeros(len(token_s)),
-            ahead.weight * times,
-            np.where(np.isfinite(ahead.ttft), FIRST_TOKEN, 0.0),
-            self._held(context),
-            self._held(context) * self.step_s * times,
-        )
-        return Demand(*(np.concatenate(pair) for pair in zip(demand, more, strict=True)))
+        token_s, held = self._costs(ahead.prompt + output / 2)
+        count = len(demand.due)
+        both = np.empty((len(demand), count + len(output)))
+        both[:, :count] = demand
+        mine = Demand(*both[:, count:])
+        np.minimum(stream, end, out=mine.due)
+        mine.pace[:] = np.where(end < stream, self.step_s, ahead.pace)
+        mine.left[:], mine.link_s[:], mine.held[:] = output, 0.0, held
+        np.multiply(self.units.prefill_s(ahead.prompt), times, out=mine.prefill_s)
+        np.multiply(token_s, times, out=mine.token_s)
+        np.multiply(ahead.weight, times, out=mine.worth)
+        np.multiply(np.isfinite(ahead.ttft), FIRST_TOKEN, out=mine.first)
+        np.multiply(held, self.step_s * times, out=mine.held_s)
+        return Demand(*both)
 
     def _left(
         self, seen: Columns, kinds: np.ndarray, names: list[tuple[str, ...]], under_way: np.ndarray
@@ -243,19 +241,17 @@ class Standing:
         left = np.where(seen.expected > produced, seen.expected - produced, left)
         return np.minimum(np.maximum(left, 1.0), np.maximum(seen.most - produced, 1.0))
 
-    def _token_s(self, context: np.ndarray) -> np.ndarray:
-        """Machine time of one decode: its own, and its part of what a step costs whoever is in it."""
-        units = self.units
+    def _costs(self, context: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of sequences of so many tokens: the machine time of one decode, its own and its part of what a step costs
+        whoever is in it; and the share of HBM, or of the places in a batch, that each holds."""
         if not len(context):
-            return np.zeros(0)
+            return context, context
+        units, tokens = self.units, self._kv.num_blocks * self._kv.page_size
         blocks = max(1.0, float(context.mean()) / self._kv.page_size)
         places = min(self._limits.num_slots, self._kv.num_blocks / blocks, float(len(context)))
         step_s = units.step_s + max(0.0, units.weights_s - self._matmul_s)
-        return units.kv_s * context + units.decode_s + units.token_s + step_s / max(1.0, places)
-
-    def _held(self, context: np.ndarray) -> np.ndarray:
-        """Share of HBM, or of the places in a batch, that sequences of so many tokens hold."""
-        return np.maximum(context / (self._kv.num_blocks * self._kv.page_size), 1.0 / self._limits.num_slots)
+        own_s = units.decode_s + units.token_s + step_s / max(1.0, places)
+        return units.kv_s * context + own_s, np.maximum(context / tokens, 1.0 / self._limits.num_slots)
 
     def victims(self) -> tuple[np.ndarray, list[Sequence]]:
         """Kept residents of the last look, those furthest ahead first: when their next token is due, who they are."""
