@@ -31,7 +31,7 @@ DECODE_US = 1.0  # that a decode takes of it
 UNSEEN = 8  # unless so many have come since the last one
 MARGIN = 1.1  # times the share of a step that prefills are thought to need: what comes is not quite what was foreseen
 STEP_SHARE = 0.8  # of the tightest pace of a kept resident, the longest step: predictions err
-MAX_MOVED = 4  # sequences rotated out in one plan, more only for one that needs more: each takes the host 0.1 ms
+MAX_MOVED = 8  # sequences rotated out in one plan, more only for one that needs more: each takes the host 0.1 ms
 # Gaps between tokens that may be rotations: fewer than one in a hundred, so that a stream's 99th percentile is a step.
 TURN_SHARE = 0.006
 MOST_TURNS = 64.0  # that may be saved up

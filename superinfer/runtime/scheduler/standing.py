@@ -226,19 +226,28 @@ class Standing:
         kinds: of each, an index into `names`. under_way: what everybody who has a token has produced.
         """
         lengths, produced = self.lengths, seen.produced
+        begun = np.flatnonzero(produced)  # all the others of a kind are expected to have as many tokens
         left = np.empty(len(produced))
         resolved: dict[str | None, list[int]] = {lengths.kind(()): []}
         for kind in np.flatnonzero(np.bincount(kinds)).tolist():
             resolved.setdefault(lengths.kind(names[kind]), []).append(kind)
         for number, (name, members) in enumerate(resolved.items()):
-            mine = slice(None) if len(members) == len(names) else np.isin(kinds, members)
-            ages = produced[mine]
-            if number:
-                left[mine] = lengths.remaining(name, ages, under_way if name == "" else ages)
-            else:  # of all kinds together, and a request without any token is one of them
-                of_all = lengths.remaining(name, np.append(ages, 0.0), under_way)
-                left[mine], self.mean_output = of_all[:-1], float(of_all[-1])
-        left = np.where(seen.expected > produced, seen.expected - produced, left)
+            ages, mine = produced[begun], begun
+            if len(resolved) > 1:
+                is_mine = np.isin(kinds, members)
+                mine = begun[is_mine[begun]]
+                ages = produced[mine]
+            ages = np.append(ages, 0.0)
+            expected = lengths.remaining(name, ages, under_way if name == "" or not number else ages)
+            if len(resolved) > 1:
+                left[is_mine] = expected[-1]
+            else:
+                left[:] = expected[-1]
+            left[mine] = expected[:-1]
+            if not number:  # of all kinds together
+                self.mean_output = float(expected[-1])
+        if seen.expected.any():
+            left = np.where(seen.expected > produced, seen.expected - produced, left)
         return np.minimum(np.maximum(left, 1.0), np.maximum(seen.most - produced, 1.0))
 
     def _costs(self, context: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
