@@ -335,7 +335,7 @@ class DuplexCache(KVCache):
         self._last_copy = id = self._last_copy + 1
         first, second = self._busy.get(hbm, 0), self._busy_dram.get(dram, 0)
         if not first or not second or first == second:
-            after = (first or second,) if first or second else ()
+            after: tuple[int, ...] = (first or second,) if first or second else ()
         else:
             after = (first, second) if first < second else (second, first)
         copy = BlockCopy(id, out, hbm, dram, after)

@@ -76,7 +76,9 @@ class _Ends(NamedTuple):
     @classmethod
     def of(cls, lengths: list[int]) -> _Ends:
         ends = np.array(lengths, dtype=float)
-        return cls(ends, np.arange(len(ends), 0, -1), np.diff(ends, append=ends[-1]), np.append(ends, 0.0), float(ends.sum()))
+        return cls(
+            ends, np.arange(len(ends), 0, -1), np.diff(ends, append=ends[-1]), np.append(ends, 0.0), float(ends.sum())
+        )
 
 
 class LengthPredictor:

@@ -7,8 +7,6 @@ import math
 from collections.abc import Generator, Iterator
 from itertools import chain
 
-import numpy as np
-
 from superinfer.runtime.kv.cache import KVCache, Node
 from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler.base import SchedulerLimits
@@ -19,7 +17,7 @@ from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 from superinfer.runtime.scheduler.queue import WaitingQueue
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status
 from superinfer.runtime.scheduler.siblings import Siblings
-from superinfer.runtime.scheduler.slices import finish
+from superinfer.runtime.scheduler.slices import Slice, finish
 from superinfer.runtime.scheduler.standing import HEAD, LEFTOVER_SHARE, Standing
 
 TRIAGE_S = 0.05  # how old a triage may be: a few steps
@@ -52,11 +50,11 @@ class Rota(BatchScheduler):
         self._siblings = Siblings(kv.page_size)
         self._looked = -math.inf  # when the last triage was
         self._arrived = 0  # how many came since the last one that is over began
-        self._looking: Generator[int, None, None] | None = None  # a look under way
-        self._next_slice = 0  # of it: about how many microseconds it will take
+        self._looking: Generator[Slice, None, None] | None = None  # a look under way
+        self._next_slice_us = 0.0  # about how long the next of its slices will take, microseconds
         self._taken_in = 0  # of `_arrived`
-        # Who began to wait since the last look began, the kept first, by when their work must begin; then the others, by
-        # age: the first HEAD of them. And who had by then, but after the one before it began, until it is over.
+        # Who began to wait since the last look began: the kept, by when their work must begin, then the others, by age;
+        # HEAD of them. And who had by then, but after the one before it began: until it is over.
         self._joined, self._seen = WaitingQueue(), WaitingQueue()
         self._moved = 0  # sequences displaced in the plan being made
         self._turns = MOST_TURNS  # kept streams that may be rotated out now
@@ -79,6 +77,9 @@ class Rota(BatchScheduler):
             self._standing.forecast.saw(sequence, len(sequence.tokens) - known)
         self._standing.asked += len(sequence.tokens) - known
         self._arrived += 1
+        if sequence.kept and not self._standing.is_worth(sequence):
+            roster = self._roster
+            roster.kept[sequence.row] = sequence.kept = False  # until a look has taken it in
         super().add(sequence)
         self._join(sequence)
 
@@ -114,22 +115,41 @@ class Rota(BatchScheduler):
         """By age alone: who is next is seen at each look, and costs no sequence its place in a sorted queue."""
         return (sequence.arrival, sequence.id)
 
-    def _start_by(self, sequence: Sequence) -> float:
-        """When the work on a sequence's next token must begin at the latest, were it alone."""
+    def _due(self, sequence: Sequence, early_s: float = 0.0) -> float:
+        """When a sequence's next token is due; if that is streamed, earlier by so much."""
         roster, row = self._roster, sequence.row
         pace, produced = float(roster.pace[row]), sequence.num_output + sequence.in_flight
-        due = float(roster.base[row]) - self._standing.early_s
+        due = float(roster.base[row]) - early_s
         if produced and pace < math.inf:
             due += produced * pace
         elif produced:
             due = math.inf
         left = max(1.0, float(roster.left[row]))
-        due = min(due, float(roster.deadline[row]) - left * self._standing.step_s)
+        return min(due, float(roster.deadline[row]) - left * self._standing.step_s)
+
+    def _start_by(self, sequence: Sequence) -> float:
+        """When the work on a sequence's next token must begin at the latest, were it alone."""
+        due = self._due(sequence, self._standing.early_s)
         if sequence.status is Status.RUNNING:
             return due
         if sequence.table is not None:  # the copies, behind as many others, and the step that notices
             return due - 2 * self._kv.blocks_for(sequence.scheduled) * self._block_s() - 2 * self._standing.step_s
-        return due - self._standing.units.prefill_s(float(roster.prefill[row] + roster.shared[row]))
+        row = sequence.row
+        return due - self._standing.units.prefill_s(float(self._roster.prefill[row] + self._roster.shared[row]))
+
+    def _is_lost(self, sequence: Sequence, now: float) -> bool:
+        """Whether a kept sequence that waits is too late by now, as the next look would find; it is let go then."""
+        roster, row = self._roster, sequence.row
+        needs_s = self._standing.units.prefill_s(float(roster.prefill[row])) + float(roster.load[row]) * self._block_s()
+        if self._due(sequence) - now >= needs_s or sequence is self._standing.aged:
+            return False
+        self._let_go(sequence)
+        return True
+
+    def _let_go(self, sequence: Sequence) -> None:
+        roster, row = self._roster, sequence.row
+        roster.give_up(row)
+        roster.kept[row] = roster.whole[row] = sequence.kept = False
 
     def _finish(self, sequence: Sequence, reason: FinishReason | None, now: float) -> None:
         if reason in ("stop", "length"):
@@ -263,10 +283,12 @@ class Rota(BatchScheduler):
             yield aged
         seen, joined = self._seen, self._joined
         before = (entry for entry in self._standing.next_kept() if entry[2] not in joined and entry[2] not in seen)
-        new = (
-            ((key[0], id, s) for key, id, s in queue.entries() if key[0] < math.inf) for queue in (seen, joined) if queue
-        )
-        for _, _, sequence in heapq.merge(before, *new):
+        new = [
+            ((key[0], id, s) for key, id, s in queue.entries() if key[0] < math.inf)
+            for queue in (seen, joined)
+            if len(queue)
+        ]
+        for _, _, sequence in heapq.merge(before, *new) if new else before:
             if sequence.status is Status.WAITING and flags[sequence.row] and sequence is not aged:
                 sequence.kept = True
                 yield sequence
@@ -281,6 +303,8 @@ class Rota(BatchScheduler):
                 continue
             is_back = sequence.table is not None
             if (is_back and backs_wait) or (not is_back and self._draft.budget <= 0):
+                continue
+            if self._is_lost(sequence, now):
                 continue
             start_by = self._start_by(sequence) if sequence is not self._standing.aged else now
             if is_back and start_by > now + 2 * self._standing.step_s and not self._has_room(sequence):
@@ -378,13 +402,18 @@ class Rota(BatchScheduler):
     def _by_dispensability(self, first: Sequence, slack: float, now: float) -> Iterator[Sequence]:
         """Who may make room for `first`: leftovers, then, with a second tier, kept streams far enough ahead."""
         if first.kept:
+            for sequence in self._running:
+                if sequence.kept and sequence.timeline.is_late and sequence is not self._standing.aged:
+                    self._let_go(sequence)  # as the next look would
             yield from sorted((s for s in self._running if not s.kept), key=lambda s: (-s.arrival, s.id))
         if self._rotation is None or self._turns < 1.0:
             return
         worth = now + max(0.0, slack) + TURNS * self._kv.num_blocks * self._block_s()
-        due, victims = self._standing.victims()
-        ahead = int(np.searchsorted(-due, -worth))  # how many are due later than that
-        yield from (victim for victim in victims[:ahead] if victim.kept)
+        for victim in self._standing.victims():  # in the order of the last look: since then all have come on alike
+            if victim.kept and victim.status is Status.RUNNING:
+                if self._due(victim, self._standing.early_s) <= worth:
+                    break
+                yield victim
 
     def _block_s(self) -> float:
         return self._rotation.block_s if self._rotation is not None else 0.0
@@ -409,18 +438,18 @@ class Rota(BatchScheduler):
             self._end_look()
 
     def _look_on(self, now: float) -> None:
-        """Begin a look if the last one may be old; do as much of the one under way as a plan has time for, and at least a
-        slice: so no plan takes long, however many are live."""
+        """Begin a look if the last one may be old; do as much of the one under way as a plan has time for, and at least
+        a slice: so no plan takes long, however many are live."""
         if self._looking is None:
             if now < self._looked + self._may_be_old_s():
                 return
             self._begin_look(now)
         assert self._looking is not None
-        room = max(float(self._next_slice), PLAN_US - DECODE_US * len(self._running))
-        while self._next_slice <= room:
-            room -= self._next_slice
+        room = max(self._next_slice_us, PLAN_US - DECODE_US * len(self._running))
+        while self._next_slice_us <= room:
+            room -= self._next_slice_us
             try:
-                self._next_slice = next(self._looking)
+                self._next_slice_us = next(self._looking).us
             except StopIteration:
                 self._end_look()
                 return
@@ -429,7 +458,7 @@ class Rota(BatchScheduler):
         self._looked, self._taken_in = now, self._arrived
         self._seen, self._joined = self._joined, WaitingQueue()
         self._looking = self._standing.look(self._running, self._block_s(), now)
-        self._next_slice = next(self._looking)
+        self._next_slice_us = next(self._looking).us
 
     def _end_look(self) -> None:
         self._looking, self._seen = None, WaitingQueue()

@@ -17,7 +17,16 @@ from superinfer.runtime.scheduler.forecast import Forecast
 from superinfer.runtime.scheduler.lengths import LengthPredictor
 from superinfer.runtime.scheduler.roster import Columns, Roster
 from superinfer.runtime.scheduler.sequence import Sequence, Status
-from superinfer.runtime.scheduler.triage import FIRST_TOKEN, HORIZONS, NOTHING, Demand, Verdicts, triage_in_slices
+from superinfer.runtime.scheduler.slices import Slice
+from superinfer.runtime.scheduler.triage import (
+    FIRST_TOKEN,
+    HORIZONS,
+    NOTHING,
+    Demand,
+    Verdicts,
+    prefill_price,
+    triage_in_slices,
+)
 
 LEFTOVER_SHARE = 0.05  # of the machine's time, for leftovers however much is promised to others: nobody starves
 # Steps by which a token is planned for before it is due. A request is read when the step under way is over, and waits
@@ -48,7 +57,7 @@ class Standing:
         self.units = cost.units()
         self.verdicts: Verdicts = NOTHING
         self._ahead = np.zeros(0, dtype=np.intp), np.zeros(0), np.zeros(0)  # victims in no order: rows, ids, due
-        self._victims: tuple[np.ndarray, list[Sequence]] | None = None
+        self._victims: list[Sequence] | None = None
         self._next_kept: tuple[list[float], list[float], list[int]] = ([], [], [])  # start, id, row
         self._next_rest: list[int] = []
         self.aged: Sequence | None = None
@@ -61,6 +70,7 @@ class Standing:
         self._square_s = self.step_s**2
         self.asked = 0.0
         self._matmul_s = 0.0
+        self._own_s = 0.0  # of a decode, without reading its own KV
 
     def observe(self, load: StepLoad, elapsed: float) -> None:
         """A step of this load took so many seconds."""
@@ -77,17 +87,17 @@ class Standing:
         """
         return EARLY * self._square_s / self.step_s
 
-    def look(self, residents: list[Sequence], block_s: float, now: float) -> Generator[int, None, None]:
+    def look(self, residents: list[Sequence], block_s: float, now: float) -> Generator[Slice, None, None]:
         """See what is lost, what is kept, and how much of the machine that asks for.
 
-        In slices, each yielded before it is done, as about so many rows: the first takes everybody in as of `now`, the
-        last tells those who are still there what came of it. Between them anything may happen to anyone.
+        In slices: the first takes everybody in as of `now`, the last two tell those who are still there what came of
+        it. Between them anything may happen to anyone.
 
-        residents: who runs, by the time of each slice; they are told whether they are kept. block_s: seconds of the link
-        for a block.
+        residents: who runs, by the time of each slice; they are told whether they are kept. block_s: of the link, for a
+        block.
         """
         roster = self.roster
-        yield 20 + len(residents) // 3 + len(roster.live) // 100
+        yield Slice("residents", 30 + len(residents) / 3 + len(roster.live) / 100)
         self.units = units = self._cost.units()
         is_resident = np.zeros(len(roster.live), dtype=bool)
         is_resident[roster.update(residents)] = True
@@ -96,7 +106,7 @@ class Standing:
         under_way, asked = roster.produced[roster.produced > 0.0], self.asked
         roster.fresh.clear()
 
-        yield 100 + len(rows) // 20
+        yield Slice("lengths and lateness", 130 + len(rows) / 20)
         seen = Columns(*table)
         left = self._left(seen, kinds, names, under_way)
         due, pace = seen.next_due(left, self.step_s)
@@ -117,18 +127,16 @@ class Standing:
             rows, here, left, due, pace = rows[fine], here[fine], left[fine], due[fine], pace[fine]
             prefill_s, link_s = prefill_s[fine], link_s[fine]
 
-        yield 50 + len(rows) // 20
+        yield Slice("costs", 45 + len(rows) / 25)
         token_s, held = self._costs(seen.context + left / 2)
         first = np.where(is_timed & (seen.produced == 0.0), FIRST_TOKEN, 0.0)
-        demand = Demand(
-            due - now, pace, left, prefill_s, token_s, link_s, seen.weight, first, held, held * self.step_s
-        )
+        demand = Demand(due - now, pace, left, prefill_s, token_s, link_s, seen.weight, first, held, held * self.step_s)
         if len(rows) and len(self.forecast):
-            yield 150
+            yield Slice("requests to come", 150)
             demand = self._with_foreseen(demand, now)
         verdicts = yield from triage_in_slices(demand, 1.0 - LEFTOVER_SHARE)
 
-        yield 50 + len(rows) // 20 + len(residents) // 5
+        yield Slice("who is told", 55 + len(rows) / 20 + len(residents) / 5)
         self.verdicts = verdicts
         there = self._are_there(rows, seen.id)
         streams, prefills = verdicts.streams[: len(rows)] & there, verdicts.prefills[: len(rows)] & there
@@ -145,7 +153,7 @@ class Standing:
         for sequence, is_kept in zip(residents, kept, strict=True):
             sequence.kept = is_kept
 
-        yield 50 + len(rows) // 20 + len(roster.live) // 80
+        yield Slice("who is next", 55 + len(rows) / 20 + len(roster.live) / 80)
         waits = np.flatnonzero(mine & ~here)
         is_back = seen.load[waits] > 0.0
         together_s = units.prefill_s((seen.prefill + seen.shared)[waits])
@@ -158,6 +166,17 @@ class Standing:
     def _are_there(self, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Whether the sequences that had these rows and ids still have them."""
         return self.roster.live[rows] & (self.roster.id[rows] == ids)
+
+    def is_worth(self, sequence: Sequence) -> bool:
+        """Whether a new sequence is worth as much for its cost as any prefill that was let go at the last look."""
+        if not self.verdicts.cut:
+            return True
+        roster, row, units = self.roster, sequence.row, self.units
+        left = max(1.0, min(float(roster.most[row]), float(roster.expected[row]) or self.mean_output))
+        prefill_s = units.prefill_s(float(roster.prefill[row]))
+        token_s = units.kv_s * (float(roster.context[row]) + left / 2) + self._own_s
+        first = FIRST_TOKEN if roster.base[row] < math.inf else 0.0
+        return prefill_price(float(roster.weight[row]), first, left * token_s, prefill_s) >= self.verdicts.cut
 
     def _age(self, now: float) -> None:
         """The leftover whose turn it is, however much is promised to others: the oldest, if it waits since long."""
@@ -181,7 +200,10 @@ class Standing:
         self._next_rest = rest[np.lexsort((roster.id[rest], roster.arrival[rest]))].tolist()
 
     def next_kept(self) -> Iterator[tuple[float, float, Sequence]]:
-        """Who of the kept that waited at the last look is next: when its work must begin, its id, itself; at most HEAD."""
+        """Who of the kept that waited at the last look is next: when its work must begin, its id, itself.
+
+        At most HEAD.
+        """
         sequences = self.roster.sequences
         for start, id, row in zip(*self._next_kept, strict=True):
             sequence = sequences[row]
@@ -259,15 +281,15 @@ class Standing:
         blocks = max(1.0, float(context.mean()) / self._kv.page_size)
         places = min(self._limits.num_slots, self._kv.num_blocks / blocks, float(len(context)))
         step_s = units.step_s + max(0.0, units.weights_s - self._matmul_s)
-        own_s = units.decode_s + units.token_s + step_s / max(1.0, places)
+        self._own_s = own_s = units.decode_s + units.token_s + step_s / max(1.0, places)
         return units.kv_s * context + own_s, np.maximum(context / tokens, 1.0 / self._limits.num_slots)
 
-    def victims(self) -> tuple[np.ndarray, list[Sequence]]:
-        """Kept residents of the last look, those furthest ahead first: when their next token is due, who they are."""
+    def victims(self) -> list[Sequence]:
+        """Kept residents of the last look, those then furthest ahead first."""
         if self._victims is None:  # seldom asked: not a part of every look
             rows, ids, due = self._ahead
             order = np.argsort(-due, kind="stable")
             order = order[self._are_there(rows[order], ids[order])]
             sequences = [self.roster.sequences[row] for row in rows[order].tolist()]
-            self._victims = due[order], [sequence for sequence in sequences if sequence is not None]
+            self._victims = [sequence for sequence in sequences if sequence is not None]
         return self._victims

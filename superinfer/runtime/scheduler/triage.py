@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from superinfer.runtime.scheduler.slices import finish
+from superinfer.runtime.scheduler.slices import Slice, finish
 
 # Seconds ahead at which supply and demand are compared: from a few steps to about as long as an answer takes.
 HORIZONS = np.array([0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
@@ -58,6 +58,7 @@ class Verdicts(NamedTuple):
     """prefills, streams: for each request, whether its prefill, and the rest, is kept; no stream without its prefill.
 
     prefill_load, decode_load, load: the most that the kept prefills, streams and both ask for of any horizon's time.
+    cut: the highest price (`prefill_price`) of a prefill that is let go; 0 if none is.
     """
 
     prefills: np.ndarray
@@ -65,6 +66,7 @@ class Verdicts(NamedTuple):
     prefill_load: float
     decode_load: float
     load: float
+    cut: float = 0.0
 
 
 NOTHING = Verdicts(np.zeros(0, dtype=bool), np.zeros(0, dtype=bool), 0.0, 0.0, 0.0)
@@ -116,24 +118,24 @@ def triage(demand: Demand, supply: float = 1.0) -> Verdicts:
     return finish(triage_in_slices(demand, supply))
 
 
-def triage_in_slices(demand: Demand, supply: float) -> Generator[int, None, Verdicts]:
-    """`triage`, that stops before each slice and says how many entries it will go through."""
+def triage_in_slices(demand: Demand, supply: float) -> Generator[Slice, None, Verdicts]:
+    """See `triage`."""
     count = len(demand.due)
     if not count:
         return NOTHING
-    yield 30 + count // 30
+    yield Slice("entries", 35 + count / 30)
     entries, is_ordered = _entries(demand), False
     if count > MOST:
         entries = entries.take(np.argpartition(_price(demand), -2 * MOST)[-2 * MOST :])
     has_link = bool(demand.link_s.any())
     for begin in range(0, len(HORIZONS), TOGETHER):
         horizons = HORIZONS[begin : begin + TOGETHER]
-        yield 40 + len(entries.which) // 50
+        yield Slice("horizons", 45 + len(entries.which) / 40)
         entries = entries.until(horizons)
         if not is_ordered:
             if _fit(entries, horizons, supply, has_link):
                 continue
-            yield 30 + len(entries.which) // 25
+            yield Slice("order", 80 + len(entries.which) / 12)
             is_ordered, entries = True, entries.take(np.argsort(_price(demand)[entries.which]))
         for at, horizon in enumerate(horizons.tolist(), begin):
             entries = _let_go(entries, entries.works[at], supply * horizon)
@@ -141,8 +143,12 @@ def triage_in_slices(demand: Demand, supply: float) -> Generator[int, None, Verd
                 entries = _let_go(entries, entries.works[at] * entries.table[HELD], horizon)
             if has_link:
                 entries = _let_go(entries, entries.link(horizon), horizon)
-    yield 25 + len(entries.which) // 50
-    return _verdicts(entries, count)
+    yield Slice("verdicts", 30 + len(entries.which) / 40)
+    verdicts = _verdicts(entries, count)
+    gone = ~verdicts.prefills & (demand.prefill_s > 0.0)
+    if not gone.any():
+        return verdicts
+    return verdicts._replace(cut=float(_price(demand)[count:][gone].max()))
 
 
 def _entries(demand: Demand) -> _Entries:
@@ -173,6 +179,13 @@ def _price(demand: Demand) -> np.ndarray:
     price = np.concatenate([np.where(apart, stream, both), np.where(apart, prefill, both)])
     price *= 1.0 + 1e-12 * np.arange(2 * count)  # the order of equals is theirs in the demand, on any machine
     return price
+
+
+def prefill_price(worth: float, first: float, decode_s: float, prefill_s: float) -> float:
+    """Of one request's prefill, as `_price` has it. decode_s: of all its tokens."""
+    prefill = worth * first / max(prefill_s, 1e-9)
+    is_apart = prefill >= worth * (1.0 - first) / max(decode_s, 1e-9)
+    return prefill if is_apart else worth / max(decode_s + prefill_s, 1e-9)
 
 
 def _fit(entries: _Entries, horizons: np.ndarray, supply: float, has_link: bool) -> bool:

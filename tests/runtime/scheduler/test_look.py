@@ -1,4 +1,4 @@
-"""A look at all live sequences comes in slices: what it comes to, whatever happens between them, and what each costs."""
+"""A look at all live sequences comes in slices: what it comes to, whatever happens between them, and what it costs."""
 
 from __future__ import annotations
 
@@ -70,7 +70,10 @@ class Crowd:
             sequence = self.live[who % len(self.live)]
             runs = sequence in self.residents
             if what == "run" and not runs:
-                sequence.status, sequence.kept = Status.RUNNING, bool(roster.kept[sequence.row])  # as who lets it in does
+                sequence.status, sequence.kept = (
+                    Status.RUNNING,
+                    bool(roster.kept[sequence.row]),
+                )  # as who lets it in does
                 sequence.resume_at = sequence.compute_length
                 self.residents.append(sequence)
             elif what == "produce" and runs:
@@ -97,7 +100,6 @@ class Crowd:
 def outcome(standing: Standing, live: list[Sequence]) -> dict[str, object]:
     """All that a look says."""
     roster = standing.roster
-    due, victims = standing.victims()
     return {
         "kept": [s.id for s in live if roster.kept[s.row]],
         "whole": [s.id for s in live if roster.whole[s.row]],
@@ -106,7 +108,7 @@ def outcome(standing: Standing, live: list[Sequence]) -> dict[str, object]:
         "left": {s.id: roster.left[s.row] for s in live},
         "next": [(start, id) for start, id, _ in standing.next_kept()],
         "rest": [s.id for s in standing.next_rest()],
-        "victims": sorted(zip(due.tolist(), (s.id for s in victims), strict=True)),
+        "victims": {s.id for s in standing.victims()},
         "aged": standing.aged and standing.aged.id,
         "numbers": (standing.promised, standing.tightest, standing.next_return, round(standing.kept_s, 9)),
         "loads": [round(load, 9) for load in standing.verdicts[2:]],
@@ -196,7 +198,7 @@ def test_between_slices_anyone_may_come_move_or_end(before, slices, between):
     live = set(crowd.live)
     assert not roster.kept[~roster.live].any()
     assert all(s in live for _, _, s in crowd.standing.next_kept())
-    assert all(s in live for s in crowd.standing.victims()[1])
+    assert all(s in live for s in crowd.standing.victims())
 
 
 def run_scheduler(scheduler: Rota, seconds: float, step_s: float = 0.02, start: float = 0.0) -> None:
@@ -228,9 +230,9 @@ def test_however_many_are_live_a_plan_looks_for_its_time_or_one_slice(crowded, m
 
     def counted(self, residents, block_s, now):
         slices = look(self, residents, block_s, now)
-        for cost in slices:
-            yield cost
-            plans[-1].append(cost)  # it is about to be done
+        for part in slices:
+            yield part
+            plans[-1].append(part.us)  # it is about to be done
 
     plan = Rota.plan
     monkeypatch.setattr(Standing, "look", counted)
