@@ -61,7 +61,8 @@ class Roster:
 
     live: the row is somebody's. late: its promise is broken for good. hopeful: it is live, something with a time was
     promised to it, and that is not late. kept: it is to be kept, and whole: not only for its first token's sake.
-    kind: index into `kinds`, of its length predictor. fresh: rows given away since the last look began.
+    kind: index into `kinds`, of its length predictor. fresh: rows of who has come or
+    been let in since the last look began.
     """
 
     id: np.ndarray

@@ -30,6 +30,7 @@ UNSEEN = 8  # unless so many have come since the last one
 MARGIN = 1.1  # times the share of a step that prefills are thought to need: what comes is not quite what was foreseen
 STEP_SHARE = 0.8  # of the tightest pace of a kept resident, the longest step: predictions err
 MAX_MOVED = 8  # sequences rotated out in one plan, more only for one that needs more: each takes the host 0.1 ms
+MAX_LOST = 32  # waiting sequences found too late in one plan: the others are in the next, or by a look
 # Gaps between tokens that may be rotations: fewer than one in a hundred, so that a stream's 99th percentile is a step.
 TURN_SHARE = 0.006
 MOST_TURNS = 64.0  # that may be saved up
@@ -275,14 +276,14 @@ class Rota(BatchScheduler):
 
     # ------------------------------------------------------------------ who gets in
 
-    def _waiting_kept(self) -> Iterator[Sequence]:
+    def _waiting_kept(self, now: float) -> Iterator[Sequence]:
         """The kept that wait, whose work must begin soonest first."""
         aged, flags = self._standing.aged, self._roster.kept
         if aged is not None and aged.status is Status.WAITING:
             aged.kept = True
             yield aged
         seen, joined = self._seen, self._joined
-        before = (entry for entry in self._standing.next_kept() if entry[2] not in joined and entry[2] not in seen)
+        before = (entry for entry in self._standing.next_kept(now) if entry[2] not in joined and entry[2] not in seen)
         new = [
             ((key[0], id, s) for key, id, s in queue.entries() if key[0] < math.inf)
             for queue in (seen, joined)
@@ -295,8 +296,8 @@ class Rota(BatchScheduler):
 
     def _admit_kept(self, now: float) -> None:
         """Let kept sequences in, soonest due first; for one whose turn it is, rotate out whoever is furthest ahead."""
-        backs_wait = False
-        for sequence in self._waiting_kept():
+        backs_wait, lost = False, 0
+        for sequence in self._waiting_kept(now):
             if backs_wait and self._draft.budget <= 0:
                 break
             if sequence.is_under_way:
@@ -305,6 +306,9 @@ class Rota(BatchScheduler):
             if (is_back and backs_wait) or (not is_back and self._draft.budget <= 0):
                 continue
             if self._is_lost(sequence, now):
+                lost += 1
+                if lost == MAX_LOST:
+                    break
                 continue
             start_by = self._start_by(sequence) if sequence is not self._standing.aged else now
             if is_back and start_by > now + 2 * self._standing.step_s and not self._has_room(sequence):
@@ -358,6 +362,7 @@ class Rota(BatchScheduler):
 
     def _let_in(self, sequence: Sequence, now: float) -> None:
         self._waiting.remove(sequence)
+        self._roster.fresh.append(sequence.row)  # what a look under way will say of it is about one that waits
         self._draft.init.append(self._start(sequence, now))
         if self._draft.budget > 0 and self._can_wait(sequence):
             self._work(sequence, min(self._draft.budget, sequence.resume_at - sequence.scheduled))

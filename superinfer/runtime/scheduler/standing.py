@@ -58,7 +58,7 @@ class Standing:
         self.verdicts: Verdicts = NOTHING
         self._ahead = np.zeros(0, dtype=np.intp), np.zeros(0), np.zeros(0)  # victims in no order: rows, ids, due
         self._victims: list[Sequence] | None = None
-        self._next_kept: tuple[list[float], list[float], list[int]] = ([], [], [])  # start, id, row
+        self._next_kept: tuple[list[float], ...] = ([], [], [], [])  # start, id, row, last
         self._next_rest: list[int] = []
         self.aged: Sequence | None = None
         self.tightest = math.inf
@@ -116,7 +116,7 @@ class Standing:
         there = self._are_there(rows, seen.id)
         roster.left[rows[there]] = left[there]
         is_timed = np.isfinite(seen.base)
-        due = due - np.where(is_timed, self.early_s, 0.0)
+        true_due, due = due, due - np.where(is_timed, self.early_s, 0.0)
         fine = np.isfinite(due)
         if late.any():
             roster.give_up(rows[late & there])
@@ -125,7 +125,7 @@ class Standing:
             table, is_timed = table.compress(fine, axis=1), is_timed[fine]
             seen = Columns(*table)
             rows, here, left, due, pace = rows[fine], here[fine], left[fine], due[fine], pace[fine]
-            prefill_s, link_s = prefill_s[fine], link_s[fine]
+            prefill_s, link_s, true_due = prefill_s[fine], link_s[fine], true_due[fine]
 
         yield Slice("costs", 45 + len(rows) / 25)
         token_s, held = self._costs(seen.context + left / 2)
@@ -158,10 +158,11 @@ class Standing:
         is_back = seen.load[waits] > 0.0
         together_s = units.prefill_s((seen.prefill + seen.shared)[waits])
         start = due[waits] - np.where(is_back, 2.0 * (link_s[waits] + self.step_s), together_s)
+        last = (true_due - prefill_s - link_s)[waits]
         self.next_return = float(start[is_back].min(initial=math.inf))
         rest = roster.live & ~roster.kept  # those who have come since run already, or are new
         rest[: len(is_resident)] &= ~is_resident
-        self._line_up(rows[waits], seen.id[waits], start, np.flatnonzero(rest))
+        self._line_up(rows[waits], seen.id[waits], start, last, np.flatnonzero(rest))
 
     def _are_there(self, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Whether the sequences that had these rows and ids still have them."""
@@ -187,28 +188,30 @@ class Standing:
         if self.aged is not None:
             roster.kept[self.aged.row] = True
 
-    def _line_up(self, kept: np.ndarray, ids: np.ndarray, start: np.ndarray, rest: np.ndarray) -> None:
-        """Note who is next: of the rows of the kept that wait, and of all others'."""
+    def _line_up(
+        self, kept: np.ndarray, ids: np.ndarray, start: np.ndarray, last: np.ndarray, rest: np.ndarray
+    ) -> None:
+        """Note who is next: of the rows of the kept that wait, and of all others'. start, last: when the work of each
+        must begin, as it is planned, and lest it is late."""
         roster = self.roster
         if len(kept) > HEAD:
             first = np.argpartition(start, HEAD)[:HEAD]
-            kept, ids, start = kept[first], ids[first], start[first]
+            kept, ids, start, last = kept[first], ids[first], start[first], last[first]
         order = np.lexsort((ids, start))
-        self._next_kept = start[order].tolist(), ids[order].tolist(), kept[order].tolist()
+        self._next_kept = tuple(column[order].tolist() for column in (start, ids, kept, last))
         if len(rest) > HEAD:
             rest = rest[np.argpartition(roster.arrival[rest], HEAD)[:HEAD]]
         self._next_rest = rest[np.lexsort((roster.id[rest], roster.arrival[rest]))].tolist()
 
-    def next_kept(self) -> Iterator[tuple[float, float, Sequence]]:
-        """Who of the kept that waited at the last look is next: when its work must begin, its id, itself.
-
-        At most HEAD.
-        """
+    def next_kept(self, now: float) -> Iterator[tuple[float, float, Sequence]]:
+        """Who of the kept that waited at the last look, and is not too late, is next: when its work must begin, its id,
+        itself. At most HEAD."""
         sequences = self.roster.sequences
-        for start, id, row in zip(*self._next_kept, strict=True):
-            sequence = sequences[row]
-            if sequence is not None and sequence.id == id:
-                yield start, id, sequence
+        for start, id, row, last in zip(*self._next_kept, strict=True):
+            if last >= now:
+                sequence = sequences[row]
+                if sequence is not None and sequence.id == id:
+                    yield start, id, sequence
 
     def next_rest(self) -> Iterator[Sequence]:
         """Who of the others is next: the oldest, at most HEAD. As `next_kept`."""

@@ -135,8 +135,9 @@ def triage_in_slices(demand: Demand, supply: float) -> Generator[Slice, None, Ve
         if not is_ordered:
             if _fit(entries, horizons, supply, has_link):
                 continue
-            yield Slice("order", 80 + len(entries.which) / 12)
+            yield Slice("order", 50 + len(entries.which) / 20)
             is_ordered, entries = True, entries.take(np.argsort(_price(demand)[entries.which]))
+            yield Slice("let go", 60 + len(entries.which) / 15)
         for at, horizon in enumerate(horizons.tolist(), begin):
             entries = _let_go(entries, entries.works[at], supply * horizon)
             if entries.works[at] @ entries.table[HELD] > CLOSE * horizon:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.protocol import Hints
 from superinfer.runtime.scheduler import rota as module
-from superinfer.runtime.scheduler import standing
+from superinfer.runtime.scheduler import standing, triage
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepCost, StepRates
 from superinfer.runtime.scheduler.plan import StepResult
@@ -23,6 +23,7 @@ from superinfer.runtime.scheduler.rota import Rota
 from superinfer.runtime.scheduler.sequence import Sequence, Status
 from superinfer.runtime.scheduler.slices import finish
 from superinfer.runtime.scheduler.standing import Standing
+from superinfer.runtime.scheduler.triage import Demand
 from superinfer.runtime.slo import SLO
 
 STREAM = SLO(ttft=1.0, tbt=0.1)
@@ -106,7 +107,7 @@ def outcome(standing: Standing, live: list[Sequence]) -> dict[str, object]:
         "hopeful": [s.id for s in live if roster.hopeful[s.row]],
         "told": [s.id for s in live if s.status is Status.RUNNING and s.kept],
         "left": {s.id: roster.left[s.row] for s in live},
-        "next": [(start, id) for start, id, _ in standing.next_kept()],
+        "next": [(start, id) for start, id, _ in standing.next_kept(-math.inf)],
         "rest": [s.id for s in standing.next_rest()],
         "victims": {s.id for s in standing.victims()},
         "aged": standing.aged and standing.aged.id,
@@ -176,7 +177,7 @@ def test_what_is_kept_up_to_date_is_what_would_be_made_from_nothing(acts):
 
 
 @settings(max_examples=100, deadline=None)
-@given(acts, st.integers(1, 12), acts)
+@given(acts, st.integers(2, 12), acts)  # the first has taken everybody in
 def test_between_slices_anyone_may_come_move_or_end(before, slices, between):
     """Those who end are forgotten, those who come keep what they came with, all others hear what came of it."""
     crowd = Crowd()
@@ -197,7 +198,7 @@ def test_between_slices_anyone_may_come_move_or_end(before, slices, between):
             assert sequence.kept == roster.kept[sequence.row] or sequence not in there
     live = set(crowd.live)
     assert not roster.kept[~roster.live].any()
-    assert all(s in live for _, _, s in crowd.standing.next_kept())
+    assert all(s in live for _, _, s in crowd.standing.next_kept(-math.inf))
     assert all(s in live for s in crowd.standing.victims())
 
 
@@ -293,3 +294,54 @@ def test_columns_name_all_of_a_row():
     roster = crowd.standing.roster
     columns = Columns(*roster.columns(np.array([crowd.live[0].row])))
     assert columns.prompt == [33.0] and columns.pace == [0.1] and columns.base == pytest.approx([1.01])
+
+
+def overloaded(monkeypatch) -> Rota:
+    """Four seconds of prompts are to be computed within one; the look that says so is over. Then a slice a plan."""
+    scheduler = build_scheduler("rota", KVCache(40_000, 16), SchedulerLimits(64, 2048, 8192))
+    for number in range(200):
+        scheduler.add(Sequence(id=number, prompt=[number] * 1000, max_tokens=100, arrival=0.0, slo=STREAM))
+    scheduler._look(0.0)
+    monkeypatch.setattr(module, "PLAN_US", 0.0)
+    return scheduler
+
+
+def test_who_comes_dearer_than_those_let_go_is_not_kept_before_it_is_looked_at(monkeypatch):
+    scheduler = overloaded(monkeypatch)
+    roster = scheduler._roster
+    assert 0 < scheduler._standing.promised < 200
+    dear = Sequence(id=300, prompt=[300] * 4000, max_tokens=100, arrival=0.0, slo=STREAM)
+    cheap = Sequence(id=301, prompt=[301] * 20, max_tokens=100, arrival=0.0, slo=STREAM)
+    for sequence in (dear, cheap):
+        scheduler.add(sequence)
+    assert (dear.kept, cheap.kept) == (False, True)
+    scheduler._look(0.0)
+    assert (roster.kept[dear.row], roster.kept[cheap.row]) == (False, True)
+
+
+@given(
+    st.floats(0.1, 10.0),
+    st.sampled_from([0.0, 0.5]),
+    st.floats(1.0, 500.0),
+    st.floats(1e-5, 1e-2),
+    st.floats(1e-4, 5.0),
+)
+def test_a_newcomer_is_priced_as_in_a_triage(worth, first, left, token_s, prefill_s):
+    columns = {"left": left, "token_s": token_s, "prefill_s": prefill_s, "worth": worth, "first": first}
+    demand = Demand(*(np.full(1, columns.get(name, 0.0)) for name in Demand._fields))
+    price = triage.prefill_price(worth, first, left * token_s, prefill_s)
+    assert triage._price(demand)[1] == pytest.approx(price, rel=1e-9)
+
+
+def test_who_is_too_late_by_now_is_let_go_before_the_next_look_says_so(monkeypatch):
+    scheduler = build_scheduler("rota", KVCache(400, 16), SchedulerLimits(1, 64, 4096))
+    late = Sequence(id=1, prompt=[1] * 40, max_tokens=50, arrival=0.0, slo=STREAM)
+    scheduler.add(late)
+    scheduler._look(0.0)
+    assert late.kept
+    monkeypatch.setattr(module, "PLAN_US", 0.0)  # the look that the next plan begins is not over with it
+    good = Sequence(id=2, prompt=[2] * 40, max_tokens=50, arrival=2.0, slo=STREAM)
+    scheduler.add(good)
+    plan = scheduler.plan(2.0)
+    assert list(scheduler._planned[plan.step]) == [good]
+    assert not late.kept
