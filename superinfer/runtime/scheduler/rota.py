@@ -29,7 +29,9 @@ DECODE_US = 1.0  # that a decode takes of it
 UNSEEN = 8  # unless so many have come since the last one
 MARGIN = 1.1  # times the share of a step that prefills are thought to need: what comes is not quite what was foreseen
 STEP_SHARE = 0.8  # of the tightest pace of a kept resident, the longest step: predictions err
-MAX_MOVED = 8  # sequences rotated out in one plan, more only for one that needs more: each takes the host 0.1 ms
+# Sequences rotated out in one plan: one in so many that run, or LEAST_MOVED, more only for one that needs more. Each
+# takes the host 0.1 to 0.2 ms, hidden behind a step that is longer the more run.
+MOVED_OF, LEAST_MOVED = 64, 2
 MAX_LOST = 32  # waiting sequences found too late in one plan: the others are in the next, or by a look
 # Gaps between tokens that may be rotations: fewer than one in a hundred, so that a stream's 99th percentile is a step.
 TURN_SHARE = 0.006
@@ -378,7 +380,7 @@ class Rota(BatchScheduler):
         """
         if slack > PRESSING_STEPS * self._standing.step_s and not self._is_worth_moving(first.compute_length):
             return False  # who goes would have to be computed again
-        if self._moved >= MAX_MOVED:
+        if self._moved >= max(LEAST_MOVED, len(self._running) // MOVED_OF):
             return False
         missing = self._kv.blocks_for(first.compute_length) - self._kv.num_available
         missing -= sum(node.holders > 0 for node in (path if first.table is None else first.table.nodes))
