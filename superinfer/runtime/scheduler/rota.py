@@ -25,14 +25,14 @@ LOOKED_AT = 2048  # live sequences; with more it may be older in proportion, so 
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
 BUSY = 0.7  # share of the machine's time asked for, below which, if nobody is let go, requests are taken without a look
 PLAN_US = 450.0  # of a plan's time, microseconds: what decodes leave of it is for looking
-DECODE_US = 1.0  # that a decode takes of it
+DECODE_US = 1.1  # that a decode takes of it
 UNSEEN = 8  # unless so many have come since the last one
 MARGIN = 1.1  # times the share of a step that prefills are thought to need: what comes is not quite what was foreseen
 STEP_SHARE = 0.8  # of the tightest pace of a kept resident, the longest step: predictions err
 # Sequences rotated out in one plan: one in so many that run, or LEAST_MOVED, more only for one that needs more. Each
 # takes the host 0.1 to 0.2 ms, hidden behind a step that is longer the more run.
 MOVED_OF, LEAST_MOVED = 64, 2
-MAX_LOST = 32  # waiting sequences found too late in one plan: the others are in the next, or by a look
+MAX_LOST = 16  # waiting sequences found too late in one plan: the others are in the next, or by a look
 # Gaps between tokens that may be rotations: fewer than one in a hundred, so that a stream's 99th percentile is a step.
 TURN_SHARE = 0.006
 MOST_TURNS = 64.0  # that may be saved up

@@ -132,7 +132,7 @@ class Standing:
         first = np.where(is_timed & (seen.produced == 0.0), FIRST_TOKEN, 0.0)
         demand = Demand(due - now, pace, left, prefill_s, token_s, link_s, seen.weight, first, held, held * self.step_s)
         if len(rows) and len(self.forecast):
-            yield Slice("requests to come", 150)
+            yield Slice("requests to come", 180)
             demand = self._with_foreseen(demand, now)
         verdicts = yield from triage_in_slices(demand, 1.0 - LEFTOVER_SHARE)
 

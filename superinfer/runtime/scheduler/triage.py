@@ -135,7 +135,7 @@ def triage_in_slices(demand: Demand, supply: float) -> Generator[Slice, None, Ve
         if not is_ordered:
             if _fit(entries, horizons, supply, has_link):
                 continue
-            yield Slice("order", 50 + len(entries.which) / 20)
+            yield Slice("order", 60 + len(entries.which) / 12)
             is_ordered, entries = True, entries.take(np.argsort(_price(demand)[entries.which]))
             yield Slice("let go", 60 + len(entries.which) / 15)
         for at, horizon in enumerate(horizons.tolist(), begin):
@@ -144,7 +144,7 @@ def triage_in_slices(demand: Demand, supply: float) -> Generator[Slice, None, Ve
                 entries = _let_go(entries, entries.works[at] * entries.table[HELD], horizon)
             if has_link:
                 entries = _let_go(entries, entries.link(horizon), horizon)
-    yield Slice("verdicts", 30 + len(entries.which) / 40)
+    yield Slice("verdicts", 50 + len(entries.which) / 30)
     verdicts = _verdicts(entries, count)
     gone = ~verdicts.prefills & (demand.prefill_s > 0.0)
     if not gone.any():
