@@ -31,7 +31,7 @@ MARGIN = 1.1  # times the share of a step that prefills are thought to need: wha
 STEP_SHARE = 0.8  # of the tightest pace of a kept resident, the longest step: predictions err
 # Sequences rotated out in one plan: one in so many that run, or LEAST_MOVED, more only for one that needs more. Each
 # takes the host 0.1 to 0.2 ms, hidden behind a step that is longer the more run.
-MOVED_OF, LEAST_MOVED = 64, 2
+MOVED_OF, LEAST_MOVED = 64, 4
 MAX_LOST = 16  # waiting sequences found too late in one plan: the others are in the next, or by a look
 # Gaps between tokens that may be rotations: fewer than one in a hundred, so that a stream's 99th percentile is a step.
 TURN_SHARE = 0.006
