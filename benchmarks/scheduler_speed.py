@@ -2,16 +2,21 @@
 
 Decoding steps of a full batch, alone and behind a long queue, of which nobody is late yet; then the simulator, with
 about 4,000 and 16,000 requests live. CPU time of the thread, as other processes of the machine are no part of it; a
-busy machine still makes it longer, so a loop of fixed work is timed beside it (`unit_ms`: 1,500 additions).
+busy machine still makes it longer, so a loop of fixed work is timed beside it (`unit_ms`: 1,500 additions). Garbage is
+collected as seldom as in a serving engine (runtime/server/serve.py). `looks`: the slices of RotaSched's look at
+everybody (runtime/scheduler/standing.py), one by one, in the same steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import gc
 import os
 import random
 import statistics
 import time
+from collections.abc import Generator
 from typing import Any
 
 from record import write
@@ -21,6 +26,8 @@ from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.plan import StepResult
 from superinfer.runtime.scheduler.registry import POLICIES, build_scheduler
 from superinfer.runtime.scheduler.sequence import Sequence
+from superinfer.runtime.scheduler.slices import Slice
+from superinfer.runtime.scheduler.standing import Standing
 from superinfer.runtime.sim.hardware import profile_of
 from superinfer.runtime.sim.shapes import shape_of
 from superinfer.runtime.sim.simulate import SimConfig, simulate
@@ -44,6 +51,41 @@ def unit_time() -> float:
     for number in range(1500):
         total += pair[number & 1]
     return time.thread_time() - started
+
+
+class LookTimes:
+    """While entered, times each slice of each look: `took`, by what it is, microseconds."""
+
+    def __init__(self) -> None:
+        self.took: dict[str, list[float]] = collections.defaultdict(list)
+
+    def __enter__(self) -> LookTimes:
+        self._look = look = Standing.look
+
+        def timed(*given: Any) -> Generator[Slice, None, None]:
+            slices = look(*given)
+            part = next(slices)
+            while True:
+                yield part
+                started = time.thread_time()
+                following = next(slices, None)
+                self.took[part.what].append((time.thread_time() - started) * 1e6)
+                if following is None:
+                    return
+                part = following
+
+        Standing.look = timed  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        Standing.look = self._look  # type: ignore[method-assign]
+
+    def medians(self, looks: int) -> dict[str, dict[str, float]]:
+        """Of each kind of slice: its median, microseconds, and how many a look has."""
+        return {
+            what: {"p50_us": statistics.median(took), "a_look": len(took) / max(1, looks)}
+            for what, took in self.took.items()
+        }
 
 
 def step_times(policy: str, resident: int, waiting: int, steps: int, blocked: bool, dram: bool) -> dict[str, float]:
@@ -96,6 +138,7 @@ def step_times(policy: str, resident: int, waiting: int, steps: int, blocked: bo
     return {
         "plan_p50_ms": statistics.median(plans),
         "plan_p90_ms": statistics.quantiles(plans, n=10)[8],
+        "plan_p99_ms": statistics.quantiles(plans, n=100)[98],
         "plan_max_ms": max(plans),
         "commit_p50_ms": statistics.median(commits),
         "unit_ms": statistics.median(units),
@@ -128,23 +171,30 @@ def simulated_rate(policy: str, live: int) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, write results/scheduler-speed.json."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=480)
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument("--live", type=int, nargs="*", default=[4000, 16_000])
     arguments = parser.parse_args()
     policies = arguments.policies.split(",")
     resident = 256
     steps: list[dict[str, Any]] = []
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
     for policy in policies:
         for waiting, blocked, dram in CASES:
             times = step_times(policy, resident, waiting, arguments.steps, blocked, dram)
             case = {"resident": resident, "waiting": waiting, "blocked": blocked, "dram": dram}
             steps.append({"policy": policy} | case | times)
+            if policy == "rota":  # anew: a clock in every slice is no part of the times above
+                with LookTimes() as looks:
+                    step_times(policy, resident, waiting, arguments.steps, blocked, dram)
+                steps[-1]["looks"] = looks.medians(len(looks.took["residents"]))
             print(
                 f"{policy:9} {resident} resident, {waiting:6,} waiting for {'blocks' if blocked else 'slots '}"
                 f"{' with DRAM' if dram else '          '}: plan {times['plan_p50_ms']:.3f} ms (p90 "
-                f"{times['plan_p90_ms']:.3f}, max {times['plan_max_ms']:.3f}), commit {times['commit_p50_ms']:.3f} ms, "
-                f"unit {times['unit_ms']:.3f} ms",
+                f"{times['plan_p90_ms']:.3f}, p99 {times['plan_p99_ms']:.3f}, max {times['plan_max_ms']:.3f}), "
+                f"commit {times['commit_p50_ms']:.3f} ms, unit {times['unit_ms']:.3f} ms",
                 flush=True,
             )
     simulated: list[dict[str, Any]] = []

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
 
-@dataclass(frozen=True, slots=True)
-class BlockCopy:
+
+class BlockCopy(msgspec.Struct, frozen=True, gc=False):  # made for every block that moves: a tenth of a dataclass
     """One whole block moves: HBM to DRAM when `out`, else DRAM to HBM.
 
     id: grows with every copy planned. hbm, dram: block ids of the two pools.

@@ -50,8 +50,12 @@ class PendingCopies:
     def plan(self, out: bool, hbm: int, dram: int, owner: TierNode | TierTable) -> int:
         """Plan one, after those pending on its two blocks. Returns its id."""
         self._last = id = self._last + 1
-        before = {self.on_hbm.get(hbm, 0), self.on_dram.get(dram, 0)} - {0}
-        copy = BlockCopy(id, out, hbm, dram, tuple(sorted(before)))
+        first, second = self.on_hbm.get(hbm, 0), self.on_dram.get(dram, 0)
+        if not first or not second or first == second:
+            after: tuple[int, ...] = (first or second,) if first or second else ()
+        else:
+            after = (first, second) if first < second else (second, first)
+        copy = BlockCopy(id, out, hbm, dram, after)
         self.on_hbm[hbm] = self.on_dram[dram] = id
         self._known[id] = (copy, owner)
         self.num_out += out

@@ -39,6 +39,9 @@ class Forecast:
         self._count = 0
         self._since = 0.0
 
+    def __len__(self) -> int:
+        return min(self._count, REMEMBERED)
+
     def saw(self, sequence: Sequence, prompt: int) -> None:
         """A request came. prompt: tokens to compute."""
         slo = sequence.slo

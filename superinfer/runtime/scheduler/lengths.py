@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,12 +20,14 @@ class Lengths:
     def __init__(self) -> None:
         self._in_order: deque[int] = deque()
         self._sorted: list[int] = []
+        self._ends: _Ends | None = None  # the same as arrays, once asked for
 
     def __len__(self) -> int:
         return len(self._sorted)
 
     def learn(self, length: int) -> None:
         """An answer ended after this many tokens."""
+        self._ends = None
         if len(self._in_order) == HISTORY:
             oldest = self._in_order.popleft()
             del self._sorted[bisect_right(self._sorted, oldest) - 1]
@@ -43,18 +46,39 @@ class Lengths:
         way count, as longer than they are by now: the Kaplan-Meier estimate of how many reach each length. Beyond the
         longest answer seen, tokens come with the chance of an end that all of them had (an exponential tail).
         """
-        ends = np.array(self._sorted, dtype=float)
-        begun = np.sort(live[live > 0.0])
-        at_risk = np.arange(len(ends), 0, -1) + (len(begun) - np.searchsorted(begun, ends))
-        share = np.cumprod(1.0 - 1.0 / at_risk)  # that goes on beyond each end
-        tail = (ends.sum() + float(live.sum())) / len(ends)
-        steps = np.diff(ends, append=ends[-1])
-        ahead = (share * steps)[::-1].cumsum()[::-1] + share[-1] * tail  # token-shares beyond each end
-        before = np.searchsorted(ends, produced, side="right")  # ends that are not beyond what has been produced
-        first = np.append(ends, 0.0)[before] - produced  # to the next end; of those beyond all, not used
-        reached = np.concatenate([[1.0], share])[before]
-        beyond = first + np.append(ahead, 0.0)[before] / np.maximum(reached, 1e-9)
-        return np.maximum(1.0, np.where(before == len(ends), tail, beyond))
+        if self._ends is None:
+            self._ends = _Ends.of(self._sorted)
+        known, begun = self._ends, np.sort(live[live > 0.0])
+        count = len(known.lengths)
+        reached = np.empty(count + 1)  # share that gets beyond so many ends
+        reached[0], share = 1.0, reached[1:]
+        at_risk = known.at_least + (len(begun) - begun.searchsorted(known.lengths))
+        np.cumprod(1.0 - 1.0 / at_risk, out=share)
+        tail = (known.total + float(begun.sum())) / count
+        ahead = np.zeros(count + 1)  # token-shares beyond each end
+        ahead[:count] = (share * known.steps)[::-1].cumsum()[::-1] + share[-1] * tail
+        before = known.lengths.searchsorted(produced, side="right")  # ends that are not beyond what has been produced
+        first = known.bounds[before] - produced  # to the next end; of those beyond all, not used
+        beyond = first + ahead[before] / np.maximum(reached, 1e-9)[before]
+        return np.maximum(1.0, np.where(before == count, tail, beyond))
+
+
+class _Ends(NamedTuple):
+    """Lengths in order. at_least: how many are at least as long as each, itself and those after it. steps: from each to
+    the next one. bounds: lengths, and 0 for what is beyond all. total: their sum."""
+
+    lengths: np.ndarray
+    at_least: np.ndarray
+    steps: np.ndarray
+    bounds: np.ndarray
+    total: float
+
+    @classmethod
+    def of(cls, lengths: list[int]) -> _Ends:
+        ends = np.array(lengths, dtype=float)
+        return cls(
+            ends, np.arange(len(ends), 0, -1), np.diff(ends, append=ends[-1]), np.append(ends, 0.0), float(ends.sum())
+        )
 
 
 class LengthPredictor:

@@ -23,6 +23,17 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return (sequence for _, _, sequence in self._entries)
 
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence.id in self._keys
+
+    def entries(self) -> list[tuple[Key, int, Sequence]]:
+        """Keys, ids and sequences, in order: a copy, that nobody who joins or leaves disturbs."""
+        return self._entries[:]
+
+    def drop_last(self) -> None:
+        """The last of them waits no longer. IndexError if there is none."""
+        del self._keys[self._entries.pop()[1]]
+
     def add(self, sequence: Sequence, key: Key) -> None:
         """Let the sequence wait; its id must not be waiting already."""
         assert sequence.id not in self._keys, f"sequence {sequence.id} waits already"

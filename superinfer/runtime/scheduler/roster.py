@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from superinfer.runtime.scheduler.sequence import Sequence
 
-COLUMNS = (
-    "id",
-    "prompt",  # tokens of it
-    "arrival",
-    "base",  # when token 0 is due, s; inf: nothing is promised
-    "pace",  # from one token's due time to the next one's, s; inf: only the first is promised
-    "deadline",  # s; inf: none
-    "weight",
-    "produced",  # tokens generated, or planned to be
-    "most",  # max_tokens
-    "expected",  # output tokens that the caller expects; 0: it does not say
-    "context",  # tokens whose KV the next decode reads
-    "prefill",  # tokens to compute before the next one can be sampled; 0 for what decodes or is rotated out
-    "shared",  # prompt tokens that siblings have too: whoever comes first computes them, and all come together
-    "left",  # tokens still to come, as last predicted
-    "load",  # blocks to bring back before the next one; 0 for what has none in DRAM
-)
+FLAGS = ("late", "live", "hopeful", "kept", "whole")
 FIRST_ROWS = 256
 
 
-class Roster:
-    """One row for each live sequence, at `sequence.row`. Times are seconds on the engine's clock.
+class Columns(NamedTuple):
+    """What is known of sequences in numbers, one entry of each array a sequence. Times are seconds on the engine's
+    clock.
 
-    late: its promise is broken for good. kept: it is to be kept, and whole: not only for its first token's sake.
-    kind: index into `kinds`, of its length predictor.
+    prompt: tokens of it. base: when token 0 is due; inf: nothing is promised. pace: from one token's due time to the
+        next one's; inf: only the first is promised. deadline: inf: none.
+    produced: tokens generated, or planned to be. most: max_tokens. expected: output tokens that the caller expects; 0:
+        it does not say. context: tokens whose KV the next decode reads.
+    prefill: tokens to compute before the next one can be sampled; 0 for what decodes or is rotated out.
+    shared: prompt tokens that siblings have too: whoever comes first computes them, and all come together.
+    left: tokens still to come, as last predicted. load: blocks to bring back before the next one; 0 for what has none
+        in DRAM.
     """
 
     id: np.ndarray
@@ -51,18 +43,60 @@ class Roster:
     left: np.ndarray
     load: np.ndarray
 
+    def next_due(self, left: np.ndarray, quickest: float) -> tuple[np.ndarray, np.ndarray]:
+        """When the next token of each is due, s, and its pace. left: tokens to come; quickest: a resident's pace."""
+        pace, produced = self.pace, self.produced
+        paced = np.isfinite(pace)
+        stream = self.base + np.where(paced, produced * np.where(paced, pace, 0.0), 0.0)
+        if not paced.all():
+            stream[~paced & (produced > 0)] = math.inf
+        if np.isinf(self.deadline).all():
+            return stream, pace
+        end = self.deadline - left * quickest
+        return np.minimum(stream, end), np.where(end < stream, quickest, pace)
+
+
+class Roster:
+    """One row for each live sequence, at `sequence.row`. It has all of `Columns` as attributes, by row.
+
+    live: the row is somebody's. late: its promise is broken for good. hopeful: it is live, something with a time was
+    promised to it, and that is not late. kept: it is to be kept, and whole: not only for its first token's sake.
+    kind: index into `kinds`, of its length predictor. fresh: rows of who has come or
+    been let in since the last look began.
+    """
+
+    id: np.ndarray
+    prompt: np.ndarray
+    arrival: np.ndarray
+    base: np.ndarray
+    pace: np.ndarray
+    deadline: np.ndarray
+    weight: np.ndarray
+    produced: np.ndarray
+    most: np.ndarray
+    expected: np.ndarray
+    context: np.ndarray
+    prefill: np.ndarray
+    shared: np.ndarray
+    left: np.ndarray
+    load: np.ndarray
+    late: np.ndarray
+    live: np.ndarray
+    hopeful: np.ndarray
+    kept: np.ndarray
+    whole: np.ndarray
+
     def __init__(self) -> None:
-        self._table = np.zeros((len(COLUMNS), FIRST_ROWS))
+        self._table = np.zeros((len(Columns._fields), FIRST_ROWS))
+        self._flags = np.zeros((len(FLAGS), FIRST_ROWS), dtype=bool)
         self._name()
-        self.late = np.zeros(FIRST_ROWS, dtype=bool)
-        self.live = np.zeros(FIRST_ROWS, dtype=bool)
-        self.kept = np.zeros(FIRST_ROWS, dtype=bool)
-        self.whole = np.zeros(FIRST_ROWS, dtype=bool)
         self.kind = np.zeros(FIRST_ROWS, dtype=np.int32)
         self.kinds: list[tuple[str, ...]] = []
         self.sequences: list[Sequence | None] = [None] * FIRST_ROWS
+        self.fresh: list[int] = []
         self._kind_ids: dict[tuple[str, ...], int] = {}
         self._free = list(range(FIRST_ROWS - 1, -1, -1))
+        self._untimed: set[int] = set()  # rows of streams that are timed from a first token that has not come
 
     def add(self, sequence: Sequence, prefill: int, shared: int = 0) -> None:
         """Give a new sequence its row. prefill: tokens to compute; shared: of its prompt, what siblings compute."""
@@ -86,41 +120,67 @@ class Roster:
         self.expected[row] = (hints.expected_tokens or 0.0) if hints is not None else 0.0
         self.context[row], self.prefill[row], self.load[row] = len(sequence.tokens), prefill, 0
         self.left[row], self.shared[row] = self.most[row], shared
-        self.late[row], self.live[row] = False, True
+        self.late[row], self.whole[row], self.live[row] = False, False, True
+        self.hopeful[row] = min(self.base[row], self.deadline[row]) < math.inf
+        if self.pace[row] < math.inf and self.base[row] == math.inf:
+            self._untimed.add(row)
         sequence.kept = self.kept[row] = slo is not None and slo.promises_anything
         self.kind[row] = self._kind_of(sequence)
         self.sequences[row] = sequence
+        self.fresh.append(row)
 
     def remove(self, sequence: Sequence) -> None:
         """The sequence ended."""
         row = sequence.row
-        self.live[row] = False
+        self.live[row] = self.hopeful[row] = self.kept[row] = False
+        self.produced[row] = 0
         self.sequences[row] = None
+        self._untimed.discard(row)
         self._free.append(row)
         sequence.row = -1
 
-    def update(self, sequences: list[Sequence], rows: np.ndarray) -> None:
-        """Note how far sequences have come, whose rows these are."""
+    def update(self, sequences: list[Sequence]) -> np.ndarray:
+        """Note how far sequences that run have come; returns their rows."""
+        rows = self.rows_of(sequences)
         lengths = np.array([s.length for s in sequences], dtype=float)
         self.context[rows] = lengths
         self.produced[rows] = lengths - self.prompt[rows]
-        self.prefill[rows] = np.maximum(np.array([s.resume_at - s.scheduled for s in sequences], dtype=float), 0.0)
-        self.load[rows] = 0
-        self.late[rows] |= np.array([s.is_late for s in sequences], dtype=bool)
-        for row in rows[np.isinf(self.base[rows]) & np.isfinite(self.pace[rows])].tolist():
-            sequence = self.sequences[row]  # a stream without a ttft is timed from its first token
-            assert sequence is not None
-            if sequence.timeline.first is not None:
-                self.base[row] = sequence.arrival + sequence.timeline.first
+        self.prefill[rows] = self.load[rows] = 0.0
+        for sequence in [s for s in sequences if s.cohort is None and s.scheduled < s.resume_at]:
+            self.prefill[sequence.row] = sequence.resume_at - sequence.scheduled
+        late = [s.row for s in sequences if s.is_late]
+        if late:
+            self.give_up(np.array(late))
+        if self._untimed:
+            self._time([s for s in sequences if s.row in self._untimed])
+        return rows
 
-    def due(self, rows: np.ndarray, left: np.ndarray, quickest: float) -> tuple[np.ndarray, np.ndarray]:
-        """When the next token of each is due, s, and its pace. left: tokens to come; quickest: a resident's pace."""
-        produced, pace = self.produced[rows], self.pace[rows]
-        paced = np.isfinite(pace)
-        stream = self.base[rows] + np.where(paced, produced * np.where(paced, pace, 0.0), 0.0)
-        stream = np.where(~paced & (produced > 0), math.inf, stream)
-        end = self.deadline[rows] - left * quickest
-        return np.minimum(stream, end), np.where(end < stream, quickest, pace)
+    def rows_of(self, sequences: list[Sequence]) -> np.ndarray:
+        """The rows of these."""
+        return np.array([s.row for s in sequences], dtype=np.intp)
+
+    def columns(self, rows: np.ndarray) -> np.ndarray:
+        """[len(Columns), rows]: how the sequences of these rows stand now, a copy."""
+        return self._table.take(rows, axis=1)
+
+    def keep(self, rows: np.ndarray, whole: np.ndarray) -> None:
+        """The sequences of these rows are kept, and of `whole` all of them; all others are not, but for fresh ones."""
+        fresh = self.kept[self.fresh]
+        self.kept[:] = self.whole[:] = False
+        self.kept[rows] = self.whole[whole] = True
+        self.kept[self.fresh] = fresh
+
+    def give_up(self, rows: np.ndarray | int) -> None:
+        """What was promised to the sequences of these rows is late for good."""
+        self.late[rows], self.hopeful[rows] = True, False
+
+    def _time(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            if sequence.timeline.first is not None:
+                row = sequence.row
+                self.base[row] = sequence.arrival + sequence.timeline.first
+                self.hopeful[row] = not self.late[row]
+                self._untimed.discard(row)
 
     def _kind_of(self, sequence: Sequence) -> int:
         kinds = tuple(name for name in (sequence.program, sequence.slo_class) if name)
@@ -142,15 +202,12 @@ class Roster:
     def _grow(self) -> None:
         size = len(self.sequences)
         self._table = np.hstack([self._table, np.zeros_like(self._table)])
+        self._flags = np.hstack([self._flags, np.zeros_like(self._flags)])
         self._name()
-        self.late = np.append(self.late, np.zeros(size, dtype=bool))
-        self.live = np.append(self.live, np.zeros(size, dtype=bool))
-        self.kept = np.append(self.kept, np.zeros(size, dtype=bool))
-        self.whole = np.append(self.whole, np.zeros(size, dtype=bool))
         self.kind = np.append(self.kind, np.zeros(size, dtype=np.int32))
         self.sequences += [None] * size
         self._free = list(range(2 * size - 1, size - 1, -1))
 
     def _name(self) -> None:
-        for name, column in zip(COLUMNS, self._table, strict=True):
+        for name, column in zip(Columns._fields + FLAGS, [*self._table, *self._flags], strict=True):
             setattr(self, name, column)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import chain
-from operator import itemgetter
-
-import numpy as np
 
 from superinfer.runtime.kv.cache import KVCache, Node
 from superinfer.runtime.protocol import FinishReason
@@ -18,18 +15,25 @@ from superinfer.runtime.scheduler.cohort import Cohort
 from superinfer.runtime.scheduler.cost import StepCost
 from superinfer.runtime.scheduler.draft import Draft
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
+from superinfer.runtime.scheduler.queue import WaitingQueue
 from superinfer.runtime.scheduler.sequence import Sequence, Status, StepUpdates
 from superinfer.runtime.scheduler.siblings import Siblings
+from superinfer.runtime.scheduler.slices import Slice, finish
 from superinfer.runtime.scheduler.standing import HEAD, LEFTOVER_SHARE, Standing
 
 TRIAGE_S = 0.05  # how old a triage may be: a few steps
 LOOKED_AT = 2048  # live sequences; with more it may be older in proportion, so that looking takes no more of the time
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
 BUSY = 0.7  # share of the machine's time asked for, below which, if nobody is let go, requests are taken without a look
+PLAN_US = 450.0  # of a plan's time, microseconds: what decodes leave of it is for looking
+DECODE_US = 1.1  # that a decode takes of it
 UNSEEN = 8  # unless so many have come since the last one
 MARGIN = 1.1  # times the share of a step that prefills are thought to need: what comes is not quite what was foreseen
 STEP_SHARE = 0.8  # of the tightest pace of a kept resident, the longest step: predictions err
-MAX_MOVED = 8  # sequences rotated out in one plan, more only for one that needs more: each takes the host 0.1 ms
+# Sequences rotated out in one plan: one in so many that run, or LEAST_MOVED, more only for one that needs more. Each
+# takes the host 0.1 to 0.2 ms, hidden behind a step that is longer the more run.
+MOVED_OF, LEAST_MOVED = 64, 4
+MAX_LOST = 16  # waiting sequences found too late in one plan: the others are in the next, or by a look
 # Gaps between tokens that may be rotations: fewer than one in a hundred, so that a stream's 99th percentile is a step.
 TURN_SHARE = 0.006
 MOST_TURNS = 64.0  # that may be saved up
@@ -49,8 +53,13 @@ class Rota(BatchScheduler):
         self._roster = self._standing.roster
         self._siblings = Siblings(kv.page_size)
         self._looked = -math.inf  # when the last triage was
-        self._arrived = 0  # how many, since
-        self._joined: list[Sequence] = []  # who began to wait since then
+        self._arrived = 0  # how many came since the last one that is over began
+        self._looking: Generator[Slice, None, None] | None = None  # a look under way
+        self._next_slice_us = 0.0  # about how long the next of its slices will take, microseconds
+        self._taken_in = 0  # of `_arrived`
+        # Who began to wait since the last look began: the kept, by when their work must begin, then the others, by age;
+        # HEAD of them. And who had by then, but after the one before it began: until it is over.
+        self._joined, self._seen = WaitingQueue(), WaitingQueue()
         self._moved = 0  # sequences displaced in the plan being made
         self._turns = MOST_TURNS  # kept streams that may be rotated out now
         self._credit = 0.0  # seconds of machine time that leftovers may use now
@@ -73,8 +82,11 @@ class Rota(BatchScheduler):
             self._standing.forecast.saw(sequence, len(sequence.tokens) - known)
         self._standing.asked += len(sequence.tokens) - known
         self._arrived += 1
-        self._joined.append(sequence)
+        if sequence.kept and not self._standing.is_worth(sequence):
+            roster = self._roster
+            roster.kept[sequence.row] = sequence.kept = False  # until a look has taken it in
         super().add(sequence)
+        self._join(sequence)
 
     def overload(self, sequence: Sequence, now: float) -> float | None:
         """See Scheduler.overload. It may stay if it is kept beside all that were promised something before it.
@@ -91,7 +103,8 @@ class Rota(BatchScheduler):
             return None
         if self.admission == "refuse":
             return max(1.0, self._standing.kept_s)
-        roster.late[sequence.row] = sequence.is_degraded = True
+        roster.give_up(sequence.row)
+        sequence.is_degraded = True
         roster.kept[sequence.row] = sequence.kept = False
         return None
 
@@ -107,22 +120,42 @@ class Rota(BatchScheduler):
         """By age alone: who is next is seen at each look, and costs no sequence its place in a sorted queue."""
         return (sequence.arrival, sequence.id)
 
-    def _start_by(self, sequence: Sequence) -> float:
-        """When the work on a sequence's next token must begin at the latest, were it alone."""
+    def _due(self, sequence: Sequence, early_s: float = 0.0) -> float:
+        """When a sequence's next token is due; if that is streamed, earlier by so much."""
         roster, row = self._roster, sequence.row
         pace, produced = float(roster.pace[row]), sequence.num_output + sequence.in_flight
-        due = float(roster.base[row]) - self._standing.early_s
+        due = float(roster.base[row]) - early_s
         if produced and pace < math.inf:
             due += produced * pace
         elif produced:
             due = math.inf
         left = max(1.0, float(roster.left[row]))
-        due = min(due, float(roster.deadline[row]) - left * self._standing.step_s)
+        return min(due, float(roster.deadline[row]) - left * self._standing.step_s)
+
+    def _start_by(self, sequence: Sequence) -> float:
+        """When the work on a sequence's next token must begin at the latest, were it alone."""
+        due = self._due(sequence, self._standing.early_s)
         if sequence.status is Status.RUNNING:
             return due
         if sequence.table is not None:  # the copies, behind as many others, and the step that notices
             return due - 2 * self._kv.blocks_for(sequence.scheduled) * self._block_s() - 2 * self._standing.step_s
-        return due - self._standing.units.prefill_s(float(roster.prefill[row] + roster.shared[row]))
+        row = sequence.row
+        return due - self._standing.units.prefill_s(float(self._roster.prefill[row] + self._roster.shared[row]))
+
+    def _is_lost(self, sequence: Sequence, now: float) -> bool:
+        """Whether a kept sequence that waits is too late by now, as the next look would find; it is let go then."""
+        roster, row = self._roster, sequence.row
+        needs_s = self._standing.units.prefill_s(float(roster.prefill[row])) + float(roster.load[row]) * self._block_s()
+        if self._due(sequence) - now >= needs_s or sequence is self._standing.aged:
+            return False
+        self._let_go(sequence)
+        return True
+
+    def _let_go(self, sequence: Sequence) -> None:
+        roster, row = self._roster, sequence.row
+        roster.give_up(row)
+        roster.kept[row] = roster.whole[row] = sequence.kept = False
+        self._part(sequence)
 
     def _finish(self, sequence: Sequence, reason: FinishReason | None, now: float) -> None:
         if reason in ("stop", "length"):
@@ -140,8 +173,7 @@ class Rota(BatchScheduler):
 
     def plan(self, now: float) -> StepPlan | None:
         """See Scheduler.plan."""
-        if now >= self._looked + self._may_be_old_s():
-            self._look(now)
+        self._look_on(now)
         if self._rotation is not None:
             self._rotation.watch(now)
         passed, self._planned_at, self._moved = max(0.0, now - self._planned_at), now, 0
@@ -168,6 +200,10 @@ class Rota(BatchScheduler):
             self._prefill(leftovers, now)
             self._admit_leftovers(now)
             self._credit -= self._standing.units.prefill_s(draft.prefill - before)
+        if not draft.num_sequences and self._looking is not None:  # time to look at those who wait for it
+            self._finish_look()
+            self._admit_kept(now)
+            self._admit_leftovers(now)
         if not draft.num_sequences and self._rotation is not None:
             self._wait_with_first(now)
         if draft.prefill:
@@ -179,7 +215,7 @@ class Rota(BatchScheduler):
 
     def _may_be_old_s(self) -> float:
         """How old the last triage may be by now, seconds. Until the next, who joins is looked at singly: not many."""
-        if len(self._joined) > HEAD:
+        if len(self._joined) == HEAD:
             return TRIAGE_S / 4
         age_s = TRIAGE_S * max(1.0, (len(self._running) + len(self._waiting)) / LOOKED_AT)
         return age_s / 4 if self._arrived else age_s
@@ -245,28 +281,39 @@ class Rota(BatchScheduler):
 
     # ------------------------------------------------------------------ who gets in
 
-    def _waiting_kept(self) -> Iterator[Sequence]:
+    def _waiting_kept(self, now: float) -> Iterator[Sequence]:
         """The kept that wait, whose work must begin soonest first."""
         aged, flags = self._standing.aged, self._roster.kept
         if aged is not None and aged.status is Status.WAITING:
             aged.kept = True
             yield aged
-        joined = {s for s in self._joined if s.status is Status.WAITING and flags[s.row] and s is not aged}
-        new = sorted((self._start_by(s), s.id, s) for s in joined)
-        before = (entry for entry in self._standing.next_kept() if entry[2] not in joined)  # theirs is a new place
-        for _, _, sequence in heapq.merge(before, new, key=itemgetter(0, 1)) if new else before:
-            if sequence.status is Status.WAITING and flags[sequence.row]:
+        seen, joined = self._seen, self._joined
+        before = (entry for entry in self._standing.next_kept(now) if entry[2] not in joined and entry[2] not in seen)
+        new = [
+            ((key[0], id, s) for key, id, s in queue.entries() if key[0] < math.inf)
+            for queue in (seen, joined)
+            if len(queue)
+        ]
+        for _, _, sequence in heapq.merge(before, *new) if new else before:
+            if sequence.status is Status.WAITING and flags[sequence.row] and sequence is not aged:
                 sequence.kept = True
                 yield sequence
 
     def _admit_kept(self, now: float) -> None:
         """Let kept sequences in, soonest due first; for one whose turn it is, rotate out whoever is furthest ahead."""
-        backs_wait = False
-        for sequence in self._waiting_kept():
+        backs_wait, lost = False, 0
+        for sequence in self._waiting_kept(now):
+            if backs_wait and self._draft.budget <= 0:
+                break
             if sequence.is_under_way:
                 continue
             is_back = sequence.table is not None
             if (is_back and backs_wait) or (not is_back and self._draft.budget <= 0):
+                continue
+            if self._is_lost(sequence, now):
+                lost += 1
+                if lost == MAX_LOST:
+                    break
                 continue
             start_by = self._start_by(sequence) if sequence is not self._standing.aged else now
             if is_back and start_by > now + 2 * self._standing.step_s and not self._has_room(sequence):
@@ -289,7 +336,8 @@ class Rota(BatchScheduler):
     def _admit_leftovers(self, now: float) -> None:
         """Let leftovers in, oldest first, where there is room beyond what the running may soon need."""
         has_displaced = False
-        for sequence in chain(self._standing.next_rest(), list(self._joined)):
+        new = (entry[2] for queue in (self._seen, self._joined) for entry in queue.entries())
+        for sequence in chain(self._standing.next_rest(), new):
             if self._draft.budget <= 0 or not self._free_slots:
                 break
             if sequence.status is not Status.WAITING or self._roster.kept[sequence.row] or sequence.is_under_way:
@@ -319,6 +367,7 @@ class Rota(BatchScheduler):
 
     def _let_in(self, sequence: Sequence, now: float) -> None:
         self._waiting.remove(sequence)
+        self._roster.fresh.append(sequence.row)  # what a look under way will say of it is about one that waits
         self._draft.init.append(self._start(sequence, now))
         if self._draft.budget > 0 and self._can_wait(sequence):
             self._work(sequence, min(self._draft.budget, sequence.resume_at - sequence.scheduled))
@@ -334,7 +383,7 @@ class Rota(BatchScheduler):
         """
         if slack > PRESSING_STEPS * self._standing.step_s and not self._is_worth_moving(first.compute_length):
             return False  # who goes would have to be computed again
-        if self._moved >= MAX_MOVED:
+        if self._moved >= max(LEAST_MOVED, len(self._running) // MOVED_OF):
             return False
         missing = self._kv.blocks_for(first.compute_length) - self._kv.num_available
         missing -= sum(node.holders > 0 for node in (path if first.table is None else first.table.nodes))
@@ -363,13 +412,18 @@ class Rota(BatchScheduler):
     def _by_dispensability(self, first: Sequence, slack: float, now: float) -> Iterator[Sequence]:
         """Who may make room for `first`: leftovers, then, with a second tier, kept streams far enough ahead."""
         if first.kept:
+            for sequence in self._running:
+                if sequence.kept and sequence.is_late and sequence is not self._standing.aged:
+                    self._let_go(sequence)  # as the next look would
             yield from sorted((s for s in self._running if not s.kept), key=lambda s: (-s.arrival, s.id))
         if self._rotation is None or self._turns < 1.0:
             return
         worth = now + max(0.0, slack) + TURNS * self._kv.num_blocks * self._block_s()
-        due, victims = self._standing.victims
-        ahead = int(np.searchsorted(-due, -worth))  # how many are due later than that
-        yield from (victim for victim in victims[:ahead] if victim is not None and victim.kept)
+        for victim in self._standing.victims():  # in the order of the last look: since then all have come on alike
+            if victim.kept and victim.status is Status.RUNNING:
+                if self._due(victim, self._standing.early_s) <= worth:
+                    break
+                yield victim
 
     def _block_s(self) -> float:
         return self._rotation.block_s if self._rotation is not None else 0.0
@@ -382,16 +436,64 @@ class Rota(BatchScheduler):
     # ------------------------------------------------------------------ triage
 
     def _look(self, now: float) -> None:
-        """Triage: who is kept from now on."""
-        self._looked, self._arrived, self._joined = now, 0, []
-        self._standing.look(self._running, self._block_s(), now)
-        for sequence in self._running:  # who is no longer kept, or is now, changes its cohort
+        """Triage, all of it: who is kept from now on."""
+        self._finish_look()
+        self._begin_look(now)
+        self._finish_look()
+
+    def _finish_look(self) -> None:
+        """Do what is left of a look under way."""
+        if self._looking is not None:
+            finish(self._looking)
+            self._end_look()
+
+    def _look_on(self, now: float) -> None:
+        """Begin a look if the last one may be old; do as much of the one under way as a plan has time for, and at least
+        a slice: so no plan takes long, however many are live."""
+        if self._looking is None:
+            if now < self._looked + self._may_be_old_s():
+                return
+            self._begin_look(now)
+        assert self._looking is not None
+        room = max(self._next_slice_us, PLAN_US - DECODE_US * len(self._running))
+        while self._next_slice_us <= room:
+            room -= self._next_slice_us
+            try:
+                self._next_slice_us = next(self._looking).us
+            except StopIteration:
+                self._end_look()
+                return
+        self._sort_cohorts()
+
+    def _begin_look(self, now: float) -> None:
+        self._looked, self._taken_in = now, self._arrived
+        self._seen, self._joined = self._joined, WaitingQueue()
+        self._looking = self._standing.look(self._running, self._block_s(), now)
+        self._next_slice_us = next(self._looking).us
+
+    def _end_look(self) -> None:
+        self._looking, self._seen = None, WaitingQueue()
+        self._arrived -= self._taken_in
+        self._sort_cohorts()
+
+    def _sort_cohorts(self) -> None:
+        """Who is no longer kept, or is now, leaves its cohort for the other."""
+        for sequence in self._running:
             if sequence.cohort is not None and (sequence.cohort is self._cohort) is not sequence.kept:
                 self._part(sequence)
 
     def _wait_again(self, sequence: Sequence, now: float, stage: str) -> None:
         super()._wait_again(sequence, now, stage)
-        self._joined.append(sequence)
+        self._join(sequence)
+
+    def _join(self, sequence: Sequence) -> None:
+        for queue in (self._joined, self._seen):
+            if sequence in queue:
+                queue.remove(sequence)
+        is_kept = self._roster.kept[sequence.row]
+        self._joined.add(sequence, (self._start_by(sequence),) if is_kept else (math.inf, sequence.arrival))
+        if len(self._joined) > HEAD:
+            self._joined.drop_last()
 
     def _rotate_out(self, sequence: Sequence, now: float) -> bool:
         """See BatchScheduler. DRAM that is full of leftovers makes room for who is kept: the latest is forgotten."""
@@ -399,7 +501,7 @@ class Rota(BatchScheduler):
             return False
         roster, row = self._roster, sequence.row
         roster.produced[row] = sequence.num_output + sequence.in_flight
-        roster.context[row] = len(sequence.tokens) + sequence.in_flight
+        roster.context[row] = sequence.length
         roster.prefill[row] = max(0, sequence.resume_at - sequence.scheduled)
         roster.load[row] = self._kv.blocks_for(sequence.scheduled)
         while not super()._rotate_out(sequence, now):

@@ -6,7 +6,7 @@ docs/rotasched.md says why. Nothing here changes who runs: that is the policy's 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 
@@ -15,9 +15,18 @@ from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepCost, StepLoad
 from superinfer.runtime.scheduler.forecast import Forecast
 from superinfer.runtime.scheduler.lengths import LengthPredictor
-from superinfer.runtime.scheduler.roster import Roster
+from superinfer.runtime.scheduler.roster import Columns, Roster
 from superinfer.runtime.scheduler.sequence import Sequence, Status
-from superinfer.runtime.scheduler.triage import FIRST_TOKEN, HORIZONS, NOTHING, Demand, Verdicts, triage
+from superinfer.runtime.scheduler.slices import Slice
+from superinfer.runtime.scheduler.triage import (
+    FIRST_TOKEN,
+    HORIZONS,
+    NOTHING,
+    Demand,
+    Verdicts,
+    prefill_price,
+    triage_in_slices,
+)
 
 LEFTOVER_SHARE = 0.05  # of the machine's time, for leftovers however much is promised to others: nobody starves
 # Steps by which a token is planned for before it is due. A request is read when the step under way is over, and waits
@@ -36,7 +45,6 @@ class Standing:
     kept_s the machine time that all of them still ask for. tightest: pace of the kept residents that promise most.
     asked: prompt tokens that the kept are still to compute.
     mean_output: tokens that a request without any is expected to have.
-    victims: kept residents, those furthest ahead first: when their next token is due, and who they are.
     next_return: when the first of the kept that are rotated out has to be let in.
     aged: a leftover that has waited long enough: served before all others until it ends.
     """
@@ -48,8 +56,9 @@ class Standing:
         self.forecast = Forecast()
         self.units = cost.units()
         self.verdicts: Verdicts = NOTHING
-        self.victims: tuple[np.ndarray, list[Sequence | None]] = (np.zeros(0), [])
-        self._next_kept: tuple[list[float], list[float], list[int]] = ([], [], [])  # start, id, row
+        self._ahead = np.zeros(0, dtype=np.intp), np.zeros(0), np.zeros(0)  # victims in no order: rows, ids, due
+        self._victims: list[Sequence] | None = None
+        self._next_kept: tuple[list[float], ...] = ([], [], [], [])  # start, id, row, last
         self._next_rest: list[int] = []
         self.aged: Sequence | None = None
         self.tightest = math.inf
@@ -61,6 +70,7 @@ class Standing:
         self._square_s = self.step_s**2
         self.asked = 0.0
         self._matmul_s = 0.0
+        self._own_s = 0.0  # of a decode, without reading its own KV
 
     def observe(self, load: StepLoad, elapsed: float) -> None:
         """A step of this load took so many seconds."""
@@ -77,91 +87,131 @@ class Standing:
         """
         return EARLY * self._square_s / self.step_s
 
-    def look(self, residents: list[Sequence], block_s: float, now: float) -> None:
+    def look(self, residents: list[Sequence], block_s: float, now: float) -> Generator[Slice, None, None]:
         """See what is lost, what is kept, and how much of the machine that asks for.
 
-        residents: who runs; they are told whether they are kept. block_s: seconds of the link for a block.
-        """
-        self.units = units = self._cost.units()
-        roster = self.roster
-        running = np.array([s.row for s in residents], dtype=np.intp)
-        roster.update(residents, running)
-        live = np.flatnonzero(roster.live)
-        is_resident = np.zeros(len(roster.live), dtype=bool)
-        is_resident[running] = True
-        produced = roster.produced[live]
-        # Whoever may still be kept: all below is about these.
-        rows = live[~roster.late[live] & np.isfinite(np.minimum(roster.base[live], roster.deadline[live]))]
-        roster.left[rows] = left = self._left(rows, produced)
-        due, pace = roster.due(rows, left, self.step_s)
-        early = np.where(np.isfinite(roster.base[rows]), self.early_s, 0.0)
-        prefill_s, link_s = units.prefill_s(roster.prefill[rows]), roster.load[rows] * block_s
-        here = is_resident[rows]
-        needs_s = np.where(here, np.where(prefill_s > 0.0, prefill_s, -np.inf), prefill_s + link_s)
-        late = due - now < needs_s
-        roster.late[rows[late]] = True
-        due = due - early
-        fine = ~late & np.isfinite(due)
-        rows, left, due, pace, here = rows[fine], left[fine], due[fine], pace[fine], here[fine]
-        prefill_s, link_s = prefill_s[fine], np.where(here, 0.0, link_s[fine])
-        produced = roster.produced[rows]
-        context = roster.context[rows] + left / 2
-        token_s = self._token_s(context)
-        first = np.where((produced == 0) & np.isfinite(roster.base[rows]), FIRST_TOKEN, 0.0)
-        held, weight = self._held(context), roster.weight[rows]
-        demand = Demand(due - now, pace, left, prefill_s, token_s, link_s, weight, first, held, held * self.step_s)
-        self.verdicts = verdicts = triage(self._with_foreseen(demand, now), 1.0 - LEFTOVER_SHARE)
-        streams, prefills = verdicts.streams[: len(rows)], verdicts.prefills[: len(rows)]
-        mine = np.where(produced > 0, streams, prefills)
-        were_kept = roster.kept[running]
-        roster.whole[:] = roster.kept[:] = False
-        roster.kept[rows], roster.whole[rows] = mine, streams
-        self.promised = int(mine.sum())
-        self.kept_s = float((prefill_s + left * token_s)[mine].sum())
-        self._age(live, now)
-        now_kept = roster.kept[running]
-        for at in np.flatnonzero(now_kept != were_kept).tolist():
-            residents[at].kept = bool(now_kept[at])
-        self._order_victims(rows[mine & here], due[mine & here], pace[mine & here])
-        waits = mine & ~here
-        self.asked = float(roster.prefill[rows[mine]].sum())
-        together_s = units.prefill_s(roster.prefill[rows] + roster.shared[rows])
-        start = due - np.where(roster.load[rows] > 0.0, 2.0 * (link_s + self.step_s), together_s)
-        self.next_return = float(start[waits & (roster.load[rows] > 0.0)].min(initial=math.inf))
-        self._line_up(rows[waits], start[waits], live[~roster.kept[live] & ~is_resident[live]])
+        In slices: the first takes everybody in as of `now`, the last two tell those who are still there what came of
+        it. Between them anything may happen to anyone.
 
-    def _age(self, live: np.ndarray, now: float) -> None:
+        residents: who runs, by the time of each slice; they are told whether they are kept. block_s: of the link, for a
+        block.
+        """
+        roster = self.roster
+        yield Slice("residents", 30 + len(residents) / 3 + len(roster.live) / 100)
+        self.units = units = self._cost.units()
+        is_resident = np.zeros(len(roster.live), dtype=bool)
+        is_resident[roster.update(residents)] = True
+        rows = np.flatnonzero(roster.hopeful)  # who may still be kept: all below is about these
+        table, kinds, names, here = roster.columns(rows), roster.kind[rows], roster.kinds, is_resident[rows]
+        under_way, asked = roster.produced[roster.produced > 0.0], self.asked
+        roster.fresh.clear()
+
+        yield Slice("lengths and lateness", 130 + len(rows) / 20)
+        seen = Columns(*table)
+        left = self._left(seen, kinds, names, under_way)
+        due, pace = seen.next_due(left, self.step_s)
+        prefill_s, link_s = units.prefill_s(seen.prefill), seen.load * block_s
+        late = due - now < prefill_s + link_s
+        late &= ~here | (prefill_s > 0.0)
+        there = self._are_there(rows, seen.id)
+        roster.left[rows[there]] = left[there]
+        is_timed = np.isfinite(seen.base)
+        true_due, due = due, due - np.where(is_timed, self.early_s, 0.0)
+        fine = np.isfinite(due)
+        if late.any():
+            roster.give_up(rows[late & there])
+            fine &= ~late
+        if not fine.all():
+            table, is_timed = table.compress(fine, axis=1), is_timed[fine]
+            seen = Columns(*table)
+            rows, here, left, due, pace = rows[fine], here[fine], left[fine], due[fine], pace[fine]
+            prefill_s, link_s, true_due = prefill_s[fine], link_s[fine], true_due[fine]
+
+        yield Slice("costs", 45 + len(rows) / 25)
+        token_s, held = self._costs(seen.context + left / 2)
+        first = np.where(is_timed & (seen.produced == 0.0), FIRST_TOKEN, 0.0)
+        demand = Demand(due - now, pace, left, prefill_s, token_s, link_s, seen.weight, first, held, held * self.step_s)
+        if len(rows) and len(self.forecast):
+            yield Slice("requests to come", 180)
+            demand = self._with_foreseen(demand, now)
+        verdicts = yield from triage_in_slices(demand, 1.0 - LEFTOVER_SHARE)
+
+        yield Slice("who is told", 55 + len(rows) / 20 + len(residents) / 5)
+        self.verdicts = verdicts
+        there = self._are_there(rows, seen.id)
+        streams, prefills = verdicts.streams[: len(rows)] & there, verdicts.prefills[: len(rows)] & there
+        mine = np.where(seen.produced > 0.0, streams, prefills)
+        roster.keep(rows[mine], rows[streams])
+        self.promised = int(np.count_nonzero(mine))
+        self.kept_s = float((prefill_s + left * token_s)[mine].sum())
+        self.asked += float(seen.prefill[mine].sum()) - asked
+        self._age(now)
+        runs = np.flatnonzero(mine & here)
+        self._ahead, self._victims = (rows[runs], seen.id[runs], due[runs]), None
+        self.tightest = float(pace[runs].min(initial=math.inf))
+        kept = roster.kept[roster.rows_of(residents)].tolist()
+        for sequence, is_kept in zip(residents, kept, strict=True):
+            sequence.kept = is_kept
+
+        yield Slice("who is next", 55 + len(rows) / 20 + len(roster.live) / 80)
+        waits = np.flatnonzero(mine & ~here)
+        is_back = seen.load[waits] > 0.0
+        together_s = units.prefill_s((seen.prefill + seen.shared)[waits])
+        start = due[waits] - np.where(is_back, 2.0 * (link_s[waits] + self.step_s), together_s)
+        last = (true_due - prefill_s - link_s)[waits]
+        self.next_return = float(start[is_back].min(initial=math.inf))
+        rest = roster.live & ~roster.kept  # those who have come since run already, or are new
+        rest[: len(is_resident)] &= ~is_resident
+        self._line_up(rows[waits], seen.id[waits], start, last, np.flatnonzero(rest))
+
+    def _are_there(self, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Whether the sequences that had these rows and ids still have them."""
+        return self.roster.live[rows] & (self.roster.id[rows] == ids)
+
+    def is_worth(self, sequence: Sequence) -> bool:
+        """Whether a new sequence is worth as much for its cost as any prefill that was let go at the last look."""
+        if not self.verdicts.cut:
+            return True
+        roster, row, units = self.roster, sequence.row, self.units
+        left = max(1.0, min(float(roster.most[row]), float(roster.expected[row]) or self.mean_output))
+        prefill_s = units.prefill_s(float(roster.prefill[row]))
+        token_s = units.kv_s * (float(roster.context[row]) + left / 2) + self._own_s
+        first = FIRST_TOKEN if roster.base[row] < math.inf else 0.0
+        return prefill_price(float(roster.weight[row]), first, left * token_s, prefill_s) >= self.verdicts.cut
+
+    def _age(self, now: float) -> None:
         """The leftover whose turn it is, however much is promised to others: the oldest, if it waits since long."""
         roster = self.roster
         if self.aged is None or self.aged.status is Status.FINISHED:
-            old = live[~roster.kept[live] & (roster.arrival[live] <= now - PATIENCE_S)]
+            old = np.flatnonzero(roster.live & ~roster.kept & (roster.arrival <= now - PATIENCE_S))
             self.aged = roster.sequences[old[np.argmin(roster.arrival[old])]] if len(old) else None
         if self.aged is not None:
             roster.kept[self.aged.row] = True
 
-    def _line_up(self, kept: np.ndarray, start: np.ndarray, rest: np.ndarray) -> None:
-        """Note who is next: of the rows of the kept that wait, and of all others'."""
+    def _line_up(
+        self, kept: np.ndarray, ids: np.ndarray, start: np.ndarray, last: np.ndarray, rest: np.ndarray
+    ) -> None:
+        """Note who is next: of the rows of the kept that wait, and of all others'. start, last: when the work of each
+        must begin, as it is planned, and lest it is late."""
         roster = self.roster
         if len(kept) > HEAD:
             first = np.argpartition(start, HEAD)[:HEAD]
-            kept, start = kept[first], start[first]
-        order = np.lexsort((roster.id[kept], start))
-        kept = kept[order]
-        self._next_kept = start[order].tolist(), roster.id[kept].tolist(), kept.tolist()
+            kept, ids, start, last = kept[first], ids[first], start[first], last[first]
+        order = np.lexsort((ids, start))
+        self._next_kept = tuple(column[order].tolist() for column in (start, ids, kept, last))
         if len(rest) > HEAD:
             rest = rest[np.argpartition(roster.arrival[rest], HEAD)[:HEAD]]
         self._next_rest = rest[np.lexsort((roster.id[rest], roster.arrival[rest]))].tolist()
 
-    def next_kept(self) -> Iterator[tuple[float, float, Sequence]]:
-        """Who of the kept that waited at the last look is next: when its work must begin, its id, itself; at most HEAD.
-
-        A row that has been given to another since then yields that one.
-        """
+    def next_kept(self, now: float) -> Iterator[tuple[float, float, Sequence]]:
+        """Who of the kept that waited at the last look, and is not too late, is next: when its work must begin, its id,
+        itself. At most HEAD."""
         sequences = self.roster.sequences
-        for start, id, row in zip(*self._next_kept, strict=True):
-            sequence = sequences[row]
-            if sequence is not None:
-                yield start, id, sequence
+        for start, id, row, last in zip(*self._next_kept, strict=True):
+            if last >= now:
+                sequence = sequences[row]
+                if sequence is not None and sequence.id == id:
+                    yield start, id, sequence
 
     def next_rest(self) -> Iterator[Sequence]:
         """Who of the others is next: the oldest, at most HEAD. As `next_kept`."""
@@ -174,63 +224,75 @@ class Standing:
     def _with_foreseen(self, demand: Demand, now: float) -> Demand:
         """With what will ask for its part soon."""
         ahead = self.forecast.ahead(now, float(HORIZONS[-1]))
-        if ahead is None or not len(demand.due):
+        if ahead is None:
             return demand
-        output = np.minimum(ahead.most, self.mean_output)
+        output, times = np.minimum(ahead.most, self.mean_output), ahead.times
         stream, end = ahead.at + ahead.ttft, ahead.at + ahead.deadline - output * self.step_s
-        context = ahead.prompt + output / 2
-        token_s = self._token_s(context)
-        times = ahead.times
-        more = Demand(
-            np.minimum(stream, end),
-            np.where(end < stream, self.step_s, ahead.pace),
-            output,
-            self.units.prefill_s(ahead.prompt) * times,
-            token_s * times,
-            np.zeros(len(token_s)),
-            ahead.weight * times,
-            np.where(np.isfinite(ahead.ttft), FIRST_TOKEN, 0.0),
-            self._held(context),
-            self._held(context) * self.step_s * times,
-        )
-        return Demand(*(np.concatenate(pair) for pair in zip(demand, more, strict=True)))
+        token_s, held = self._costs(ahead.prompt + output / 2)
+        count = len(demand.due)
+        both = np.empty((len(demand), count + len(output)))
+        both[:, :count] = demand
+        mine = Demand(*both[:, count:])
+        np.minimum(stream, end, out=mine.due)
+        mine.pace[:] = np.where(end < stream, self.step_s, ahead.pace)
+        mine.left[:], mine.link_s[:], mine.held[:] = output, 0.0, held
+        np.multiply(self.units.prefill_s(ahead.prompt), times, out=mine.prefill_s)
+        np.multiply(token_s, times, out=mine.token_s)
+        np.multiply(ahead.weight, times, out=mine.worth)
+        np.multiply(np.isfinite(ahead.ttft), FIRST_TOKEN, out=mine.first)
+        np.multiply(held, self.step_s * times, out=mine.held_s)
+        return Demand(*both)
 
-    def _left(self, rows: np.ndarray, live: np.ndarray) -> np.ndarray:
-        """Tokens still to come of each row, at least 1, within max_tokens. live: what everybody has produced."""
-        roster, lengths = self.roster, self.lengths
-        produced, kinds = roster.produced[rows], roster.kind[rows]
-        left = np.empty(len(rows))
+    def _left(
+        self, seen: Columns, kinds: np.ndarray, names: list[tuple[str, ...]], under_way: np.ndarray
+    ) -> np.ndarray:
+        """Tokens still to come of each, at least 1, within max_tokens.
+
+        kinds: of each, an index into `names`. under_way: what everybody who has a token has produced.
+        """
+        lengths, produced = self.lengths, seen.produced
+        begun = np.flatnonzero(produced)  # all the others of a kind are expected to have as many tokens
+        left = np.empty(len(produced))
         resolved: dict[str | None, list[int]] = {lengths.kind(()): []}
         for kind in np.flatnonzero(np.bincount(kinds)).tolist():
-            resolved.setdefault(lengths.kind(roster.kinds[kind]), []).append(kind)
+            resolved.setdefault(lengths.kind(names[kind]), []).append(kind)
         for number, (name, members) in enumerate(resolved.items()):
-            mine = slice(None) if len(members) == len(roster.kinds) else np.isin(kinds, members)
-            ages = produced[mine]
-            if number:
-                left[mine] = lengths.remaining(name, ages, live if name == "" else ages)
-            else:  # of all kinds together, and a request without any token is one of them
-                of_all = lengths.remaining(name, np.append(ages, 0.0), live)
-                left[mine], self.mean_output = of_all[:-1], float(of_all[-1])
-        expected = roster.expected[rows]
-        left = np.where(expected > produced, expected - produced, left)
-        return np.clip(left, 1.0, np.maximum(1.0, roster.most[rows] - produced))
+            ages, mine = produced[begun], begun
+            if len(resolved) > 1:
+                is_mine = np.isin(kinds, members)
+                mine = begun[is_mine[begun]]
+                ages = produced[mine]
+            ages = np.append(ages, 0.0)
+            expected = lengths.remaining(name, ages, under_way if name == "" or not number else ages)
+            if len(resolved) > 1:
+                left[is_mine] = expected[-1]
+            else:
+                left[:] = expected[-1]
+            left[mine] = expected[:-1]
+            if not number:  # of all kinds together
+                self.mean_output = float(expected[-1])
+        if seen.expected.any():
+            left = np.where(seen.expected > produced, seen.expected - produced, left)
+        return np.minimum(np.maximum(left, 1.0), np.maximum(seen.most - produced, 1.0))
 
-    def _token_s(self, context: np.ndarray) -> np.ndarray:
-        """Machine time of one decode: its own, and its part of what a step costs whoever is in it."""
-        units = self.units
+    def _costs(self, context: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of sequences of so many tokens: the machine time of one decode, its own and its part of what a step costs
+        whoever is in it; and the share of HBM, or of the places in a batch, that each holds."""
         if not len(context):
-            return np.zeros(0)
+            return context, context
+        units, tokens = self.units, self._kv.num_blocks * self._kv.page_size
         blocks = max(1.0, float(context.mean()) / self._kv.page_size)
         places = min(self._limits.num_slots, self._kv.num_blocks / blocks, float(len(context)))
         step_s = units.step_s + max(0.0, units.weights_s - self._matmul_s)
-        return units.kv_s * context + units.decode_s + units.token_s + step_s / max(1.0, places)
+        self._own_s = own_s = units.decode_s + units.token_s + step_s / max(1.0, places)
+        return units.kv_s * context + own_s, np.maximum(context / tokens, 1.0 / self._limits.num_slots)
 
-    def _held(self, context: np.ndarray) -> np.ndarray:
-        """Share of HBM, or of the places in a batch, that sequences of so many tokens hold."""
-        return np.maximum(context / (self._kv.num_blocks * self._kv.page_size), 1.0 / self._limits.num_slots)
-
-    def _order_victims(self, rows: np.ndarray, due: np.ndarray, pace: np.ndarray) -> None:
-        order = np.argsort(-due, kind="stable")
-        sequences = self.roster.sequences
-        self.victims = due[order], [sequences[row] for row in rows[order].tolist()]
-        self.tightest = float(pace.min()) if len(pace) else math.inf
+    def victims(self) -> list[Sequence]:
+        """Kept residents of the last look, those then furthest ahead first."""
+        if self._victims is None:  # seldom asked: not a part of every look
+            rows, ids, due = self._ahead
+            order = np.argsort(-due, kind="stable")
+            order = order[self._are_there(rows[order], ids[order])]
+            sequences = [self.roster.sequences[row] for row in rows[order].tolist()]
+            self._victims = [sequence for sequence in sequences if sequence is not None]
+        return self._victims

@@ -16,14 +16,18 @@ ask for their first tokens, and what is kept now is in their way then.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import NamedTuple
 
 import numpy as np
+
+from superinfer.runtime.scheduler.slices import Slice, finish
 
 # Seconds ahead at which supply and demand are compared: from a few steps to about as long as an answer takes.
 HORIZONS = np.array([0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
 MOST = 4096  # requests, the most worth their cost: beyond them none would fit, and looking takes time
 TOGETHER = 3  # horizons computed at once: one by one costs calls, all at once the work of those let go early
+CLOSE = 1.0 - 1e-9  # below so much of a room, sums fit in whatever order they are taken
 FIRST_TOKEN = 0.5  # what a first token in time is worth of a stream's promise
 
 
@@ -54,6 +58,7 @@ class Verdicts(NamedTuple):
     """prefills, streams: for each request, whether its prefill, and the rest, is kept; no stream without its prefill.
 
     prefill_load, decode_load, load: the most that the kept prefills, streams and both ask for of any horizon's time.
+    cut: the highest price (`prefill_price`) of a prefill that is let go; 0 if none is.
     """
 
     prefills: np.ndarray
@@ -61,82 +66,103 @@ class Verdicts(NamedTuple):
     prefill_load: float
     decode_load: float
     load: float
+    cut: float = 0.0
 
 
 NOTHING = Verdicts(np.zeros(0, dtype=bool), np.zeros(0, dtype=bool), 0.0, 0.0, 0.0)
 
 
 class _Entries(NamedTuple):
-    """Streams and prefills alike, an entry each: `left` tokens are due one after another, every one of `unit_s`."""
+    """Streams and prefills alike, an entry each: `left` tokens are due one after another, every one of `unit_s`.
+
+    which: streams by their place in the demand, then prefills. table: [len(ROWS), entries]. works: [horizons,
+    entries], the seconds of the machine that each asks for by each of the horizons so far.
+    """
 
     which: np.ndarray
-    due: np.ndarray
-    per_s: np.ndarray  # tokens due in a second, after the first
-    left: np.ndarray
-    unit_s: np.ndarray
-    link_s: np.ndarray
-    held: np.ndarray  # of all memory, for as long as its work takes: seconds for each second of its own
+    table: np.ndarray
+    works: np.ndarray
 
-    def work(self, horizons: np.ndarray) -> np.ndarray:
-        """[horizons, entries]: seconds of the machine that each asks for by each of them."""
-        tokens = np.maximum(horizons[:, None] - self.due, -1.0)  # some are never due
-        is_due = tokens >= 0.0
-        tokens *= self.per_s
+    def take(self, at: np.ndarray) -> _Entries:
+        """The entries at these places."""
+        return _Entries(self.which.take(at), self.table.take(at, axis=1), self.works.take(at, axis=1))
+
+    def until(self, horizons: np.ndarray) -> _Entries:
+        """With the work by these horizons too."""
+        due, per_s, left, unit_s = self.table[:LINK_S]
+        tokens = horizons[:, None] - due
+        tokens *= per_s
         np.floor(tokens, out=tokens)
-        tokens += 1.0
-        np.minimum(tokens, self.left, out=tokens)
-        tokens *= self.unit_s
-        tokens *= is_due
-        return tokens
+        tokens += 1.0  # 0 or less where none is due by then
+        np.minimum(tokens, left, out=tokens)
+        np.maximum(tokens, 0.0, out=tokens)
+        tokens *= unit_s
+        return self._replace(works=np.concatenate([self.works, tokens]))
+
+    def link(self, horizon: float) -> np.ndarray:
+        """[entries]: seconds of the link that each asks for by then."""
+        return self.table[LINK_S] * (self.table[DUE] <= horizon)
+
+
+# The rows of `_Entries.table`. PER_S: tokens due in a second, after the first. HELD: of all memory, for as long as its
+# work takes: seconds for each second of its own.
+DUE, PER_S, LEFT, UNIT_S, LINK_S, HELD = ROWS = range(6)
+LEAST_PER_S = 1e-12  # of what promises its next token only: above 0, so that a time to go is less than no token
 
 
 def triage(demand: Demand, supply: float = 1.0) -> Verdicts:
     """Keep what is worth most of what fits. `supply`: share of the machine's time that there is for it.
 
-    O(n log n) for the order, then O(n) a horizon, n being what has not been let go by then.
+    O(n) a horizon, n being what has not been let go by then, and O(n log n) for the order once somebody must go.
     """
+    return finish(triage_in_slices(demand, supply))
+
+
+def triage_in_slices(demand: Demand, supply: float) -> Generator[Slice, None, Verdicts]:
+    """See `triage`."""
     count = len(demand.due)
     if not count:
         return NOTHING
-    entries = _in_order(demand)
-    works = np.zeros((0, len(entries.which)))
-    has_link = bool(demand.link_s.any())
-    for at, horizon in enumerate(HORIZONS.tolist()):
-        if at % TOGETHER == 0:
-            works = np.concatenate([works, entries.work(HORIZONS[at : at + TOGETHER])])
-        entries, works = _let_go(entries, works, works[at], supply * horizon)
-        entries, works = _let_go(entries, works, works[at] * entries.held, horizon)
-        if has_link:
-            entries, works = _let_go(entries, works, entries.link_s * (entries.due <= horizon), horizon)
-    flags = np.zeros(2 * count, dtype=bool)
-    flags[entries.which] = True
-    streams, prefills = flags[:count] & flags[count:], flags[count:]
-    is_prefill = entries.which >= count
-    is_stream = ~is_prefill & streams[entries.which % count]
-    loads = works @ np.stack([is_prefill, is_stream], axis=1).astype(float) / HORIZONS[:, None]
-    prefill_load, decode_load = loads.max(axis=0).tolist()
-    return Verdicts(prefills, streams, prefill_load, decode_load, float(loads.sum(axis=1).max()))
-
-
-def _in_order(demand: Demand) -> _Entries:
-    """The entries, the least worth its cost first. `which`: streams by their place in the demand, then prefills."""
-    count = len(demand.due)
-    price = _price(demand)
-    price *= 1.0 + 1e-12 * np.arange(2 * count)  # the order of equals is theirs in the demand, on any machine
-    which = np.arange(2 * count)
+    yield Slice("entries", 35 + count / 30)
+    entries, is_ordered = _entries(demand), False
     if count > MOST:
-        which = np.argpartition(price, -2 * MOST)[-2 * MOST :]
-    which = which[np.argsort(price[which])]
-    who, is_prefill = which % count, which >= count
-    return _Entries(
-        which,
-        demand.due[who],
-        np.where(is_prefill, 0.0, 1.0 / demand.pace[who]),
-        np.where(is_prefill, 1.0, demand.left[who]),
-        np.where(is_prefill, demand.prefill_s[who], demand.token_s[who]),
-        np.where(is_prefill, 0.0, demand.link_s[who]),
-        np.where(is_prefill, demand.held[who], demand.held_s[who] / np.maximum(demand.token_s[who], 1e-9)),
-    )
+        entries = entries.take(np.argpartition(_price(demand), -2 * MOST)[-2 * MOST :])
+    has_link = bool(demand.link_s.any())
+    for begin in range(0, len(HORIZONS), TOGETHER):
+        horizons = HORIZONS[begin : begin + TOGETHER]
+        yield Slice("horizons", 45 + len(entries.which) / 40)
+        entries = entries.until(horizons)
+        if not is_ordered:
+            if _fit(entries, horizons, supply, has_link):
+                continue
+            yield Slice("order", 60 + len(entries.which) / 12)
+            is_ordered, entries = True, entries.take(np.argsort(_price(demand)[entries.which]))
+            yield Slice("let go", 60 + len(entries.which) / 15)
+        for at, horizon in enumerate(horizons.tolist(), begin):
+            entries = _let_go(entries, entries.works[at], supply * horizon)
+            if entries.works[at] @ entries.table[HELD] > CLOSE * horizon:
+                entries = _let_go(entries, entries.works[at] * entries.table[HELD], horizon)
+            if has_link:
+                entries = _let_go(entries, entries.link(horizon), horizon)
+    yield Slice("verdicts", 50 + len(entries.which) / 30)
+    verdicts = _verdicts(entries, count)
+    gone = ~verdicts.prefills & (demand.prefill_s > 0.0)
+    if not gone.any():
+        return verdicts
+    return verdicts._replace(cut=float(_price(demand)[count:][gone].max()))
+
+
+def _entries(demand: Demand) -> _Entries:
+    """All of them, in no order but the demand's."""
+    count = len(demand.due)
+    table = np.empty((len(ROWS), 2, count))
+    table[DUE] = demand.due
+    np.maximum(1.0 / demand.pace, LEAST_PER_S, out=table[PER_S, 0])
+    np.divide(demand.held_s, np.maximum(demand.token_s, 1e-9), out=table[HELD, 0])
+    table[LEFT, 0], table[UNIT_S, 0], table[LINK_S, 0] = demand.left, demand.token_s, demand.link_s
+    table[PER_S, 1] = table[LEFT, 1] = 1.0
+    table[UNIT_S, 1], table[LINK_S, 1], table[HELD, 1] = demand.prefill_s, 0.0, demand.held
+    return _Entries(np.arange(2 * count), table.reshape(len(ROWS), 2 * count), np.zeros((0, 2 * count)))
 
 
 def _price(demand: Demand) -> np.ndarray:
@@ -144,23 +170,41 @@ def _price(demand: Demand) -> np.ndarray:
 
     Where the prefill alone is worth less for its cost than the stream is, they stand and fall together.
     """
+    count = len(demand.due)
     decode_s = np.maximum(demand.left * demand.token_s, 1e-9)
     prefill_s = np.maximum(demand.prefill_s, 1e-9)
     stream = demand.worth * (1.0 - demand.first) / decode_s
     prefill = demand.worth * demand.first / prefill_s
     both = demand.worth / (decode_s + prefill_s)
     apart = prefill >= stream
-    return np.concatenate([np.where(apart, stream, both), np.where(apart, prefill, both)])
+    price = np.concatenate([np.where(apart, stream, both), np.where(apart, prefill, both)])
+    price *= 1.0 + 1e-12 * np.arange(2 * count)  # the order of equals is theirs in the demand, on any machine
+    return price
 
 
-def _let_go(entries: _Entries, works: np.ndarray, asked: np.ndarray, room: float) -> tuple[_Entries, np.ndarray]:
-    """Let entries go, in order, until what the others ask for fits; never one that asks for nothing. `works` go along.
+def prefill_price(worth: float, first: float, decode_s: float, prefill_s: float) -> float:
+    """Of one request's prefill, as `_price` has it. decode_s: of all its tokens."""
+    prefill = worth * first / max(prefill_s, 1e-9)
+    is_apart = prefill >= worth * (1.0 - first) / max(decode_s, 1e-9)
+    return prefill if is_apart else worth / max(decode_s + prefill_s, 1e-9)
+
+
+def _fit(entries: _Entries, horizons: np.ndarray, supply: float, has_link: bool) -> bool:
+    """Whether nobody has to go for what is asked for by these horizons, the last that `works` has."""
+    works, room = entries.works[-len(horizons) :], CLOSE * horizons
+    if (works.sum(axis=1) > supply * room).any() or (works @ entries.table[HELD] > room).any():
+        return False
+    return not has_link or all(float(entries.link(horizon).sum()) <= CLOSE * horizon for horizon in horizons.tolist())
+
+
+def _let_go(entries: _Entries, asked: np.ndarray, room: float) -> _Entries:
+    """Let entries go, in order, until what the others ask for fits; never one that asks for nothing.
 
     Then give back, last gone first, what fits after all: the last one let go may have been larger than needed.
     """
     excess = float(asked.sum()) - room
     if excess <= 0.0:
-        return entries, works
+        return entries
     gone = np.flatnonzero(asked > 0.0)
     taken = np.cumsum(asked[gone])
     last = min(int(np.searchsorted(taken, excess)), len(gone) - 1)  # the first with which enough is gone
@@ -171,4 +215,16 @@ def _let_go(entries: _Entries, works: np.ndarray, asked: np.ndarray, room: float
         if asked[at] <= spare:
             kept[at] = True
             spare -= float(asked[at])
-    return _Entries(*(column[kept] for column in entries)), works[:, kept]
+    return entries.take(np.flatnonzero(kept))
+
+
+def _verdicts(entries: _Entries, count: int) -> Verdicts:
+    """Of those left, for a demand of so many."""
+    flags = np.zeros(2 * count, dtype=bool)
+    flags[entries.which] = True
+    streams, prefills = flags[:count] & flags[count:], flags[count:]
+    is_prefill = entries.which >= count
+    is_stream = np.concatenate([streams, np.zeros(count, dtype=bool)])[entries.which]
+    loads = entries.works @ np.stack([is_prefill, is_stream], axis=1).astype(float) / HORIZONS[:, None]
+    prefill_load, decode_load = loads.max(axis=0).tolist()
+    return Verdicts(prefills, streams, prefill_load, decode_load, float(loads.sum(axis=1).max()))

@@ -14,6 +14,7 @@ from rotation_bench import Bench
 
 from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.protocol import Hints
+from superinfer.runtime.scheduler import rota as module
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepCost, StepLoad, StepRates
 from superinfer.runtime.scheduler.plan import StepResult
@@ -84,12 +85,14 @@ def play(bench: Bench, work) -> list[Sequence]:
 
 
 @settings(max_examples=120, deadline=None)
-@given(jobs, shapes, st.sampled_from([0, 1, 8]), launches)
-def test_everyone_ends_with_the_tokens_it_would_get_alone(work, shape, max_waits, launch_s):
+@given(jobs, shapes, st.sampled_from([0, 1, 8]), launches, st.sampled_from([0.0, module.PLAN_US]))
+def test_everyone_ends_with_the_tokens_it_would_get_alone(work, shape, max_waits, launch_s, plan_us):
     bench = Bench(policy="rota", cost=dear_prefills(launch_s), **shape)
     bench.scheduler._rotation.max_waits = max_waits
-    sequences = play(bench, work)
-    bench.run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PLAN_US", plan_us)  # 0: a look takes as many plans as it has slices
+        sequences = play(bench, work)
+        bench.run()
     bench.check(sequences)
     assert all(s.num_output == s.max_tokens for s in sequences)
     bench.check_all_given_back()
@@ -277,7 +280,7 @@ def test_with_thousands_waiting_looking_takes_no_more_of_the_time_and_nobody_who
     scheduler = build_scheduler("rota", kv, SchedulerLimits(1, 64, 1024))
     looks: list[float] = []
     look = scheduler._standing.look
-    scheduler._standing.look = lambda residents, block_s, now: (looks.append(now), look(residents, block_s, now))
+    scheduler._standing.look = lambda residents, block_s, now: (looks.append(now), look(residents, block_s, now))[1]
     for number in range(8192):  # all too late to be kept: they wait behind one another
         scheduler.add(Sequence(id=number, prompt=[1, number], max_tokens=900, arrival=0.0, slo=SLO(ttft=1e-6, tbt=0.1)))
     now, urgent, ended = 0.0, Sequence(id=9000, prompt=[2] * 20, max_tokens=4, arrival=1.0, slo=STREAM), []

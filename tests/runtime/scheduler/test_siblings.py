@@ -30,8 +30,9 @@ def kept_at_first_sight(hints: Hints | None) -> int:
     for number in range(8):
         prompt = [7] * 1600 + [100 + number] * 10
         scheduler.add(sibling(number, prompt, hints, SLO(ttft=0.08, tbt=1.0)))
+    scheduler._look(0.0)
     assert scheduler.plan(0.0) is not None
-    return sum(s.kept for s in [*scheduler._running, *scheduler._waiting_kept()])
+    return sum(s.kept for s in [*scheduler._running, *scheduler._waiting_kept(0.0)])
 
 
 def test_a_fork_whose_prefix_need_be_computed_once_is_not_taken_for_as_many_prompts():
