@@ -89,6 +89,15 @@ def test_a_finished_turn_waits_in_dram_and_is_loaded_for_the_next(random_llama, 
         assert client.stats().tiers.dram_hits >= 20
 
 
+def test_a_request_larger_than_hbm_is_refused_however_much_dram_there_is_and_others_are_served(random_llama, reference):
+    config = EngineConfig(model=str(random_llama), **{**SETTINGS, "kv_tokens": 64})
+    fits = prompts_of(1, seed=1)[0][:8]
+    with launch_engine(config) as engine, EngineClient(engine.address) as client:
+        with pytest.raises(InvalidRequestError, match="64"):
+            generate(client, [5] * 60)
+        assert generate(client, fits, max_tokens=50)[0] == reference(fits)[:50]
+
+
 def test_without_dram_nothing_is_said_of_it(client):
     assert client.stats().tiers is None
 
