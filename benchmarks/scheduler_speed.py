@@ -1,10 +1,11 @@
-"""What scheduling costs: CPU time of `plan` and `commit` with many requests, and simulated requests a second.
+"""What scheduling costs: CPU time of `plan`, `commit` and publishing, and simulated requests a second.
 
-Decoding steps of a full batch, alone and behind a long queue, of which nobody is late yet; then the simulator, with
-about 4,000 and 16,000 requests live. CPU time of the thread, as other processes of the machine are no part of it; a
-busy machine still makes it longer, so a loop of fixed work is timed beside it (`unit_ms`: 1,500 additions). Garbage is
-collected as seldom as in a serving engine (runtime/server/serve.py). `looks`: the slices of RotaSched's look at
-everybody (runtime/scheduler/standing.py), one by one, in the same steps.
+Decoding steps of a full batch, alone and behind a long queue, of which nobody is late yet; tokens are published to four
+clients, up to the frames that would be sent. Then the simulator, with about 4,000 and 16,000 requests live. CPU time of
+the thread, as other processes of the machine are no part of it; a busy machine still makes it longer, so a loop of
+fixed work is timed beside it (`unit_ms`: 1,500 additions). Garbage is collected as seldom as in a serving engine
+(runtime/server/serve.py). `looks`: the slices of RotaSched's look at everybody (runtime/scheduler/standing.py), one by
+one, in the same steps.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ import time
 from collections.abc import Generator
 from typing import Any
 
+import numpy as np
 from record import write
 
+from superinfer.runtime import protocol
+from superinfer.runtime.engine.loop import EngineLoop
 from superinfer.runtime.kv.duplex import build_cache
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.plan import StepResult
@@ -88,6 +92,14 @@ class LookTimes:
         }
 
 
+class NoDoor:
+    """What would be sent ends here."""
+
+    def send(self, client: bytes, message: protocol.Message) -> None:
+        """See FrontDoor."""
+        protocol.encode(message)
+
+
 def step_times(policy: str, resident: int, waiting: int, steps: int, blocked: bool, dram: bool) -> dict[str, float]:
     """Milliseconds of steps in which all residents decode.
 
@@ -103,7 +115,8 @@ def step_times(policy: str, resident: int, waiting: int, steps: int, blocked: bo
     scheduler = build_scheduler(policy, build_cache(blocks, blocks if dram else 0, page), limits)
     slo = SLO(ttft=1.0, tbt=0.1)
     now = 0.0
-    plans, commits, units = [], [], []
+    plans, commits, publishes, units = [], [], [], []
+    loop = EngineLoop(NoDoor(), None, scheduler, None, len(prompts))  # type: ignore[arg-type]
 
     def step() -> None:
         nonlocal now
@@ -111,17 +124,30 @@ def step_times(policy: str, resident: int, waiting: int, steps: int, blocked: bo
         plan = scheduler.plan(now)
         planned = time.thread_time()
         assert plan is not None
-        tokens = {work.slot: 5 for work in plan.work if work.sample}
-        result = StepResult(plan.step, tokens, elapsed=0.02, copied=[copy.id for copy in plan.copies])
+        tokens = {work.slot: 5 for work in plan.others if work.sample}
+        copied, decoded = [copy.id for copy in plan.copies], np.full(len(plan.decodes), 5)
+        result = StepResult(plan.step, tokens, elapsed=0.02, copied=copied, decoded=decoded)
         now += 0.02
         begun = time.thread_time()
-        scheduler.commit(result, now)
-        commits.append((time.thread_time() - begun) * 1e3)
+        updates = scheduler.commit(result, now)
+        committed = time.thread_time()
+        loop._publish_step(updates, now)
+        publishes.append((time.thread_time() - committed) * 1e3)
+        commits.append((committed - begun) * 1e3)
         plans.append((planned - started) * 1e3)
         units.append(unit_time() * 1e3)
 
     sequences = [
-        Sequence(id=at, prompt=prompt, max_tokens=10_000, arrival=0.0, slo=slo) for at, prompt in enumerate(prompts)
+        Sequence(
+            id=at,
+            prompt=prompt,
+            max_tokens=10_000,
+            arrival=0.0,
+            slo=slo,
+            request_id=f"{at:032x}",
+            owner=b"%d" % (at % 4),
+        )
+        for at, prompt in enumerate(prompts)
     ]
     for sequence in sequences[:resident]:
         scheduler.add(sequence)
@@ -132,6 +158,7 @@ def step_times(policy: str, resident: int, waiting: int, steps: int, blocked: bo
         scheduler.add(sequence)
     plans.clear()
     commits.clear()
+    publishes.clear()
     units.clear()
     for _ in range(steps // 2):
         step()
@@ -140,7 +167,10 @@ def step_times(policy: str, resident: int, waiting: int, steps: int, blocked: bo
         "plan_p90_ms": statistics.quantiles(plans, n=10)[8],
         "plan_p99_ms": statistics.quantiles(plans, n=100)[98],
         "plan_max_ms": max(plans),
+        "plan_mean_ms": statistics.fmean(plans),
         "commit_p50_ms": statistics.median(commits),
+        "commit_mean_ms": statistics.fmean(commits),
+        "publish_p50_ms": statistics.median(publishes),
         "unit_ms": statistics.median(units),
     }
 
@@ -173,6 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=480)
     parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument("--name", default="scheduler-speed")
     parser.add_argument("--live", type=int, nargs="*", default=[4000, 16_000])
     arguments = parser.parse_args()
     policies = arguments.policies.split(",")
@@ -193,8 +224,9 @@ def main() -> None:
             print(
                 f"{policy:9} {resident} resident, {waiting:6,} waiting for {'blocks' if blocked else 'slots '}"
                 f"{' with DRAM' if dram else '          '}: plan {times['plan_p50_ms']:.3f} ms (p90 "
-                f"{times['plan_p90_ms']:.3f}, p99 {times['plan_p99_ms']:.3f}, max {times['plan_max_ms']:.3f}), "
-                f"commit {times['commit_p50_ms']:.3f} ms, unit {times['unit_ms']:.3f} ms",
+                f"{times['plan_p90_ms']:.3f}, p99 {times['plan_p99_ms']:.3f}, max {times['plan_max_ms']:.3f}, mean "
+                f"{times['plan_mean_ms']:.3f}), commit {times['commit_p50_ms']:.3f} ms, publish "
+                f"{times['publish_p50_ms']:.3f} ms, unit {times['unit_ms']:.3f} ms",
                 flush=True,
             )
     simulated: list[dict[str, Any]] = []
@@ -211,9 +243,9 @@ def main() -> None:
             )
     live_list = " ".join(map(str, arguments.live))
     out = write(
-        "scheduler-speed",
-        f"python benchmarks/scheduler_speed.py --steps {arguments.steps} --policies {','.join(policies)} "
-        f"--live {live_list}",
+        arguments.name,
+        f"python benchmarks/scheduler_speed.py --name {arguments.name} --steps {arguments.steps} "
+        f"--policies {','.join(policies)} --live {live_list}",
         {"load_average": os.getloadavg()[0], "steps": steps, "simulator": simulated},
     )
     print(f"written to {out}")

@@ -43,7 +43,7 @@ class Outgoing:
         if sequences is not self._roll:
             known, self._roll, self._deltas, self._by_client = self._deltas, sequences, {}, {}
             for sequence in sequences:
-                if sequence in self._paced:
+                if self._paced and sequence in self._paced:
                     continue
                 delta = known.get(sequence)
                 if delta is None:

@@ -65,9 +65,9 @@ class BatchScheduler(Places):
         """Who has a slot and no work in this plan for want of copies is waiting for them; the others are not."""
         if self._rotation is None or (draft.num_sequences == len(self._running) and not self._copy_waiting):
             return
-        waiting = []
+        waiting, drafted = [], {step.cohort for step in draft.cohorts}  # with all their members
         for sequence in self._running:
-            if draft.has(sequence) or sequence.table is None:
+            if sequence.cohort in drafted or sequence in draft.work or sequence.table is None:
                 continue
             if self._rotation.kv.awaits(sequence.table):
                 sequence.stages.enter(stages.COPY_WAIT, now)

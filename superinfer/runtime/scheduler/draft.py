@@ -37,10 +37,6 @@ class Draft:
         """How many compute."""
         return len(self.work) + sum(map(len, self.cohorts))
 
-    def has(self, sequence: Sequence) -> bool:
-        """Whether it computes."""
-        return sequence in self.work or any(step.has(sequence) for step in self.cohorts)
-
     def all_decodes(self) -> Decodes:
         """Of all cohorts, one after another."""
         steps = self.cohorts

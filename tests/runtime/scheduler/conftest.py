@@ -7,7 +7,10 @@ import pytest
 from superinfer.runtime.scheduler.batching import BatchScheduler
 
 
-@pytest.fixture(autouse=True, scope="module", params=[1, 1000], ids=["cohorts", "one by one"])
+COHORTS = pytest.param(1, id="cohorts"), pytest.param(1000, id="one by one", marks=pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True, scope="module", params=COHORTS)
 def least_cohort(request):
     """Every decode that can be in a cohort is, or none."""
     before, BatchScheduler.least_cohort = BatchScheduler.least_cohort, request.param

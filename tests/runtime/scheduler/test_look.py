@@ -216,7 +216,7 @@ def run_scheduler(scheduler: Rota, seconds: float, step_s: float = 0.02, start: 
             scheduler.commit(StepResult(plan.step, tokens, elapsed=step_s), now)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def crowded():
     """16,000 live: 64 run, all came at about the same time."""
     rng = random.Random(0)
