@@ -23,7 +23,7 @@ import superinfer as si
 from superinfer.lang.backend import Backend
 from superinfer.lang.chat_text import plain_chat
 from superinfer.lang.loop import language_loop
-from superinfer.runtime.protocol import RequestReport, TokenLogprob
+from superinfer.runtime.protocol import RequestReport
 from superinfer.runtime.text import TextDelta, TextRequest
 
 CALLS = 10
@@ -48,9 +48,6 @@ class Instant(Backend):
             yield TextDelta(0, "ok ", [1])
         yield TextDelta(0, "", finish_reason="stop", report=REPORT)
         self.open -= 1
-
-    async def score(self, prompt: Sequence[int], start: int, **_: Any) -> tuple[list[TokenLogprob], RequestReport]:
-        raise NotImplementedError
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         raise NotImplementedError

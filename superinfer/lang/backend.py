@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 from superinfer.errors import InvalidRequestError, RequestCancelledError, UnsupportedError
 from superinfer.lang.loop import language_loop
 from superinfer.lang.prompt import NO_CHAT, Chat, Prompt, keeps_answers
-from superinfer.runtime.choices import ScoredChoices, at_border, score_choices
+from superinfer.runtime.choices import ScoredChoices, Scorer, at_border, score_choices
 from superinfer.runtime.client import AsyncEngineClient
 from superinfer.runtime.config import EMBEDDED, EngineConfig
 from superinfer.runtime.launch import EngineProcess, Progress, launch_engine
-from superinfer.runtime.protocol import Hints, ModelInfo, RequestReport, SamplingParams, TokenLogprob
+from superinfer.runtime.protocol import ModelInfo, SamplingParams
 from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import Begun, TextClient, TextDelta, TextRequest
 from superinfer.runtime.tokenization import Tokenizer
@@ -60,18 +60,6 @@ class Backend(ABC):
         """Whether its chat template shows earlier answers as they were written."""
         return keeps_answers(self.render_chat)
 
-    @abstractmethod
-    async def score(
-        self,
-        prompt: Sequence[int],
-        start: int,
-        *,
-        slo: SLO | None = None,
-        program: str = "",
-        hints: Hints | None = None,
-    ) -> tuple[list[TokenLogprob], RequestReport]:
-        """Log probability of each of `prompt[start:]` given all before it; `start` >= 1."""
-
     async def score_choices(
         self,
         prompt: Prompt,
@@ -84,18 +72,13 @@ class Backend(ABC):
     ) -> ScoredChoices:
         """Each choice's tokens behind the prompt, scored; with `alone`, also without it. keep_s: see Hints.
 
-        Raises like `score`, and InvalidRequestError where no token stands before the choices.
+        Raises InvalidRequestError where no token stands before the choices, UnsupportedError where it cannot score.
         """
-        bordered = at_border(self, prompt.text, choices, special=prompt.add_special)
-        return await score_choices(self, bordered, alone=alone, slo=slo, program=program, keep_s=keep_s)
+        raise UnsupportedError(f"select(): {type(self).__name__} scores no given text; use an engine")
 
     @abstractmethod
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids; `special`: with the model's BOS and the like."""
-
-    def encode_each(self, text: str, ends: Sequence[str], *, special: bool) -> tuple[list[int], list[list[int]]]:
-        """Token ids of `text`, and of `text` with each of `ends` behind it."""
-        return self.encode(text, special=special), [self.encode(text + end, special=special) for end in ends]
 
     @abstractmethod
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -159,22 +142,22 @@ class TextBackend(Backend):
     def _salted(self, request: TextRequest) -> TextRequest:
         return replace(request, cache_salt=self._salt + request.cache_salt) if self._salt else request
 
-    async def score(
+    async def score_choices(
         self,
-        prompt: Sequence[int],
-        start: int,
+        prompt: Prompt,
+        choices: Sequence[str],
         *,
+        alone: bool,
         slo: SLO | None = None,
         program: str = "",
-        hints: Hints | None = None,
-    ) -> tuple[list[TokenLogprob], RequestReport]:
-        return await self.client.score(prompt, start, slo=slo, cache_salt=self._salt, program=program, hints=hints)
+        keep_s: float | None = None,
+    ) -> ScoredChoices:
+        scorer = Scorer(self.client, cache_salt=self._salt)
+        bordered = at_border(scorer, prompt.text, choices, special=prompt.add_special)
+        return await score_choices(scorer, bordered, alone=alone, slo=slo, program=program, keep_s=keep_s)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         return self.client.tokenizer.encode(text, special=special)
-
-    def encode_each(self, text: str, ends: Sequence[str], *, special: bool) -> tuple[list[int], list[list[int]]]:
-        return self.client.tokenizer.encode_each(text, ends, special=special)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.client.tokenizer.decode(token_ids, skip_special=False)

@@ -21,7 +21,7 @@ from superinfer.lang.in_time import in_time
 from superinfer.lang.loop import language_loop
 from superinfer.lang.prompt import Chat, Prompt
 from superinfer.runtime.choices import ScoredChoices
-from superinfer.runtime.protocol import FinishReason, Hints, RequestReport, SamplingParams, TokenLogprob
+from superinfer.runtime.protocol import FinishReason, RequestReport, SamplingParams
 from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import TextDelta, TextRequest
 
@@ -112,17 +112,6 @@ class RemoteBackend(Backend):
             raise UnsupportedError(
                 f"tools(): {self.name} is given no tools here; use an engine, or describe them in text"
             )
-
-    async def score(
-        self,
-        prompt: Sequence[int],
-        start: int,
-        *,
-        slo: SLO | None = None,
-        program: str = "",
-        hints: Hints | None = None,
-    ) -> tuple[list[TokenLogprob], RequestReport]:
-        raise UnsupportedError(f"select(): {self.name} gives no log probabilities of given text; use an engine")
 
     async def score_choices(
         self,

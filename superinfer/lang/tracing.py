@@ -18,8 +18,6 @@ from superinfer.lang.run import Run
 from superinfer.lang.sampling import Sampling
 from superinfer.lang.state import ProgramState
 from superinfer.lang.unknown import UNKNOWN_MARK, DataDependent, Unknown
-from superinfer.runtime.protocol import Hints, RequestReport, TokenLogprob
-from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import TextDelta, TextRequest
 
 if TYPE_CHECKING:
@@ -31,17 +29,6 @@ class NoModel(Backend):
 
     def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
         raise UnsupportedError("nothing is generated in a trace")
-
-    async def score(
-        self,
-        prompt: Sequence[int],
-        start: int,
-        *,
-        slo: SLO | None = None,
-        program: str = "",
-        hints: Hints | None = None,
-    ) -> tuple[list[TokenLogprob], RequestReport]:
-        raise UnsupportedError("nothing is scored in a trace")
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         raise UnsupportedError("there is no tokenizer in a trace")

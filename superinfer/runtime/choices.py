@@ -6,34 +6,43 @@ import asyncio
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from superinfer.errors import InvalidRequestError
 from superinfer.runtime.protocol import Hints, RequestReport, TokenLogprob
 from superinfer.runtime.slo import SLO
 
+if TYPE_CHECKING:
+    from superinfer.runtime.text import TextClient
+
 TokenScore = tuple[float | None, int, str | None]
 
 
-class Scorer(Protocol):
-    """A model and its tokenizer."""
+@dataclass(frozen=True)
+class Scorer:
+    """An engine and its model's tokenizer. slo_class, cache_salt: of all that is scored."""
 
-    def encode_each(self, text: str, ends: Sequence[str], *, special: bool) -> tuple[list[int], list[list[int]]]:
-        """Token ids of `text`, and of `text` with each of `ends` behind it."""
+    text: TextClient
+    slo_class: str = ""
+    cache_salt: str = ""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included."""
+        return self.text.tokenizer.decode(token_ids, skip_special=False)
 
     async def score(
-        self,
-        prompt: Sequence[int],
-        start: int,
-        *,
-        slo: SLO | None = None,
-        program: str = "",
-        hints: Hints | None = None,
+        self, prompt: Sequence[int], start: int, *, slo: SLO | None, program: str, hints: Hints
     ) -> tuple[list[TokenLogprob], RequestReport]:
         """Log probability of each of `prompt[start:]` given all before it; `start` >= 1."""
+        return await self.text.score(
+            prompt,
+            start,
+            slo=slo,
+            slo_class=self.slo_class,
+            cache_salt=self.cache_salt,
+            program=program,
+            hints=hints,
+        )
 
 
 @dataclass
@@ -103,7 +112,7 @@ def at_border(scorer: Scorer, text: str, choices: Sequence[str], *, special: boo
     token border that they share with the prompt alone, so that the same text is weighed in each.
     Raises InvalidRequestError where no token stands before them.
     """
-    prompt, tokens = scorer.encode_each(text, choices, special=special)
+    prompt, tokens = scorer.text.tokenizer.encode_each(text, choices, special=special)
     start = min(_common(prompt, ids) for ids in tokens)
     start = min(start, *(len(ids) - 1 for ids in tokens))  # a choice that ends inside a merged token is one token
     if start < 1:

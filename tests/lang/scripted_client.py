@@ -103,6 +103,7 @@ class ScriptedClient:
         start: int,
         *,
         slo: SLO | None = None,
+        slo_class: str = "",
         cache_salt: str = "",
         program: str = "",
         hints: Hints | None = None,

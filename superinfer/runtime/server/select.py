@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from superinfer.runtime.choices import Bordered, ScoredChoices, Scorer, TokenScore, at_border, score_choices
-from superinfer.runtime.protocol import Hints, RequestReport, SamplingParams, TokenLogprob
+from superinfer.runtime.protocol import Hints, RequestReport, SamplingParams
 from superinfer.runtime.server import schema
 from superinfer.runtime.server.chat import rendered
 from superinfer.runtime.server.errors import bad_request
@@ -22,7 +22,6 @@ from superinfer.runtime.server.schema import ChatRequest, Message, SloFields
 from superinfer.runtime.server.service import Service, aside, json_response
 from superinfer.runtime.server.stream import while_connected
 from superinfer.runtime.server.structured import tool_plan
-from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import TextClient
 
 MAX_CHOICES = 512
@@ -79,46 +78,14 @@ class SelectAnswer(msgspec.Struct, frozen=True, kw_only=True):
     slo: SloReport | msgspec.UnsetType = msgspec.UNSET
 
 
-class _Salted:
-    """The engine's client as choices are scored by it."""
-
-    def __init__(self, text: TextClient, slo_class: str, salt: str) -> None:
-        self._text, self._slo_class, self._salt = text, slo_class, salt
-
-    def encode_each(self, text: str, ends: Sequence[str], *, special: bool) -> tuple[list[int], list[list[int]]]:
-        return self._text.tokenizer.encode_each(text, ends, special=special)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._text.tokenizer.decode(token_ids, skip_special=False)
-
-    async def score(
-        self,
-        prompt: Sequence[int],
-        start: int,
-        *,
-        slo: SLO | None = None,
-        program: str = "",
-        hints: Hints | None = None,
-    ) -> tuple[list[TokenLogprob], RequestReport]:
-        return await self._text.score(
-            prompt,
-            start,
-            slo=slo,
-            slo_class=self._slo_class,
-            cache_salt=self._salt,
-            program=program,
-            hints=hints,
-        )
-
-
 async def select(http: Request, service: Service) -> Response:
     """Score the choices of a request. Raises ApiError, InvalidRequestError."""
     request = schema.parse(await http.body(), SelectRequest, {})
     service.check_model(request.model)
     _check_choices(request.choices)
     promise = service.promise(request, http)
-    scorer = _Salted(service.text, promise.slo_class, request.cache_salt or "")
-    choices = await aside(http, _bordered, request, service.text, scorer)
+    scorer = Scorer(service.text, promise.slo_class, request.cache_salt or "")
+    choices = await aside(http, _bordered, request, scorer)
     program, hints = request.prompt_cache_key or "", request.hints or Hints()
     scored = await while_connected(
         http,
@@ -139,10 +106,10 @@ def _check_choices(choices: list[str]) -> None:
         raise bad_request(f"choices[{choices.index('')}]='' is empty; it has no probability", param="choices")
 
 
-def _bordered(request: SelectRequest, text: TextClient, scorer: Scorer) -> Bordered:
-    found = at_border(scorer, _prompt_of(request, text), request.choices, special=request.messages is None)
+def _bordered(request: SelectRequest, scorer: Scorer) -> Bordered:
+    found = at_border(scorer, _prompt_of(request, scorer.text), request.choices, special=request.messages is None)
     for ids in found.tokens:
-        check_length("prompt", len(ids), SamplingParams(max_tokens=1), text.info)
+        check_length("prompt", len(ids), SamplingParams(max_tokens=1), scorer.text.info)
     return found
 
 
