@@ -6,7 +6,6 @@ import pytest
 
 from superinfer.runtime.scheduler.batching import BatchScheduler
 
-
 COHORTS = pytest.param(1, id="cohorts"), pytest.param(1000, id="one by one", marks=pytest.mark.slow)
 
 
