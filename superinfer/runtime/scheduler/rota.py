@@ -67,7 +67,8 @@ class Rota(BatchScheduler):
         shared = self._siblings.join(sequence) if self.prefix_aware else 0
         known = max(known, shared)
         self._roster.add(sequence, len(sequence.tokens) - known, shared)
-        if sequence.kept:
+        self._standing.programs.add(sequence)
+        if sequence.kept and (sequence.hints is None or not sequence.hints.follows):
             self._standing.forecast.saw(sequence, len(sequence.tokens) - known)
         self._standing.asked += len(sequence.tokens) - known
         self._arrived += 1
@@ -115,7 +116,9 @@ class Rota(BatchScheduler):
         elif produced:
             due = math.inf
         left = max(1.0, float(roster.left[row]))
-        due = min(due, float(roster.deadline[row]) - left * self._standing.step_s)
+        own_s = left * self._standing.step_s
+        last = float(roster.deadline[row]) - own_s
+        due = min(due, self._standing.programs.wanted_of(row, last, own_s, self._planned_at))
         if sequence.status is Status.RUNNING:
             return due
         if sequence.table is not None:  # the copies, behind as many others, and the step that notices
@@ -127,6 +130,7 @@ class Rota(BatchScheduler):
             self._standing.lengths.learn(self._roster.kinds[self._roster.kind[sequence.row]], sequence.num_output)
         super()._finish(sequence, reason, now)
         self._siblings.leave(sequence)
+        self._standing.programs.remove(sequence)
         self._roster.remove(sequence)
 
     def commit(self, result: StepResult, now: float) -> list[SequenceUpdate]:

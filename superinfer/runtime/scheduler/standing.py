@@ -15,9 +15,10 @@ from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepCost, StepLoad
 from superinfer.runtime.scheduler.forecast import Forecast
 from superinfer.runtime.scheduler.lengths import LengthPredictor
+from superinfer.runtime.scheduler.programs import Programs
 from superinfer.runtime.scheduler.roster import Roster
 from superinfer.runtime.scheduler.sequence import Sequence, Status
-from superinfer.runtime.scheduler.triage import FIRST_TOKEN, HORIZONS, NOTHING, Demand, Verdicts, triage
+from superinfer.runtime.scheduler.triage import FIRST_TOKEN, HORIZONS, NOTHING, Demand, Following, Verdicts, triage
 
 LEFTOVER_SHARE = 0.05  # of the machine's time, for leftovers however much is promised to others: nobody starves
 # Steps by which a token is planned for before it is due. A request is read when the step under way is over, and waits
@@ -32,6 +33,7 @@ HEAD = 256  # of those who wait, so many are next: more are not looked at before
 class Standing:
     """What a policy of promises knows of its sequences, as of the last look; the roster is kept up to date beside.
 
+    programs: what callers said of calls that are part of one.
     units: what work costs now. verdicts: of the last triage. step_s: of a step, smoothed. promised: kept sequences, and
     kept_s the machine time that all of them still ask for. tightest: pace of the kept residents that promise most.
     asked: prompt tokens that the kept are still to compute.
@@ -44,6 +46,7 @@ class Standing:
     def __init__(self, kv: KVCache, limits: SchedulerLimits, cost: StepCost) -> None:
         self._kv, self._limits, self._cost = kv, limits, cost
         self.roster = Roster()
+        self.programs = Programs()
         self.lengths = LengthPredictor()
         self.forecast = Forecast()
         self.units = cost.units()
@@ -99,7 +102,14 @@ class Standing:
         here = is_resident[rows]
         needs_s = np.where(here, np.where(prefill_s > 0.0, prefill_s, -np.inf), prefill_s + link_s)
         late = due - now < needs_s
+        if self.programs:
+            own_s = left * self.step_s
+            ends = roster.deadline[rows] - own_s <= due  # what is due is its end, not a stream's next token
+            late = due - now + np.where(ends, self.programs.spread_s[rows], 0.0) < needs_s  # even if it goes well
+            due = np.where(ends, self.programs.wanted(rows, due, own_s, now), due)
         roster.late[rows[late]] = True
+        if self.programs:
+            late |= self.programs.are_lost(rows, live[roster.late[live]])
         due = due - early
         fine = ~late & np.isfinite(due)
         rows, left, due, pace, here = rows[fine], left[fine], due[fine], pace[fine], here[fine]
@@ -110,6 +120,8 @@ class Standing:
         first = np.where((produced == 0) & np.isfinite(roster.base[rows]), FIRST_TOKEN, 0.0)
         held, weight = self._held(context), roster.weight[rows]
         demand = Demand(due - now, pace, left, prefill_s, token_s, link_s, weight, first, held, held * self.step_s)
+        if self.programs:
+            demand = demand._replace(following=self.programs.following(rows, token_s, roster.deadline[rows] - now))
         self.verdicts = verdicts = triage(self._with_foreseen(demand, now), 1.0 - LEFTOVER_SHARE)
         streams, prefills = verdicts.streams[: len(rows)], verdicts.prefills[: len(rows)]
         mine = np.where(produced > 0, streams, prefills)
@@ -193,7 +205,12 @@ class Standing:
             self._held(context),
             self._held(context) * self.step_s * times,
         )
-        return Demand(*(np.concatenate(pair) for pair in zip(demand, more, strict=True)))
+        both = Demand._make([*(np.concatenate(pair) for pair in zip(demand[:-1], more[:-1], strict=True)), None])
+        if demand.following is None:
+            return both
+        later = Following(np.zeros(len(token_s)), ahead.rest * token_s * times, ahead.at + ahead.deadline, ahead.rest_s)
+        pairs = zip(demand.following, later, strict=True)
+        return both._replace(following=Following(*(np.concatenate(pair) for pair in pairs)))
 
     def _left(self, rows: np.ndarray, live: np.ndarray) -> np.ndarray:
         """Tokens still to come of each row, at least 1, within max_tokens. live: what everybody has produced."""

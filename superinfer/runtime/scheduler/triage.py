@@ -27,6 +27,19 @@ TOGETHER = 3  # horizons computed at once: one by one costs calls, all at once t
 FIRST_TOKEN = 0.5  # what a first token in time is worth of a stream's promise
 
 
+class Following(NamedTuple):
+    """What follows each request in its program; one entry of each array a request.
+
+    program: its number; those of one stand and fall together. 0: on its own. work_s: machine time of what follows,
+    which is asked for evenly from `begins` on for `lasts`, seconds.
+    """
+
+    program: np.ndarray
+    work_s: np.ndarray
+    begins: np.ndarray
+    lasts: np.ndarray
+
+
 class Demand(NamedTuple):
     """What requests ask for; one entry of each array a request. Seconds, and tokens where it says so.
 
@@ -36,6 +49,7 @@ class Demand(NamedTuple):
     first: the share of it that the next token is worth by itself; 0 where one does not count alone.
     held: the share of the memory, or of the places in a batch, that it holds while it computes. held_s: that share for
         as long as one decode holds it: a whole step, as all residents get one token a step.
+    following: of programs' calls; None where there are none.
     """
 
     due: np.ndarray
@@ -48,6 +62,7 @@ class Demand(NamedTuple):
     first: np.ndarray
     held: np.ndarray
     held_s: np.ndarray
+    following: Following | None = None
 
 
 class Verdicts(NamedTuple):
@@ -67,7 +82,11 @@ NOTHING = Verdicts(np.zeros(0, dtype=bool), np.zeros(0, dtype=bool), 0.0, 0.0, 0
 
 
 class _Entries(NamedTuple):
-    """Streams and prefills alike, an entry each: `left` tokens are due one after another, every one of `unit_s`."""
+    """Streams and prefills alike, an entry each: `left` tokens are due one after another, every one of `unit_s`.
+
+    together: entries with one number stand and fall together; it ascends with their worth. None: each by itself.
+    following: what follows the streams.
+    """
 
     which: np.ndarray
     due: np.ndarray
@@ -76,6 +95,8 @@ class _Entries(NamedTuple):
     unit_s: np.ndarray
     link_s: np.ndarray
     held: np.ndarray  # of all memory, for as long as its work takes: seconds for each second of its own
+    together: np.ndarray | None = None
+    following: Following | None = None
 
     def work(self, horizons: np.ndarray) -> np.ndarray:
         """[horizons, entries]: seconds of the machine that each asks for by each of them."""
@@ -87,7 +108,17 @@ class _Entries(NamedTuple):
         np.minimum(tokens, self.left, out=tokens)
         tokens *= self.unit_s
         tokens *= is_due
+        if self.following is not None:
+            _, work_s, begins, lasts = self.following
+            tokens += work_s * np.clip((horizons[:, None] - begins) / np.maximum(lasts, 1e-3), 0.0, 1.0)
         return tokens
+
+    def only(self, kept: np.ndarray) -> _Entries:
+        """Those where `kept` says so."""
+        together, following = self.together, self.following
+        if together is not None and following is not None:
+            together, following = together[kept], Following(*(column[kept] for column in following))
+        return _Entries._make([*(column[kept] for column in self[:7]), together, following])
 
 
 def triage(demand: Demand, supply: float = 1.0) -> Verdicts:
@@ -128,7 +159,7 @@ def _in_order(demand: Demand) -> _Entries:
         which = np.argpartition(price, -2 * MOST)[-2 * MOST :]
     which = which[np.argsort(price[which])]
     who, is_prefill = which % count, which >= count
-    return _Entries(
+    entries = _Entries(
         which,
         demand.due[who],
         np.where(is_prefill, 0.0, 1.0 / demand.pace[who]),
@@ -137,19 +168,35 @@ def _in_order(demand: Demand) -> _Entries:
         np.where(is_prefill, 0.0, demand.link_s[who]),
         np.where(is_prefill, demand.held[who], demand.held_s[who] / np.maximum(demand.token_s[who], 1e-9)),
     )
+    if demand.following is None:
+        return entries
+    following = Following(*(column[who] for column in demand.following))
+    following = following._replace(work_s=np.where(is_prefill, 0.0, following.work_s))
+    numbers = np.where(following.program > 0, following.program, -1.0 - which)
+    _, first, members = np.unique(numbers, return_index=True, return_inverse=True)
+    return entries._replace(together=np.argsort(np.argsort(first))[members], following=following)
 
 
 def _price(demand: Demand) -> np.ndarray:
     """Worth for cost of all streams, then of all prefills. A stream is never above its prefill, which it needs.
 
-    Where the prefill alone is worth less for its cost than the stream is, they stand and fall together.
+    Where the prefill alone is worth less for its cost than the stream is, they stand and fall together. What follows
+    in a program is a cost of the stream.
     """
+    following = demand.following
     decode_s = np.maximum(demand.left * demand.token_s, 1e-9)
+    if following is not None:
+        decode_s = decode_s + following.work_s
     prefill_s = np.maximum(demand.prefill_s, 1e-9)
     stream = demand.worth * (1.0 - demand.first) / decode_s
     prefill = demand.worth * demand.first / prefill_s
     both = demand.worth / (decode_s + prefill_s)
     apart = prefill >= stream
+    if following is not None:  # those of a program have one price
+        _, members = np.unique(following.program, return_inverse=True)
+        whole = (np.bincount(members, demand.worth) / np.bincount(members, decode_s + prefill_s))[members]
+        is_alone = following.program == 0
+        stream, prefill, both = (np.where(is_alone, own, whole) for own in (stream, prefill, both))
     return np.concatenate([np.where(apart, stream, both), np.where(apart, prefill, both)])
 
 
@@ -161,6 +208,8 @@ def _let_go(entries: _Entries, works: np.ndarray, asked: np.ndarray, room: float
     excess = float(asked.sum()) - room
     if excess <= 0.0:
         return entries, works
+    if entries.together is not None:
+        asked = np.bincount(entries.together, asked)
     gone = np.flatnonzero(asked > 0.0)
     taken = np.cumsum(asked[gone])
     last = min(int(np.searchsorted(taken, excess)), len(gone) - 1)  # the first with which enough is gone
@@ -171,4 +220,6 @@ def _let_go(entries: _Entries, works: np.ndarray, asked: np.ndarray, room: float
         if asked[at] <= spare:
             kept[at] = True
             spare -= float(asked[at])
-    return _Entries(*(column[kept] for column in entries)), works[:, kept]
+    if entries.together is not None:
+        kept = kept[entries.together]
+    return entries.only(kept), works[:, kept]
