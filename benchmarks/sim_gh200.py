@@ -86,10 +86,11 @@ def _cells(only: list[str]) -> list[tuple[str, str, tuple[float, ...]]]:
 
 def _write(arguments: argparse.Namespace, hardware: str, rows: list[dict[str, Any]]) -> None:
     only = f" --only {' '.join(arguments.only)}" if arguments.only else ""
+    trace = " --azure azure_conv_2023.csv" if arguments.azure else ""
     command = f"python benchmarks/sim_gh200.py --duration {arguments.duration:g} --seed {arguments.seed} "
     out = write(
         "sim-gh200",
-        f"{command}--batch {arguments.batch}{' --azure azure_conv_2023.csv' if arguments.azure else ''}{only}{' --keep' if arguments.keep else ''}",
+        f"{command}--batch {arguments.batch}{trace}{only}{' --keep' if arguments.keep else ''}",
         {
             "simulated": True, "hardware": hardware, "duration_s": arguments.duration, "dram_bytes": DRAM_BYTES,
             "slo": {"ttft": STREAM.ttft, "tbt": STREAM.tbt}, "gains": _gains(rows), "runs": rows,
