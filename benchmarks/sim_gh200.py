@@ -1,7 +1,8 @@
-"""The paper's grid on a simulated GH200 (144 GB HBM, 400 GiB of DRAM): three models, two workloads, 120 s of arrivals.
+"""The paper's grid on a simulated GH200 (144 GB HBM, 400 GiB of DRAM): three models, two workloads and a real trace.
 
 SuperInfer (MLSys 2026, arXiv 2601.20309) ran these models, workloads and rates; its engine was slower than the
 simulated one, which keeps up at most of the rates. So the grid goes on beyond them until first come first served fails.
+With --azure FILE also lengths of the Azure 2023 conversation trace (CC-BY; Patel et al., Splitwise, ISCA 2024).
 KV pools are what the paper's vLLM 0.6.6 would have at its default of 256 sequences, unless --batch says otherwise.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from pathlib import Path
 from typing import Any
 
 from record import write
@@ -30,6 +32,9 @@ GRID = {
     ("qwen2.5-32b", "lmsys"): (10, 25, 40, 50),
     ("mixtral-8x7b", "sharegpt"): (5, 12, 20, 35, 45),
     ("mixtral-8x7b", "lmsys"): (10, 25, 40, 60, 75),
+    ("llama-3-8b", "azure"): (20, 30, 35, 40),
+    ("qwen2.5-32b", "azure"): (5, 8, 10, 12),
+    ("mixtral-8x7b", "azure"): (5, 10, 15, 20),
 }
 POLICIES = ("fcfs", "lvf-time", "rota")
 
@@ -42,19 +47,21 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="*", default=[], metavar="MODEL/WORKLOAD/RATE,RATE", help="cells of the grid, rather than all"
     )
+    parser.add_argument("--azure", type=Path, help="azure_conv_2023.csv")
     parser.add_argument("--batch", type=int, default=1024, help="sequences in one step")
     parser.add_argument("--keep", action="store_true", help="keep the file's rows of other cells")
     arguments = parser.parse_args()
     profile = profile_of("gh200-144")
-    cells = _cells(arguments.only)
+    cells = [cell for cell in _cells(arguments.only) if cell[1] != "azure" or arguments.azure]
     anew = {(model, workload, rate) for model, workload, rates in cells for rate in rates}
     rows = kept_rows("sim-gh200", ("model", "workload", "rate"), anew) if arguments.keep else []
     for model, workload, rates in cells:
         shape = shape_of(model)
         for rate in rates:
             jobs = make_jobs(
-                workload, rate=rate, duration=arguments.duration, seed=arguments.seed, slos=[(1.0, STREAM)]
-            )
+                workload, rate=rate, duration=arguments.duration, seed=arguments.seed, slos=[(1.0, STREAM)],
+                trace=arguments.azure,
+            )  # fmt: skip
             for policy in POLICIES:
                 config = SimConfig(
                     policy=policy,
@@ -79,10 +86,11 @@ def _cells(only: list[str]) -> list[tuple[str, str, tuple[float, ...]]]:
 
 def _write(arguments: argparse.Namespace, hardware: str, rows: list[dict[str, Any]]) -> None:
     only = f" --only {' '.join(arguments.only)}" if arguments.only else ""
+    trace = " --azure azure_conv_2023.csv" if arguments.azure else ""
     command = f"python benchmarks/sim_gh200.py --duration {arguments.duration:g} --seed {arguments.seed} "
     out = write(
         "sim-gh200",
-        f"{command}--batch {arguments.batch}{only}{' --keep' if arguments.keep else ''}",
+        f"{command}--batch {arguments.batch}{trace}{only}{' --keep' if arguments.keep else ''}",
         {
             "simulated": True, "hardware": hardware, "duration_s": arguments.duration, "dram_bytes": DRAM_BYTES,
             "slo": {"ttft": STREAM.ttft, "tbt": STREAM.tbt}, "gains": _gains(rows), "runs": rows,

@@ -102,12 +102,24 @@ class CallGraph:
                 tails[before] = max(tails[before], through)
         return tails
 
-    def shares(self, cost: Sequence[float]) -> list[float]:
-        """Of each call of a run that has ended, its part of what the program still had to do when it began: 0 to 1."""
+    def shares(self, cost: Sequence[float], rests: Sequence[float]) -> list[float]:
+        """Of each call of a run that has ended: its part, with `rests`, of what was still to be done when it began.
+
+        0 to 1. Those of all calls that could be under way at one time add up to 1.
+        """
         ended = sorted((call.ended or 0.0, call.index) for call in self.calls)
         done = [0.0, *accumulate(cost[index] for _, index in ended)]
-        rests = [done[-1] - done[bisect_right(ended, (call.begun, -1))] for call in self.calls]
-        return [own / max(own, rest) if own > 0 else 1.0 for own, rest in zip(cost, rests, strict=True)]
+        undone = [done[-1] - done[bisect_right(ended, (call.begun, -1))] for call in self.calls]
+        mine = [own + rest for own, rest in zip(cost, rests, strict=True)]
+        return [own / max(own, whole) if own > 0 else 1.0 for own, whole in zip(mine, undone, strict=True)]
+
+    def rests(self, cost: Sequence[float]) -> list[float]:
+        """Of each call, what the calls after it cost; of what came after several calls, each has an equal part."""
+        rests = [0.0] * len(self.calls)
+        for call in reversed(self.calls):  # whatever came after a call began later, so has a higher index
+            for before in call.after:
+                rests[before] += (cost[call.index] + rests[call.index]) / len(call.after)
+        return rests
 
     def traced_shares(self, cost: Sequence[float]) -> list[float]:
         """The same of a trace, where nothing has a time: all that a call does not come after is still to be done."""

@@ -23,7 +23,8 @@ class Site(msgspec.Struct, omit_defaults=True):
 
     work: of the call, without its waiting for the engine. tail: from its end to the program's, likewise; tail_spread:
     mean deviation of it. lag: of the program itself before the call. extended: share of runs in which a later call went
-    on from this one's text; gap: how much later. share: of what the program still had to do when the call began.
+    on from this one's text; gap: how much later. rest: cost of its part of what follows it, in output tokens. share: of
+    it and that, in what the program still had to do when the call began. work_spread: mean deviation of work.
     """
 
     runs: int = 0
@@ -35,18 +36,24 @@ class Site(msgspec.Struct, omit_defaults=True):
     extended: float = 0.0
     gap: float = 0.0
     share: float = 1.0
+    rest: float = 0.0
+    work_spread: float = 0.0
 
-    def learn(self, tokens: int, work: float, tail: float, lag: float, gap: float | None, share: float) -> None:
+    def learn(
+        self, tokens: int, work: float, tail: float, lag: float, gap: float | None, share: float, rest: float
+    ) -> None:
         """One run more. gap: None where nothing went on from its text."""
         self.runs += 1
         rate = max(1 / self.runs, _LEAST_WEIGHT)
         if self.runs > 1:
             self.tail_spread += rate * (abs(tail - self.tail) - self.tail_spread)
+            self.work_spread += rate * (abs(work - self.work) - self.work_spread)
         self.tokens += rate * (tokens - self.tokens)
         self.work += rate * (work - self.work)
         self.tail += rate * (tail - self.tail)
         self.lag += rate * (lag - self.lag)
         self.share += rate * (share - self.share)
+        self.rest += rate * (rest - self.rest)
         if gap is not None:
             self.gap += (rate if self.extended else 1.0) * (gap - self.gap)
         self.extended += rate * ((gap is not None) - self.extended)
@@ -119,7 +126,9 @@ class History:
         end = max(0.0, graph.ended - max(call.ended or 0.0 for call in graph.calls))
         tails = graph.longest(work, lag, end)
         total = max(lag[c.index] + work[c.index] + tails[c.index] for c in graph.calls if not c.after)
-        gaps, shares = _gaps(graph), graph.shares([call.cost for call in graph.calls])
+        cost = [call.cost for call in graph.calls]
+        gaps, rests = _gaps(graph), graph.rests(cost)
+        shares = graph.shares(cost, rests)
         with self._lock:
             learnt = self._of(graph.program)
             if learnt is None:
@@ -133,7 +142,7 @@ class History:
                         continue
                     site = learnt.sites[call.site] = Site()
                 i = call.index
-                site.learn(call.tokens, work[i], tails[i], lag[i], gaps.get(i), shares[i])
+                site.learn(call.tokens, work[i], tails[i], lag[i], gaps.get(i), shares[i], rests[i])
             self._learn_speed(graph.calls)
             self._changed = True
 

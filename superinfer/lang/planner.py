@@ -24,7 +24,8 @@ YIELD_S = 60.0  # later than its program's deadline is due what belongs to a pro
 class Estimate:
     """What a call takes and what must follow it. `seconds`: False where only their proportion is known.
 
-    spread: how far what follows is from `tail` on average. share: of what its program has left to do.
+    spread: how far what follows is from `tail` on average. share: of what its program has left to do, with its part of
+    what follows it, where runs have been seen.
     """
 
     own: float
@@ -135,4 +136,8 @@ class Planner:
             group=group,
             expected_tokens=known.tokens if known.tokens > 0 else None,
             keep_s=known.gap if known.extended >= 0.5 else pauses.idle,
+            rest_tokens=known.rest,
+            rest_s=known.tail if known.rest > 0 else 0.0,
+            spread_s=known.work_spread + known.tail_spread,
+            follows=bool(call.after),
         )

@@ -135,17 +135,29 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbi
     expected_tokens: how long outputs of this call have been; above 0.
     keep_s: a later request will extend this one's tokens in about so many seconds, at least 0: its KV is worth keeping
         until then, in host memory meanwhile if room is wanted. None: nothing is known.
+    rest_tokens, rest_s: of a call of a program: what follows in its program and cannot begin before this has ended. The
+        machine time of it, in output tokens, and the seconds it takes at least, behind this one's deadline; at least 0.
+        Of what follows several calls each has an equal part of the tokens. With it, the calls of a `program` are kept
+        or let go as a whole, and the time that the program has to spare is left to all of its calls.
+    spread_s: mean deviation of how long this and what follows take; at least 0.
+    follows: an earlier request's `rest_tokens` had this one in it.
     """
 
     group: str = ""
     expected_tokens: float | None = None
     keep_s: float | None = None
+    rest_tokens: float = 0.0
+    rest_s: float = 0.0
+    spread_s: float = 0.0
+    follows: bool = False
 
     def __post_init__(self) -> None:
         if self.expected_tokens is not None:
             _check_float("expected_tokens", self.expected_tokens, 0.0, 1e9, above=True)
         if self.keep_s is not None:
             _check_float("keep_s", self.keep_s, 0.0, 1e9)
+        for name in ("rest_tokens", "rest_s", "spread_s"):
+            _check_float(name, getattr(self, name), 0.0, 1e9)
 
 
 class Generate(Message, frozen=True, kw_only=True):

@@ -24,5 +24,6 @@ def share_met(monkeypatch: pytest.MonkeyPatch, policy: str, *, plan: bool) -> fl
 
 def test_planned_programs_beat_arrival_order_and_plain_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
     planned = share_met(monkeypatch, "rota", plan=True)
+    assert planned >= 0.55  # 0.35 where calls are kept one by one, and what follows them is not counted
     assert planned >= 1.5 * share_met(monkeypatch, "fcfs", plan=False)
     assert planned >= 1.2 * share_met(monkeypatch, "edf", plan=False)

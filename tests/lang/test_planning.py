@@ -158,8 +158,9 @@ def test_a_call_is_worth_its_share_of_the_work_that_its_program_has_left(model: 
     model.requests.clear()
     model.token_s = 0.01
     program.run("t", slo=si.SLO(weight=8.0))
-    whole, notes, answer = sum(costs), costs[1] + costs[2], costs[3]
-    expected = [8 * costs[0] / whole, *(8 * cost / (notes + answer) for cost in costs[1:3])]
+    # And each is the bearer of what follows it: all of it, or its part where it follows others too.
+    notes, answer = costs[1] + costs[2], costs[3]
+    expected = [8.0, *(8 * (cost + answer / 2) / (notes + answer) for cost in costs[1:3])]
     assert [r.slo.weight for r in model.requests[:3]] == pytest.approx(expected, rel=0.3)
     assert model.requests[3].slo.weight == pytest.approx(8.0, rel=0.01)
 
@@ -171,7 +172,7 @@ def test_shares_are_those_of_a_count_over_all_calls(times) -> None:
     graph = CallGraph("p")
     for at, (begun, took, cost) in enumerate(sorted(times)):
         graph.calls.append(Call(at, "", "", (), (), begun=begun, ended=begun + took, cost=cost))
-    shares = graph.shares([call.cost for call in graph.calls])
+    shares = graph.shares([call.cost for call in graph.calls], [0.0] * len(graph.calls))
     for call, found in zip(graph.calls, shares, strict=True):
         rest = sum(c.cost for c in graph.calls if c.ended >= call.begun)
         assert found == pytest.approx(call.cost / rest if call.cost else 1.0, rel=1e-6)
@@ -434,3 +435,24 @@ def test_a_class_of_slo_is_sent_with_every_call(model: ScriptedClient) -> None:
 
     asyncio.run(program.arun())
     assert model.requests[0].slo_class == "chat"
+
+
+def test_what_follows_several_calls_is_shared_by_them_so_that_all_is_counted_once() -> None:
+    graph = CallGraph("p")
+    after = [(), (0,), (0,), (1, 2), (3,)]
+    for at, before in enumerate(after):
+        graph.calls.append(Call(at, "", "", (), before))
+    rests = graph.rests([1.0, 2.0, 4.0, 8.0, 16.0])
+    assert rests == [30.0, 12.0, 12.0, 16.0, 0.0]
+
+
+def test_the_engine_is_told_what_must_follow_a_call(model: ScriptedClient) -> None:
+    model.token_s, model.answer = 0.01, lambda prompt: "x" * 10
+    program = fresh(support)
+    program.run("t")
+    model.requests.clear()
+    program.run("t", deadline=5.0)
+    plan, *notes, answer = (r.hints for r in model.requests)
+    assert plan.rest_tokens > notes[0].rest_tokens > answer.rest_tokens == 0
+    assert plan.rest_s > notes[0].rest_s > answer.rest_s == 0
+    assert [hints.follows for hints in (plan, *notes, answer)] == [False, True, True, True]

@@ -18,7 +18,7 @@ LEAST_S = 1.0  # seconds to have seen before anything is foreseen
 class Foreseen(NamedTuple):
     """Requests to come. times: how many each entry stands for. at: seconds from now. prompt: tokens; most: max_tokens.
 
-    ttft, pace, deadline: as promised, inf where nothing is. weight: of each.
+    ttft, pace, deadline: as promised, inf where nothing is. weight: of each. rest, rest_s: as in `Hints`.
     """
 
     times: float
@@ -29,13 +29,15 @@ class Foreseen(NamedTuple):
     pace: np.ndarray
     deadline: np.ndarray
     weight: np.ndarray
+    rest: np.ndarray
+    rest_s: np.ndarray
 
 
 class Forecast:
     """The last REMEMBERED requests that had a promise."""
 
     def __init__(self) -> None:
-        self._seen = np.zeros((REMEMBERED, 7))  # arrival, prompt, most, ttft, pace, deadline, weight
+        self._seen = np.zeros((REMEMBERED, 9))  # arrival, and what is Foreseen of it from `prompt` on
         self._count = 0
         self._since = 0.0
 
@@ -43,13 +45,16 @@ class Forecast:
         return min(self._count, REMEMBERED)
 
     def saw(self, sequence: Sequence, prompt: int) -> None:
-        """A request came. prompt: tokens to compute."""
+        """A request came that nothing before it announced. prompt: tokens to compute."""
         slo = sequence.slo
         assert slo is not None
         if self._count == 0:
             self._since = sequence.arrival
         promised = [np.inf if value is None else value for value in (slo.ttft, slo.tbt, slo.deadline)]
-        self._seen[self._count % REMEMBERED] = (sequence.arrival, prompt, sequence.max_tokens, *promised, slo.weight)
+        hints = sequence.hints
+        rest = (hints.rest_tokens, hints.rest_s) if hints is not None else (0.0, 0.0)
+        told = (sequence.arrival, prompt, sequence.max_tokens, *promised, slo.weight, *rest)
+        self._seen[self._count % REMEMBERED] = told
         self._count += 1
 
     def ahead(self, now: float, seconds: float) -> Foreseen | None:

@@ -78,7 +78,8 @@ class Rota(BatchScheduler):
         shared = self._siblings.join(sequence) if self.prefix_aware else 0
         known = max(known, shared)
         self._roster.add(sequence, len(sequence.tokens) - known, shared)
-        if sequence.kept:
+        self._standing.programs.add(sequence)
+        if sequence.kept and (sequence.hints is None or not sequence.hints.follows):
             self._standing.forecast.saw(sequence, len(sequence.tokens) - known)
         self._standing.asked += len(sequence.tokens) - known
         self._arrived += 1
@@ -120,17 +121,21 @@ class Rota(BatchScheduler):
         """By age alone: who is next is seen at each look, and costs no sequence its place in a sorted queue."""
         return (sequence.arrival, sequence.id)
 
-    def _due(self, sequence: Sequence, early_s: float = 0.0) -> float:
-        """When a sequence's next token is due; if that is streamed, earlier by so much."""
-        roster, row = self._roster, sequence.row
+    def _due(self, sequence: Sequence, early_s: float = 0.0, at_best: bool = False) -> float:
+        """When a sequence's next token is due; if that is streamed, earlier by so much. A program's call that is to end
+        in time is due when it had best be computed; at_best: when it may still be in time if all goes well."""
+        roster, row, programs = self._roster, sequence.row, self._standing.programs
         pace, produced = float(roster.pace[row]), sequence.num_output + sequence.in_flight
         due = float(roster.base[row]) - early_s
         if produced and pace < math.inf:
             due += produced * pace
         elif produced:
             due = math.inf
-        left = max(1.0, float(roster.left[row]))
-        return min(due, float(roster.deadline[row]) - left * self._standing.step_s)
+        own_s = max(1.0, float(roster.left[row])) * self._standing.step_s
+        last = float(roster.deadline[row]) - own_s
+        if at_best:
+            return min(due, last + float(programs.spread_s[row]))
+        return min(due, programs.wanted_of(row, last, own_s, self._planned_at))
 
     def _start_by(self, sequence: Sequence) -> float:
         """When the work on a sequence's next token must begin at the latest, were it alone."""
@@ -146,7 +151,7 @@ class Rota(BatchScheduler):
         """Whether a kept sequence that waits is too late by now, as the next look would find; it is let go then."""
         roster, row = self._roster, sequence.row
         needs_s = self._standing.units.prefill_s(float(roster.prefill[row])) + float(roster.load[row]) * self._block_s()
-        if self._due(sequence) - now >= needs_s or sequence is self._standing.aged:
+        if self._due(sequence, at_best=True) - now >= needs_s or sequence is self._standing.aged:
             return False
         self._let_go(sequence)
         return True
@@ -162,6 +167,7 @@ class Rota(BatchScheduler):
             self._standing.lengths.learn(self._roster.kinds[self._roster.kind[sequence.row]], sequence.num_output)
         super()._finish(sequence, reason, now)
         self._siblings.leave(sequence)
+        self._standing.programs.remove(sequence)
         self._roster.remove(sequence)
 
     def commit(self, result: StepResult, now: float) -> StepUpdates:

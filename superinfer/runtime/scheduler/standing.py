@@ -15,6 +15,7 @@ from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepCost, StepLoad
 from superinfer.runtime.scheduler.forecast import Forecast
 from superinfer.runtime.scheduler.lengths import LengthPredictor
+from superinfer.runtime.scheduler.programs import Programs
 from superinfer.runtime.scheduler.roster import Columns, Roster
 from superinfer.runtime.scheduler.sequence import Sequence, Status
 from superinfer.runtime.scheduler.slices import Slice
@@ -23,6 +24,7 @@ from superinfer.runtime.scheduler.triage import (
     HORIZONS,
     NOTHING,
     Demand,
+    Following,
     Verdicts,
     prefill_price,
     triage_in_slices,
@@ -41,6 +43,7 @@ HEAD = 256  # of those who wait, so many are next: more are not looked at before
 class Standing:
     """What a policy of promises knows of its sequences, as of the last look; the roster is kept up to date beside.
 
+    programs: what callers said of calls that are part of one.
     units: what work costs now. verdicts: of the last triage. step_s: of a step, smoothed. promised: kept sequences, and
     kept_s the machine time that all of them still ask for. tightest: pace of the kept residents that promise most.
     asked: prompt tokens that the kept are still to compute.
@@ -52,6 +55,7 @@ class Standing:
     def __init__(self, kv: KVCache, limits: SchedulerLimits, cost: StepCost) -> None:
         self._kv, self._limits, self._cost = kv, limits, cost
         self.roster = Roster()
+        self.programs = Programs()
         self.lengths = LengthPredictor()
         self.forecast = Forecast()
         self.units = cost.units()
@@ -111,26 +115,36 @@ class Standing:
         left = self._left(seen, kinds, names, under_way)
         due, pace = seen.next_due(left, self.step_s)
         prefill_s, link_s = units.prefill_s(seen.prefill), seen.load * block_s
-        late = due - now < prefill_s + link_s
+        at_best = due
+        if self.programs:
+            own_s = left * self.step_s
+            ends = seen.deadline - own_s <= due  # what is due is its end, not a stream's next token
+            at_best = due + np.where(ends, self.programs.spread_s[rows], 0.0)
+            due = np.where(ends, self.programs.wanted(rows, due, own_s, now), due)
+        late = at_best - now < prefill_s + link_s
         late &= ~here | (prefill_s > 0.0)
         there = self._are_there(rows, seen.id)
         roster.left[rows[there]] = left[there]
         is_timed = np.isfinite(seen.base)
-        true_due, due = due, due - np.where(is_timed, self.early_s, 0.0)
+        due = due - np.where(is_timed, self.early_s, 0.0)
         fine = np.isfinite(due)
         if late.any():
             roster.give_up(rows[late & there])
             fine &= ~late
+        if self.programs:
+            fine &= ~self.programs.are_lost(rows, np.flatnonzero(roster.live & roster.late))
         if not fine.all():
             table, is_timed = table.compress(fine, axis=1), is_timed[fine]
             seen = Columns(*table)
             rows, here, left, due, pace = rows[fine], here[fine], left[fine], due[fine], pace[fine]
-            prefill_s, link_s, true_due = prefill_s[fine], link_s[fine], true_due[fine]
+            prefill_s, link_s, at_best = prefill_s[fine], link_s[fine], at_best[fine]
 
         yield Slice("costs", 45 + len(rows) / 25)
         token_s, held = self._costs(seen.context + left / 2)
         first = np.where(is_timed & (seen.produced == 0.0), FIRST_TOKEN, 0.0)
         demand = Demand(due - now, pace, left, prefill_s, token_s, link_s, seen.weight, first, held, held * self.step_s)
+        if self.programs:
+            demand = demand._replace(following=self.programs.following(rows, token_s, seen.deadline - now))
         if len(rows) and len(self.forecast):
             yield Slice("requests to come", 180)
             demand = self._with_foreseen(demand, now)
@@ -158,7 +172,7 @@ class Standing:
         is_back = seen.load[waits] > 0.0
         together_s = units.prefill_s((seen.prefill + seen.shared)[waits])
         start = due[waits] - np.where(is_back, 2.0 * (link_s[waits] + self.step_s), together_s)
-        last = (true_due - prefill_s - link_s)[waits]
+        last = (at_best - prefill_s - link_s)[waits]
         self.next_return = float(start[is_back].min(initial=math.inf))
         rest = roster.live & ~roster.kept  # those who have come since run already, or are new
         rest[: len(is_resident)] &= ~is_resident
@@ -170,7 +184,7 @@ class Standing:
 
     def is_worth(self, sequence: Sequence) -> bool:
         """Whether a new sequence is worth as much for its cost as any prefill that was let go at the last look."""
-        if not self.verdicts.cut:
+        if not self.verdicts.cut or self.programs.number[sequence.row]:  # a program's worth is not that of one call
             return True
         roster, row, units = self.roster, sequence.row, self.units
         left = max(1.0, min(float(roster.most[row]), float(roster.expected[row]) or self.mean_output))
@@ -230,8 +244,8 @@ class Standing:
         stream, end = ahead.at + ahead.ttft, ahead.at + ahead.deadline - output * self.step_s
         token_s, held = self._costs(ahead.prompt + output / 2)
         count = len(demand.due)
-        both = np.empty((len(demand), count + len(output)))
-        both[:, :count] = demand
+        both = np.empty((len(demand) - 1, count + len(output)))
+        both[:, :count] = demand[:-1]
         mine = Demand(*both[:, count:])
         np.minimum(stream, end, out=mine.due)
         mine.pace[:] = np.where(end < stream, self.step_s, ahead.pace)
@@ -241,7 +255,11 @@ class Standing:
         np.multiply(ahead.weight, times, out=mine.worth)
         np.multiply(np.isfinite(ahead.ttft), FIRST_TOKEN, out=mine.first)
         np.multiply(held, self.step_s * times, out=mine.held_s)
-        return Demand(*both)
+        if demand.following is None:
+            return Demand(*both)
+        later = Following(np.zeros(len(output)), ahead.rest * token_s * times, ahead.at + ahead.deadline, ahead.rest_s)
+        pairs = zip(demand.following, later, strict=True)
+        return Demand(*both)._replace(following=Following(*(np.concatenate(pair) for pair in pairs)))
 
     def _left(
         self, seen: Columns, kinds: np.ndarray, names: list[tuple[str, ...]], under_way: np.ndarray

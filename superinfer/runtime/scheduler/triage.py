@@ -31,6 +31,19 @@ CLOSE = 1.0 - 1e-9  # below so much of a room, sums fit in whatever order they a
 FIRST_TOKEN = 0.5  # what a first token in time is worth of a stream's promise
 
 
+class Following(NamedTuple):
+    """What follows each request in its program; one entry of each array a request.
+
+    program: its number; those of one stand and fall together. 0: on its own. work_s: machine time of what follows,
+    which is asked for evenly from `begins` on for `lasts`, seconds.
+    """
+
+    program: np.ndarray
+    work_s: np.ndarray
+    begins: np.ndarray
+    lasts: np.ndarray
+
+
 class Demand(NamedTuple):
     """What requests ask for; one entry of each array a request. Seconds, and tokens where it says so.
 
@@ -40,6 +53,7 @@ class Demand(NamedTuple):
     first: the share of it that the next token is worth by itself; 0 where one does not count alone.
     held: the share of the memory, or of the places in a batch, that it holds while it computes. held_s: that share for
         as long as one decode holds it: a whole step, as all residents get one token a step.
+    following: of programs' calls; None where there are none.
     """
 
     due: np.ndarray
@@ -52,6 +66,7 @@ class Demand(NamedTuple):
     first: np.ndarray
     held: np.ndarray
     held_s: np.ndarray
+    following: Following | None = None
 
 
 class Verdicts(NamedTuple):
@@ -75,8 +90,9 @@ NOTHING = Verdicts(np.zeros(0, dtype=bool), np.zeros(0, dtype=bool), 0.0, 0.0, 0
 class _Entries(NamedTuple):
     """Streams and prefills alike, an entry each: `left` tokens are due one after another, every one of `unit_s`.
 
-    which: streams by their place in the demand, then prefills. table: [len(ROWS), entries]. works: [horizons,
-    entries], the seconds of the machine that each asks for by each of the horizons so far.
+    which: streams by their place in the demand, then prefills. table: [len(ROWS), entries], and len(MORE) rows more
+    where there are programs. works: [horizons, entries], the seconds of the machine that each asks for by each of the
+    horizons so far.
     """
 
     which: np.ndarray
@@ -97,16 +113,30 @@ class _Entries(NamedTuple):
         np.minimum(tokens, left, out=tokens)
         np.maximum(tokens, 0.0, out=tokens)
         tokens *= unit_s
+        if len(self.table) > len(ROWS):
+            work_s, begins, lasts = self.table[WORK_S:PROGRAM]
+            tokens += work_s * np.clip((horizons[:, None] - begins) / np.maximum(lasts, 1e-3), 0.0, 1.0)
         return self._replace(works=np.concatenate([self.works, tokens]))
 
     def link(self, horizon: float) -> np.ndarray:
         """[entries]: seconds of the link that each asks for by then."""
         return self.table[LINK_S] * (self.table[DUE] <= horizon)
 
+    def together(self) -> np.ndarray | None:
+        """[entries]: one number for all that stand and fall together, in the order of the first of each; None where each
+        is by itself."""
+        if len(self.table) == len(ROWS):
+            return None
+        _, first, members = np.unique(self.table[PROGRAM], return_index=True, return_inverse=True)
+        numbers: np.ndarray = np.argsort(np.argsort(first))[members]
+        return numbers
+
 
 # The rows of `_Entries.table`. PER_S: tokens due in a second, after the first. HELD: of all memory, for as long as its
 # work takes: seconds for each second of its own.
 DUE, PER_S, LEFT, UNIT_S, LINK_S, HELD = ROWS = range(6)
+# And of programs, of streams: what follows, as in `Following`. PROGRAM: a number of its own for who is in none.
+WORK_S, BEGINS, LASTS, PROGRAM = MORE = range(6, 10)
 LEAST_PER_S = 1e-12  # of what promises its next token only: above 0, so that a time to go is less than no token
 
 
@@ -155,28 +185,42 @@ def triage_in_slices(demand: Demand, supply: float) -> Generator[Slice, None, Ve
 def _entries(demand: Demand) -> _Entries:
     """All of them, in no order but the demand's."""
     count = len(demand.due)
-    table = np.empty((len(ROWS), 2, count))
+    which, following = np.arange(2 * count), demand.following
+    table = np.empty((len(ROWS) + (len(MORE) if following is not None else 0), 2, count))
     table[DUE] = demand.due
     np.maximum(1.0 / demand.pace, LEAST_PER_S, out=table[PER_S, 0])
     np.divide(demand.held_s, np.maximum(demand.token_s, 1e-9), out=table[HELD, 0])
     table[LEFT, 0], table[UNIT_S, 0], table[LINK_S, 0] = demand.left, demand.token_s, demand.link_s
     table[PER_S, 1] = table[LEFT, 1] = 1.0
     table[UNIT_S, 1], table[LINK_S, 1], table[HELD, 1] = demand.prefill_s, 0.0, demand.held
-    return _Entries(np.arange(2 * count), table.reshape(len(ROWS), 2 * count), np.zeros((0, 2 * count)))
+    if following is not None:
+        table[WORK_S, 0], table[WORK_S, 1] = following.work_s, 0.0
+        table[BEGINS], table[LASTS] = following.begins, following.lasts
+        table[PROGRAM] = np.where(following.program > 0.0, following.program, -1.0 - which.reshape(2, count))
+    return _Entries(which, table.reshape(-1, 2 * count), np.zeros((0, 2 * count)))
 
 
 def _price(demand: Demand) -> np.ndarray:
     """Worth for cost of all streams, then of all prefills. A stream is never above its prefill, which it needs.
 
-    Where the prefill alone is worth less for its cost than the stream is, they stand and fall together.
+    Where the prefill alone is worth less for its cost than the stream is, they stand and fall together. What follows
+    in a program is a cost of the stream.
     """
     count = len(demand.due)
+    following = demand.following
     decode_s = np.maximum(demand.left * demand.token_s, 1e-9)
+    if following is not None:
+        decode_s = decode_s + following.work_s
     prefill_s = np.maximum(demand.prefill_s, 1e-9)
     stream = demand.worth * (1.0 - demand.first) / decode_s
     prefill = demand.worth * demand.first / prefill_s
     both = demand.worth / (decode_s + prefill_s)
     apart = prefill >= stream
+    if following is not None:  # those of a program have one price
+        _, members = np.unique(following.program, return_inverse=True)
+        whole = (np.bincount(members, demand.worth) / np.bincount(members, decode_s + prefill_s))[members]
+        is_alone = following.program == 0
+        stream, prefill, both = (np.where(is_alone, own, whole) for own in (stream, prefill, both))
     price = np.concatenate([np.where(apart, stream, both), np.where(apart, prefill, both)])
     price *= 1.0 + 1e-12 * np.arange(2 * count)  # the order of equals is theirs in the demand, on any machine
     return price
@@ -205,6 +249,9 @@ def _let_go(entries: _Entries, asked: np.ndarray, room: float) -> _Entries:
     excess = float(asked.sum()) - room
     if excess <= 0.0:
         return entries
+    together = entries.together()
+    if together is not None:
+        asked = np.bincount(together, asked)
     gone = np.flatnonzero(asked > 0.0)
     taken = np.cumsum(asked[gone])
     last = min(int(np.searchsorted(taken, excess)), len(gone) - 1)  # the first with which enough is gone
@@ -215,6 +262,8 @@ def _let_go(entries: _Entries, asked: np.ndarray, room: float) -> _Entries:
         if asked[at] <= spare:
             kept[at] = True
             spare -= float(asked[at])
+    if together is not None:
+        kept = kept[together]
     return entries.take(np.flatnonzero(kept))
 
 
