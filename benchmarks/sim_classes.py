@@ -99,8 +99,9 @@ def main() -> None:
     out = write(
         arguments.name,
         f"python benchmarks/sim_classes.py azure_conv_2023.csv mooncake_conversation.jsonl --mixed-rates "
-        f"{arguments.mixed_rates!r} --agent-rates {arguments.agent_rates!r} --mooncake-rates {arguments.mooncake_rates!r} "
-        f"--scaled-rates {arguments.scaled_rates!r} --name {arguments.name}",
+        f"{arguments.mixed_rates!r} --agent-rates {arguments.agent_rates!r} "
+        f"--mooncake-rates {arguments.mooncake_rates!r} --scaled-rates {arguments.scaled_rates!r} "
+        f"--name {arguments.name}",
         {"simulated": True, "hardware": H100.name, "model": LLAMA.name, "mixed": mixed, "shared_prefixes": shared},
     )
     print(f"written to {out}")
