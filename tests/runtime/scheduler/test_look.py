@@ -364,3 +364,47 @@ def test_who_was_let_in_while_a_look_was_under_way_is_not_let_go_by_it():
     roster.fresh.append(sequence.row)  # as who lets it in does
     finish(looking)
     assert sequence.kept and roster.kept[sequence.row]
+
+
+def test_what_has_ended_is_under_way_no_longer():
+    crowd = Crowd()
+    for act in (("come", 0, 1), ("run", 0, 0), ("produce", 0, 9)):
+        crowd.act(*act)
+    crowd.look()
+    assert crowd.standing.roster.produced.sum() == 10
+    crowd.act("end", 0, 0)
+    assert not crowd.standing.roster.produced.any()
+
+
+def test_a_stream_without_a_ttft_may_be_kept_from_its_first_token_on():
+    crowd = Crowd()
+    crowd.act("come", 0, 3)  # SLO(tbt=0.05)
+    crowd.act("run", 0, 0)
+    crowd.look()
+    assert not crowd.residents[0].kept
+    crowd.act("produce", 0, 0)
+    crowd.look()
+    assert crowd.residents[0].kept
+
+
+def test_who_gets_the_row_of_one_that_ended_meanwhile_is_not_taken_for_it():
+    crowd = Crowd()
+    crowd.act("come", 0, 1)
+    roster, row = crowd.standing.roster, crowd.live[0].row
+    roster.prefill[row] = 1e6  # it is too late
+    looking = crowd.standing.look(crowd.residents, 1e-3, crowd.now)
+    next(looking), next(looking)
+    crowd.act("end", 0, 0)
+    crowd.act("come", 0, 1)
+    assert crowd.live[0].row == row
+    finish(looking)
+    assert roster.hopeful[row] and roster.kept[row]
+    assert not roster.late[row]
+
+
+def test_of_a_burst_only_so_many_are_in_order_before_they_are_looked_at():
+    scheduler = build_scheduler("rota", KVCache(400, 16), SchedulerLimits(4, 64, 4096))
+    for number in range(1000):
+        scheduler.add(Sequence(id=number, prompt=[number], max_tokens=5, arrival=1e-3 * (1000 - number), slo=STREAM))
+    first = [id for _, id, _ in scheduler._joined.entries()]
+    assert first == list(range(999, 999 - standing.HEAD, -1))  # the most urgent
