@@ -192,14 +192,14 @@ class BatchScheduler(Places):
             held = len(table.blocks)
             is_plain = table.sent == held and held * self._kv.page_size == sequence.scheduled
             new = self._kv.allocate(table, 1) if is_plain else None
-            if new is not None and not (is_tiered and table.awaits):
+            if new is not None and not (is_tiered and table.awaits):  # type: ignore[attr-defined]
                 table.sent += 1
                 grown[sequence] = (new[0],)
                 continue
             new_blocks = self._next_block(sequence, now)
             if new_blocks is None:
                 self._part(sequence)
-            elif is_tiered and table.awaits:
+            elif is_tiered and table.awaits:  # type: ignore[attr-defined]
                 cohort.leave(sequence)
                 start = sequence.own_scheduled
                 sequence.own_scheduled, sequence.own_in_flight = start + 1, sequence.own_in_flight + 1
