@@ -36,7 +36,7 @@ from superinfer.runtime.kv.duplex_cuda import CudaDuplex
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import load_model
 from superinfer.runtime.protocol import SamplingParams
-from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan
+from superinfer.runtime.scheduler.plan import Decodes, SlotInit, StepPlan
 
 PAGE = 16
 USLEEP = ctypes.CDLL(None).usleep
@@ -104,13 +104,14 @@ def steps_of(batch: int, context: int, steps: int) -> list[StepPlan]:
     plans = []
     greedy = SamplingParams(temperature=0)
     for step in range(steps):
-        works = []
+        grown = []
         for slot, start in enumerate(starts):
             held, needed = (0 if step == 0 else -(-(start + step) // PAGE)), (start + step) // PAGE + 1
-            new = tuple(shuffled[slot, held:needed].tolist())
-            works.append(SlotWork(slot, start + step, 1, (), new, True))
+            if held < needed:
+                grown.append((slot, tuple(shuffled[slot, held:needed].tolist())))
+        decodes = Decodes(np.arange(batch), np.array(starts) + step, tuple(grown))
         inits = tuple(SlotInit(slot, greedy, slot, (1,)) for slot in range(batch)) if step == 0 else ()
-        plans.append(StepPlan(step, tuple(works), inits))
+        plans.append(StepPlan(step, (), inits, decodes=decodes))
     return plans
 
 
@@ -124,7 +125,7 @@ def measure(batch: int, context: int, steps: int, model: CausalLM) -> dict[str, 
         between = time.perf_counter()
         result = executor.collect()
         after = time.perf_counter()
-        assert len(result.tokens) == batch
+        assert result.decoded is not None and len(result.decoded) == batch
         submit.append((between - before) * 1e3)
         collect.append((after - between) * 1e3)
     executor.close()

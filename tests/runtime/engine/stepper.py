@@ -8,7 +8,7 @@ import numpy as np
 
 from superinfer.runtime.engine.executor import Executor
 from superinfer.runtime.protocol import SamplingParams, TokenLogprob
-from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan, StepResult
+from superinfer.runtime.scheduler.plan import NO_DECODES, Decodes, SlotInit, SlotWork, StepPlan, StepResult
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -28,10 +28,14 @@ class Sequence:
 
 
 class Stepper:
-    """Drives an executor. Blocks are handed out in a shuffled order, so that no test passes by contiguity."""
+    """Drives an executor. Blocks are handed out in a shuffled order, so that no test passes by contiguity.
 
-    def __init__(self, executor: Executor, seed: int = 0) -> None:
+    arrays: every other decode of a step comes in the plan's `decodes`, as a scheduler's cohort does.
+    """
+
+    def __init__(self, executor: Executor, seed: int = 0, arrays: bool = False) -> None:
         self.executor = executor
+        self.arrays = arrays
         self.page = executor.limits.page_size
         self.free = np.random.default_rng(seed).permutation(executor.limits.num_blocks).tolist()
         self.slots = list(range(executor.limits.num_slots))
@@ -87,11 +91,17 @@ class Stepper:
 
     def step(self, *pairs: tuple[Sequence, SlotWork]) -> StepResult:
         """Run one step and hand each sequence its results."""
-        plan = StepPlan(self.steps, tuple(work for _, work in pairs), tuple(self.inits), tuple(self.freed))
+        works = [work for _, work in pairs]
+        steady = [work for work in works if work.is_decode and work.sample][::2] if self.arrays else []
+        others = tuple(work for work in works if work not in steady)
+        decodes = _as_arrays(steady) if steady else NO_DECODES
+        plan = StepPlan(self.steps, others, tuple(self.inits), tuple(self.freed), decodes=decodes)
         self.inits, self.freed = [], []
         self.steps += 1
         self.executor.submit(plan)
         result = self.executor.collect()
+        if steady and result.decoded is not None:
+            result.tokens.update(zip(decodes.slots.tolist(), result.decoded.tolist(), strict=True))
         for sequence, work in pairs:
             if work.sample:
                 sequence.output.append(result.tokens[work.slot])
@@ -112,3 +122,9 @@ class Stepper:
             if not pairs:
                 return
             self.step(*pairs)
+
+
+def _as_arrays(works: list[SlotWork]) -> Decodes:
+    slots, positions = ([getattr(work, name) for work in works] for name in ("slot", "start"))
+    grown = tuple((work.slot, work.new_blocks) for work in works if work.new_blocks)
+    return Decodes(np.array(slots), np.array(positions), grown)

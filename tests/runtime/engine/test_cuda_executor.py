@@ -66,13 +66,13 @@ def llama(tmp_path_factory):
     return folder, make_checkpoint(folder)
 
 
-def check_mixed_batches(folder, model, most_chunks):
+def check_mixed_batches(folder, model, most_chunks, arrays=False):
     """Prompts of one, two and three chunks: steps of decodes beside two chunks, beside one, and alone."""
     executor = executor_of(folder, most_chunks=most_chunks)
     if most_chunks == 3:  # then no step is left for the general way
         executor._chunks = None
     prompts, tokens = prompts_of([1, 9, 17]), 4
-    stepper = Stepper(executor)
+    stepper = Stepper(executor, arrays=arrays)
     batch = [stepper.add(prompt) for prompt in prompts]
     stepper.run(batch, tokens, chunk=7)
     assert [s.output for s in batch] == [generate(model, prompt, tokens) for prompt in prompts]
@@ -88,6 +88,11 @@ def test_greedy_tokens_equal_transformers_in_mixed_batches(tmp_path, most_chunks
 @pytest.mark.parametrize("variant", ["qwen2", "qwen3"])
 def test_greedy_tokens_equal_transformers_for_every_architecture(tmp_path, plain_kernels, variant, most_chunks):
     check_mixed_batches(tmp_path, make_checkpoint(tmp_path, variant), most_chunks)
+
+
+@pytest.mark.parametrize("most_chunks", [0, 3])
+def test_decodes_may_come_as_arrays_beside_others_and_chunks(llama, plain_kernels, most_chunks):
+    check_mixed_batches(*llama, most_chunks, arrays=True)
 
 
 def test_steps_submitted_ahead_continue_from_tokens_the_host_has_not_seen(llama, plain_kernels):
