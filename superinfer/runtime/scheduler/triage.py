@@ -123,8 +123,8 @@ class _Entries(NamedTuple):
         return self.table[LINK_S] * (self.table[DUE] <= horizon)
 
     def together(self) -> np.ndarray | None:
-        """[entries]: one number for all that stand and fall together, in the order of the first of each; None where each
-        is by itself."""
+        """[entries]: one number for all that stand and fall together, in the order of the first of each; None where
+        each is by itself."""
         if len(self.table) == len(ROWS):
             return None
         _, first, members = np.unique(self.table[PROGRAM], return_index=True, return_inverse=True)

@@ -17,6 +17,7 @@ def look_at(calls: list[Sequence]):
     scheduler = build_scheduler("rota", KVCache(4000, 16), SchedulerLimits(64, 512, 8192))
     for call in calls:
         scheduler.add(call)
+    scheduler._look(0.0)  # all of it, before the first plan
     assert scheduler.plan(0.0) is not None
     return scheduler
 
