@@ -154,6 +154,7 @@ class Rota(BatchScheduler):
         if self._due(sequence, at_best=True) - now >= needs_s or sequence is self._standing.aged:
             return False
         self._let_go(sequence)
+        self._join(sequence)  # among the others that wait: nobody else may be left to compute for
         return True
 
     def _let_go(self, sequence: Sequence) -> None:
@@ -206,8 +207,8 @@ class Rota(BatchScheduler):
             self._prefill(leftovers, now)
             self._admit_leftovers(now)
             self._credit -= self._standing.units.prefill_s(draft.prefill - before)
-        if not draft.num_sequences and self._looking is not None:  # time to look at those who wait for it
-            self._finish_look()
+        if not draft.num_sequences and (self._looking is not None or (len(self._waiting) and not self._running)):
+            self._look(now)  # there is time to look at all who wait, and one of them can be computed
             self._admit_kept(now)
             self._admit_leftovers(now)
         if not draft.num_sequences and self._rotation is not None:

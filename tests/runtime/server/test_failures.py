@@ -58,7 +58,7 @@ def test_health_tells_what_the_engine_does(http: httpx.Client) -> None:
 def test_closing_a_stream_cancels_the_request(client: openai.OpenAI, http: httpx.Client) -> None:
     stream = client.chat.completions.create(**LONG, n=4, stream=True)
     next(iter(stream))
-    assert http.get("/health").json()["running"] == 4
+    assert until(lambda: http.get("/health").json()["running"] == 4, 5.0)
     stream.close()
     assert until(lambda: http.get("/health").json()["running"] == 0, 0.5)
 
