@@ -26,7 +26,8 @@ LOOKED_AT = 2048  # live sequences; with more it may be older in proportion, so 
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
 BUSY = 0.7  # share of the machine's time asked for, below which, if nobody is let go, requests are taken without a look
 PLAN_US = 450.0  # of a plan's time, microseconds: what decodes leave of it is for looking
-DECODE_US = 1.1  # that a decode takes of it
+PLAN_SHARE = 0.03  # of a step, if that is more: the step hides it, and a look that takes many long steps comes too late
+DECODE_US = 0.3  # that a decode takes of it
 UNSEEN = 8  # unless so many have come since the last one
 MARGIN = 1.1  # times the share of a step that prefills are thought to need: what comes is not quite what was foreseen
 STEP_SHARE = 0.8  # of the tightest pace of a kept resident, the longest step: predictions err
@@ -462,7 +463,8 @@ class Rota(BatchScheduler):
                 return
             self._begin_look(now)
         assert self._looking is not None
-        room = max(self._next_slice_us, PLAN_US - DECODE_US * len(self._running))
+        plan_us = max(PLAN_US, PLAN_SHARE * 1e6 * self._standing.step_s)
+        room = max(self._next_slice_us, plan_us - DECODE_US * len(self._running))
         while self._next_slice_us <= room:
             room -= self._next_slice_us
             try:
