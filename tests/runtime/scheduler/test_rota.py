@@ -91,6 +91,7 @@ def test_everyone_ends_with_the_tokens_it_would_get_alone(work, shape, max_waits
     bench.scheduler._rotation.max_waits = max_waits
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PLAN_US", plan_us)  # 0: a look takes as many plans as it has slices
+        patch.setattr(module, "PLAN_SHARE", 0.0)
         sequences = play(bench, work)
         bench.run()
     bench.check(sequences)
