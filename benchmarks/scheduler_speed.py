@@ -114,6 +114,7 @@ def step_times(policy: str, resident: int, waiting: int, steps: int, blocked: bo
     blocks = sum(-(-(len(prompt) + steps + 2) // page) for prompt in prompts[:resident])  # the residents' own, no more
     limits = SchedulerLimits(resident + (64 if blocked else 0), 2048, blocks * page)
     scheduler = build_scheduler(policy, build_cache(blocks, blocks if dram else 0, page), limits)
+    scheduler.headroom = 0  # type: ignore[attr-defined]  # they are all to run, and there is no more
     slo = SLO(ttft=1.0, tbt=0.1)
     now = 0.0
     plans, commits, publishes, units = [], [], [], []
