@@ -81,6 +81,7 @@ def test_output_is_what_the_grammar_says_and_ends_where_it_ends(embedded):
     assert anything.text.startswith("{")
 
 
+@pytest.mark.slow
 def test_strangers_in_the_batch_and_preemptions_change_nothing(embedded):
     letters = Grammar(kind="regex", source="[a-z]{90,110}")
     constrained = [ask(f"Word {i}: " + "x " * 20 * i, letters, seed=i, max_tokens=120) for i in range(4)]

@@ -249,6 +249,7 @@ def test_penalties_count_every_token(executor: ModelExecutor, tokenizer: Tokeniz
     assert with_jumps.outputs == without.outputs
 
 
+@pytest.mark.slow
 def test_the_cuda_executor_gives_the_same_outputs_with_steps_under_way(
     small_checkpoint: Path, executor: ModelExecutor, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):

@@ -71,6 +71,7 @@ def test_what_cannot_be_kept_is_refused_with_a_time_to_come_back(random_llama):
     assert stats.waiting == stats.running == 0
 
 
+@pytest.mark.slow
 def test_what_cannot_be_kept_runs_all_the_same_and_its_report_says_why_it_was_late(random_llama):
     config = EngineConfig(model=str(random_llama), admission="degrade", **SMALL)
     sampling = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True, n=60)

@@ -179,6 +179,7 @@ def test_on_any_link_it_is_no_worse_than_without_a_second_tier(link):
     assert speed >= 0.96 * sum(result.tokens_per_s for result in alone)
 
 
+@pytest.mark.slow
 def test_it_keeps_more_promises_than_any_baseline_when_memory_is_short():
     rota = run()
     assert rota.moved.rotations_out > 0
