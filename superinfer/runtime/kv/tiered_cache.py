@@ -183,11 +183,7 @@ class TieredCache(KVCache):
             self.totals.forgotten += 1
             self._forget(node)
             return
-        block = node.block
-        if block in self.copies.on_hbm:
-            self._free.appendleft(block)
-        else:
-            self._free.append(block)
+        self._give((node.block,))
         node.block = -1
         node.loading = 0
         self.totals.left_clean += 1

@@ -441,38 +441,30 @@ def _work_does_not_wait(bench):
     bench.executor.obey_waits = False
 
 
-def _copies_do_not_wait_for_the_work_before(bench):
+def _submit_changed(bench, **fields):
+    """Each batch is submitted with these fields instead of its own."""
     duplex = bench.executor.duplex
-    fence = bench.executor.device.new_event()  # recorded never: waiting for it is waiting for nothing
     submit = duplex._submit_one
 
-    def unfenced(batch):
-        batch.fence = fence
+    def changed(batch):
+        for name, value in fields.items():
+            setattr(batch, name, value)
         submit(batch)
 
-    duplex._submit_one = unfenced
+    duplex._submit_one = changed
+
+
+def _copies_do_not_wait_for_the_work_before(bench):
+    fence = bench.executor.device.new_event()  # recorded never: waiting for it is waiting for nothing
+    _submit_changed(bench, fence=fence)
 
 
 def _copies_of_later_plans_do_not_wait_for_the_work_before(bench):
-    duplex = bench.executor.duplex
-    submit = duplex._submit_one
-
-    def stale(batch):
-        batch.plan = 1
-        submit(batch)
-
-    duplex._submit_one = stale
+    _submit_changed(bench, plan=1)
 
 
 def _a_batch_does_not_wait_for_the_other_direction(bench):
-    duplex = bench.executor.duplex
-    submit = duplex._submit_one
-
-    def hasty(batch):
-        batch.wait = 0
-        submit(batch)
-
-    duplex._submit_one = hasty
+    _submit_changed(bench, wait=0)
 
 
 def _copies_of_a_plan_do_not_follow_each_other(bench):
