@@ -48,6 +48,9 @@ def _engine_options(
     jump_forward: Annotated[
         bool, typer.Option(help="Take text that a grammar forces without sampling it.")
     ] = EngineConfig().jump_forward,
+    tune_products: Annotated[
+        bool, typer.Option(help="Measure which algorithm each matrix product is to take (CUDA).")
+    ] = EngineConfig().tune_products,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.", show_default="all cores")] = None,
     trace: Annotated[
         str, typer.Option(metavar="FILE", help="Write the engine's steps, copies and requests for ui.perfetto.dev.")

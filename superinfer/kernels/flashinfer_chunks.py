@@ -53,6 +53,7 @@ class FlashInferChunks:
     """
 
     skips_empty = False
+    reads_lengths = True
 
     def __init__(
         self, workspace: torch.Tensor, plans: ChunkPlans, rows: int, kv_indices: torch.Tensor, heads: int,

@@ -1,4 +1,5 @@
 """The feed-forward layer of mixture-of-experts models in five Triton kernels, without asking the device anything.
+For very many rows torch's grouped product takes the place of two of them.
 
 Rows are (token, choice) pairs, row = token · top_k + choice. `_route` picks experts, `_align` lists the rows of each
 expert in blocks of its own, two grouped matrix products run over the blocks, `_combine` sums a token's choices. How
@@ -11,37 +12,75 @@ products and a token's choices before their sum are rounded to it.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
+
+from superinfer.kernels.activation import silu_and_mul
 
 # Arguments that change from step to step: Triton would compile a kernel anew for those that 16 divides, while a request
 # waits.
 ANY_COUNT = ["total", "blocks"]
 
 
-class Tiles(NamedTuple):
-    """Sizes of the matrix products' tiles: rows of a block, columns of either product, depth of a step."""
+class Tile(NamedTuple):
+    """How one product is computed: columns and depth of a tile, warps, and how many tiles are on their way."""
 
-    rows: int
-    gate_up_columns: int
-    down_columns: int
+    columns: int
     depth: int
     warps: int
     stages: int
 
 
-def choose_tiles(rows: int, experts: int, dtype: torch.dtype) -> Tiles:
-    """By the rows an expert has on average: decodes read weights for few rows, prefills compute. Not tuned on a GPU."""
-    if dtype.itemsize == 4:  # for tests and small models: float32 products run without tensor cores
-        return Tiles(16, 32, 32, 32, 4, 2)
-    if rows <= 32 * experts:
-        return Tiles(16, 64, 64, 64, 4, 4)
-    if rows <= 128 * experts:
-        return Tiles(64, 64, 128, 64, 4, 3)
-    return Tiles(128, 64, 128, 64, 8, 3)
+class Tiles(NamedTuple):
+    """rows: of a block, in both products."""
+
+    rows: int
+    gate_up: Tile
+    down: Tile
+
+
+# Rows an expert has on average, up to which tiles are taken. Decodes read each expert's weights once, whatever the
+# rows: a block must be tall enough for most experts' rows, and deep tiles keep the memory busy. The quickest of 722 for
+# Mixtral 8x7B's and Qwen3-30B-A3B's layers on one H200 (seen once, in no file; `benchmarks/gpu_moe.py` measures them).
+TILES = (
+    (8, Tiles(16, Tile(64, 128, 4, 4), Tile(128, 128, 4, 3))),
+    (16, Tiles(32, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3))),
+    (32, Tiles(64, Tile(64, 128, 4, 4), Tile(128, 128, 4, 4))),
+    (64, Tiles(64, Tile(64, 64, 4, 3), Tile(128, 64, 4, 3))),
+)
+TALLEST = Tiles(128, Tile(128, 64, 8, 4), Tile(256, 64, 8, 4))
+# For tests and small models: float32 products run without tensor cores.
+FLOAT32_TILES = Tiles(16, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))
+# From so many rows an expert, torch's grouped product is quicker (one H200: 5.3 ms against 7.1 for Mixtral's gate and
+# up, 2,048 rows an expert), by more than gathering the rows and a kernel for the activation take.
+GROUPED_FROM = 512
+
+
+def choose_tiles(rows: int, experts: int, dtype: torch.dtype, shared_memory: int = 1 << 30) -> Tiles:
+    """By the rows an expert has on average. shared_memory: bytes that a program may have."""
+    if dtype.itemsize == 4:
+        return FLOAT32_TILES
+    chosen = next((tiles for most, tiles in TILES if rows <= most * experts), TALLEST)
+    return Tiles(
+        chosen.rows,
+        _fit(chosen.gate_up, chosen.rows + 2 * chosen.gate_up.columns, shared_memory),
+        _fit(chosen.down, chosen.rows + chosen.down.columns, shared_memory),
+    )
+
+
+def _fit(tile: Tile, lines: int, shared_memory: int) -> Tile:
+    """The same with fewer or shallower tiles on their way, for GPUs with less shared memory. lines: rows and columns of
+    a tile together, two bytes a number."""
+    depth = tile.depth
+    while depth > 32 and 2 * lines * depth * 2 > shared_memory:
+        depth //= 2
+    stages = max(2, min(tile.stages, shared_memory // (lines * depth * 2)))
+    return Tile(tile.columns, depth, tile.warps, stages)
 
 
 @triton.jit
@@ -174,13 +213,21 @@ def _down(
 
 
 @triton.jit
-def _combine(parts, out, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def _combine(
+    parts, places, scales, out, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, SORTED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The sum of a token's choices. SORTED: their rows lie at `places` and are still to be scaled by `scales`."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < HIDDEN
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(TOP_K):
-        total += tl.load(parts + (token * TOP_K + k) * HIDDEN + column, mask=inside, other=0.0).to(tl.float32)
+        row = token * TOP_K + k
+        place = tl.load(places + row).to(tl.int64) if SORTED else row
+        part = tl.load(parts + place * HIDDEN + column, mask=inside, other=0.0).to(tl.float32)
+        if SORTED:
+            part *= tl.load(scales + row)
+        total += part
     tl.store(out + token * HIDDEN + column, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -225,22 +272,67 @@ def moe_mlp(
     if not tokens:
         return out
     total = tokens * top_k
-    tiles = choose_tiles(total, experts, x.dtype)
     weights, chosen = route(logits, top_k, normalize)
+    if total >= GROUPED_FROM * experts and takes_grouped(x):
+        return _grouped(x, weights, chosen, gate_up, down)
+    tiles = choose_tiles(total, experts, x.dtype, _shared_memory(x.device))
     rows, block_expert = align(chosen, experts, tiles.rows)
     blocks = len(block_expert)
     activated = x.new_empty(total, size)
     parts = x.new_empty(total, hidden)
-    shared = dict(HIDDEN=hidden, SIZE=size, ROWS=tiles.rows, DEPTH=tiles.depth)
-    launch = dict(num_warps=tiles.warps, num_stages=tiles.stages)
-    _gate_up[(blocks * triton.cdiv(size, tiles.gate_up_columns),)](
+    shared = dict(HIDDEN=hidden, SIZE=size, ROWS=tiles.rows)
+    columns, depth, warps, stages = tiles.gate_up
+    _gate_up[(blocks * triton.cdiv(size, columns),)](
         x, gate_up, activated, rows, block_expert, total, blocks,
-        TOP_K=top_k, COLUMNS=tiles.gate_up_columns, **shared, **launch,
+        TOP_K=top_k, COLUMNS=columns, DEPTH=depth, **shared, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    _down[(blocks * triton.cdiv(hidden, tiles.down_columns),)](
+    columns, depth, warps, stages = tiles.down
+    _down[(blocks * triton.cdiv(hidden, columns),)](
         activated, down, weights, parts, rows, block_expert, total, blocks,
-        COLUMNS=tiles.down_columns, **shared, **launch,
+        COLUMNS=columns, DEPTH=depth, **shared, num_warps=warps, num_stages=stages,
     )  # fmt: skip
+    return combine(parts, out, top_k)
+
+
+def combine(
+    parts: torch.Tensor,
+    out: torch.Tensor,
+    top_k: int,
+    places: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The sum of each token's rows. parts: [tokens · top_k, hidden], scaled and in the tokens' order; or with places
+    [tokens · top_k], where each row lies, and scales [tokens, top_k]. out: [tokens, hidden], which is returned."""
+    tokens, hidden = out.shape
     block = min(2048, triton.next_power_of_2(hidden))
-    _combine[(tokens, triton.cdiv(hidden, block))](parts, out, HIDDEN=hidden, TOP_K=top_k, BLOCK=block, num_warps=4)
+    _combine[(tokens, triton.cdiv(hidden, block))](
+        parts, places, scales, out, HIDDEN=hidden, TOP_K=top_k, SORTED=places is not None, BLOCK=block, num_warps=4
+    )
     return out
+
+
+def takes_grouped(x: torch.Tensor) -> bool:
+    """Whether torch's grouped product is made for this: bfloat16, its kernels on Hopper."""
+    return x.dtype == torch.bfloat16 and (not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] == 9)
+
+
+def _grouped(
+    x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """For many rows: sorted by expert, each expert's rows are one slice, whose bounds stay on the device."""
+    experts, top_k = len(down), chosen.shape[1]
+    sorted_experts, order = chosen.flatten().sort(stable=True)
+    every = torch.arange(experts, dtype=torch.int32, device=x.device)
+    ends = torch.searchsorted(sorted_experts, every, right=True, out_int32=True)
+    rows = x.index_select(0, order // top_k)
+    activated = silu_and_mul(F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends))
+    parts = F.grouped_mm(activated, down.transpose(1, 2), offs=ends)
+    places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=x.device))
+    return combine(parts, torch.empty_like(x), top_k, places, weights)
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1 << 30
+    return int(triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])

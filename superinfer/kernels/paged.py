@@ -58,6 +58,7 @@ class AttentionCall(Protocol):
     """
 
     skips_empty: bool  # sequences at the end of a batch may have no blocks at all: their rows are then left alone
+    reads_lengths: bool  # of the host's arrays: `host_kv_indptr` and `host_last_page_len` need not be right otherwise
 
     def plan(self, batch: PagedBatch) -> None:
         """Prepare for a batch. In a CUDA graph's replay, `plan` alone feeds the captured `run`s."""
@@ -76,6 +77,7 @@ class AttentionByLayer:
         calls = {window: make(window) for window in dict.fromkeys(windows)}
         self._calls = list(calls.values())
         self.skips_empty = all(call.skips_empty for call in self._calls)
+        self.reads_lengths = any(call.reads_lengths for call in self._calls)
         self._by_layer = [calls[window] for window in windows]
 
     def plan(self, batch: PagedBatch) -> None:
@@ -92,6 +94,7 @@ class TorchAttention:
     """The reference: one dense attention per sequence, in float32."""
 
     skips_empty = False
+    reads_lengths = True
 
     def __init__(self, scale: float, window: int | None = None) -> None:
         self._scale = scale

@@ -73,6 +73,7 @@ class FlashInferDecode:
     """
 
     skips_empty = False
+    reads_lengths = True
 
     def __init__(
         self, workspace: torch.Tensor, plans: torch.Tensor, stage: PlanStage, shape: PagedBatch, heads: int,
@@ -126,6 +127,7 @@ class FlashInferPrefill:
     """Any number of queries per sequence, any batch; not for capture. backend: "fa2" or "fa3"."""
 
     skips_empty = False
+    reads_lengths = True
 
     def __init__(
         self, workspace: torch.Tensor, stage: PlanStage, backend: str, heads: int, kv_heads: int, head_dim: int,

@@ -127,6 +127,7 @@ class HopperDecode:
     """
 
     skips_empty = True
+    reads_lengths = False
 
     def __init__(self, kernel: HopperKernel) -> None:
         self._kernel = kernel

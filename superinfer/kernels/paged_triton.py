@@ -76,6 +76,7 @@ class TritonAttention:
     """Implements `AttentionCall`; nothing to prepare on the host but the longest query."""
 
     skips_empty = False
+    reads_lengths = False
 
     def __init__(self, scale: float, window: int | None = None) -> None:
         self._scale = scale

@@ -34,6 +34,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         (OverloadedError, which says when to try again). Only policy "rota" foresees; the others accept.
     prefix_cache: share the KV of equal prefixes.
     jump_forward: take text that a grammar forces without sampling it, token by token; see docs/constrained.md.
+    tune_products: measure at the start which algorithm each matrix product is to take, on a GPU in half precision. Some
+        seconds; two starts may choose differently, and then round differently.
     load_format: "auto" reads safetensors; "dummy" makes random weights from the config alone.
     seed: of everything random in the engine.
     threads: torch CPU threads; None: all cores.
@@ -56,6 +58,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     admission: Literal["accept", "refuse", "degrade"] = "accept"
     prefix_cache: bool = True
     jump_forward: bool = True
+    tune_products: bool = True
     load_format: Literal["auto", "dummy"] = "auto"
     seed: int = 0
     threads: int | None = None

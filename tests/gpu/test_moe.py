@@ -22,7 +22,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize("experts,top_k,hidden,size", [(8, 2, 1024, 3584), (128, 8, 512, 768)])
-@pytest.mark.parametrize("tokens", [1, 33, 256, 1100])
+@pytest.mark.parametrize("tokens", [1, 33, 64, 128, 256, 1100])
 def test_the_layer_equals_the_dense_answer_in_float64(tokens, experts, top_k, hidden, size, dtype):
     """From one token to a prefill: each number of tokens picks tiles of its own."""
     from superinfer.kernels import fused_moe
@@ -59,8 +59,27 @@ def test_a_graph_follows_the_routing_of_each_replay():
 def test_the_same_inputs_give_the_same_bits_in_any_batch_of_one_tile_size():
     from superinfer.kernels import fused_moe
 
-    x, logits, gate_up, down = on_gpu(torch.bfloat16, 64, 8, 256, 512)
+    x, logits, gate_up, down = on_gpu(torch.bfloat16, 32, 8, 256, 512)
     together = fused_moe.moe_mlp(x, logits, gate_up, down, 2, True)
-    for i in (0, 13, 63):
+    for i in (0, 13, 31):
         here = slice(i, i + 1)
         assert torch.equal(fused_moe.moe_mlp(x[here], logits[here], gate_up, down, 2, True), together[here])
+
+
+def test_very_many_rows_are_grouped_products_without_waiting_for_the_device():
+    from superinfer.kernels import fused_moe
+
+    tokens, experts = 2200, 8
+    x, logits, gate_up, down = on_gpu(torch.bfloat16, tokens, experts, 256, 512)
+    assert 2 * tokens >= fused_moe.GROUPED_FROM * experts
+    fused_moe.moe_mlp(x, logits, gate_up, down, 2, True)  # loads kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = fused_moe.moe_mlp(x, logits, gate_up, down, 2, True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for start in range(0, tokens, 128):
+        here = slice(start, start + 128)
+        expected = dense_answer(x[here], logits[here], gate_up, down, 2, True)
+        assert error(found[here], expected) < BOUND[torch.bfloat16]

@@ -23,6 +23,6 @@ def test_every_triton_kernel_compiles_for_ampere_and_hopper(tmp_path):
     command = [sys.executable, str(SCRIPT)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    # Ampere: without the 6 that know no activations. float32 has one tile for the experts, bfloat16 three, and six for
-    # products of few rows.
-    assert len(done.stdout.splitlines()) == (12 + 2 + 2) + (17 + 3 + 6 + 6)
+    # Ampere: without the 6 that know no activations. float32 has one pair of tiles for the experts, bfloat16 five, and
+    # six for products of few rows.
+    assert len(done.stdout.splitlines()) == (12 + 3 + 2) + (17 + 4 + 10 + 6)

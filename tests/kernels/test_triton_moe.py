@@ -78,7 +78,7 @@ def test_the_layer_equals_the_dense_answer(tokens, experts, top_k, hidden, size,
     assert error < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype], f"{error:.1e}"
 
 
-@pytest.mark.parametrize("tiles", [fused_moe.Tiles(64, 64, 128, 64, 4, 3), fused_moe.Tiles(128, 64, 128, 64, 8, 3)])
+@pytest.mark.parametrize("tiles", [*(tiles for _, tiles in fused_moe.TILES), fused_moe.TALLEST])
 def test_the_tiles_of_prefills_change_nothing(tiles, monkeypatch):
     inputs = case(150, 2, 144, 136)
     monkeypatch.setattr(fused_moe, "choose_tiles", lambda *_: tiles)
@@ -87,6 +87,38 @@ def test_the_tiles_of_prefills_change_nothing(tiles, monkeypatch):
     found = fused_moe.moe_mlp(*(t.to(DEVICE) for t in inputs), 2, True).cpu().double()
     expected = dense_answer(*inputs, 2, True)
     assert (found - expected).norm() / expected.norm() < (2e-3 if CUDA else 1e-5)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("tokens,experts,top_k,hidden,size", [(5, 4, 3, 40, 72), (33, 8, 2, 80, 40)])
+def test_grouped_products_of_many_rows_equal_the_dense_answer(
+    tokens, experts, top_k, hidden, size, normalize, monkeypatch
+):
+    asked = []
+    grouped = fused_moe._grouped
+    monkeypatch.setattr(fused_moe, "GROUPED_FROM", 1)
+    monkeypatch.setattr(fused_moe, "takes_grouped", lambda x: True)
+    monkeypatch.setattr(fused_moe, "_grouped", lambda *given: asked.append(1) or grouped(*given))
+    x, logits, gate_up, down = case(tokens, experts, hidden, size)
+    x, gate_up, down = x.bfloat16(), gate_up.bfloat16(), down.bfloat16()
+    logits[:, 1] += 20.0  # an expert that all pick, and one that nobody does
+    logits[:, 2] -= 20.0
+    expected = dense_answer(x, logits, gate_up, down, top_k, normalize)
+    found = fused_moe.moe_mlp(*(t.to(DEVICE) for t in (x, logits, gate_up, down)), top_k, normalize)
+    assert asked
+    assert (found.cpu().double() - expected).norm() / expected.norm() < 2e-2
+
+
+def test_tiles_fit_the_shared_memory_there_is():
+    for rows in (8, 64, 128, 256, 512, 4096, 1 << 20):
+        for most in (99 << 10, 163 << 10, 227 << 10):
+            tiles = fused_moe.choose_tiles(rows, 8, torch.bfloat16, most)
+            for tile, lines in (
+                (tiles.gate_up, tiles.rows + 2 * tiles.gate_up.columns),
+                (tiles.down, tiles.rows + tiles.down.columns),
+            ):
+                assert lines * tile.depth * 2 * tile.stages <= most
+                assert tile.stages >= 2
 
 
 def test_no_tokens_are_no_work():

@@ -84,17 +84,24 @@ def expert_kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any],
     made = [
         (fused_moe._route, route, dict(EXPERTS=8, EXPERTS_2=8, TOP_K=2, TOP_K_2=2, NORMALIZE=True), dict(num_warps=1)),
         (fused_moe._align, align, dict(EXPERTS=8, BINS=16, CHUNK=4096, BLOCK=128), {}),
-        (fused_moe._combine, pointers(kind, "parts", "out"), dict(HIDDEN=4096, TOP_K=2, BLOCK=2048), {}),
+    ]
+    sums = dict(HIDDEN=4096, TOP_K=2, BLOCK=2048)
+    sorted_rows = {**pointers(kind, "parts", "out"), "places": "*i64", "scales": "*fp32"}
+    unsorted = dict(sums, SORTED=False, places=None, scales=None)
+    made += [
+        (fused_moe._combine, pointers(kind, "parts", "out"), unsorted, {}),
+        (fused_moe._combine, sorted_rows, dict(sums, SORTED=True), {}),
     ]
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
-    for tiles in dict.fromkeys(fused_moe.choose_tiles(rows, 8, dtype) for rows in (2, 1000, 16384)):
-        sizes = dict(HIDDEN=4096, SIZE=14336, ROWS=tiles.rows, DEPTH=tiles.depth)
-        options = dict(num_warps=tiles.warps, num_stages=tiles.stages)
-        products = {**pointers(kind, "x", "weight", "out"), **lists}
-        made += [
-            (fused_moe._gate_up, products, dict(sizes, TOP_K=2, COLUMNS=tiles.gate_up_columns), options),
-            (fused_moe._down, {**products, "scales": "*fp32"}, dict(sizes, COLUMNS=tiles.down_columns), options),
-        ]
+    products = {**pointers(kind, "x", "weight", "out"), **lists}
+    for tiles in dict.fromkeys(fused_moe.choose_tiles(rows, 8, dtype) for rows in (2, 128, 256, 512, 16384)):
+        sizes = dict(HIDDEN=4096, SIZE=14336, ROWS=tiles.rows)
+        for kernel, tile, types, constants in (
+            (fused_moe._gate_up, tiles.gate_up, products, dict(sizes, TOP_K=2)),
+            (fused_moe._down, tiles.down, {**products, "scales": "*fp32"}, sizes),
+        ):
+            options = dict(num_warps=tile.warps, num_stages=tile.stages)
+            made.append((kernel, types, dict(constants, COLUMNS=tile.columns, DEPTH=tile.depth), options))
     return made
 
 

@@ -15,7 +15,7 @@ import torch
 
 from superinfer.kernels import decode_step
 from superinfer.kernels.decode_step import HEAD
-from superinfer.kernels.paged import PagedBatch
+from superinfer.kernels.paged import AttentionCall, PagedBatch
 from superinfer.runtime.engine.executor import ExecutorLimits
 from superinfer.runtime.engine.marker import Marker
 from superinfer.runtime.engine.staging import HostStage
@@ -127,11 +127,17 @@ class DecodeBatch:
         return fixed
 
     def fill(
-        self, slots: np.ndarray, positions: np.ndarray, bucket: int, stage: HostStage, empty_padding: bool = False
+        self,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        bucket: int,
+        stage: HostStage,
+        attention: AttentionCall,
+        empty_padding: bool = False,
     ) -> PagedBatch:
         """Describe one step. slots, positions: [decodes] int64, of the token that is computed. stage: for more changes
-        of the tables than usual. empty_padding: rows of padding have no block, rather than one of their own
-        (`AttentionCall.skips_empty`).
+        of the tables than usual. attention: that will run; without `reads_lengths` the host's own arrays stay as they
+        are. empty_padding: rows of padding have no block, rather than one of their own (`AttentionCall.skips_empty`).
 
         Raises ValueError where a slot's blocks do not reach its position.
         """
@@ -149,6 +155,13 @@ class DecodeBatch:
         inputs = array[HEAD : HEAD + 2 * most].reshape(2, most)
         inputs[0, :count], inputs[1, :count] = positions, slots
         inputs[0, count:bucket], inputs[1, count:bucket] = 0, self._padding_slot
+        if attention.reads_lengths:
+            self._know(positions, bucket, empty_padding)
+        return self.paged(bucket)
+
+    def _know(self, positions: np.ndarray, bucket: int, empty_padding: bool) -> None:
+        """Work out on the host, too, what the device will: last page lengths and indptr."""
+        count, most = len(positions), self._most
         whole, offset = np.divmod(positions, self._page)
         known = self._known_array
         np.add(offset, 1, out=known[:count], casting="same_kind")
@@ -157,7 +170,6 @@ class DecodeBatch:
         np.add(whole, 1, out=indptr[1 : count + 1], casting="same_kind")
         indptr[count + 1 :] = 0 if empty_padding else 1
         np.cumsum(indptr[1:], out=indptr[1:])
-        return self.paged(bucket)
 
     def _send_changes(self, array: np.ndarray, stage: HostStage) -> int:
         """Of the block tables; returns how many go with the step."""

@@ -20,6 +20,7 @@ from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine.cuda_executor import CudaExecutor, DecodeAttention
 from superinfer.runtime.engine.cuda_mixed import CapturedChunks, graph_rows
 from superinfer.runtime.engine.cuda_tier import add_cuda_tier
+from superinfer.runtime.engine.cuda_tuning import tune_linears
 from superinfer.runtime.engine.model_executor import executor_limits
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import Progress
@@ -48,6 +49,8 @@ def build_cuda_executor(
     if on_progress is not None:
         on_progress("preparing attention kernels", 0.0)
     decode_attention, chunk_attention, captured_chunks = make_attention(choice, config, model)
+    if config.tune_products:
+        tune_linears(model, config.max_batch_size, config.max_batch_tokens, on_progress)
     pool_tokens = config.kv_tokens
     if pool_tokens is None:
         captured = 0 if captured_chunks is None else graph_rows(config.max_batch_size + config.max_batch_tokens)[-1]

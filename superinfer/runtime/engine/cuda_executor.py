@@ -206,12 +206,17 @@ class CudaExecutor:
         self.cache = torch.empty(0)
 
     def _start(self, plan: StepPlan) -> Pending:
-        pending = Pending(plan.step, *self._marks[0])
+        begun, ended = self._marks[0]
         self._marks.rotate(1)
+        before = self._pending[-1] if self._pending else None
+        # A mark costs the host as much as a graph: a step right behind another begins where that ends.
+        behind = before.ended if isinstance(before, Pending) and not before.ended.reached else None
+        pending = Pending(plan.step, behind or begun, ended)
         self._stage.next_step()
         if self._duplex is not None:
             self._duplex.start(plan.copies, plan.waits, hold=True)
-        pending.begun.record()
+        if behind is None:
+            begun.record()
         if self._duplex is not None:
             self._duplex.wait(plan.waits)
         for slot in plan.freed:
@@ -266,7 +271,8 @@ class CudaExecutor:
 
     def _fill_decodes(self, decodes: Decodes) -> tuple[Bucket, np.ndarray]:
         bucket = next(bucket for bucket in self._buckets if bucket.size >= len(decodes))
-        bucket.attention.plan(self._decodes.fill(decodes.slots, decodes.positions, bucket.size, self._stage))
+        slots, positions = decodes.slots, decodes.positions
+        bucket.attention.plan(self._decodes.fill(slots, positions, bucket.size, self._stage, bucket.attention))
         return bucket, decodes.slots
 
     def _decode_step(self, decodes: Decodes, pending: Pending) -> None:
@@ -290,7 +296,7 @@ class CudaExecutor:
         attention = self._attention(rows.places, [(bucket.size, bucket.attention)])
         hidden = self._model(self._last_tokens.index_select(0, rows.slots), rows.positions, attention)
         logits = self._logits[: bucket.size]
-        torch.matmul(hidden, self._model.lm_head.weight.t(), out=logits)
+        self._model.lm_head.into(hidden, logits)
         decode_step.keep_largest(logits, rows.slots, self._last_tokens, self._tokens, self._decodes.turn)
 
     def _mixed_step(self, decodes: Decodes, chunks: list[SlotWork], pending: Pending) -> None:
@@ -391,7 +397,7 @@ class CudaExecutor:
         for done, bucket in enumerate(reversed(self._buckets)):
             if on_progress is not None:
                 on_progress("capturing CUDA graphs", done / len(self._buckets))
-            bucket.attention.plan(self._decodes.fill(nobody, nobody, bucket.size, self._stage))
+            bucket.attention.plan(self._decodes.fill(nobody, nobody, bucket.size, self._stage, bucket.attention))
             self._decode_forward(bucket)  # loads kernels and libraries, which a capture must not
             self._decodes.over(self._sent)
             torch.cuda.synchronize()

@@ -121,8 +121,9 @@ class MixedGraphs:
             self._plan_decodes(mixed.decodes, slots, positions)
 
     def _plan_decodes(self, decodes: DecodeRows, slots: np.ndarray, positions: np.ndarray) -> None:
-        empty = decodes.attention.skips_empty
-        decodes.attention.plan(self._decode_batch.fill(slots, positions, decodes.size, self._stage, empty))
+        attention = decodes.attention
+        batch = self._decode_batch.fill(slots, positions, decodes.size, self._stage, attention, attention.skips_empty)
+        attention.plan(batch)
 
     def run(self, mixed: MixedGraph, ended: Marker) -> torch.Tensor:
         """[rows, hidden] of what was prepared: decodes, chunks, padding; valid until the next run. ended: will be set

@@ -20,6 +20,11 @@ class Marker:
             self._event.record()
         self._time = time.perf_counter()
 
+    @property
+    def reached(self) -> bool:
+        """Whether everything before the mark is done."""
+        return self._event is None or bool(self._event.query())
+
     def wait(self) -> None:
         """Until everything before the mark is done."""
         if self._event is not None:

@@ -7,7 +7,7 @@ Modules carry the names of the checkpoint's tensors, except that projections of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from superinfer.kernels.norm import add_rms_norm, rms_norm
 from superinfer.kernels.rope import rope_angles
 from superinfer.runtime.models.config import ModelConfig
 from superinfer.runtime.models.rope import RopeConfig
+
+if TYPE_CHECKING:
+    from superinfer.kernels.tuned_linear import TunedLinear
 
 
 class AttentionBackend(Protocol):
@@ -62,9 +65,19 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.tuned: TunedLinear | None = None  # on a GPU, once its algorithms have been measured
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.tuned is not None:
+            product = self.tuned.run(x, self.weight, self.bias)
+            if product is not None:
+                return product
         return F.linear(x, self.weight, self.bias)
+
+    def into(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Like `forward` without a bias, written to `out`, [tokens, outputs]."""
+        if self.tuned is None or self.tuned.run(x, self.weight, None, out) is None:
+            torch.matmul(x, self.weight.t(), out=out)
 
     def in_parts(self, x: torch.Tensor) -> torch.Tensor:
         """Like `forward`; or, on a GPU where that is quicker, float32 [parts, tokens, outputs] for who adds them up."""
