@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from operator import mul
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
@@ -184,12 +185,14 @@ class StepCost:
         self._measure = rates._replace(pieces_s=least[0], eager_s=least[1])  # what the factors are times of
         self._prior = np.array([1.0] * 6 + [rates.pieces_s / least[0], rates.eager_s / least[1]])
         self.factors = self._prior.copy()
+        self._known_factors: list[float] = self.factors.tolist()
         self._forgetting = forgetting
         self._information = np.zeros((len(FACTORS), len(FACTORS)))
         self._moment = np.zeros(len(FACTORS))
         self._errors: deque[float] = deque(maxlen=WINDOW)
         self._scale = LEAST_OUTLIER
-        self._unsolved = 0
+        # Steps not in the sums yet: terms, 1 / predicted, took / predicted, weight.
+        self._seen: list[tuple[list[float], float, float, float]] = []
 
     def units(self) -> UnitCosts:
         """What each unit of a step's load costs by now."""
@@ -208,27 +211,21 @@ class StepCost:
 
     def seconds(self, load: StepLoad) -> float:
         """How long a step of this load will take."""
-        return float(self._row(load) @ self.factors)
+        return self._predicted(self._row(load))
 
     def observe(self, load: StepLoad, elapsed: float) -> None:
         """A step of this load took `elapsed` seconds. Times that are not finite and above 0 are ignored."""
         if not 0.0 < elapsed < math.inf:
             return
         row = self._row(load)
-        predicted = max(float(row @ self.factors), 1e-9)
+        predicted = max(self._predicted(row), 1e-9)
         error = abs(elapsed - predicted)
         self._errors.append(error / elapsed)
-        weight = self._weight(error / predicted)
-        x, y = row / predicted, elapsed / predicted
-        outer = x[:, None] * x
-        outer *= weight
-        self._information *= self._forgetting
-        self._information += outer
-        self._moment *= self._forgetting
-        self._moment += weight * y * x
-        self._unsolved += 1
-        if len(self._errors) < SOLVE_EVERY or self._unsolved >= SOLVE_EVERY:
-            self.factors, self._unsolved = self._solve(), 0
+        self._seen.append((row, 1.0 / predicted, elapsed / predicted, self._weight(error / predicted)))
+        if len(self._errors) < SOLVE_EVERY or len(self._seen) >= SOLVE_EVERY:
+            self._take_in()
+            self.factors = self._solve()
+            self._known_factors = self.factors.tolist()
 
     def error(self) -> CostError:
         """How far off the last predictions were; zeros before the first."""
@@ -237,11 +234,24 @@ class StepCost:
         median, p90 = np.quantile(np.array(self._errors), (0.5, 0.9))
         return CostError(float(median), float(p90), len(self._errors))
 
-    def _row(self, load: StepLoad) -> np.ndarray:
-        """The terms, with only the larger of weights and matmul in."""
-        row = np.array(self._measure.terms(load))
-        row[1 if row[0] * self.factors[0] >= row[1] * self.factors[1] else 0] = 0.0
+    def _row(self, load: StepLoad) -> list[float]:
+        """The terms, with only the larger of weights and matmul in. Few numbers, at every step: no array."""
+        row, factors = list(self._measure.terms(load)), self._known_factors
+        row[1 if row[0] * factors[0] >= row[1] * factors[1] else 0] = 0.0
         return row
+
+    def _predicted(self, row: list[float]) -> float:
+        return sum(map(mul, row, self._known_factors))
+
+    def _take_in(self) -> None:
+        """What was seen since the last solution, each step forgotten a little for each that came after it."""
+        rows, scales, times, weights = (np.array(column) for column in zip(*self._seen, strict=True))
+        x = rows * scales[:, None]
+        counts = weights * self._forgetting ** np.arange(len(x) - 1, -1, -1)
+        kept = self._forgetting ** len(x)
+        self._information = kept * self._information + (x.T * counts) @ x
+        self._moment = kept * self._moment + x.T @ (counts * times)
+        self._seen.clear()
 
     def _weight(self, error: float) -> float:
         """Huber's. The scale follows the median error: up a little for each above it, down for each below."""
