@@ -45,7 +45,8 @@ def main() -> None:
     arguments = parser.parse_args()
     every = {f"rows {tiles.rows}, to {most} an expert": tiles for most, tiles in fused_moe.TILES}
     every["rows 128"] = fused_moe.TALLEST
-    choose, results = fused_moe.choose_tiles, []
+    choose, own = fused_moe.choose_tiles, (fused_moe.GROUPED_FROM, fused_moe.GROUPED_LEAST)
+    results = []
     for model, (experts, top_k, hidden, size) in SHAPES.items():
         given = dict(device="cuda", dtype=torch.bfloat16)
         layers = [
@@ -60,7 +61,8 @@ def main() -> None:
             ways = {"chosen": None, "grouped": None, **every}
             for name, tiles in ways.items():
                 fused_moe.choose_tiles = (lambda *_, tiles=tiles: tiles) if tiles else choose
-                fused_moe.GROUPED_FROM = {"chosen": 512, "grouped": 0}.get(name, 1 << 40)
+                grouped = {"chosen": own, "grouped": (0, 0)}.get(name, (1 << 40, 0))
+                fused_moe.GROUPED_FROM, fused_moe.GROUPED_LEAST = grouped
                 layer(0)
                 torch.cuda.synchronize()
                 calls = max(3, min(MOST_CALLS, int(LEAST_MS / milliseconds(layer, 2))))

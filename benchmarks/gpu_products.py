@@ -17,16 +17,15 @@ import torch.nn.functional as F
 from record import write
 
 from superinfer.kernels.cublaslt import CublasLt, Product
-from superinfer.kernels.tuned_linear import HEAD_START_CYCLES, TunedLinear
+from superinfer.kernels.tuned_linear import TunedLinear
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-LAYERS, ROUNDS, MOST_CALLS, LEAST_MS = 4, 5, 20, 2.0
+LAYERS, ROUNDS, MOST_CALLS, LEAST_MS = 4, 7, 40, 5.0
 
 
 def milliseconds(calls: int, product: Callable[[int], object]) -> float:
     """Of one call of product(layer), over `calls` of them."""
     begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(HEAD_START_CYCLES)
     begun.record()
     for call in range(calls):
         product(call % LAYERS)
@@ -49,7 +48,7 @@ def main() -> None:
     """Measure, print, write results/<name>.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", default="gpu-products")
-    parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128, 256, 512, 1280, 2048, 8192])
+    parser.add_argument("--rows", type=int, nargs="+", default=[256, 512, 768, 1024, 1280, 2048, 4096, 8192])
     arguments = parser.parse_args()
     library = CublasLt(torch.device("cuda", torch.cuda.current_device()))
     results = []

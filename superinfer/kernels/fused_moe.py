@@ -51,7 +51,7 @@ TILES = (
     (8, Tiles(16, Tile(64, 128, 4, 4), Tile(128, 128, 4, 3))),
     (16, Tiles(32, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3))),
     (32, Tiles(64, Tile(64, 128, 4, 4), Tile(128, 128, 4, 4))),
-    (64, Tiles(64, Tile(64, 64, 4, 3), Tile(128, 64, 4, 3))),
+    (48, Tiles(64, Tile(64, 64, 4, 3), Tile(128, 64, 4, 3))),
 )
 TALLEST = Tiles(128, Tile(128, 64, 8, 4), Tile(256, 64, 8, 4))
 # For tests and small models: float32 products run without tensor cores.
@@ -59,6 +59,7 @@ FLOAT32_TILES = Tiles(16, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))
 # From so many rows an expert, torch's grouped product is quicker (one H200: 5.3 ms against 7.1 for Mixtral's gate and
 # up, 2,048 rows an expert), by more than gathering the rows and a kernel for the activation take.
 GROUPED_FROM = 512
+GROUPED_LEAST = 2048  # an expert's width; narrower ones are quicker here
 
 
 def choose_tiles(rows: int, experts: int, dtype: torch.dtype, shared_memory: int = 1 << 30) -> Tiles:
@@ -273,7 +274,7 @@ def moe_mlp(
         return out
     total = tokens * top_k
     weights, chosen = route(logits, top_k, normalize)
-    if total >= GROUPED_FROM * experts and takes_grouped(x):
+    if total >= GROUPED_FROM * experts and size >= GROUPED_LEAST and takes_grouped(x):
         return _grouped(x, weights, chosen, gate_up, down)
     tiles = choose_tiles(total, experts, x.dtype, _shared_memory(x.device))
     rows, block_expert = align(chosen, experts, tiles.rows)

@@ -1,8 +1,7 @@
 """Linear layers whose algorithm was measured: of those that cuBLASLt proposes, its first guess is often not its best.
 
-On one H200 the best of its eight proposals took 4.7 % less than its first for 8,192 rows of Llama-3-8B's four matrices,
-7 % for 1,280 and 9 % for 256 (seen once, in no file; `benchmarks/gpu_products.py` measures it). Under load such a GPU
-runs at its power limit, so that it is measured as it is used: on the layers' own weights, one product after another.
+Under load a GPU runs at its power limit, where the best is another than on an idle one. So that is how they are
+measured: on the layers' own weights, one product right after another. `benchmarks/gpu_products.py` compares with torch.
 """
 
 from __future__ import annotations
@@ -16,12 +15,10 @@ import torch
 from superinfer.kernels.cublaslt import Algorithm, Product
 
 CANDIDATES = 8  # that cuBLASLt gives at most
-FINALISTS = 3
-ROUNDS = 3  # of the finalists, by turns
-MARGIN = 0.985  # of the first guess's time: who is not quicker than this does not replace it
-LEAST_MS, MOST_CALLS = 0.5, 10  # of one measurement
+ROUNDS = 5  # of all candidates, by turns
+MARGIN = 0.99  # of the first guess's time: who is not quicker than this does not replace it
+LEAST_MS, MOST_CALLS = 0.8, 16  # of one measurement
 ALIGNMENT = 256  # bytes, which cuBLASLt's proposals count on
-HEAD_START_CYCLES = 400_000  # for the host, so that the device never waits for it: a fifth of a millisecond
 
 
 class TunedLinear:
@@ -43,52 +40,43 @@ class TunedLinear:
             return
         words = [_words(algorithm) for algorithm in found]
 
-        def milliseconds(candidate: int, calls: int) -> float:
+        def measure(candidate: int, calls: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
             begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(HEAD_START_CYCLES)
             begun.record()
             for call in range(calls):
                 product.run(words[candidate], x, weights[call % len(weights)], bias, out)
             ended.record()
-            ended.synchronize()
-            return begun.elapsed_time(ended) / calls
+            return begun, ended
 
-        milliseconds(0, 1)  # loads it
-        calls = min(MOST_CALLS, 2 + int(LEAST_MS / milliseconds(0, 2)))
-        rough = []
-        for candidate in range(1, len(found)):
-            milliseconds(candidate, 1)
-            rough.append((milliseconds(candidate, calls), candidate))
-        finalists = [0, *(candidate for _, candidate in sorted(rough)[:FINALISTS])]
-        times: dict[int, list[float]] = {candidate: [] for candidate in finalists}
-        for _ in range(ROUNDS):
-            for candidate in finalists:
-                times[candidate].append(milliseconds(candidate, calls))
-        typical = {candidate: statistics.median(measured) for candidate, measured in times.items()}
-        best = min(typical, key=lambda candidate: typical[candidate])
+        loaded = [measure(candidate, 1) for candidate in range(len(found))]
+        torch.cuda.synchronize(x.device)
+        once = min(begun.elapsed_time(ended) for begun, ended in loaded)
+        calls = min(MOST_CALLS, 2 + int(LEAST_MS / once))
+        # All at once: a device that waits for the host between two of them has cooled down for the next.
+        rounds = [[measure(candidate, calls) for candidate in range(len(found))] for _ in range(ROUNDS)]
+        torch.cuda.synchronize(x.device)
+        times = [[begun.elapsed_time(ended) for begun, ended in measured] for measured in rounds]
+        typical = [statistics.median(of) for of in zip(*times, strict=True)]
+        best = min(range(len(found)), key=lambda candidate: typical[candidate])
         if typical[best] > MARGIN * typical[0]:
             best = 0
         self._tuned[rows] = found[best]
         self._words.clear()
 
-    def run(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
-    ) -> torch.Tensor | None:
-        """[rows, outputs], in `out` if given; None where nothing that was tuned computes this. x: [rows, depth]."""
+    def run(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """[rows, outputs]; None where nothing that was measured computes this. x: [rows, depth]."""
         rows = len(x)
         words = self._words[rows] if rows in self._words else self._find(rows)
-        if words is None or not x.is_contiguous():
+        if words is None or not x.is_contiguous() or x.data_ptr() % ALIGNMENT:
             return None
-        if out is None:
-            out = torch.empty(rows, self._product.outputs, dtype=x.dtype, device=x.device)
-        if (x.data_ptr() | out.data_ptr()) % ALIGNMENT:
-            return None
+        out = torch.empty(rows, self._product.outputs, dtype=x.dtype, device=x.device)
         return self._product.run(words, x, weight, bias, out)
 
     def _find(self, rows: int) -> ctypes.Array[ctypes.c_uint64] | None:
-        """Of rows that were not tuned, the algorithm of the next that were, if it can do them."""
+        """Between the numbers of rows that were measured, the algorithm of the next; beyond them, that of the most: if
+        it can do these. Below them there is none."""
         words = None
-        if rows and self._tuned:
+        if self._tuned and rows >= min(self._tuned):
             near = min((tuned for tuned in self._tuned if tuned >= rows), default=max(self._tuned))
             if near == rows or self._product.takes(rows, self._tuned[near]):
                 words = _words(self._tuned[near])

@@ -69,9 +69,10 @@ def test_the_same_inputs_give_the_same_bits_in_any_batch_of_one_tile_size():
 def test_very_many_rows_are_grouped_products_without_waiting_for_the_device():
     from superinfer.kernels import fused_moe
 
-    tokens, experts = 2200, 8
-    x, logits, gate_up, down = on_gpu(torch.bfloat16, tokens, experts, 256, 512)
+    tokens, experts, size = 2200, 8, 2048
+    x, logits, gate_up, down = on_gpu(torch.bfloat16, tokens, experts, 256, size)
     assert 2 * tokens >= fused_moe.GROUPED_FROM * experts
+    assert size >= fused_moe.GROUPED_LEAST
     fused_moe.moe_mlp(x, logits, gate_up, down, 2, True)  # loads kernels
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 CUDA = torch.device("cuda")
-ROWS = (1, 7, 64, 200, 256, 1000, 3000)
+MEASURED = (16, 64, 256, 2048)
+ROWS = (1, 7, 16, 64, 200, 256, 1000, 2048, 3000)
 
 
 def tuned_for(outputs: int, depth: int, dtype: torch.dtype, rows: tuple[int, ...], bias: bool = False):
@@ -31,19 +32,17 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("outputs,depth", [(768, 512), (512, 3584), (128, 4096)])
 def test_products_of_any_number_of_rows_equal_float32(outputs, depth, dtype, bias):
     """Also of numbers of rows between those measured, and beyond them."""
-    tuned, weights, added = tuned_for(outputs, depth, dtype, (1, 64, 256, 2048), bias)
+    tuned, weights, added = tuned_for(outputs, depth, dtype, MEASURED, bias)
     for rows in ROWS:
         x = torch.randn(rows, depth, device=CUDA, dtype=dtype)
-        out = torch.full((rows, outputs), float("nan"), device=CUDA, dtype=dtype)
         for weight in weights:
-            found = tuned.run(x, weight, added, out)
-            if found is None:  # the algorithm of the next rows that were measured cannot do these
-                assert rows not in (1, 64, 256)
+            found = tuned.run(x, weight, added)
+            if found is None:  # too few, or the algorithm of the next that were measured cannot do these
+                assert rows not in MEASURED
                 continue
-            assert found is out
+            assert rows >= MEASURED[0]
             exact = F.linear(x.float(), weight.float(), None if added is None else added.float())
             assert error(found, exact) < (4e-3 if dtype == torch.bfloat16 else 1e-3)
-            found.fill_(float("nan"))
 
 
 def test_a_bias_is_that_of_the_call():
@@ -77,7 +76,7 @@ def test_what_is_not_contiguous_or_aligned_is_left_to_torch():
     assert tuned.run(wide[:, :512], weight, None) is None
     flat = torch.randn(48 * 512 + 8, device=CUDA, dtype=torch.bfloat16)
     assert tuned.run(flat[8:].view(48, 512), weight, None) is None
-    assert tuned.run(flat[:0].view(0, 512), weight, None) is None
+    assert tuned.run(flat[: 8 * 512].view(8, 512), weight, None) is None
 
 
 def test_a_models_layers_are_given_algorithms_and_answer_alike(tmp_path):
@@ -92,10 +91,10 @@ def test_a_models_layers_are_given_algorithms_and_answer_alike(tmp_path):
     config = load_config(tmp_path)
     model = load_model(tmp_path, config, dtype=torch.bfloat16, device=CUDA)
     layers = [module for module in model.modules() if isinstance(module, Linear)]
-    x = {layer.weight.shape[1]: torch.randn(40, layer.weight.shape[1], device=CUDA).bfloat16() for layer in layers}
+    x = {layer.weight.shape[1]: torch.randn(600, layer.weight.shape[1], device=CUDA).bfloat16() for layer in layers}
     before = [layer(x[layer.weight.shape[1]]) for layer in layers]
     stages = []
-    tune_linears(model, 8, 256, lambda stage, fraction: stages.append((stage, fraction)))
+    tune_linears(model, 1000, lambda stage, fraction: stages.append((stage, fraction)))
     assert any(layer.tuned is not None for layer in layers)
     assert all(0 <= fraction < 1 for _, fraction in stages)
     for layer, expected in zip(layers, before, strict=True):

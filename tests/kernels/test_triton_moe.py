@@ -97,6 +97,7 @@ def test_grouped_products_of_many_rows_equal_the_dense_answer(
     asked = []
     grouped = fused_moe._grouped
     monkeypatch.setattr(fused_moe, "GROUPED_FROM", 1)
+    monkeypatch.setattr(fused_moe, "GROUPED_LEAST", 1)
     monkeypatch.setattr(fused_moe, "takes_grouped", lambda x: True)
     monkeypatch.setattr(fused_moe, "_grouped", lambda *given: asked.append(1) or grouped(*given))
     x, logits, gate_up, down = case(tokens, experts, hidden, size)

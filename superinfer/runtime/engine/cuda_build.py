@@ -50,7 +50,7 @@ def build_cuda_executor(
         on_progress("preparing attention kernels", 0.0)
     decode_attention, chunk_attention, captured_chunks = make_attention(choice, config, model)
     if config.tune_products:
-        tune_linears(model, config.max_batch_size, config.max_batch_tokens, on_progress)
+        tune_linears(model, config.max_batch_size + config.max_batch_tokens, on_progress)
     pool_tokens = config.kv_tokens
     if pool_tokens is None:
         captured = 0 if captured_chunks is None else graph_rows(config.max_batch_size + config.max_batch_tokens)[-1]

@@ -296,7 +296,7 @@ class CudaExecutor:
         attention = self._attention(rows.places, [(bucket.size, bucket.attention)])
         hidden = self._model(self._last_tokens.index_select(0, rows.slots), rows.positions, attention)
         logits = self._logits[: bucket.size]
-        self._model.lm_head.into(hidden, logits)
+        torch.matmul(hidden, self._model.lm_head.weight.t(), out=logits)
         decode_step.keep_largest(logits, rows.slots, self._last_tokens, self._tokens, self._decodes.turn)
 
     def _mixed_step(self, decodes: Decodes, chunks: list[SlotWork], pending: Pending) -> None:

@@ -74,11 +74,6 @@ class Linear(nn.Module):
                 return product
         return F.linear(x, self.weight, self.bias)
 
-    def into(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Like `forward` without a bias, written to `out`, [tokens, outputs]."""
-        if self.tuned is None or self.tuned.run(x, self.weight, None, out) is None:
-            torch.matmul(x, self.weight.t(), out=out)
-
     def in_parts(self, x: torch.Tensor) -> torch.Tensor:
         """Like `forward`; or, on a GPU where that is quicker, float32 [parts, tokens, outputs] for who adds them up."""
         if x.is_cuda and self.bias is None:
