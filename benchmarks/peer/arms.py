@@ -85,18 +85,19 @@ def known_arms() -> dict[str, Arm]:
     return {arm.name: arm for arm in found}
 
 
-def command_of(arm: Arm, sizes: Sizes, port: int, stand_in: bool = False) -> list[str]:
-    """The command that starts an arm. stand_in: ours in vLLM's place, to try the harness where there is no vLLM."""
+def command_of(arm: Arm, sizes: Sizes, port: int, engine: str, stand_in: bool = False) -> list[str]:
+    """The command that starts an arm. engine: the address that ours has beside its port; vLLM has none.
+    stand_in: ours in vLLM's place, to try the harness where there is no vLLM."""
     if arm.engine == "vllm" and not stand_in:
         return _vllm(arm, sizes, port)
-    return _superinfer(arm, sizes, port)
+    return _superinfer(arm, sizes, port, engine)
 
 
-def _superinfer(arm: Arm, sizes: Sizes, port: int) -> list[str]:
+def _superinfer(arm: Arm, sizes: Sizes, port: int, engine: str) -> list[str]:
     tier = ["--dram-tokens", str(sizes.dram_bytes // sizes.block_bytes * PAGE)] if arm.dram else []
     return [
         sys.executable, "-m", "superinfer", "serve", "--model", sizes.model, "--model-name", "m",
-        "--host", "127.0.0.1", "--port", str(port), "--no-page", "--no-access-log",
+        "--host", "127.0.0.1", "--port", str(port), "--engine-address", engine, "--no-page", "--no-access-log",
         *(["--load-format", "dummy"] if sizes.dummy else []),
         "--kv-tokens", str(sizes.blocks(arm.pool) * PAGE), "--page-size", str(PAGE),
         "--max-model-len", str(sizes.max_model_len), "--max-batch-size", str(sizes.max_seqs),

@@ -48,7 +48,7 @@ class LaneTask:
     to. until: on time.monotonic.
 
     port: of its first server. stand_in: our server in vLLM's place. hold: keep the last servers until the folder has a
-    file `end`; their URLs are in `urls-NUMBER.json`.
+    file `end`; their URLs and engines' addresses are in `urls-NUMBER.json`.
     """
 
     number: int
@@ -180,7 +180,7 @@ async def _describe(url: str, arm: Arm) -> Described:
 
 def _hold(task: LaneTask) -> None:
     """Keep the servers for others to ask, until told to end or time is up."""
-    urls = {name: server.url for name, server in _servers.items() if server.alive}
+    urls = {name: {"url": server.url, "engine": server.engine} for name, server in _servers.items() if server.alive}
     (task.folder / f"urls-{task.number}.json").write_text(json.dumps(urls))
     while time.monotonic() < task.until and not (task.folder / "end").exists():
         time.sleep(0.2)

@@ -67,7 +67,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-ceilings", action="store_true", help="do not measure what the GPUs can do")
     parser.add_argument("--small", action="store_true", help="the embedded model and short runs: tries the harness")
     parser.add_argument("--stand-in", action="store_true", help="our server in vLLM's place: tries the harness")
-    parser.add_argument("--then", default="", help="a command with {ours} and {vllm}, once the last servers are idle")
+    parser.add_argument(
+        "--then", default="", help="a command with {ours}, {engine} and {vllm}, once the last servers are idle"
+    )
     parser.add_argument("--then-after", default="", help="the schedule of those servers; the last one given")
     given = parser.parse_args()
     given.then_after = given.then_after or given.schedules[-1]
@@ -236,8 +238,13 @@ class Command:
     def _then(self, folder: Path) -> subprocess.Popen[bytes]:
         """The user's own command, while the servers that it names are idle."""
         found = [json.loads(path.read_text()) for path in folder.glob("urls-*.json")]
-        urls = {("vllm" if name.startswith("vllm") else "ours"): url for each in found for name, url in each.items()}
-        command = self.given.then.format(**{"ours": "", "vllm": "", **urls}, out=self.given.out)
+        where = {"ours": "", "engine": "", "vllm": "", "out": str(self.given.out)}
+        for name, at in (pair for each in found for pair in each.items()):
+            if name.startswith("vllm"):
+                where["vllm"] = at["url"]
+            else:
+                where |= {"ours": at["url"], "engine": at["engine"]}
+        command = self.given.then.format(**where)
         print(f"+ {command}", flush=True)
         environ = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
         return subprocess.Popen(command, shell=True, cwd=ROOT, env=environ, process_group=0)

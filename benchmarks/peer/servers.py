@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -23,14 +24,18 @@ class ServerFailed(Exception):
 
 
 class Server:
-    """One arm's server process. The log is `folder`/ARM.log."""
+    """One arm's server process. The log is `folder`/ARM.log. url: where it answers HTTP; engine: the address of our
+    engine behind it, "" for vLLM."""
 
     def __init__(
         self, arm: Arm, sizes: Sizes, gpu: int | None, port: int, folder: Path, stand_in: bool = False
     ) -> None:
         self.arm, self.gpu, self.port = arm, gpu, port
         self.url = f"http://127.0.0.1:{port}"
-        self.command = command_of(arm, sizes, port, stand_in)
+        # Of its own, and short: a socket's path may have 107 characters.
+        self._sockets = tempfile.TemporaryDirectory(prefix="superinfer-peer-")
+        self.engine = f"ipc://{self._sockets.name}/engine" if arm.engine == "superinfer" or stand_in else ""
+        self.command = command_of(arm, sizes, port, self.engine, stand_in)
         self.log = folder / f"{arm.name}.log"
         self.ready_s: float | None = None
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,6 +99,7 @@ class Server:
         until = time.monotonic() + 10
         while self._group_lives() and time.monotonic() < until:
             time.sleep(0.1)
+        self._sockets.cleanup()
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):

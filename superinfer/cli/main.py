@@ -130,10 +130,25 @@ def serve(
     engine: EngineAddress = "",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 8000,
+    engine_address: Annotated[
+        str,
+        typer.Option(
+            help="Where the engine that is started listens, for programs beside HTTP: ipc://PATH or tcp://HOST:PORT.",
+            show_default="private",
+        ),
+    ] = "",
 ) -> None:
     """Serve the OpenAI API, and a page that shows what the engine does, over HTTP until Ctrl-C or SIGTERM."""
+    import msgspec
+
     from superinfer.cli.engines import start_progress
     from superinfer.runtime.server.serve import serve
+
+    if engine and engine_address:
+        raise InvalidRequestError(
+            f"--engine {engine} runs already; --engine-address {engine_address} is of one to start: give one"
+        )
+    config = msgspec.structs.replace(config, address=engine_address)
 
     def ready(url: str) -> None:
         progress.close()

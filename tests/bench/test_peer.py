@@ -164,9 +164,30 @@ def test_a_command_is_run_beside_the_servers_of_one_schedule_and_its_failure_is_
     command += ["--lanes", "1", "--arms", "ours", "--clients", "1"]  # of slo nothing is left
     command += ["--out", str(tmp_path / "out"), "--scratch", str(tmp_path / "s"), "--then-after", "programs"]
     command += ["--then", "python -c 'import urllib.request as u; u.urlopen(\"{ours}/health\")' && "]
-    command[-1] += f"echo {{ours}}={{vllm}}. > {told}; exit 3"
+    command[-1] += f"echo {{ours}}={{engine}}={{vllm}}. > {told}; exit 3"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert told.read_text().startswith("http://127.0.0.1:") and told.read_text().strip().endswith("=.")
+    ours, engine, vllm = told.read_text().strip().split("=")
+    assert ours.startswith("http://127.0.0.1:") and engine.startswith("ipc://") and vllm == "."
+    assert not Path(engine.removeprefix("ipc://")).parent.exists()
     assert "FAILED" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_programs_are_timed_on_ours_by_http_and_at_its_engine_and_on_the_other_server(tmp_path: Path):
+    found = tmp_path / "programs.json"
+    command = [sys.executable, str(PEER / "run.py"), "programs", "--small", "--stand-in", "--gpus", ""]
+    command += ["--clients", "1", "--out", str(tmp_path / "out"), "--scratch", str(tmp_path / "s"), "--port", "8140"]
+    # One lane after the other without GPUs, so that this server is both ours and the other one.
+    command += ["--lanes", "1", "--then", f"{sys.executable} -m superinfer bench programs --url-ours={{ours}} "]
+    command[-1] += "--url-engine={engine} --url-peer={ours} --shapes react,chat --scale 0.05 --at-once 2 --rounds 1 "
+    command[-1] += f"--json {found}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(found.read_text())
+    assert [arm["door"] for arm in record["arms"].values()] == ["http", "zmq", "http"]
+    assert set(record["ratios"]) == set(record["engine_ratios"]) == {"react", "chat"}
+    assert "peer/engine" in done.stdout

@@ -15,6 +15,8 @@ import openai
 import psutil
 import pytest
 
+from superinfer import RuntimeEndpoint, function, gen
+
 TINY_ENGINE = ("--load-format", "dummy", "--device", "cpu", "--kv-tokens", "8192", "--threads", "1")
 
 
@@ -114,3 +116,28 @@ def test_who_looks_at_the_page_does_not_hold_up_the_end(start: Callable[..., Any
         command.process.send_signal(signal.SIGTERM)
         assert "event: unavailable" in list(lines)
     assert command.end(10)[0] == 0
+
+
+def test_the_engine_that_is_started_listens_where_it_is_told_to(
+    start: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    address = f"ipc://{tmp_path}/engine"
+    command, client = serve(start, tiny_checkpoint, "--engine-address", address)
+    wanted = {"max_tokens": 8, "temperature": 0.0}
+    over_http = client.completions.create(model="tiny", prompt="hi", **wanted, extra_body={"ignore_eos": True})
+    with RuntimeEndpoint(address) as backend:
+        state = greeting.run(backend=backend)
+    assert state["more"] == over_http.choices[0].text != ""
+    command.process.send_signal(signal.SIGTERM)
+    assert command.end()[0] == 0 and command.left_behind() == []
+
+
+@function
+def greeting(s):
+    s += "hi" + gen("more", max_tokens=8, temperature=0, ignore_eos=True)
+
+
+def test_an_address_is_not_given_to_an_engine_that_runs(start: Callable[..., Any], tiny_engine: Any) -> None:
+    command = start("serve", "--engine", tiny_engine.address, "--engine-address", "ipc:///tmp/other")
+    status, _, err = command.end()
+    assert status == 1 and "runs already" in " ".join(err.split())
