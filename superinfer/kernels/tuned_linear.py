@@ -18,6 +18,7 @@ CANDIDATES = 8  # that cuBLASLt gives at most
 ROUNDS = 5  # of all candidates, by turns
 MARGIN = 0.99  # of the first guess's time: who is not quicker than this does not replace it
 LEAST_MS, MOST_CALLS = 0.8, 16  # of one measurement
+ALIKE = 0.02  # how far numbers of rows may be apart for one algorithm
 ALIGNMENT = 256  # bytes, which cuBLASLt's proposals count on
 
 
@@ -73,12 +74,11 @@ class TunedLinear:
         return self._product.run(words, x, weight, bias, out)
 
     def _find(self, rows: int) -> ctypes.Array[ctypes.c_uint64] | None:
-        """Between the numbers of rows that were measured, the algorithm of the next; beyond them, that of the most: if
-        it can do these. Below them there is none."""
+        """The algorithm of nearly as many rows, if it can do these; of others its tiles may be filled badly."""
         words = None
-        if self._tuned and rows >= min(self._tuned):
-            near = min((tuned for tuned in self._tuned if tuned >= rows), default=max(self._tuned))
-            if near == rows or self._product.takes(rows, self._tuned[near]):
+        if self._tuned:
+            near = min(self._tuned, key=lambda measured: abs(measured - rows))
+            if abs(near - rows) <= ALIKE * near and self._product.takes(rows, self._tuned[near]):
                 words = _words(self._tuned[near])
         self._words[rows] = words
         return words

@@ -17,8 +17,9 @@ from superinfer.runtime.models.loader import Progress
 log = logging.getLogger("superinfer.engine")
 
 LEAST_ROWS = 512  # below, products wait for weights, and the first guess was the best but for a percent
-EVERY_ROWS = 128  # between those that are measured; others take the algorithm of the next
-LARGE = 4096  # the same, for steps beyond those with graphs
+LARGE = (
+    4096  # beyond those with graphs, steps are measured that have a multiple of this: most are as long as they may be
+)
 LEAST_WEIGHTS = 1 << 20  # of a matrix worth measuring
 MOST_LAYERS = 8  # whose weights take turns: more than a GPU's cache holds
 
@@ -64,9 +65,8 @@ def _tune(model: CausalLM, library: CublasLt, most_rows: int, on_progress: Progr
 
 def step_rows(most: int) -> list[int]:
     """The numbers of rows to measure where a step has at most `most`."""
-    captured = graph_rows(most)[-1]
-    rows = (*range(LEAST_ROWS, captured + EVERY_ROWS, EVERY_ROWS), *range(LARGE, most + LARGE, LARGE))
-    return sorted({min(count, most) for count in rows}) if most >= LEAST_ROWS else []
+    captured = [rows for rows in graph_rows(most) if rows >= LEAST_ROWS]
+    return captured + [rows for rows in range(LARGE, most + 1, LARGE) if rows not in captured]
 
 
 def _linears(model: CausalLM) -> list[Linear]:
