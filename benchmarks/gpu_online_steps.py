@@ -18,6 +18,7 @@ from collections import Counter, defaultdict, deque
 from pathlib import Path
 from typing import Any
 
+import torch
 from gpu_common import model_folder
 from record import write
 from torch.profiler import ProfilerActivity, profile
@@ -36,7 +37,7 @@ from superinfer.runtime.sim.workload import Job, make_jobs
 from superinfer.runtime.slo import SLO
 
 STREAM = SLO(ttft=1.0, tbt=0.1)
-IN_A_ROW, EVERY, PROFILED = 8, 12, 60
+IN_A_ROW, EVERY, PROFILED, WARM_S = 8, 12, 60, 6.0
 SAMPLED = "--query-gpu=power.draw,clocks.sm,temperature.gpu"
 POWER = ["nvidia-smi", SAMPLED, "--format=csv,noheader,nounits", "-lms", "100"]
 
@@ -153,7 +154,8 @@ def main() -> None:
         "azure", rate=arguments.rate, duration=arguments.duration, seed=0, trace=arguments.trace, slos=[(1.0, STREAM)]
     )
     with tempfile.TemporaryFile("w+") as sampled:
-        sampler = subprocess.Popen(POWER, stdout=sampled)
+        which = f"GPU-{torch.cuda.get_device_properties(executor.cache.device).uuid}"
+        sampler = subprocess.Popen([*POWER, "-i", which], stdout=sampled)
         rows = _run(executor, jobs, arguments.duration)
         sampler.terminate()
         sampler.wait()
@@ -177,7 +179,7 @@ def _run(executor: CudaExecutor, jobs: list[Job], duration: float) -> dict[str, 
         plan, device, whole = turned
         steps.append({"at": online.now(), "device_ms": device, "turn_ms": whole, **shape(plan)})
         since += bool(steps[-1]["chunks"])
-        if online.now() > 6.0 and since >= EVERY and online.under_way and shape(online.under_way[-1])["chunks"]:
+        if online.now() > WARM_S and since >= EVERY and online.under_way and shape(online.under_way[-1])["chunks"]:
             since = 0
             pairs.append(_pair(online, online.under_way[-1]))
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
@@ -231,7 +233,7 @@ def _say(rows: dict[str, Any]) -> None:
         times = ", ".join(f"{how} {_typical(pair[how]):.1f}" for how in ("online_ms", "row_ms", "rested_ms"))
         rows_of = f"{pair['decodes']} decodes of {pair['context']} + {pair['prompt_tokens']} in {len(pair['chunks'])}"
         print(f"  {rows_of}: {times}; copies {pair['copies']}, waits {pair['waits']}")
-    steps = [step for step in rows["steps"] if step["at"] > 6]
+    steps = [step for step in rows["steps"] if step["at"] > WARM_S]
     busy = sum(step["device_ms"] for step in steps)
     print(f"steps {len(steps)}: device {busy / 1e3:.1f} s, turns {sum(step['turn_ms'] for step in steps) / 1e3:.1f} s")
     for name in ("online_kernels", "row_kernels"):
