@@ -13,7 +13,9 @@ import argparse
 import ctypes
 import itertools
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -316,6 +318,30 @@ def measure_in_step(rounds: int = 300, blocks: int = 140, work_s: float = 3e-4, 
     return row
 
 
+def measure_in_turn(checkout: Path, rounds: int = 5) -> dict[str, Any]:
+    """`measure_in_step` here and in another checkout of this repository, in turn, each time in a process of its own."""
+    code = "import json, host_time; print(json.dumps(host_time.measure_in_step()))"
+    rows: dict[str, list[dict[str, Any]]] = {"here": [], "other": []}
+    for _ in range(rounds):
+        for name, root in (("here", Path(__file__).parent.parent), ("other", checkout.resolve())):
+            paths = f"{root}{os.pathsep}{root / 'benchmarks'}"
+            done = subprocess.run(
+                [sys.executable, "-c", code], cwd=root, env=os.environ | {"PYTHONPATH": paths},
+                check=True, capture_output=True, text=True,
+            )  # fmt: skip
+            rows[name].append(json.loads(done.stdout.splitlines()[-1]))
+    head = subprocess.run(
+        ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True
+    )
+    found: dict[str, Any] = {"other_commit": head.stdout.strip(), "runs": rows}
+    for name, runs in rows.items():
+        found[name] = {key: statistics.median(run[key] for run in runs) for key in ("submit_us", "report_us")}
+        print(
+            f"{name:5}: submit {found[name]['submit_us']:.2f} µs a block longer, report {found[name]['report_us']:.2f}"
+        )
+    return found
+
+
 def _spins_per_s() -> float:
     began, spun = time.perf_counter(), 0
     while spun < 1_000_000:
@@ -398,6 +424,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[592, 8000])
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--before", help="another such file, whose numbers are kept beside these")
+    parser.add_argument(
+        "--other", type=Path, help="another checkout, whose `in_step` is measured in turn with this one's"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = small_model()
@@ -412,9 +441,12 @@ def main() -> None:
                 flush=True,
             )
     settings = vars(arguments) | {"before": Path(arguments.before).name if arguments.before else None}
+    del settings["other"]
     record = {"settings": settings, "results": results, "copies": measure_copies()}
     record["beside_thread"] = measure_beside_thread()
     record["in_step"] = measure_in_step()
+    if arguments.other:
+        record["in_turn"] = measure_in_turn(arguments.other)
     if arguments.before:
         older = json.loads(Path(arguments.before).read_text())
         record["before"] = {
