@@ -4,7 +4,7 @@ steps: of steady decodes. The model and its graphs are left out (a replay does n
 scheduling thread spends in `submit` and `collect`: block tables, index arrays, uploads to a buffer, results. Plans are
 made beforehand.
 copies: what the second tier's body spends on a block moved, on a device that does nothing: `start` and `report` on the
-scheduling thread, `submit` on the submitting one.
+scheduling thread, `submit` on the submitting one. Beside it, what its bookkeeping does.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from superinfer.runtime.engine.cuda_tier import SWITCH_S
 from superinfer.runtime.engine.executor import ExecutorLimits
 from superinfer.runtime.kv.copies import BlockCopy
 from superinfer.runtime.kv.copy_batches import Places
+from superinfer.runtime.kv.duplex import DuplexCache
 from superinfer.runtime.kv.duplex_cuda import CudaDuplex
+from superinfer.runtime.kv.tiers import TierNode
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import load_model
 from superinfer.runtime.protocol import SamplingParams
@@ -387,6 +389,27 @@ def measure_beside_thread(rounds: int = 40, plans: int = 16, blocks: int = 128) 
     return row
 
 
+def measure_bookkeeping(rounds: int = 300, blocks: int = 140) -> dict[str, float]:
+    """What the scheduler's side spends on a block moved before and after: to plan a copy, and to take in its report."""
+    kv = DuplexCache(2 * blocks, 4 * blocks, PAGE)
+    node, planned, settled = TierNode(b"", 0, None), [], []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        for at in range(blocks):  # each copy in takes the room of a copy out
+            kv.copies.plan(True, at, at, node)
+            kv.copies.plan(False, at, 2 * blocks + at, node)
+        copies = kv.take_copies()
+        between = time.perf_counter()
+        ids = [copy.id for copy in copies]
+        before = time.perf_counter()
+        kv.settle(ids, ())
+        planned.append((between - began) / len(ids) * 1e6)
+        settled.append((time.perf_counter() - before) / len(ids) * 1e6)
+    row = {"plan_us": statistics.median(planned), "settle_us": statistics.median(settled)}
+    print(f"bookkeeping: plan {row['plan_us']:.2f} µs a block, settle {row['settle_us']:.2f}")
+    return row
+
+
 def measure_copies(rounds: int = 200) -> list[dict[str, Any]]:
     """Median microseconds a block."""
     rows = []
@@ -443,6 +466,7 @@ def main() -> None:
     settings = vars(arguments) | {"before": Path(arguments.before).name if arguments.before else None}
     del settings["other"]
     record = {"settings": settings, "results": results, "copies": measure_copies()}
+    record["bookkeeping"] = measure_bookkeeping()
     record["beside_thread"] = measure_beside_thread()
     record["in_step"] = measure_in_step()
     if arguments.other:
