@@ -4,7 +4,7 @@ steps: of steady decodes. The model and its graphs are left out (a replay does n
 scheduling thread spends in `submit` and `collect`: block tables, index arrays, uploads to a buffer, results. Plans are
 made beforehand.
 copies: what the second tier's body spends on a block moved, on a device that does nothing: `start` and `report` on the
-scheduling thread, `submit` on the submitting one.
+scheduling thread, `submit` on the submitting one. Beside it, what its bookkeeping does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import argparse
 import ctypes
 import itertools
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +34,9 @@ from superinfer.runtime.engine.cuda_tier import SWITCH_S
 from superinfer.runtime.engine.executor import ExecutorLimits
 from superinfer.runtime.kv.copies import BlockCopy
 from superinfer.runtime.kv.copy_batches import Places
+from superinfer.runtime.kv.duplex import DuplexCache
 from superinfer.runtime.kv.duplex_cuda import CudaDuplex
+from superinfer.runtime.kv.tiers import TierNode
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import load_model
 from superinfer.runtime.protocol import SamplingParams
@@ -316,6 +320,30 @@ def measure_in_step(rounds: int = 300, blocks: int = 140, work_s: float = 3e-4, 
     return row
 
 
+def measure_in_turn(checkout: Path, rounds: int = 5) -> dict[str, Any]:
+    """`measure_in_step` here and in another checkout of this repository, in turn, each time in a process of its own."""
+    code = "import json, host_time; print(json.dumps(host_time.measure_in_step()))"
+    rows: dict[str, list[dict[str, Any]]] = {"here": [], "other": []}
+    for _ in range(rounds):
+        for name, root in (("here", Path(__file__).parent.parent), ("other", checkout.resolve())):
+            paths = f"{root}{os.pathsep}{root / 'benchmarks'}"
+            done = subprocess.run(
+                [sys.executable, "-c", code], cwd=root, env=os.environ | {"PYTHONPATH": paths},
+                check=True, capture_output=True, text=True,
+            )  # fmt: skip
+            rows[name].append(json.loads(done.stdout.splitlines()[-1]))
+    head = subprocess.run(
+        ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True
+    )
+    found: dict[str, Any] = {"other_commit": head.stdout.strip(), "runs": rows}
+    for name, runs in rows.items():
+        found[name] = {key: statistics.median(run[key] for run in runs) for key in ("submit_us", "report_us")}
+        print(
+            f"{name:5}: submit {found[name]['submit_us']:.2f} µs a block longer, report {found[name]['report_us']:.2f}"
+        )
+    return found
+
+
 def _spins_per_s() -> float:
     began, spun = time.perf_counter(), 0
     while spun < 1_000_000:
@@ -361,6 +389,27 @@ def measure_beside_thread(rounds: int = 40, plans: int = 16, blocks: int = 128) 
     return row
 
 
+def measure_bookkeeping(rounds: int = 300, blocks: int = 140) -> dict[str, float]:
+    """What the scheduler's side spends on a block moved before and after: to plan a copy, and to take in its report."""
+    kv = DuplexCache(2 * blocks, 4 * blocks, PAGE)
+    node, planned, settled = TierNode(b"", 0, None), [], []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        for at in range(blocks):  # each copy in takes the room of a copy out
+            kv.copies.plan(True, at, at, node)
+            kv.copies.plan(False, at, 2 * blocks + at, node)
+        copies = kv.take_copies()
+        between = time.perf_counter()
+        ids = [copy.id for copy in copies]
+        before = time.perf_counter()
+        kv.settle(ids, ())
+        planned.append((between - began) / len(ids) * 1e6)
+        settled.append((time.perf_counter() - before) / len(ids) * 1e6)
+    row = {"plan_us": statistics.median(planned), "settle_us": statistics.median(settled)}
+    print(f"bookkeeping: plan {row['plan_us']:.2f} µs a block, settle {row['settle_us']:.2f}")
+    return row
+
+
 def measure_copies(rounds: int = 200) -> list[dict[str, Any]]:
     """Median microseconds a block."""
     rows = []
@@ -398,6 +447,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[592, 8000])
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--before", help="another such file, whose numbers are kept beside these")
+    parser.add_argument(
+        "--other", type=Path, help="another checkout, whose `in_step` is measured in turn with this one's"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = small_model()
@@ -412,9 +464,13 @@ def main() -> None:
                 flush=True,
             )
     settings = vars(arguments) | {"before": Path(arguments.before).name if arguments.before else None}
+    del settings["other"]
     record = {"settings": settings, "results": results, "copies": measure_copies()}
+    record["bookkeeping"] = measure_bookkeeping()
     record["beside_thread"] = measure_beside_thread()
     record["in_step"] = measure_in_step()
+    if arguments.other:
+        record["in_turn"] = measure_in_turn(arguments.other)
     if arguments.before:
         older = json.loads(Path(arguments.before).read_text())
         record["before"] = {

@@ -12,7 +12,7 @@ class BlockCopy(msgspec.Struct, frozen=True, gc=False):  # made for every block 
     """One whole block moves: HBM to DRAM when `out`, else DRAM to HBM.
 
     id: grows with every copy planned. hbm, dram: block ids of the two pools.
-    after: ids of earlier copies that must be over, done or failed, before this one touches its blocks.
+    after: ids of earlier copies, ascending, that must be over, done or failed, before this one touches its blocks.
     """
 
     id: int

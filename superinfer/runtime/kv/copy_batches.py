@@ -12,21 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from itertools import zip_longest
-from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 
 from superinfer.runtime.kv.copies import BlockCopy
 
-# Half a millisecond of PCIe 5, against some 20 µs of the host's time for each batch. Where they
-# grow, the second is already LONGEST times that.
+# Half a millisecond of PCIe 5, against some 20 µs of the host's time for each batch. From the second of a plan on they
+# are LONGEST times that; where copies of the plan follow others, CHAINED times.
 BATCH_BYTES = 32 << 20
 LONGEST = 8
+CHAINED = 2
 MAX_BATCH = 512
+MOST_NAMES = 1 << 14  # of copies that are over, kept until there are so many or nothing is under way
 # Below this, neighbours are joined: a copy engine spends about a microsecond on a copy however small.
 COALESCE_BELOW = 1 << 20
-_first = itemgetter(0)
 
 
 class Batch:
@@ -67,22 +67,30 @@ class Arranger:
 
     def __init__(self, block_bytes: int) -> None:
         self._most = max(1, min(MAX_BATCH, BATCH_BYTES // block_bytes))
-        self._batch_of: dict[int, Batch] = {}
+        # A batch's name is its seq, below 0 if it moves in. Names of copies that are over may stay a while: who follows
+        # such a copy finds its batch gone.
+        self._batch_of: dict[int, int] = {}  # by copy
+        self._under_way: dict[int, Batch] = {}
         self._last = [0, 0]
 
     def find(self, id: int) -> Batch | None:
         """The batch of a copy that is not over."""
-        return self._batch_of.get(id)
+        return self._under_way.get(self._batch_of.get(id, 0))
 
-    def forget(self, batch: Batch) -> None:
-        """It is over and reported."""
-        for id in batch.ids:
-            del self._batch_of[id]
+    def forget(self, batches: Sequence[Batch]) -> None:
+        """They are over and reported."""
+        for batch in batches:
+            del self._under_way[batch.seq if batch.out else -batch.seq]
+        if not self._under_way:
+            self._batch_of.clear()
+        elif len(self._batch_of) > MOST_NAMES:
+            self._batch_of = {id: name for name, batch in self._under_way.items() for id in batch.ids}
 
     def arrange(self, copies: Sequence[BlockCopy], wanted: Collection[int]) -> list[Batch]:
         """Batches of one plan's copies, numbered, in an order fit to be submitted. wanted: ids that go first.
 
-        This is the scheduling thread's time: less than a microsecond a copy.
+        This is the scheduling thread's time: half a microsecond a copy, so few passes over them all, and those that
+        are mostly comprehensions.
         """
         if not wanted:
             return self._in_rounds(copies)
@@ -93,44 +101,57 @@ class Arranger:
     def _in_rounds(self, copies: Sequence[BlockCopy]) -> list[Batch]:
         """Batches of copies none of which must follow one that comes later; of both directions in turn, so that both
         streams soon have work."""
-        chained = any([copy.after for copy in copies])
+        if not any([copy.after for copy in copies]):
+            longest = LONGEST * self._most
+            return _in_turn(*[self._cut_free(out, _of(copies, out), longest) for out in (False, True)])
         batches: list[Batch] = []
-        longest = self._most if chained else LONGEST * self._most
-        for ins, outs in _rounds(copies) if chained else [_by_direction(copies)]:
-            for pair in zip_longest(self._cut(True, outs, longest), self._cut(False, ins, longest)):
-                batches += [batch for batch in pair if batch is not None]
+        for pair in _rounds(copies):
+            batches += _in_turn(*[self._cut(out, pair[out]) for out in (False, True)])
         return batches
 
-    def _cut(self, out: bool, copies: list[BlockCopy], longest: int) -> list[Batch]:
+    def _cut_free(self, out: bool, copies: list[BlockCopy], longest: int) -> list[Batch]:
+        """Of copies that follow nothing of the other direction that is under way."""
+        return [self._batch(out, part, 0) for part in _parts(copies, self._most, longest)]
+
+    def _cut(self, out: bool, copies: list[BlockCopy]) -> list[Batch]:
         """Those that follow nothing of the other direction first, then the others in the order of what they follow:
         the last batch of it, as their own direction's come before them anyway."""
-        if not any([copy.after for copy in copies]):
-            return [self._batch(out, part, 0) for part in _parts(copies, self._most, longest)]
-        find, free, behind = self._batch_of.get, [], []
-        for copy in copies:
-            last = 0
-            for id in copy.after:
-                batch = find(id)
-                if batch is not None and batch.out is not out and batch.seq > last:
-                    last = batch.seq
-            if last:
-                behind.append((last, copy))
-            else:
-                free.append(copy)
-        if not behind:
-            return [self._batch(out, part, 0) for part in _parts(free, self._most, longest)]
-        behind.sort(key=_first)
-        batches = [self._batch(out, part, 0) for part in _parts(free, self._most, self._most)]
-        for at in range(0, len(behind), self._most):
-            part = behind[at : at + self._most]
-            batches.append(self._batch(out, [copy for _, copy in part], part[-1][0]))
+        longest, lasts = CHAINED * self._most, self._followed(out, copies)
+        if not any(lasts):
+            return self._cut_free(out, copies, longest)
+        batches: list[Batch] = []
+        if 0 in lasts:
+            free = [copy for copy, last in zip(copies, lasts, strict=True) if not last]
+            batches = self._cut_free(out, free, longest)
+            copies, lasts = [copy for copy, last in zip(copies, lasts, strict=True) if last], [*filter(None, lasts)]
+        if lasts != sorted(lasts):
+            order = sorted(range(len(lasts)), key=lasts.__getitem__)
+            copies, lasts = [copies[at] for at in order], [lasts[at] for at in order]
+        end = 0
+        for part in _parts(copies, self._most, longest):  # cut as what they follow was
+            end += len(part)
+            batches.append(self._batch(out, part, lasts[end - 1]))
         return batches
+
+    def _followed(self, out: bool, copies: list[BlockCopy]) -> list[int]:
+        """For each copy the last batch of the other direction that it must come after, 0 for none."""
+        afters = [copy.after for copy in copies]
+        if not any(afters):
+            return [0] * len(copies)
+        name_of, way = self._batch_of.get, -1 if out else 1
+        names = [name_of(after[-1], 0) if after else 0 for after in afters]
+        if max(map(len, afters)) == 1 and (max(names) <= 0 if out else min(names) >= 0):
+            return [-name for name in names] if out else names
+        # Few plans get here: with a block that moved before, at a place that did too.
+        return [max([0, *(way * name_of(id, 0) for id in after)]) for after in afters]
 
     def _batch(self, out: bool, copies: list[BlockCopy], after: int) -> Batch:
         batch = Batch(out, copies, after)
-        self._last[out] += 1
-        batch.seq = self._last[out]
-        self._batch_of.update(dict.fromkeys(batch.ids, batch))
+        self._last[out] = batch.seq = seq = self._last[out] + 1
+        name, known = seq if out else -seq, self._batch_of
+        self._under_way[name] = batch
+        for id in batch.ids:
+            known[id] = name
         return batch
 
 
@@ -146,21 +167,44 @@ def _parts(copies: list[BlockCopy], first: int, longest: int) -> list[list[Block
     return [*parts, copies[at:]]
 
 
-def _by_direction(copies: Sequence[BlockCopy]) -> tuple[list[BlockCopy], list[BlockCopy]]:
-    """In, out."""
-    return [copy for copy in copies if not copy.out], [copy for copy in copies if copy.out]
+def _of(copies: Sequence[BlockCopy], out: bool) -> list[BlockCopy]:
+    """Those of one direction."""
+    return [copy for copy in copies if copy.out] if out else [copy for copy in copies if not copy.out]
+
+
+def _in_turn(ins: list[Batch], outs: list[Batch]) -> list[Batch]:
+    """One out, one in, and so on."""
+    if not ins or not outs:
+        return ins or outs
+    return [batch for pair in zip_longest(outs, ins) for batch in pair if batch is not None]
 
 
 def _rounds(copies: Sequence[BlockCopy]) -> list[tuple[list[BlockCopy], list[BlockCopy]]]:
     """Each round's copies, in and out, follow none of their own round."""
-    level: dict[int, int] = {}
-    rounds: list[tuple[list[BlockCopy], list[BlockCopy]]] = [([], [])]
+    first = copies[0].id  # who follows no later id follows nothing of these
+    ins: list[BlockCopy] = []
+    outs: list[BlockCopy] = []
+    late: list[BlockCopy] = []
     for copy in copies:
-        deepest = 0
-        for id in copy.after:
-            before = level.get(id)
-            if before is not None and before >= deepest:
-                deepest = before + 1
+        if copy.after and copy.after[-1] >= first:
+            late.append(copy)
+        elif copy.out:
+            outs.append(copy)
+        else:
+            ins.append(copy)
+    if not late:
+        return [(ins, outs)]
+    if {copy.id for copy in late}.isdisjoint([id for copy in late for id in copy.after]):
+        return [(ins, outs), (_of(late, False), _of(late, True))]
+    return [(ins, outs), *_rounds_of_chains(late)]
+
+
+def _rounds_of_chains(copies: Sequence[BlockCopy]) -> list[tuple[list[BlockCopy], list[BlockCopy]]]:
+    """Like `_rounds`, of copies that may follow each other more than once."""
+    level: dict[int, int] = {}
+    rounds: list[tuple[list[BlockCopy], list[BlockCopy]]] = []
+    for copy in copies:
+        deepest = max([level[id] + 1 for id in copy.after if id in level], default=0)
         level[copy.id] = deepest
         if deepest == len(rounds):
             rounds.append(([], []))

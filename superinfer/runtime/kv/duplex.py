@@ -159,21 +159,26 @@ class DuplexCache(TieredCache):
 
     def settle(self, copied: Iterable[int], failed: Iterable[int]) -> bool:
         """Take in what a result reports. True when tables may have lost something: ask `is_intact` of each."""
-        bad, hurt = set(failed), False
+        bad, hurt, over = set(failed), False, self.copies.over
+        num_in = num_out = 0
         for id in sorted([*copied, *bad]):  # in order: what follows a failed copy is spoiled before its turn
-            copy, owner, readers, spoiled = self.copies.over(id)
-            if id in bad or spoiled:
+            copy, owner, readers, spoiled = over(id)
+            if spoiled or id in bad:
                 self.totals.failed += 1
                 hurt |= self._fail(copy, owner)
                 for table in readers:
                     table.lost = hurt = True
             elif copy.out:
-                self.totals.blocks_out += 1
+                num_out += 1
             else:
-                self.totals.blocks_in += 1
+                num_in += 1
             if isinstance(owner, TierNode):
-                owner.loading = 0 if owner.loading == id else owner.loading
-                owner.mirroring = 0 if owner.mirroring == id else owner.mirroring
+                if owner.loading == id:
+                    owner.loading = 0
+                if owner.mirroring == id:
+                    owner.mirroring = 0
+        self.totals.blocks_out += num_out
+        self.totals.blocks_in += num_in
         return hurt
 
     def _fail(self, copy: BlockCopy, owner: TierNode | TierTable) -> bool:

@@ -196,20 +196,29 @@ class CudaDuplex:
         copied: list[int] = []
         failed: list[int] = []
         reached = self._reached()
+        over: list[Batch] = []
+        jobs, free_events = self._jobs, self._free_events
         for out in (True, False):
             batches, first = self._under_way[out], None  # first: of a run on a stream that does not rest within it
             while batches and batches[0].seq <= reached[out]:
                 batch = batches.popleft()
-                self._over[out] = batch.seq
-                self._arranger.forget(batch)
-                failed += batch.failed
-                copied += [id for id in batch.ids if id not in batch.failed] if batch.failed else batch.ids
+                over.append(batch)
+                if batch.failed:
+                    failed += batch.failed
+                    copied += [id for id in batch.ids if id not in batch.failed]
+                else:
+                    copied += batch.ids
                 first = batch if first is None else first
                 after = batches[0] if batches and batches[0].seq <= reached[out] else None
                 if after is None or after.begin or batch.unordered or after.unordered:
                     self._account(first, batch)
                     first = None
-                self._free_events += [(self._jobs, event) for event in (batch.begin, batch.end) if event]
+                if batch.begin:
+                    free_events.append((jobs, batch.begin))
+                free_events.append((jobs, batch.end))
+            self._over[out] = max(self._over[out], reached[out])
+        if over:
+            self._arranger.forget(over)
         for out in (True, False):
             self._spans.forget(out, self._last_end[not out] if self._under_way[not out] else self._last_end[out])
         self._account_stalls()

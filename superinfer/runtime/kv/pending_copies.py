@@ -7,7 +7,7 @@ written is garbage, and so is what a later one makes of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from superinfer.runtime.kv.copies import BlockCopy
 from superinfer.runtime.kv.tiers import TierNode, TierTable
@@ -51,11 +51,12 @@ class PendingCopies:
         """Plan one, after those pending on its two blocks. Returns its id."""
         self._last = id = self._last + 1
         first, second = self.on_hbm.get(hbm, 0), self.on_dram.get(dram, 0)
-        if not first or not second or first == second:
-            after: tuple[int, ...] = (first or second,) if first or second else ()
+        if not first and not second:
+            copy = BlockCopy(id, out, hbm, dram)
+        elif not first or not second or first == second:
+            copy = BlockCopy(id, out, hbm, dram, (first or second,))
         else:
-            after = (first, second) if first < second else (second, first)
-        copy = BlockCopy(id, out, hbm, dram, after)
+            copy = BlockCopy(id, out, hbm, dram, (first, second) if first < second else (second, first))
         self.on_hbm[hbm] = self.on_dram[dram] = id
         self._known[id] = (copy, owner)
         self.num_out += out
@@ -72,18 +73,20 @@ class PendingCopies:
         table.awaits.append(id)
         self._readers.setdefault(id, []).append(table)
 
-    def over(self, id: int) -> tuple[BlockCopy, TierNode | TierTable, list[TierTable], bool]:
+    def over(self, id: int) -> tuple[BlockCopy, TierNode | TierTable, Sequence[TierTable], bool]:
         """Forget one that has been reported: the copy, its owner, who reads what it brought, and whether that is
         garbage although it was made."""
         copy, owner = self._known.pop(id)
-        spoiled = id in self._spoiled
-        self._spoiled.discard(id)
+        hbm, dram, spoiled = copy.hbm, copy.dram, False
+        if self._spoiled:
+            spoiled = id in self._spoiled
+            self._spoiled.discard(id)
         self.num_out -= copy.out
-        if self.on_hbm.get(copy.hbm) == id:
-            del self.on_hbm[copy.hbm]
-        if self.on_dram.get(copy.dram) == id:
-            del self.on_dram[copy.dram]
-        return copy, owner, self._readers.pop(id, []), spoiled
+        if self.on_hbm.get(hbm) == id:
+            del self.on_hbm[hbm]
+        if self.on_dram.get(dram) == id:
+            del self.on_dram[dram]
+        return copy, owner, self._readers.pop(id, ()) if self._readers else (), spoiled
 
     def spoil_after(self, failed: BlockCopy) -> None:
         """Pending copies of what a failed one should have written move garbage, whoever has the block by now. Failures

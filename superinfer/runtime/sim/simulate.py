@@ -45,6 +45,7 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     way_s: from the client to the engine. None: a request arrives when its client sends it. Else it arrives when the
         engine, between two steps, comes to read it, `way_s` after it was sent at the earliest.
     give_up_s: seconds after the last request was sent, when all that are left are given up. None: never.
+    leave_at: seconds, when the clients of all that are under way leave, while others still come. None: never.
     """
 
     policy: str = "fcfs"
@@ -59,6 +60,7 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     depth: int = 1
     way_s: float | None = None
     give_up_s: float | None = None
+    leave_at: float | None = None
 
 
 class Quantiles(msgspec.Struct, frozen=True):
@@ -103,19 +105,20 @@ class Movement(msgspec.Struct, frozen=True):
 
 
 class Residency(msgspec.Struct, frozen=True, array_like=True):
-    """Sequences at a moment: with KV in HBM, rotated out, and waiting without any KV."""
+    """Sequences at a moment: with KV in HBM, rotated out, and waiting without any KV; output tokens up to then."""
 
     at: float
     resident: int
     rotated: int
     waiting: int
+    tokens: int = 0
 
 
 class SimResult(msgspec.Struct, frozen=True, kw_only=True):
     """What came of one run. Seconds of simulated time, unless a name says otherwise.
 
-    requests: finished. refused: longer than the engine takes, not run. given_up: see `SimConfig`; they kept no promise,
-        and count in ttft_met and met alone. ttft, tbt (between tokens, all gaps) and tpot
+    requests: finished. refused: longer than the engine takes, not run. given_up: or left, see `SimConfig`; they kept no
+        promise, and count in ttft_met and met alone. ttft, tbt (between tokens, all gaps) and tpot
         (each request's mean gap): quantiles. within_1s, within_5s: of first tokens.
     ttft_met, met: shares of requests whose first token, and whose whole promise, was in time, of those that have such
         a promise; None if none has. met_by_class: `met` for each SLO, as JSON.
@@ -264,6 +267,7 @@ class _Run:
         self._cost = cost
         self._way_s = config.way_s
         self._give_up_s = config.give_up_s
+        self._leave_at = config.leave_at
         self._on_end = on_end
         self._live: dict[int, Sequence] = {}
         self._tally = _Tally()
@@ -273,12 +277,16 @@ class _Run:
         """The event loop. An event is an arrival or the end of a step; between two, time passes and nothing else."""
         now, at, tally, way_s = 0.0, 0, self._tally, self._way_s or 0.0
         until = jobs[-1].at + self._give_up_s if jobs and self._give_up_s is not None else math.inf
+        leave_at = self._leave_at if self._leave_at is not None else math.inf
         while True:
             while at < len(jobs) and jobs[at].at + way_s <= now:
                 self._arrive(at, jobs[at], jobs[at].at if self._way_s is None else now)
                 at += 1
             if now >= until and at == len(jobs):
-                self._give_up(now)
+                self._give_up(now, math.inf)
+            if now >= leave_at:
+                self._give_up(now, leave_at)
+                leave_at = math.inf
             self._record(self._scheduler.expire(now), now)
             self._sample(now)
             if self._under_way < self._executor.depth and self._plan(now):
@@ -292,9 +300,9 @@ class _Run:
             else:
                 return
 
-    def _give_up(self, now: float) -> None:
-        """The clients are gone."""
-        for sequence in list(self._live.values()):
+    def _give_up(self, now: float, before: float) -> None:
+        """The clients of all that arrived before then are gone."""
+        for sequence in [sequence for sequence in self._live.values() if sequence.arrival < before]:
             self._scheduler.cancel(sequence, now)
             self._tally.live -= 1
             self._ended(sequence, self._tally.given_up)
@@ -352,7 +360,8 @@ class _Run:
         if tally.residency and now < tally.residency[-1].at + SAMPLE_S:
             return
         counts = self._scheduler.counts()
-        tally.residency.append(Residency(now, counts.running, counts.rotated, counts.waiting - counts.rotated))
+        waiting = counts.waiting - counts.rotated
+        tally.residency.append(Residency(now, counts.running, counts.rotated, waiting, tally.tokens))
         if counts.tiers is not None:
             tally.dram_peak = max(tally.dram_peak, counts.tiers.dram_pinned / counts.tiers.dram_total)
 

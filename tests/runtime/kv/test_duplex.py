@@ -129,6 +129,16 @@ def test_a_rotation_moves_only_what_is_not_mirrored():
     assert (kv.totals.rotated, kv.totals.rotated_clean) == (4, 2)
 
 
+def test_of_a_sequence_nine_tenths_of_which_are_mirrored_less_than_a_tenth_moves_when_it_leaves():
+    kv = DuplexCache(120, 200, PAGE)
+    table = compute(kv, tokens_of(*range(1, 100), tail=2))  # 100 blocks
+    kv.mirror(91)
+    land(kv)
+    assert kv.park(table, 99 * PAGE + 2)
+    assert len(kv.take_copies()) == 9  # 8 that are full, and the tail
+    assert (kv.totals.rotated, kv.totals.rotated_clean) == (100, 91)
+
+
 def test_a_block_given_up_is_waited_for_by_who_gets_it_next():
     kv = DuplexCache(2, 10, PAGE)
     table = compute(kv, tokens_of(1, tail=2))

@@ -236,8 +236,35 @@ def test_batches_grow_where_nothing_follows_anything():
     free = arranger.arrange(some_free(40), wanted=())
     assert [len(batch.ids) for batch in free] == [2, 16, 16, 6]
     assert [len(batch.ids) for batch in arranger.arrange(some_free(20), wanted=())] == [2, 18], "no batch of a few more"
+
+
+def test_batches_of_copies_that_follow_each_other_grow_less_and_are_cut_alike():
+    arranger = Arranger(16 << 20)
     chained = [BlockCopy(60 + id, id % 2 == 0, id, id, (60 + id - 1,) if id % 2 else ()) for id in range(20)]
-    assert max(len(batch.ids) for batch in arranger.arrange(chained, wanted=())) == 2
+    batches = arranger.arrange(chained, wanted=())
+    outs, ins = [[batch for batch in batches if batch.out is out] for out in (True, False)]
+    assert [len(batch.ids) for batch in outs] == [len(batch.ids) for batch in ins] == [2, 4, 4]
+    assert [batch.after for batch in ins] == [1, 2, 3], "each follows one of the other direction, not the last of all"
+
+
+def test_who_follows_a_copy_that_is_over_waits_for_nothing_and_what_is_over_is_forgotten(monkeypatch):
+    monkeypatch.setattr(copy_batches, "MOST_NAMES", 8)
+    rig = Rig(hbm=64, dram=64)
+    duplex, held_up = rig.duplex, rig.device.events[rig.device.new_event()]
+    held_up.recorded = 1
+    rig.device.streams[duplex._streams[False]].append(["wait", held_up, 1])
+    duplex.start([BlockCopy(1, False, 0, 0)])  # under way all the time
+    for id in range(2, 40):
+        duplex.start([BlockCopy(id, True, id, id)])
+        rig.submitter.finish(duplex._jobs)
+        rig.device.synchronize(duplex._streams[True])
+        assert duplex.report()[0] == [id]
+        assert len(duplex._arranger._batch_of) <= 1 + 8
+    duplex.start([BlockCopy(40, False, 39, 39, (39,)), BlockCopy(41, True, 50, 50, (1,))])
+    followers = {batch.ids[0]: batch for ways in duplex._under_way for batch in ways}
+    assert followers[40].wait == 0 and followers[41].wait == followers[1].end
+    held_up.reached = 1
+    assert rig.settle()[0] == [41, 1, 40]
 
 
 def test_copies_that_fail_are_told_once_and_do_not_hold_up_others():
