@@ -156,5 +156,7 @@ class FlashInferPrefill:
 
     def run(self, q: torch.Tensor, kv: torch.Tensor, layer: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
         """See AttentionCall.run."""
+        if out is None:
+            out = torch.empty_like(q)  # FlashInfer's own would be filled with zeros first
         answer: torch.Tensor = self._wrapper.run(q, kv, out=out)
         return answer
