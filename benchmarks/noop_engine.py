@@ -6,7 +6,8 @@ For what is to be measured or tested without a model: the HTTP layer, clients, o
 
 It prints its address. A request's first token comes `--ttft-ms` after it was let in, then one every `--tbt-ms`; at
 most `--capacity` requests are let in at a time, the others wait in order, and over `--max-queue` are refused. A request
-whose deadline has passed is dropped where its SLO says so. With `--stamps FILE SLOTS TOKENS` it notes when it handed
+whose deadline has passed is dropped where its SLO says so. Its stats tell how long finished requests were here, as if
+each were one step (`finished`, `step_s_mean`). With `--stamps FILE SLOTS TOKENS` it notes when it handed
 each token to its socket, see Stamps.
 """
 
@@ -103,6 +104,8 @@ class NoopEngine:
     running: int = 0
     stamped: list[tuple[Running, int]] = field(default_factory=list)
     output_tokens: int = 0
+    finished: int = 0
+    here_s: float = 0.0  # all finished requests together
     stopped: bool = False
 
     def run(self) -> None:
@@ -161,7 +164,8 @@ class NoopEngine:
                 needed = [field.name for field in msgspec.structs.fields(StatsReport) if field.required]
                 counts = dict.fromkeys(needed[1:], 0) | {
                     "running": self.running, "waiting": len(self.live) - self.running, "blocks_total": 1,
-                    "output_tokens": self.output_tokens,
+                    "output_tokens": self.output_tokens, "finished": self.finished,
+                    "step_s_mean": self.here_s / max(1, self.finished),
                 }  # fmt: skip
                 self.door.send(client, StatsReport(token=token, **counts))
             case Shutdown():
@@ -219,6 +223,8 @@ class NoopEngine:
     def _end(self, one: Running) -> None:
         if not one.ended:
             one.ended = True
+            self.finished += 1
+            self.here_s += time.monotonic() - one.arrival
             self.running -= one.started is not None
             del self.live[one.client, one.request.request_id]
             for follower in self.followers.take(one.client, one.request.request_id):

@@ -1,10 +1,12 @@
-"""CPU time that a call of a program costs beside the engine: in the program's process, and in the HTTP server.
+"""What a call of a program costs beside the engine: CPU time in the program's process and in the HTTP server, and the
+time that passes between an answer and the next call.
 
     python benchmarks/programs_overhead.py --shape tree_of_thought --programs 8
 
 The programs of `superinfer bench programs` on an engine that computes nothing (noop_engine.py), by three ways in turns:
 `zmq`, the language at the engine itself; `http`, the language at `superinfer serve`; `openai`, the same calls made with
-the `openai` client, unstreamed, at the same server. Latencies are the engine's clock's: here only CPU time counts.
+the `openai` client, unstreamed, at the same server. `away`, for programs whose calls wait for each other: the mean time
+that a program has no request at the engine, for each call, without what its tools take.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Awaitable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,13 +28,15 @@ from typing import Any
 from record import write
 
 import superinfer as si
-from superinfer.bench.program_texts import SHAPES, SIZES, Texts, Tokens
+from superinfer.bench.program_texts import SHAPES, SIZES, TOOL_S, TURNS, Texts, Tokens
 from superinfer.bench.programs_openai import PROGRAMS as CALLS
 from superinfer.bench.programs_openai import Caller
 from superinfer.bench.shapes import write_shape
+from superinfer.lang.loop import language_loop
 
 HERE = Path(__file__).parent
 WAYS = ("zmq", "http", "openai")
+CHAINS = ("react", "json_extraction", "chat")  # each call waits for the one before
 
 
 def cpu_of(pid: int) -> float:
@@ -61,21 +66,32 @@ class Bench:
         self._url = url
 
     def round(self, way: str, programs: int, round_: int) -> dict[str, float]:
-        """All programs at once. µs of CPU for each call."""
+        """All programs at once. µs of CPU for each call; away_us: between two calls, or before and after the only one."""
         texts = [Texts(self._shape, SIZES[self._shape], f"{way} {round_} {at}") for at in range(programs)]
+        at_engine = self._at_engine()
         server, began, here = cpu_of(self._server), time.perf_counter(), time.process_time()
-        calls = asyncio.run(self._openai(texts) if way == "openai" else self._language(way, texts))
+        calls, programs_s = asyncio.run(self._openai(texts) if way == "openai" else self._language(way, texts))
         here = time.process_time() - here
         took, server = time.perf_counter() - began, cpu_of(self._server) - server
-        return {"program_us": here / calls * 1e6, "server_us": server / calls * 1e6, "wall_s": took, "calls": calls}
+        tools = TURNS * TOOL_S * len(texts) if self._shape == "react" else 0.0
+        found = {"program_us": here / calls * 1e6, "server_us": server / calls * 1e6, "wall_s": took, "calls": calls}
+        if self._shape in CHAINS:
+            found["away_us"] = (programs_s - (self._at_engine() - at_engine) - tools) / calls * 1e6
+        return found
 
-    async def _language(self, way: str, texts: list[Texts]) -> int:
+    def _at_engine(self) -> float:
+        """Seconds that all finished requests have been at the engine."""
+        stats = language_loop().run(self._backends["zmq"].client.client.stats())
+        return float(stats.finished * stats.step_s_mean)
+
+    async def _language(self, way: str, texts: list[Texts]) -> tuple[int, float]:
+        """(calls, seconds of all programs together); so does the next."""
         from superinfer.bench.programs_lang import PROGRAMS
 
-        states = await asyncio.gather(*[PROGRAMS[t.shape].arun(t, backend=self._backends[way]) for t in texts])
-        return sum(len(state.ret_value) for state in states)
+        states, seconds = await _timed([PROGRAMS[t.shape].arun(t, backend=self._backends[way]) for t in texts])
+        return sum(len(state.ret_value) for state in states), seconds
 
-    async def _openai(self, texts: list[Texts]) -> int:
+    async def _openai(self, texts: list[Texts]) -> tuple[int, float]:
         import openai
 
         used = Tokens()
@@ -83,12 +99,24 @@ class Bench:
             base_url=f"{self._url}/v1", api_key="none", max_retries=0, timeout=600.0
         ) as client:
             caller = Caller(client, self._backends["http"].model)
-            await asyncio.gather(*[CALLS[t.shape](caller, used, t) for t in texts])
-        return used.calls
+            _, seconds = await _timed([CALLS[t.shape](caller, used, t) for t in texts])
+        return used.calls, seconds
 
     def close(self) -> None:
         for backend in self._backends.values():
             backend.close()
+
+
+async def _timed(programs: Sequence[Awaitable[Any]]) -> tuple[list[Any], float]:
+    """What programs that run at once return, and how long all of them took together."""
+    began, ends = time.perf_counter(), []
+
+    async def one(program: Awaitable[Any]) -> Any:
+        returned = await program
+        ends.append(time.perf_counter())
+        return returned
+
+    return await asyncio.gather(*map(one, programs)), sum(ends) - began * len(ends)
 
 
 def main() -> None:
@@ -117,13 +145,13 @@ def main() -> None:
                 if round_ >= 0:
                     rounds[way].append(one)
     medians = {
-        way: {name: statistics.median(one[name] for one in of) for name in ("program_us", "server_us", "wall_s")}
+        way: {name: statistics.median(one[name] for one in of) for name in of[0] if name != "calls"}
         for way, of in rounds.items()
     }
     for way, median in medians.items():
         print(
             f"{way:8} {median['program_us']:8.0f} µs a call in the program {median['server_us']:8.0f} in the server "
-            f"{median['wall_s']:7.2f} s"
+            f"{median['wall_s']:7.2f} s" + (f" {median['away_us']:8.0f} µs away" if "away_us" in median else "")
         )
     settings = {name: value for name, value in vars(chosen).items() if name != "name"}
     if chosen.name:

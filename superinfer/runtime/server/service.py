@@ -25,7 +25,7 @@ from superinfer.runtime.server.structured import ToolPlan
 from superinfer.runtime.server.tracing import trace_request, tracer_to
 from superinfer.runtime.text import TextClient, TextDelta, TextRequest, TextResult
 
-SHORT_BODY = 4096  # bytes; about 0.3 ms of rendering and tokenizing
+SHORT_BODY = 16384  # bytes; about a millisecond of rendering and tokenizing, mostly less: what was said before is kept
 
 T = TypeVar("T")
 
