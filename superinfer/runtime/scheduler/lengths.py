@@ -19,83 +19,125 @@ class Lengths:
 
     def __init__(self) -> None:
         self._in_order: deque[int] = deque()
-        self._sorted: list[int] = []
+        self._sorted: list[int] = []  # twice the length, and one more for an answer that was cut
         self._ends: _Ends | None = None  # the same as arrays, once asked for
 
     def __len__(self) -> int:
         return len(self._sorted)
 
-    def learn(self, length: int) -> None:
-        """An answer ended after this many tokens."""
+    def learn(self, length: int, is_cut: bool = False) -> None:
+        """An answer ended after this many tokens. is_cut: at its max_tokens: it might have gone on."""
         self._ends = None
         if len(self._in_order) == HISTORY:
             oldest = self._in_order.popleft()
             del self._sorted[bisect_right(self._sorted, oldest) - 1]
-        self._in_order.append(length)
-        insort(self._sorted, length)
+        self._in_order.append(2 * length + is_cut)
+        insort(self._sorted, self._in_order[-1])
 
     def median(self) -> float:
         """Of the lengths. Must not be empty."""
         half = len(self._sorted) // 2
-        return float(self._sorted[half] if len(self._sorted) % 2 else sum(self._sorted[half - 1 : half + 1]) / 2)
+        middle = self._sorted[half : half + 1] if len(self._sorted) % 2 else self._sorted[half - 1 : half + 1]
+        return sum(code // 2 for code in middle) / len(middle)
 
-    def remaining(self, produced: np.ndarray, live: np.ndarray) -> np.ndarray:
-        """Expected tokens to come, at least 1, of requests that have produced so many; `live`: of all not ended.
+    def curve(self, live: np.ndarray) -> Curve:
+        """How many answers get how far. live: tokens produced by each that has not ended. Must not be empty.
 
         Answers that ended lately are the short ones of their time; the long ones are still under way. So those under
-        way count, as longer than they are by now: the Kaplan-Meier estimate of how many reach each length. Beyond the
-        longest answer seen, tokens come with the chance of an end that all of them had (an exponential tail).
+        way count, as longer than they are by now, and so do those that were cut at their max_tokens: the Kaplan-Meier
+        estimate of how many reach each length. Beyond the longest answer seen, tokens come with the chance of an end
+        that all of them had (an exponential tail).
         """
         if self._ends is None:
             self._ends = _Ends.of(self._sorted)
         known, begun = self._ends, np.sort(live[live > 0.0])
         count = len(known.lengths)
-        reached = np.empty(count + 1)  # share that gets beyond so many ends
-        reached[0], share = 1.0, reached[1:]
+        reached = np.ones(count + 1)
         at_risk = known.at_least + (len(begun) - begun.searchsorted(known.lengths))
-        np.cumprod(1.0 - 1.0 / at_risk, out=share)
-        tail = (known.total + float(begun.sum())) / count
-        ahead = np.zeros(count + 1)  # token-shares beyond each end
-        ahead[:count] = (share * known.steps)[::-1].cumsum()[::-1] + share[-1] * tail
-        before = known.lengths.searchsorted(produced, side="right")  # ends that are not beyond what has been produced
-        first = known.bounds[before] - produced  # to the next end; of those beyond all, not used
-        beyond = first + ahead[before] / np.maximum(reached, 1e-9)[before]
-        return np.maximum(1.0, np.where(before == count, tail, beyond))
+        np.cumprod(1.0 - known.is_end / at_risk, out=reached[1:])
+        area = np.zeros(count + 1)
+        np.cumsum(reached[:-1] * known.steps, out=area[1:])
+        tail = (known.total + float(begun.sum())) / max(known.num_ends, 1e-9)
+        return Curve(known.bounds, reached, area, tail)
+
+
+class Curve(NamedTuple):
+    """How far answers of a kind get. bounds: 0, then the lengths at which some ended, in order. reached: the share that
+    gets beyond each. area: tokens that an answer has below each on average. tail: tokens to come beyond the last.
+    """
+
+    bounds: np.ndarray
+    reached: np.ndarray
+    area: np.ndarray
+    tail: float
+
+    def below(self, most: np.ndarray) -> np.ndarray:
+        """Tokens expected of answers that have none yet and end at these max_tokens at the latest."""
+        tokens: np.ndarray = np.interp(most, self.bounds, self.area)
+        beyond = np.maximum(most - self.bounds[-1], 0.0)
+        if self.reached[-1] > 0.0 and beyond.any():
+            tokens -= (self.reached[-1] * self.tail) * np.expm1(beyond / -self.tail)
+        return tokens
+
+    def remaining(self, produced: np.ndarray, most: np.ndarray) -> np.ndarray:
+        """Expected tokens to come, at least 1, of answers that have so many and end at these max_tokens, or before."""
+        before = self.bounds.searchsorted(produced, side="right") - 1
+        ahead = (self.below(most) - self.below(produced)) / np.maximum(self.reached[before], 1e-9)
+        beyond = before == len(self.bounds) - 1  # longer than all that ended
+        if beyond.any():
+            ahead[beyond] = -self.tail * np.expm1((most[beyond] - produced[beyond]) / -self.tail)
+        return np.maximum(1.0, ahead)
+
+
+class Guess:
+    """In place of a `Curve` while too little is known: as long as a paragraph, then as long again as they are."""
+
+    def below(self, most: np.ndarray) -> np.ndarray:
+        """See Curve.below."""
+        return np.minimum(most, UNKNOWN)
+
+    def remaining(self, produced: np.ndarray, most: np.ndarray) -> np.ndarray:
+        """See Curve.remaining."""
+        return np.maximum(1.0, np.minimum(np.maximum(UNKNOWN - produced, produced), most - produced))
 
 
 class _Ends(NamedTuple):
-    """Lengths in order. at_least: how many are at least as long as each, itself and those after it. steps: from each to
-    the next one. bounds: lengths, and 0 for what is beyond all. total: their sum."""
+    """Lengths in order. is_end: 1 for an answer's own end, 0 where it was cut. at_least: how many are at least as long
+    as each, itself and those after it. steps: from the one before. bounds: 0, then lengths. total: their sum.
+    """
 
     lengths: np.ndarray
+    is_end: np.ndarray
     at_least: np.ndarray
     steps: np.ndarray
     bounds: np.ndarray
     total: float
+    num_ends: float
 
     @classmethod
-    def of(cls, lengths: list[int]) -> _Ends:
-        ends = np.array(lengths, dtype=float)
-        return cls(
-            ends, np.arange(len(ends), 0, -1), np.diff(ends, append=ends[-1]), np.append(ends, 0.0), float(ends.sum())
-        )
+    def of(cls, codes: list[int]) -> _Ends:
+        coded = np.array(codes)
+        ends, is_end = (coded // 2).astype(float), 1.0 - coded % 2
+        bounds = np.append(0.0, ends)
+        at_least = np.arange(len(ends), 0, -1)
+        return cls(ends, is_end, at_least, np.diff(bounds), bounds, float(ends.sum()), float(is_end.sum()))
 
 
 class LengthPredictor:
     """`Lengths` of each kind of request, the most special kind first that is known well.
 
-    A kind is what its caller says is alike: the calls of a program, the requests of an SLO class. Ends that were not
-    the answer's own (cancelled, past its deadline) teach nothing.
+    A kind is what its caller says is alike: the calls of a program, the requests of an SLO class. Ends that its caller
+    made (cancelled, past its deadline) teach nothing.
     """
 
     def __init__(self) -> None:
         self._kinds: dict[str, Lengths] = {"": Lengths()}
 
-    def learn(self, kinds: tuple[str, ...], length: int) -> None:
-        """An answer of these kinds ended by itself after so many tokens."""
+    def learn(self, kinds: tuple[str, ...], length: int, is_cut: bool = False) -> None:
+        """An answer of these kinds ended after so many tokens, by itself or, is_cut, at its max_tokens."""
         for kind in {"", *kinds}:
             known = self._kinds.pop(kind, None) or Lengths()
-            known.learn(length)
+            known.learn(length, is_cut)
             self._kinds[kind] = known  # last in order: what has been silent longest is forgotten first
         while len(self._kinds) > MAX_KINDS:
             oldest = next(kind for kind in self._kinds if kind)
@@ -113,8 +155,6 @@ class LengthPredictor:
         kind = self.kind(kinds)
         return float(max_tokens) if kind is None else min(self._kinds[kind].median(), float(max_tokens))
 
-    def remaining(self, kind: str | None, produced: np.ndarray, live: np.ndarray) -> np.ndarray:
-        """Tokens to come of requests of a kind (as `kind` gave it). See `Lengths.remaining`."""
-        if kind is None:
-            return np.maximum(UNKNOWN - produced, np.maximum(1.0, produced))
-        return self._kinds[kind].remaining(produced, live)
+    def curve(self, kind: str | None, live: np.ndarray) -> Curve | Guess:
+        """How far answers of a kind (as `kind` gave it) get. See `Lengths.curve`."""
+        return Guess() if kind is None else self._kinds[kind].curve(live)

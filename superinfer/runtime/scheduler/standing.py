@@ -14,7 +14,7 @@ from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepCost, StepLoad
 from superinfer.runtime.scheduler.forecast import Forecast
-from superinfer.runtime.scheduler.lengths import LengthPredictor
+from superinfer.runtime.scheduler.lengths import Curve, Guess, LengthPredictor
 from superinfer.runtime.scheduler.programs import Programs
 from superinfer.runtime.scheduler.roster import Columns, Roster
 from superinfer.runtime.scheduler.sequence import Sequence, Status
@@ -36,6 +36,11 @@ LEFTOVER_SHARE = 0.05  # of the machine's time, for leftovers however much is pr
 # told while the next is made ready. Each is up to a step.
 EARLY = 5.0
 SMOOTHING = 0.1  # weight of the newest step
+# Share of the machine's time asked for: below it, if nobody is let go, requests are taken without a look; from it on,
+# steps are as full as they get.
+BUSY = 0.7
+YIELD_S = 5.0  # seconds of steps that its yield is taken from, and from when on it is known
+LEAST_YIELD = 0.8  # below it steps are too empty rather than priced too low; so low that loads of BUSY are still seen
 PATIENCE_S = 30.0  # a leftover that has waited so long may displace others
 HEAD = 256  # of those who wait, so many are next: more are not looked at before the next look
 
@@ -47,7 +52,7 @@ class Standing:
     units: what work costs now. verdicts: of the last triage. step_s: of a step, smoothed. promised: kept sequences, and
     kept_s the machine time that all of them still ask for. tightest: pace of the kept residents that promise most.
     asked: prompt tokens that the kept are still to compute.
-    mean_output: tokens that a request without any is expected to have.
+    outputs: how long answers will be, of all kinds together.
     next_return: when the first of the kept that are rotated out has to be let in.
     aged: a leftover that has waited long enough: served before all others until it ends.
     """
@@ -68,12 +73,13 @@ class Standing:
         self.tightest = math.inf
         self.next_return = math.inf
         self.promised = 0
-        self.mean_output = 1.0
+        self.outputs: Curve | Guess = Guess()
         self.kept_s = 0.0
         self.step_s = 0.02
         self._square_s = self.step_s**2
         self.asked = 0.0
         self._matmul_s = 0.0
+        self._yield = 1.0
         self._own_s = 0.0  # of a decode, without reading its own KV
 
     def observe(self, load: StepLoad, elapsed: float) -> None:
@@ -82,6 +88,21 @@ class Standing:
             self.step_s += SMOOTHING * (elapsed - self.step_s)
             self._square_s += SMOOTHING * (elapsed**2 - self._square_s)
             self._matmul_s += SMOOTHING * (load.tokens * self.units.token_s - self._matmul_s)
+            if self.verdicts.load >= BUSY:
+                units, prefill = self.units, load.tokens - load.decodes
+                work_s = units.prefill_s(float(prefill)) - units.pair_s * prefill**2 / 2 + units.pair_s * load.pairs
+                work_s += load.decodes * self._own_s + load.kv_read * units.kv_s
+                self._yield += min(1.0, elapsed / YIELD_S) * (work_s / elapsed - self._yield)
+
+    @property
+    def supply(self) -> float:
+        """Share of the machine's time that the kept may ask for: of what steps yield, all but the leftovers' part.
+
+        Work is priced as in steps that are full; those that are not, chunks that read their prefix again and what else
+        steps take beyond that is seen in how much priced work comes of a second. Who fills the machine by prices alone
+        lets in more than it can keep, and what is let go later has been computed for nothing.
+        """
+        return min(max(self._yield, LEAST_YIELD), 1.0) * (1.0 - LEFTOVER_SHARE)
 
     @property
     def early_s(self) -> float:
@@ -148,7 +169,7 @@ class Standing:
         if len(rows) and len(self.forecast):
             yield Slice("requests to come", 180)
             demand = self._with_foreseen(demand, now)
-        verdicts = yield from triage_in_slices(demand, 1.0 - LEFTOVER_SHARE)
+        verdicts = yield from triage_in_slices(demand, self.supply)
 
         yield Slice("who is told", 55 + len(rows) / 20 + len(residents) / 5)
         self.verdicts = verdicts
@@ -187,7 +208,8 @@ class Standing:
         if not self.verdicts.cut or self.programs.number[sequence.row]:  # a program's worth is not that of one call
             return True
         roster, row, units = self.roster, sequence.row, self.units
-        left = max(1.0, min(float(roster.most[row]), float(roster.expected[row]) or self.mean_output))
+        most = roster.most[row : row + 1]
+        left = max(1.0, min(float(most[0]), float(roster.expected[row]) or float(self.outputs.below(most)[0])))
         prefill_s = units.prefill_s(float(roster.prefill[row]))
         token_s = units.kv_s * (float(roster.context[row]) + left / 2) + self._own_s
         first = FIRST_TOKEN if roster.base[row] < math.inf else 0.0
@@ -240,7 +262,7 @@ class Standing:
         ahead = self.forecast.ahead(now, float(HORIZONS[-1]))
         if ahead is None:
             return demand
-        output, times = np.minimum(ahead.most, self.mean_output), ahead.times
+        output, times = self.outputs.below(ahead.most), ahead.times
         stream, end = ahead.at + ahead.ttft, ahead.at + ahead.deadline - output * self.step_s
         token_s, held = self._costs(ahead.prompt + output / 2)
         count = len(demand.due)
@@ -268,27 +290,25 @@ class Standing:
 
         kinds: of each, an index into `names`. under_way: what everybody who has a token has produced.
         """
-        lengths, produced = self.lengths, seen.produced
-        begun = np.flatnonzero(produced)  # all the others of a kind are expected to have as many tokens
+        lengths, produced, most = self.lengths, seen.produced, seen.most
+        begun = np.flatnonzero(produced)
         left = np.empty(len(produced))
         resolved: dict[str | None, list[int]] = {lengths.kind(()): []}
         for kind in np.flatnonzero(np.bincount(kinds)).tolist():
             resolved.setdefault(lengths.kind(names[kind]), []).append(kind)
         for number, (name, members) in enumerate(resolved.items()):
-            ages, mine = produced[begun], begun
-            if len(resolved) > 1:
-                is_mine = np.isin(kinds, members)
-                mine = begun[is_mine[begun]]
-                ages = produced[mine]
-            ages = np.append(ages, 0.0)
-            expected = lengths.remaining(name, ages, under_way if name == "" or not number else ages)
-            if len(resolved) > 1:
-                left[is_mine] = expected[-1]
-            else:
-                left[:] = expected[-1]
-            left[mine] = expected[:-1]
+            if len(resolved) == 1:
+                self.outputs = lengths.curve(name, under_way)
+                left[:] = self.outputs.below(most)
+                left[begun] = self.outputs.remaining(produced[begun], most[begun])
+                continue
+            is_mine = np.isin(kinds, members)
+            mine, fresh = begun[is_mine[begun]], is_mine & (produced == 0.0)
+            curve = lengths.curve(name, under_way if name == "" or not number else produced[mine])
+            left[fresh] = curve.below(most[fresh])
+            left[mine] = curve.remaining(produced[mine], most[mine])
             if not number:  # of all kinds together
-                self.mean_output = float(expected[-1])
+                self.outputs = curve
         if seen.expected.any():
             left = np.where(seen.expected > produced, seen.expected - produced, left)
         return np.minimum(np.maximum(left, 1.0), np.maximum(seen.most - produced, 1.0))

@@ -23,8 +23,9 @@ import numpy as np
 
 from superinfer.runtime.scheduler.slices import Slice, finish
 
-# Seconds ahead at which supply and demand are compared: from a few steps to about as long as an answer takes.
-HORIZONS = np.array([0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+# Seconds ahead at which supply and demand are compared: from a few steps to longer than most answers take. What is due
+# beyond the last is not seen: with 32 s, an answer of 500 tokens at ten a second was taken for cheaper than it is.
+HORIZONS = np.array([0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
 MOST = 4096  # requests, the most worth their cost: beyond them none would fit, and looking takes time
 TOGETHER = 3  # horizons computed at once: one by one costs calls, all at once the work of those let go early
 CLOSE = 1.0 - 1e-9  # below so much of a room, sums fit in whatever order they are taken
