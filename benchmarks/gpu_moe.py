@@ -41,9 +41,7 @@ def main() -> None:
     """Measure, print, write results/<name>.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", default="gpu-moe")
-    parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[1, 2, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
-    )
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192])
     arguments = parser.parse_args()
     every = {f"rows {tiles.rows}, to {most} an expert": tiles for most, tiles in fused_moe.TILES}
     every["rows 128"] = fused_moe.TALLEST

@@ -54,8 +54,6 @@ TILES = (
     (48, Tiles(64, Tile(64, 64, 4, 3), Tile(128, 64, 4, 3))),
 )
 TALLEST = Tiles(128, Tile(128, 64, 8, 4), Tile(256, 64, 8, 4))
-# With few experts in use there are few programs, and half a GPU would read all the weights: then columns are fewer.
-LEAST_PROGRAMS, FEWEST_COLUMNS = 240, 32
 # For tests and small models: float32 products run without tensor cores.
 FLOAT32_TILES = Tiles(16, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))
 # From so many rows an expert, torch's grouped product is quicker (one H200: 5.3 ms against 7.1 for Mixtral's gate and
@@ -64,31 +62,16 @@ GROUPED_FROM = 512
 GROUPED_LEAST = 2048  # an expert's width; narrower ones are quicker here
 
 
-def choose_tiles(
-    rows: int, experts: int, sizes: tuple[int, int], dtype: torch.dtype, shared_memory: int = 1 << 30
-) -> Tiles:
-    """By the rows an expert has on average. sizes: columns of the two products, an expert's width and the model's.
-    shared_memory: bytes that a program may have."""
+def choose_tiles(rows: int, experts: int, dtype: torch.dtype, shared_memory: int = 1 << 30) -> Tiles:
+    """By the rows an expert has on average. shared_memory: bytes that a program may have."""
     if dtype.itemsize == 4:
         return FLOAT32_TILES
     chosen = next((tiles for most, tiles in TILES if rows <= most * experts), TALLEST)
-    gate_up, down = chosen.gate_up, chosen.down
-    if rows < experts:
-        gate_up, down = _spread(gate_up, rows, sizes[0]), _spread(down, rows, sizes[1])
-        shared_memory //= 2  # two programs on a multiprocessor
     return Tiles(
         chosen.rows,
-        _fit(gate_up, chosen.rows + 2 * gate_up.columns, shared_memory),
-        _fit(down, chosen.rows + down.columns, shared_memory),
+        _fit(chosen.gate_up, chosen.rows + 2 * chosen.gate_up.columns, shared_memory),
+        _fit(chosen.down, chosen.rows + chosen.down.columns, shared_memory),
     )
-
-
-def _spread(tile: Tile, blocks: int, size: int) -> Tile:
-    """The same with fewer columns, and as many more tiles on their way, where blocks would be too few programs."""
-    columns = tile.columns
-    while columns > FEWEST_COLUMNS and blocks * (size // columns) < LEAST_PROGRAMS:
-        columns //= 2
-    return Tile(columns, tile.depth, tile.warps, tile.stages * tile.columns // columns)
 
 
 def _fit(tile: Tile, lines: int, shared_memory: int) -> Tile:
@@ -293,7 +276,7 @@ def moe_mlp(
     weights, chosen = route(logits, top_k, normalize)
     if total >= GROUPED_FROM * experts and size >= GROUPED_LEAST and takes_grouped(x):
         return _grouped(x, weights, chosen, gate_up, down)
-    tiles = choose_tiles(total, experts, (size, hidden), x.dtype, _shared_memory(x.device))
+    tiles = choose_tiles(total, experts, x.dtype, _shared_memory(x.device))
     rows, block_expert = align(chosen, experts, tiles.rows)
     blocks = len(block_expert)
     activated = x.new_empty(total, size)

@@ -111,9 +111,9 @@ def test_grouped_products_of_many_rows_equal_the_dense_answer(
 
 
 def test_tiles_fit_the_shared_memory_there_is():
-    for rows in (2, 8, 64, 128, 256, 512, 4096, 1 << 20):
+    for rows in (8, 64, 128, 256, 512, 4096, 1 << 20):
         for most in (99 << 10, 163 << 10, 227 << 10):
-            tiles = fused_moe.choose_tiles(rows, 8, (14336, 4096), torch.bfloat16, most)
+            tiles = fused_moe.choose_tiles(rows, 8, torch.bfloat16, most)
             for tile, lines in (
                 (tiles.gate_up, tiles.rows + 2 * tiles.gate_up.columns),
                 (tiles.down, tiles.rows + tiles.down.columns),
