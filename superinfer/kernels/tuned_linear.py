@@ -15,9 +15,9 @@ import torch
 from superinfer.kernels.cublaslt import Algorithm, Product
 
 CANDIDATES = 8  # that cuBLASLt gives at most
-ROUNDS = 5  # of all candidates, by turns
+ROUNDS = 3  # of all candidates, by turns
 MARGIN = 0.99  # of the first guess's time: who is not quicker than this does not replace it
-LEAST_MS, MOST_CALLS = 0.8, 16  # of one measurement
+LEAST_MS, MOST_CALLS = 0.4, 8  # of one measurement
 ALIKE = 0.02  # how far numbers of rows may be apart for one algorithm
 ALIGNMENT = 256  # bytes, which cuBLASLt's proposals count on
 
