@@ -1,0 +1,170 @@
+"""Long texts of bounded length in JSON schemas: compiled without their bound, which is kept by counting.
+
+A bound that the compiler unfolds costs it time for each character. Here the grammar has a text of any length instead,
+behind a sign that says which bound it has: a control character, which JSON never has. Whoever follows the grammar takes
+the sign in as soon as a text has begun (`grammar_matcher`), counts from there, and near the end forbids the tokens that
+are too long. So the time to compile does not depend on the bound, and it is kept to the character.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from superinfer.runtime.engine.grammar_rewrite import are_lengths
+from superinfer.runtime.protocol import Grammar
+
+LONG = 100  # characters; shorter bounds are unfolded
+
+_SIGNS = "".join(chr(code) for code in range(1, 0x20) if chr(code) not in "\t\n\r")  # one for each bound of a grammar
+_MARK = "@@long text {}@@"  # stands for the sign and the text in a schema, where no sign can
+_MARKED = re.compile(r'Regex\("\^@@long text (\d+)@@\$", json_string=true\)')
+_TEXT = r"[ -!#-[\]-\ud7ff\ue000-\U0010ffff]*"  # as for shorter bounds: nothing that JSON escapes
+_PLACES = ("$defs", "definitions", "properties")
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_SINGLE = ("items", "additionalProperties")
+_APART = {"object", "array", "string"}  # kinds of value that may hold a text
+
+
+class Bound(NamedTuple):
+    """Characters of a text; most: None for no limit."""
+
+    least: int
+    most: int | None
+
+
+def without_long(grammar: Grammar) -> tuple[Grammar, list[Bound]]:
+    """The grammar with marks in place of its long bounded texts, and their bounds in the marks' order.
+
+    None are replaced where a text may be read in two ways, only one of which has the bound: the grammar's own branches
+    could not be told apart by a sign.
+    """
+    if grammar.kind != "json_schema" or "@@long text" in grammar.source:
+        return grammar, []
+    schema = json.loads(grammar.source)
+    if _reads_two_ways(schema, schema):
+        return grammar, []
+    bounds: list[Bound] = []
+    marked = _marked(schema, bounds)
+    return (Grammar(kind="json_schema", source=json.dumps(marked)), bounds) if bounds else (grammar, [])
+
+
+def with_signs(ebnf: str) -> str:
+    """A grammar as the compiler prints it, with signs and texts in place of marks."""
+    return _MARKED.sub(lambda mark: f'"\\u{ord(sign_of(int(mark[1]))):04x}" {_TEXT}', ebnf)
+
+
+def sign_of(number: int) -> str:
+    """What stands before the texts of bound `number`."""
+    return _SIGNS[number]
+
+
+class TokenLengths:
+    """How many characters of a text each token of a vocabulary has: up to the quote that ends it, if one does."""
+
+    def __init__(self, vocabulary: Sequence[bytes]) -> None:
+        """vocabulary: the bytes of each token id."""
+        self.vocabulary = vocabulary
+        inner = [token.partition(b'"')[0] for token in vocabulary]
+        self._characters = np.array([characters(text) for text in inner])
+        self._ends = np.array([b'"' in token for token in vocabulary])
+        self._longest = int(self._characters.max(initial=0))
+        self._at_most: dict[int, np.ndarray] = {}
+        self._at_least: dict[int, np.ndarray] = {}
+        # A token that ends within a sign would step over it.
+        self.meet_signs = any(b'"' + sign.encode() in token for token in vocabulary for sign in _SIGNS)
+
+    def narrow(self, bits: np.ndarray, least: int, most: int | None) -> None:
+        """Forbid what would make a text too long, or end it too early. bits: [vocab / 32] uint32, of a mask.
+        least, most: characters that must, and may, still come."""
+        if most is not None and most < self._longest:
+            if most not in self._at_most:
+                self._at_most[most] = self._packed(self._characters <= most, len(bits))
+            bits &= self._at_most[most]
+        if least > 0:
+            least = min(least, self._longest + 1)
+            if least not in self._at_least:
+                self._at_least[least] = self._packed(~self._ends | (self._characters >= least), len(bits))
+            bits &= self._at_least[least]
+
+    def _packed(self, allowed: np.ndarray, words: int) -> np.ndarray:
+        found = np.zeros(words * 32, dtype=bool)
+        found[: len(allowed)] = allowed
+        return np.packbits(found, bitorder="little").view(np.uint32)
+
+
+def characters(text: bytes) -> int:
+    """Characters that begin in UTF-8 bytes."""
+    return sum(byte & 0xC0 != 0x80 for byte in text)
+
+
+def _marked(schema: Any, bounds: list[Bound]) -> Any:
+    if not isinstance(schema, dict):
+        return schema
+    found = dict(schema)
+    for word in _PLACES:
+        if word in found:
+            found[word] = {name: _marked(value, bounds) for name, value in found[word].items()}
+    for word in _LISTS:
+        if word in found:
+            found[word] = [_marked(value, bounds) for value in found[word]]
+    for word in _SINGLE:
+        if word in found:
+            found[word] = _marked(found[word], bounds)
+    least, most = found.get("minLength", 0), found.get("maxLength")
+    if ("minLength" in found or "maxLength" in found) and are_lengths(least, most) and max(least, most or 0) > LONG:
+        bound = Bound(least, most)
+        if bound not in bounds:
+            if len(bounds) == len(_SIGNS):
+                return found  # unfolded, as a short one
+            bounds.append(bound)
+        del found["minLength" if "minLength" in found else "maxLength"]
+        found.pop("maxLength", None)
+        found["pattern"] = f"^{_MARK.format(bounds.index(bound))}$"
+    return found
+
+
+def _reads_two_ways(schema: Any, root: Any) -> bool:
+    """Whether what has been written of a value may leave open which of several schemas it follows."""
+    if not isinstance(schema, dict):
+        return False
+    for word in ("anyOf", "oneOf"):
+        seen: set[str] = set()
+        for kinds in (_kinds(branch, root) & _APART for branch in schema.get(word, ())):
+            if kinds & seen:
+                return True
+            seen |= kinds
+    if schema.get("properties") and schema.get("additionalProperties", False) is not False:
+        return True  # a key may be a property's or another's
+    inner = [value for word in _PLACES for value in schema.get(word, {}).values()]
+    inner += [value for word in _LISTS for value in schema.get(word, ())]
+    inner += [schema[word] for word in _SINGLE if word in schema]
+    return any(_reads_two_ways(value, root) for value in inner)
+
+
+def _kinds(schema: Any, root: Any, depth: int = 0) -> set[str]:
+    """The kinds of value that a schema may take, by JSON schema's names; all of those that matter where it is not
+    certain."""
+    if not isinstance(schema, dict) or depth > 64:
+        return set(_APART)
+    if "$ref" in schema:
+        found = root
+        for part in schema["$ref"][1:].split("/")[1:]:
+            found = found[part.replace("~1", "/").replace("~0", "~")]
+        return _kinds(found, root, depth + 1)
+    for word in ("anyOf", "oneOf", "allOf"):
+        if word in schema:
+            return set().union(*(_kinds(branch, root, depth + 1) for branch in schema[word]))
+    if "enum" in schema or "const" in schema:
+        return {_kind_of(value) for value in schema.get("enum", [schema.get("const")])}
+    kinds = schema.get("type", sorted(_APART))
+    return {kinds} if isinstance(kinds, str) else set(kinds)
+
+
+def _kind_of(value: Any) -> str:
+    known: dict[type, str] = {str: "string", dict: "object", list: "array"}
+    return known.get(type(value), "other")
