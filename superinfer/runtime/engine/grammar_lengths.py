@@ -27,7 +27,7 @@ _TEXT = r"[ -!#-[\]-\ud7ff\ue000-\U0010ffff]*"  # as for shorter bounds: nothing
 _PLACES = ("$defs", "definitions", "properties")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties")
-_APART = {"object", "array", "string"}  # kinds of value that may hold a text
+_WITH_TEXTS = {"object", "array", "string"}
 
 
 class Bound(NamedTuple):
@@ -133,9 +133,9 @@ def _reads_two_ways(schema: Any, root: Any) -> bool:
     if not isinstance(schema, dict):
         return False
     for word in ("anyOf", "oneOf"):
-        seen: set[str] = set()
-        for kinds in (_kinds(branch, root) & _APART for branch in schema.get(word, ())):
-            if kinds & seen:
+        seen: set[_Kind] = set()
+        for kinds in (_kinds(branch, root) for branch in schema.get(word, ())):
+            if any(one.may_be(other) for one in kinds for other in seen):
                 return True
             seen |= kinds
     if schema.get("properties") and schema.get("additionalProperties", False) is not False:
@@ -146,11 +146,24 @@ def _reads_two_ways(schema: Any, root: Any) -> bool:
     return any(_reads_two_ways(value, root) for value in inner)
 
 
-def _kinds(schema: Any, root: Any, depth: int = 0) -> set[str]:
-    """The kinds of value that a schema may take, by JSON schema's names; all of those that matter where it is not
-    certain."""
+class _Kind(NamedTuple):
+    """What values begin like. name: JSON schema's. key, value: an object's first; None: any."""
+
+    name: str
+    key: str | None = None
+    value: str | None = None
+
+    def may_be(self, other: _Kind) -> bool:
+        """Whether a value may begin like both, and hold texts."""
+        if self.name != other.name or self.name not in _WITH_TEXTS:
+            return False
+        return all(None in pair or pair[0] == pair[1] for pair in zip(self[1:], other[1:], strict=True))
+
+
+def _kinds(schema: Any, root: Any, depth: int = 0) -> set[_Kind]:
+    """How the values of a schema may begin; in all ways that matter where it is not certain."""
     if not isinstance(schema, dict) or depth > 64:
-        return set(_APART)
+        return {_Kind(name) for name in _WITH_TEXTS}
     if "$ref" in schema:
         found = root
         for part in schema["$ref"][1:].split("/")[1:]:
@@ -160,11 +173,28 @@ def _kinds(schema: Any, root: Any, depth: int = 0) -> set[str]:
         if word in schema:
             return set().union(*(_kinds(branch, root, depth + 1) for branch in schema[word]))
     if "enum" in schema or "const" in schema:
-        return {_kind_of(value) for value in schema.get("enum", [schema.get("const")])}
-    kinds = schema.get("type", sorted(_APART))
-    return {kinds} if isinstance(kinds, str) else set(kinds)
+        known: dict[type, str] = {str: "string", dict: "object", list: "array"}
+        return {_Kind(known.get(type(value), "other")) for value in _values(schema)}
+    names = schema.get("type", sorted(_WITH_TEXTS))
+    names = {names} if isinstance(names, str) else set(names)
+    found = {_Kind(name) for name in names - {"object"}}
+    return found | _objects(schema) if "object" in names else found
 
 
-def _kind_of(value: Any) -> str:
-    known: dict[type, str] = {str: "string", dict: "object", list: "array"}
-    return known.get(type(value), "other")
+def _objects(schema: dict[str, Any]) -> set[_Kind]:
+    """How objects of a schema may begin: with their first property, where they must have it, and its constant."""
+    first = next(iter(schema.get("properties", ())), None)
+    if first is None or first not in schema.get("required", ()):
+        return {_Kind("object")}
+    inner = schema["properties"][first]
+    constant = isinstance(inner, dict) and ("enum" in inner or "const" in inner)
+    return (
+        {_Kind("object", first, json.dumps(value)) for value in _values(inner)}
+        if constant
+        else {_Kind("object", first)}
+    )
+
+
+def _values(schema: dict[str, Any]) -> list[Any]:
+    found: list[Any] = schema.get("enum", [schema.get("const")])
+    return found

@@ -100,6 +100,36 @@ TEAM = {
 }
 
 
+def action(do: str, **bounds: int) -> dict[str, Any]:
+    properties = {"do": {"const": do}, "with": texts(**bounds)}
+    return {"type": "object", "properties": properties, "required": ["do", "with"], "additionalProperties": False}
+
+
+ACTIONS = {
+    "type": "array",
+    "items": {
+        "anyOf": [action("search", maxLength=150), action("say", minLength=140, maxLength=210), {"type": "null"}]
+    },
+    "minItems": 1,
+    "maxItems": 3,
+}
+
+
+@cache
+def actions() -> CompiledFrame:
+    return embedded().compile(ACTIONS)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1 << 32), st.sampled_from([0.0, 0.9, 1.0]))
+@example(1, 1.0)
+def test_actions_told_apart_by_their_first_key_follow_the_schema(seed: int, keen: float):
+    vocabulary = embedded()
+    assert without_long(Grammar(kind="json_schema", source=json.dumps(ACTIONS)))[1] == [Bound(0, 150), Bound(140, 210)]
+    text = written(vocabulary, vocabulary.matcher(actions()), random.Random(seed), keen)
+    jsonschema.validate(json.loads(text), ACTIONS)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 1 << 32), st.sampled_from([0.0, 0.9, 1.0]))
 @example(1, 1.0)
@@ -178,6 +208,8 @@ def test_the_bound_costs_no_time_to_compile(vocabulary: Vocabulary):
         {"anyOf": [texts(maxLength=500), {"enum": ["a", "b"]}]},
         {"anyOf": [{"type": "object", "properties": {"a": texts(maxLength=500)}}, {"type": "object"}]},
         {"anyOf": [{"$ref": "#/$defs/s"}, texts(maxLength=200)], "$defs": {"s": texts(maxLength=300)}},
+        {"anyOf": [action("go", maxLength=500), action("go", maxLength=200)]},
+        {"anyOf": [action("go", maxLength=500), {"type": "object", "properties": {"do": {}}, "required": ["do"]}]},
         {"type": "object", "properties": {"a": texts(maxLength=500)}, "additionalProperties": texts(maxLength=3)},
         {"type": "string", "maxLength": LONG},
         {"type": "object", "properties": {"@@long text 0@@": texts(maxLength=500)}},
