@@ -23,7 +23,8 @@ LONG = 100  # characters; shorter bounds are unfolded
 _SIGNS = "".join(chr(code) for code in range(1, 0x20) if chr(code) not in "\t\n\r")  # one for each bound of a grammar
 _MARK = "@@long text {}@@"  # stands for the sign and the text in a schema, where no sign can
 _MARKED = re.compile(r'Regex\("\^@@long text (\d+)@@\$", json_string=true\)')
-_TEXT = r"[ -!#-[\]-\ud7ff\ue000-\U0010ffff]*"  # as for shorter bounds: nothing that JSON escapes
+# What JSON has in a text, each one character, but for characters by their number: those need no escape.
+_TEXT = r'([ -!#-[\]-\ud7ff\ue000-\U0010ffff] | "\\" ["\\/bfnrt])*'
 _PLACES = ("$defs", "definitions", "properties")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties")
@@ -63,43 +64,63 @@ def sign_of(number: int) -> str:
     return _SIGNS[number]
 
 
+class Piece(NamedTuple):
+    """What bytes add to a text. characters: that begin in them; an escape is one, which begins with its backslash.
+    ends: whether a quote ends the text in them. escapes: whether they end behind a backslash."""
+
+    characters: int
+    ends: bool
+    escapes: bool
+
+
+def piece_of(written: bytes, escaped: bool) -> Piece:
+    """escaped: a backslash stands before them."""
+    count = 0
+    for byte in written:
+        if escaped:
+            escaped = False
+        elif byte == 0x22:
+            return Piece(count, True, False)
+        else:
+            escaped = byte == 0x5C
+            count += byte & 0xC0 != 0x80
+    return Piece(count, False, escaped)
+
+
 class TokenLengths:
     """How many characters of a text each token of a vocabulary has: up to the quote that ends it, if one does."""
 
     def __init__(self, vocabulary: Sequence[bytes]) -> None:
         """vocabulary: the bytes of each token id."""
         self.vocabulary = vocabulary
-        inner = [token.partition(b'"')[0] for token in vocabulary]
-        self._characters = np.array([characters(text) for text in inner])
-        self._ends = np.array([b'"' in token for token in vocabulary])
+        pieces = [[piece_of(token, escaped) for token in vocabulary] for escaped in (False, True)]
+        self._characters = np.array([[piece.characters for piece in each] for each in pieces])
+        self._ends = np.array([[piece.ends for piece in each] for each in pieces])
         self._longest = int(self._characters.max(initial=0))
-        self._at_most: dict[int, np.ndarray] = {}
-        self._at_least: dict[int, np.ndarray] = {}
+        self._at_most: dict[tuple[bool, int], np.ndarray] = {}
+        self._at_least: dict[tuple[bool, int], np.ndarray] = {}
         # A token that ends within a sign would step over it.
         self.meet_signs = any(b'"' + sign.encode() in token for token in vocabulary for sign in _SIGNS)
 
-    def narrow(self, bits: np.ndarray, least: int, most: int | None) -> None:
+    def narrow(self, bits: np.ndarray, escaped: bool, least: int, most: int | None) -> None:
         """Forbid what would make a text too long, or end it too early. bits: [vocab / 32] uint32, of a mask.
-        least, most: characters that must, and may, still come."""
+        escaped: the text ends behind a backslash. least, most: characters that must, and may, still come."""
+        characters, ends = self._characters[int(escaped)], self._ends[int(escaped)]
         if most is not None and most < self._longest:
-            if most not in self._at_most:
-                self._at_most[most] = self._packed(self._characters <= most, len(bits))
-            bits &= self._at_most[most]
+            key = escaped, most
+            if key not in self._at_most:
+                self._at_most[key] = self._packed(characters <= most, len(bits))
+            bits &= self._at_most[key]
         if least > 0:
-            least = min(least, self._longest + 1)
-            if least not in self._at_least:
-                self._at_least[least] = self._packed(~self._ends | (self._characters >= least), len(bits))
-            bits &= self._at_least[least]
+            key = escaped, min(least, self._longest + 1)
+            if key not in self._at_least:
+                self._at_least[key] = self._packed(~ends | (characters >= key[1]), len(bits))
+            bits &= self._at_least[key]
 
     def _packed(self, allowed: np.ndarray, words: int) -> np.ndarray:
         found = np.zeros(words * 32, dtype=bool)
         found[: len(allowed)] = allowed
         return np.packbits(found, bitorder="little").view(np.uint32)
-
-
-def characters(text: bytes) -> int:
-    """Characters that begin in UTF-8 bytes."""
-    return sum(byte & 0xC0 != 0x80 for byte in text)
 
 
 def _marked(schema: Any, bounds: list[Bound]) -> Any:

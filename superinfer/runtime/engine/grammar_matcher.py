@@ -8,14 +8,16 @@ from typing import NamedTuple
 import numpy as np
 import xgrammar
 
-from superinfer.runtime.engine.grammar_lengths import Bound, TokenLengths, characters, sign_of
+from superinfer.runtime.engine.grammar_lengths import Bound, TokenLengths, piece_of, sign_of
 
 
 class _Place(NamedTuple):
-    """bound: of the text that is being written; None outside of one. written: its characters so far."""
+    """bound: of the text that is being written; None outside of one. written: its characters so far.
+    escaped: it ends behind a backslash."""
 
     bound: Bound | None
     written: int
+    escaped: bool = False
 
 
 _OUTSIDE = _Place(None, 0)
@@ -23,7 +25,7 @@ _OUTSIDE = _Place(None, 0)
 
 class CountingMatcher(xgrammar.GrammarMatcher):
     """A matcher whose masks are to be `narrow`ed once they are filled, and which is told by `took` of tokens that were
-    accepted in a batch. Texts of bounded length hold no escape, so that the first quote ends one."""
+    accepted in a batch."""
 
     def __init__(
         self,
@@ -64,18 +66,18 @@ class CountingMatcher(xgrammar.GrammarMatcher):
 
     def narrow(self, bits: np.ndarray) -> None:
         """Keep the bound of the text that is being written. bits: [vocab / 32] uint32, of this matcher's mask."""
-        bound, written = self._place
+        bound, written, escaped = self._place
         if bound is not None:
             most = None if bound.most is None else bound.most - written
-            self._lengths.narrow(bits, bound.least - written, most)
+            self._lengths.narrow(bits, escaped, bound.least - written, most)
 
     def _follow(self, token_id: int) -> int:
         """Count a token's characters. How many signs have been taken in behind it."""
         text, place = self._lengths.vocabulary[token_id], self._place
         if place.bound is not None:
-            inner, quote, _ = text.partition(b'"')
-            if not quote:
-                self._place = _Place(place.bound, place.written + characters(inner))
+            piece = piece_of(text, place.escaped)
+            if not piece.ends:
+                self._place = _Place(place.bound, place.written + piece.characters, piece.escapes)
                 return 0
             self._place = _OUTSIDE
         if text.endswith(b'"'):

@@ -170,6 +170,20 @@ def test_characters_of_several_bytes_count_once_also_where_tokens_part_them(voca
     assert all(vocabulary.tokens[token].startswith(b'"') for token in vocabulary.allowed(matcher))
 
 
+@pytest.mark.parametrize("escape", [r"\n", r"\"", r"\\", r"\/"])
+def test_an_escape_is_one_character_and_may_be_the_last(vocabulary: Vocabulary, escape: str):
+    matcher = vocabulary.matcher(vocabulary.compile(texts(minLength=LONG + 1, maxLength=LONG + 1)))
+    single = {token: at for at, token in enumerate(vocabulary.tokens) if len(token) == 1}
+    assert matcher.accept_token(single[b'"'])
+    for _ in range(LONG + 1):
+        for byte in escape.encode():
+            token = single[bytes([byte])]
+            assert token in vocabulary.allowed(matcher)
+            assert matcher.accept_token(token)
+    assert {vocabulary.tokens[token] for token in vocabulary.allowed(matcher)} == {b'"'}
+    assert matcher.accept_token(single[b'"']) and matcher.is_completed()
+
+
 def test_tokens_that_are_taken_back_do_not_count(vocabulary: Vocabulary):
     matcher = vocabulary.matcher(vocabulary.compile({"type": "array", "items": texts(maxLength=LONG + 1)}))
     bracket, quote = (vocabulary.tokens.index(text) for text in (b"[", b'"'))
