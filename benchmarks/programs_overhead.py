@@ -66,7 +66,7 @@ class Bench:
         self._url = url
 
     def round(self, way: str, programs: int, round_: int) -> dict[str, float]:
-        """All programs at once. µs of CPU for each call; away_us: between two calls, or around the only one."""
+        """All programs at once. µs of CPU for each call; away_us: of each, of the time without a request."""
         texts = [Texts(self._shape, SIZES[self._shape], f"{way} {round_} {at}") for at in range(programs)]
         at_engine = self._at_engine()
         server, began, here = cpu_of(self._server), time.perf_counter(), time.process_time()

@@ -78,6 +78,8 @@ class Constraints:
         """
         import xgrammar
 
+        from superinfer.runtime.engine.grammar_matcher import CountingMatcher
+
         self._read()
         if self._bitmask is None or self._batch is None:
             self._bitmask = xgrammar.allocate_token_bitmask(self._num_slots, self._grammars.vocab_size)
@@ -90,6 +92,9 @@ class Constraints:
         bits = used.numpy().view(np.uint32)
         if free:
             self._batch.batch_fill_next_token_bitmask(list(free.values()), self._bitmask, list(free))
+            for row, matcher in free.items():
+                if isinstance(matcher, CountingMatcher):
+                    matcher.narrow(bits[row])
             _let_dead_ends_end(bits, free)
         if only:
             _allow_alone(bits, np.array(list(only), dtype=np.int64), np.array(list(only.values()), dtype=np.int64))
@@ -142,6 +147,8 @@ class Constraints:
     def _read(self) -> None:
         from xgrammar import BatchGrammarMatcher
 
+        from superinfer.runtime.engine.grammar_matcher import CountingMatcher
+
         for whose, read in self._unread:
             pairs = [pair for pair in zip(whose, read(), strict=True) if not pair[0].has_ended]
             if not pairs:
@@ -153,6 +160,8 @@ class Constraints:
                     log.error("token %d does not follow its grammar, and was chosen all the same", token)
                 elif token in constrained.stop_ids:
                     constrained.has_ended = constrained.matcher.is_terminated()
+                elif isinstance(constrained.matcher, CountingMatcher):
+                    constrained.matcher.took(token)
                 if constrained.tail is not None:
                     constrained.tail.append(token)
         self._unread.clear()

@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple, cast
 
 import msgspec
 
@@ -22,6 +22,7 @@ from superinfer.errors import InvalidRequestError, QueueFullError, SuperinferErr
 from superinfer.runtime.engine import grammar_worker
 from superinfer.runtime.engine.grammar_check import check_grammar
 from superinfer.runtime.engine.grammar_jump import Retokenizer
+from superinfer.runtime.engine.grammar_lengths import Bound, TokenLengths
 from superinfer.runtime.engine.grammar_worker import CompiledFrame, read_frame, write_frame
 from superinfer.runtime.protocol import Grammar
 
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
 CACHED = 128  # grammars kept, failures among them
 MAX_WAITING = 64  # grammars not compiled yet
 START_S = 120.0  # the worker imports torch; seconds on a busy machine
+
+
+class Compiled(NamedTuple):
+    """A grammar, and the bounds of its long texts, which are not in it (see `grammar_lengths`)."""
+
+    grammar: xgrammar.CompiledGrammar
+    bounds: list[Bound]
 
 
 class GrammarCompiler:
@@ -49,9 +57,10 @@ class GrammarCompiler:
         self._worker: _Worker | None = None
         self._closed = threading.Event()
         self._info: xgrammar.TokenizerInfo | None = None
-        self._cache: OrderedDict[Grammar, Future[xgrammar.CompiledGrammar]] = OrderedDict()
+        self._lengths: TokenLengths | None = None
+        self._cache: OrderedDict[Grammar, Future[Compiled]] = OrderedDict()
 
-    def request(self, grammar: Grammar) -> Future[xgrammar.CompiledGrammar]:
+    def request(self, grammar: Grammar) -> Future[Compiled]:
         """The grammar, once it is compiled; the future raises InvalidRequestError for one that cannot be used.
 
         Raises at once: InvalidRequestError or UnsupportedError (see `check_grammar`), QueueFullError.
@@ -73,13 +82,12 @@ class GrammarCompiler:
 
         Raises RuntimeError for an output that the grammar does not take.
         """
-        import xgrammar
-
-        matcher = xgrammar.GrammarMatcher(self.request(grammar).result(), override_stop_tokens=list(stop_ids) or None)
+        compiled = self.request(grammar).result()
+        matcher = grammar_worker.new_matcher(compiled.grammar, compiled.bounds, self._lengths, stop_ids)
         for token_id in output:
             if not matcher.accept_token(token_id):
                 raise RuntimeError(f"token {token_id} does not follow its grammar")
-        return matcher
+        return cast("xgrammar.GrammarMatcher", matcher)
 
     def forced(self, matcher: xgrammar.GrammarMatcher, tail: Sequence[int]) -> list[int]:
         """See Retokenizer. For a matcher of this compiler."""
@@ -93,7 +101,7 @@ class GrammarCompiler:
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _compile(self, grammar: Grammar) -> xgrammar.CompiledGrammar:
+    def _compile(self, grammar: Grammar) -> Compiled:
         """On the thread."""
         try:
             if self._worker is None:
@@ -110,10 +118,12 @@ class GrammarCompiler:
             self._info = grammar_worker.load_tokenizer_info(*self._vocabulary)
             if self.jumps:
                 self._retokenizer = Retokenizer(self._vocabulary[0], self._info)
-        return xgrammar.CompiledGrammar.deserialize_json(frame.compiled, self._info)
+        if frame.bounds and self._lengths is None:
+            self._lengths = TokenLengths(self._info.decoded_vocab)
+        return Compiled(xgrammar.CompiledGrammar.deserialize_json(frame.compiled, self._info), frame.bounds)
 
 
-def _is_worth_another_try(future: Future[xgrammar.CompiledGrammar]) -> bool:
+def _is_worth_another_try(future: Future[Compiled]) -> bool:
     """Whether it failed for a reason that does not lie in the grammar."""
     error = future.exception() if future.done() and not future.cancelled() else None
     return error is not None and not isinstance(error, InvalidRequestError)

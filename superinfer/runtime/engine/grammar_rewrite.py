@@ -40,7 +40,7 @@ def rewrite(schema: Any) -> Any:
         if word in found:
             found[word] = rewrite(found[word])
     least, most = found.get("minLength", 0), found.get("maxLength")
-    if ("minLength" in found or "maxLength" in found) and _are_lengths(least, most):
+    if ("minLength" in found or "maxLength" in found) and are_lengths(least, most):
         found.pop("minLength", None)
         found.pop("maxLength", None)
         found["pattern"] = f"^{_any(least, most)}$"
@@ -76,7 +76,7 @@ def escaped(pattern: str) -> str:
     return _PIECE.sub(piece, pattern)
 
 
-def _are_lengths(least: Any, most: Any) -> bool:
+def are_lengths(least: Any, most: Any) -> bool:
     """Whether they mean something; what does not is for the compiler to refuse."""
     numbers = [least] if most is None else [least, most]
     return all(type(number) is int and number >= 0 for number in numbers) and (most is None or least <= most)

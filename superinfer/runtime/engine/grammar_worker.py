@@ -17,12 +17,15 @@ import signal
 import struct
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import IO, Any
 
 import msgspec
 import numpy as np
 
 from superinfer.errors import InvalidRequestError, UnsupportedError
+from superinfer.runtime.engine.grammar_lengths import Bound, TokenLengths, with_signs, without_long
 from superinfer.runtime.engine.grammar_rewrite import rewrite
 from superinfer.runtime.engine.grammar_utf8 import IN_JSON, VALID, in_utf8, numbers_of_characters
 from superinfer.runtime.protocol import Grammar
@@ -36,10 +39,12 @@ WALKS_S = 1.0  # CPU time of all walks; those of a large vocabulary are cut shor
 
 
 class CompiledFrame(msgspec.Struct):
-    """Answer to a Grammar: the compiled form, serialized, or why there is none."""
+    """Answer to a Grammar: the compiled form, serialized, and the bounds of its long texts (see `grammar_lengths`), or
+    why there is none."""
 
     compiled: str = ""
     error: str = ""
+    bounds: list[Bound] = []
 
 
 def read_frame(stream: IO[bytes]) -> bytes | None:
@@ -97,24 +102,39 @@ def compile_grammar(compiler: Any, grammar: Grammar) -> Any:
     is_json = grammar.kind in ("json_schema", "json_object")
     parsed = Parsed.deserialize_json(in_utf8(parsed.serialize_json(), IN_JSON if is_json else VALID))
     if is_json:
-        parsed = Parsed.from_ebnf(numbers_of_characters(str(parsed)))
+        parsed = Parsed.from_ebnf(with_signs(numbers_of_characters(str(parsed))))
     return compiler.compile_grammar(parsed)
 
 
-def walk(compiled: Any, vocab_size: int, stop_ids: tuple[int, ...]) -> str:
-    """Why the grammar cannot be used, or "". Follows it along tokens it allows: one kept up, then random ones."""
+def new_matcher(compiled: Any, bounds: list[Bound], lengths: TokenLengths | None, stop_ids: Sequence[int]) -> Any:
+    """A matcher at the beginning, which keeps the bounds of long texts. lengths: of the vocabulary; None where no
+    grammar has any."""
     import xgrammar
+
+    if not bounds or lengths is None:
+        return xgrammar.GrammarMatcher(compiled, override_stop_tokens=list(stop_ids) or None)
+    from superinfer.runtime.engine.grammar_matcher import CountingMatcher
+
+    return CountingMatcher(compiled, bounds, lengths, stop_ids)
+
+
+def walk(
+    compiled: Any, vocab_size: int, stop_ids: tuple[int, ...], bounds: list[Bound], lengths: TokenLengths | None
+) -> str:
+    """Why the grammar cannot be used, or "". Follows it along tokens it allows: one kept up, then random ones."""
 
     mask = np.full((1, -(-vocab_size // 32)), -1, dtype=np.int32)
     rng, began = random.Random(0), time.thread_time()
     for way in range(4):
-        matcher = xgrammar.GrammarMatcher(compiled, override_stop_tokens=list(stop_ids) or None)
+        matcher = new_matcher(compiled, bounds, lengths, stop_ids)
         last = -1
         for _ in range(WALK_TOKENS):
             if time.thread_time() - began > WALKS_S:
                 return ""
             before = time.thread_time()
             matcher.fill_next_token_bitmask(mask, 0)
+            if bounds:
+                matcher.narrow(mask[0].view(np.uint32))
             allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")[:vocab_size])
             allowed = allowed[~np.isin(allowed, stop_ids)]
             if not len(allowed):
@@ -136,12 +156,17 @@ def plain_words(error: BaseException) -> str:
     return text[:400] or type(error).__name__
 
 
-def answer(compiler: Any, grammar: Grammar, vocab_size: int, stop_ids: tuple[int, ...]) -> CompiledFrame:
-    """Compile and walk."""
+def answer(
+    compiler: Any, grammar: Grammar, vocab_size: int, stop_ids: tuple[int, ...], lengths: Callable[[], TokenLengths]
+) -> CompiledFrame:
+    """Compile and walk. lengths: of the vocabulary, made when they are wanted."""
     try:
-        compiled = compile_grammar(compiler, grammar)
-        why = walk(compiled, vocab_size, stop_ids)
-        return CompiledFrame(error=why) if why else CompiledFrame(compiled=compiled.serialize_json())
+        marked, bounds = without_long(grammar)
+        if bounds and lengths().meet_signs:
+            marked, bounds = grammar, []
+        compiled = compile_grammar(compiler, marked)
+        why = walk(compiled, vocab_size, stop_ids, bounds, lengths() if bounds else None)
+        return CompiledFrame(error=why) if why else CompiledFrame(compiled=compiled.serialize_json(), bounds=bounds)
     except MemoryError:
         return CompiledFrame(error="it needs too much memory; make it smaller")
     except Exception as error:  # whatever the library makes of a malformed grammar
@@ -162,11 +187,12 @@ def main() -> None:
         write_frame(out, str(error).encode())
         return
     compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+    lengths = cache(lambda: TokenLengths(info.decoded_vocab))
     resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + MEMORY_BYTES,) * 2)
     write_frame(out, READY)
     while (frame := read_frame(sys.stdin.buffer)) is not None:
         signal.alarm(int(COMPILE_S) + 5)  # should whoever asked be gone
-        reply = answer(compiler, msgspec.msgpack.decode(frame, type=Grammar), vocab_size, stop_ids)
+        reply = answer(compiler, msgspec.msgpack.decode(frame, type=Grammar), vocab_size, stop_ids, lengths)
         signal.alarm(0)
         write_frame(out, msgspec.msgpack.encode(reply))
 

@@ -81,6 +81,33 @@ def test_output_is_what_the_grammar_says_and_ends_where_it_ends(embedded):
     assert anything.text.startswith("{")
 
 
+def test_a_long_bound_is_kept(embedded):
+    schema = {"type": "array", "items": {"type": "string", "minLength": 101, "maxLength": 104}, "minItems": 1}
+    (result,) = run(embedded, ask("Tell", Grammar(kind="json_schema", source=json.dumps(schema)), max_tokens=200))
+    first, _ = json.JSONDecoder().raw_decode(result.text, 1)
+    assert result.text.startswith('["') and 101 <= len(first) <= 104
+
+
+@pytest.mark.slow
+def test_long_texts_keep_their_bounds_through_preemptions_and_jumps(embedded):
+    """The pool is smaller than what runs together: who comes back has its characters counted anew."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "story": {"type": "string", "minLength": 190, "maxLength": 200},
+            "summary_of_the_story": {"type": "string", "minLength": 110, "maxLength": 120},
+        },
+        "required": ["story", "summary_of_the_story"],
+    }
+    grammar = Grammar(kind="json_schema", source=json.dumps(schema))
+    requests = [ask("Tell", grammar, seed=seed, max_tokens=320) for seed in range(6)]
+    results = run(embedded, *requests)
+    assert [r.text for r in results] == [r.text for r in run(embedded, *requests, one_by_one=True)]
+    for result in results:
+        told = json.loads(result.text)
+        assert 190 <= len(told["story"]) <= 200 and 110 <= len(told["summary_of_the_story"]) <= 120
+
+
 @pytest.mark.slow
 def test_strangers_in_the_batch_and_preemptions_change_nothing(embedded):
     letters = Grammar(kind="regex", source="[a-z]{90,110}")

@@ -1,0 +1,221 @@
+"""Long texts of bounded length in JSON schemas: compiled without their bound, which is kept by counting.
+
+A bound that the compiler unfolds costs it time for each character. Here the grammar has a text of any length instead,
+behind a sign that says which bound it has: a control character, which JSON never has. Whoever follows the grammar takes
+the sign in as soon as a text has begun (`grammar_matcher`), counts from there, and near the end forbids the tokens that
+are too long. So the time to compile does not depend on the bound, and it is kept to the character.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from superinfer.runtime.engine.grammar_rewrite import are_lengths
+from superinfer.runtime.protocol import Grammar
+
+LONG = 100  # characters; shorter bounds are unfolded
+
+_SIGNS = "".join(chr(code) for code in range(1, 0x20) if chr(code) not in "\t\n\r")  # one for each bound of a grammar
+_MARK = "@@long text {}@@"  # stands for the sign and the text in a schema, where no sign can
+_MARKED = re.compile(r'Regex\("\^@@long text (\d+)@@\$", json_string=true\)')
+# What JSON has in a text, each one character, but for characters by their number: those need no escape.
+_TEXT = r'([ -!#-[\]-\ud7ff\ue000-\U0010ffff] | "\\" ["\\/bfnrt])*'
+_PLACES = ("$defs", "definitions", "properties")
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_SINGLE = ("items", "additionalProperties")
+_WITH_TEXTS = {"object", "array", "string"}
+
+
+class Bound(NamedTuple):
+    """Characters of a text; most: None for no limit."""
+
+    least: int
+    most: int | None
+
+
+def without_long(grammar: Grammar) -> tuple[Grammar, list[Bound]]:
+    """The grammar with marks in place of its long bounded texts, and their bounds in the marks' order.
+
+    None are replaced where a text may be read in two ways, only one of which has the bound: the grammar's own branches
+    could not be told apart by a sign.
+    """
+    if grammar.kind != "json_schema" or "@@long text" in grammar.source:
+        return grammar, []
+    schema = json.loads(grammar.source)
+    if _reads_two_ways(schema, schema):
+        return grammar, []
+    bounds: list[Bound] = []
+    marked = _marked(schema, bounds)
+    return (Grammar(kind="json_schema", source=json.dumps(marked)), bounds) if bounds else (grammar, [])
+
+
+def with_signs(ebnf: str) -> str:
+    """A grammar as the compiler prints it, with signs and texts in place of marks."""
+    return _MARKED.sub(lambda mark: f'"\\u{ord(sign_of(int(mark[1]))):04x}" {_TEXT}', ebnf)
+
+
+def sign_of(number: int) -> str:
+    """What stands before the texts of bound `number`."""
+    return _SIGNS[number]
+
+
+class Piece(NamedTuple):
+    """What bytes add to a text. characters: that begin in them; an escape is one, which begins with its backslash.
+    ends: whether a quote ends the text in them. escapes: whether they end behind a backslash."""
+
+    characters: int
+    ends: bool
+    escapes: bool
+
+
+def piece_of(written: bytes, escaped: bool) -> Piece:
+    """escaped: a backslash stands before them."""
+    count = 0
+    for byte in written:
+        if escaped:
+            escaped = False
+        elif byte == 0x22:
+            return Piece(count, True, False)
+        else:
+            escaped = byte == 0x5C
+            count += byte & 0xC0 != 0x80
+    return Piece(count, False, escaped)
+
+
+class TokenLengths:
+    """How many characters of a text each token of a vocabulary has: up to the quote that ends it, if one does."""
+
+    def __init__(self, vocabulary: Sequence[bytes]) -> None:
+        """vocabulary: the bytes of each token id."""
+        self.vocabulary = vocabulary
+        pieces = [[piece_of(token, escaped) for token in vocabulary] for escaped in (False, True)]
+        self._characters = np.array([[piece.characters for piece in each] for each in pieces])
+        self._ends = np.array([[piece.ends for piece in each] for each in pieces])
+        self._longest = int(self._characters.max(initial=0))
+        self._at_most: dict[tuple[bool, int], np.ndarray] = {}
+        self._at_least: dict[tuple[bool, int], np.ndarray] = {}
+        # A token that ends within a sign would step over it.
+        self.meet_signs = any(b'"' + sign.encode() in token for token in vocabulary for sign in _SIGNS)
+
+    def narrow(self, bits: np.ndarray, escaped: bool, least: int, most: int | None) -> None:
+        """Forbid what would make a text too long, or end it too early. bits: [vocab / 32] uint32, of a mask.
+        escaped: the text ends behind a backslash. least, most: characters that must, and may, still come."""
+        characters, ends = self._characters[int(escaped)], self._ends[int(escaped)]
+        if most is not None and most < self._longest:
+            key = escaped, most
+            if key not in self._at_most:
+                self._at_most[key] = self._packed(characters <= most, len(bits))
+            bits &= self._at_most[key]
+        if least > 0:
+            key = escaped, min(least, self._longest + 1)
+            if key not in self._at_least:
+                self._at_least[key] = self._packed(~ends | (characters >= key[1]), len(bits))
+            bits &= self._at_least[key]
+
+    def _packed(self, allowed: np.ndarray, words: int) -> np.ndarray:
+        found = np.zeros(words * 32, dtype=bool)
+        found[: len(allowed)] = allowed
+        return np.packbits(found, bitorder="little").view(np.uint32)
+
+
+def _marked(schema: Any, bounds: list[Bound]) -> Any:
+    if not isinstance(schema, dict):
+        return schema
+    found = dict(schema)
+    for word in _PLACES:
+        if word in found:
+            found[word] = {name: _marked(value, bounds) for name, value in found[word].items()}
+    for word in _LISTS:
+        if word in found:
+            found[word] = [_marked(value, bounds) for value in found[word]]
+    for word in _SINGLE:
+        if word in found:
+            found[word] = _marked(found[word], bounds)
+    least, most = found.get("minLength", 0), found.get("maxLength")
+    if ("minLength" in found or "maxLength" in found) and are_lengths(least, most) and max(least, most or 0) > LONG:
+        bound = Bound(least, most)
+        if bound not in bounds:
+            if len(bounds) == len(_SIGNS):
+                return found  # unfolded, as a short one
+            bounds.append(bound)
+        del found["minLength" if "minLength" in found else "maxLength"]
+        found.pop("maxLength", None)
+        found["pattern"] = f"^{_MARK.format(bounds.index(bound))}$"
+    return found
+
+
+def _reads_two_ways(schema: Any, root: Any) -> bool:
+    """Whether what has been written of a value may leave open which of several schemas it follows."""
+    if not isinstance(schema, dict):
+        return False
+    for word in ("anyOf", "oneOf"):
+        seen: set[_Kind] = set()
+        for kinds in (_kinds(branch, root) for branch in schema.get(word, ())):
+            if any(one.may_be(other) for one in kinds for other in seen):
+                return True
+            seen |= kinds
+    if schema.get("properties") and schema.get("additionalProperties", False) is not False:
+        return True  # a key may be a property's or another's
+    inner = [value for word in _PLACES for value in schema.get(word, {}).values()]
+    inner += [value for word in _LISTS for value in schema.get(word, ())]
+    inner += [schema[word] for word in _SINGLE if word in schema]
+    return any(_reads_two_ways(value, root) for value in inner)
+
+
+class _Kind(NamedTuple):
+    """What values begin like. name: JSON schema's. key, value: an object's first; None: any."""
+
+    name: str
+    key: str | None = None
+    value: str | None = None
+
+    def may_be(self, other: _Kind) -> bool:
+        """Whether a value may begin like both, and hold texts."""
+        if self.name != other.name or self.name not in _WITH_TEXTS:
+            return False
+        return all(None in pair or pair[0] == pair[1] for pair in zip(self[1:], other[1:], strict=True))
+
+
+def _kinds(schema: Any, root: Any, depth: int = 0) -> set[_Kind]:
+    """How the values of a schema may begin; in all ways that matter where it is not certain."""
+    if not isinstance(schema, dict) or depth > 64:
+        return {_Kind(name) for name in _WITH_TEXTS}
+    if "$ref" in schema:
+        found = root
+        for part in schema["$ref"][1:].split("/")[1:]:
+            found = found[part.replace("~1", "/").replace("~0", "~")]
+        return _kinds(found, root, depth + 1)
+    for word in ("anyOf", "oneOf", "allOf"):
+        if word in schema:
+            return set().union(*(_kinds(branch, root, depth + 1) for branch in schema[word]))
+    if "enum" in schema or "const" in schema:
+        known: dict[type, str] = {str: "string", dict: "object", list: "array"}
+        return {_Kind(known.get(type(value), "other")) for value in _values(schema)}
+    names = schema.get("type", sorted(_WITH_TEXTS))
+    names = {names} if isinstance(names, str) else set(names)
+    found = {_Kind(name) for name in names - {"object"}}
+    return found | _objects(schema) if "object" in names else found
+
+
+def _objects(schema: dict[str, Any]) -> set[_Kind]:
+    """How objects of a schema may begin: with their first property, where they must have it, and its constant."""
+    first = next(iter(schema.get("properties", ())), None)
+    if first is None or first not in schema.get("required", ()):
+        return {_Kind("object")}
+    inner = schema["properties"][first]
+    constant = isinstance(inner, dict) and ("enum" in inner or "const" in inner)
+    return (
+        {_Kind("object", first, json.dumps(value)) for value in _values(inner)}
+        if constant
+        else {_Kind("object", first)}
+    )
+
+
+def _values(schema: dict[str, Any]) -> list[Any]:
+    found: list[Any] = schema.get("enum", [schema.get("const")])
+    return found
