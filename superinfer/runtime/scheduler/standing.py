@@ -247,9 +247,11 @@ class Standing:
         count = len(demand.due)
         prefill_s = self.units.prefill_s(ahead.prompt)
         # Who is let in for want of others, and let go when they come after all, has been computed for nothing.
-        times = ahead.times * (1.0 + _deviation(prefill_s + output * token_s, ahead.recent))
-        both = np.empty((len(demand) - 1, count + len(output)))
-        both[:, :count] = demand[:-1]
+        more = 1.0 + _deviation(prefill_s + output * token_s, ahead.recent)
+        times, expected = ahead.times * more, np.ones(count + len(output))
+        expected[count:] = 1.0 / more
+        both = np.empty((len(demand) - 2, count + len(output)))
+        both[:, :count] = demand[:-2]
         mine = Demand(*both[:, count:])
         np.minimum(stream, end, out=mine.due)
         mine.pace[:] = np.where(end < stream, self.step_s, ahead.pace)
@@ -260,10 +262,10 @@ class Standing:
         np.multiply(np.isfinite(ahead.ttft), FIRST_TOKEN, out=mine.first)
         np.multiply(held, self.step_s * times, out=mine.held_s)
         if demand.following is None:
-            return Demand(*both)
+            return Demand(*both, expected=expected)
         later = Following(np.zeros(len(output)), ahead.rest * token_s * times, ahead.at + ahead.deadline, ahead.rest_s)
         pairs = zip(demand.following, later, strict=True)
-        return Demand(*both)._replace(following=Following(*(np.concatenate(pair) for pair in pairs)))
+        return Demand(*both, Following(*(np.concatenate(pair) for pair in pairs)), expected)
 
     def _left(
         self, seen: Columns, kinds: np.ndarray, names: list[tuple[str, ...]], under_way: np.ndarray
