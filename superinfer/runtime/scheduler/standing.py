@@ -262,10 +262,11 @@ class Standing:
         np.multiply(np.isfinite(ahead.ttft), FIRST_TOKEN, out=mine.first)
         np.multiply(held, self.step_s * times, out=mine.held_s)
         if demand.following is None:
-            return Demand(*both, expected=expected)
+            return Demand(*both)._replace(expected=expected)
         later = Following(np.zeros(len(output)), ahead.rest * token_s * times, ahead.at + ahead.deadline, ahead.rest_s)
         pairs = zip(demand.following, later, strict=True)
-        return Demand(*both, Following(*(np.concatenate(pair) for pair in pairs)), expected)
+        following = Following(*(np.concatenate(pair) for pair in pairs))
+        return Demand(*both)._replace(following=following, expected=expected)
 
     def _left(
         self, seen: Columns, kinds: np.ndarray, names: list[tuple[str, ...]], under_way: np.ndarray
