@@ -18,10 +18,12 @@ LEAST_S = 1.0  # seconds to have seen before anything is foreseen
 class Foreseen(NamedTuple):
     """Requests to come. times: how many each entry stands for. at: seconds from now. prompt: tokens; most: max_tokens.
 
+    recent: how many came in the last seconds, from which `times` is taken.
     ttft, pace, deadline: as promised, inf where nothing is. weight: of each. rest, rest_s: as in `Hints`.
     """
 
     times: float
+    recent: int
     at: np.ndarray
     prompt: np.ndarray
     most: np.ndarray
@@ -71,9 +73,10 @@ class Forecast:
         if not len(mine):
             return None
         recent = min(window, RECENT_S)
-        rate = float((arrivals > now - recent).sum()) / recent
+        count = int((arrivals > now - recent).sum())
+        rate = count / recent
         silence = now - float(mine[:, 0].max())
         rate = min(rate, LIKELY / max(silence, 1e-9))
         ahead = min(seconds, BOLDNESS * window)
         at = (mine[:, 0] - (now - window)) * (ahead / window)
-        return Foreseen(rate * ahead / len(mine), at, *mine[:, 1:].T)
+        return Foreseen(rate * ahead / len(mine), count, at, *mine[:, 1:].T)

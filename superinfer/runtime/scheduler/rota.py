@@ -19,11 +19,12 @@ from superinfer.runtime.scheduler.queue import WaitingQueue
 from superinfer.runtime.scheduler.sequence import Sequence, Status, StepUpdates
 from superinfer.runtime.scheduler.siblings import Siblings
 from superinfer.runtime.scheduler.slices import Slice, finish
-from superinfer.runtime.scheduler.standing import BUSY, HEAD, LEFTOVER_SHARE, Standing
+from superinfer.runtime.scheduler.standing import HEAD, LEFTOVER_SHARE, Standing
 
 TRIAGE_S = 0.05  # how old a triage may be: a few steps
 LOOKED_AT = 2048  # live sequences; with more it may be older in proportion, so that looking takes no more of the time
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
+BUSY = 0.7  # share of the machine's time asked for, below which, if nobody is let go, requests are taken without a look
 PLAN_US = 450.0  # of a plan's time, microseconds: what decodes leave of it is for looking
 PLAN_SHARE = 0.03  # of a step, if that is more: the step hides it, and a look that takes many long steps comes too late
 DECODE_US = 0.3  # that a decode takes of it

@@ -36,11 +36,6 @@ LEFTOVER_SHARE = 0.05  # of the machine's time, for leftovers however much is pr
 # told while the next is made ready. Each is up to a step.
 EARLY = 5.0
 SMOOTHING = 0.1  # weight of the newest step
-# Share of the machine's time asked for: below it, if nobody is let go, requests are taken without a look; from it on,
-# steps are as full as they get.
-BUSY = 0.7
-YIELD_S = 5.0  # seconds of steps that its yield is taken from, and from when on it is known
-LEAST_YIELD = 0.8  # below it steps are too empty rather than priced too low; so low that loads of BUSY are still seen
 PATIENCE_S = 30.0  # a leftover that has waited so long may displace others
 HEAD = 256  # of those who wait, so many are next: more are not looked at before the next look
 
@@ -79,7 +74,6 @@ class Standing:
         self._square_s = self.step_s**2
         self.asked = 0.0
         self._matmul_s = 0.0
-        self._yield = 1.0
         self._own_s = 0.0  # of a decode, without reading its own KV
 
     def observe(self, load: StepLoad, elapsed: float) -> None:
@@ -88,21 +82,6 @@ class Standing:
             self.step_s += SMOOTHING * (elapsed - self.step_s)
             self._square_s += SMOOTHING * (elapsed**2 - self._square_s)
             self._matmul_s += SMOOTHING * (load.tokens * self.units.token_s - self._matmul_s)
-            if self.verdicts.load >= BUSY:
-                units, prefill = self.units, load.tokens - load.decodes
-                work_s = units.prefill_s(float(prefill)) - units.pair_s * prefill**2 / 2 + units.pair_s * load.pairs
-                work_s += load.decodes * self._own_s + load.kv_read * units.kv_s
-                self._yield += min(1.0, elapsed / YIELD_S) * (work_s / elapsed - self._yield)
-
-    @property
-    def supply(self) -> float:
-        """Share of the machine's time that the kept may ask for: of what steps yield, all but the leftovers' part.
-
-        Work is priced as in steps that are full; those that are not, chunks that read their prefix again and what else
-        steps take beyond that is seen in how much priced work comes of a second. Who fills the machine by prices alone
-        lets in more than it can keep, and what is let go later has been computed for nothing.
-        """
-        return min(max(self._yield, LEAST_YIELD), 1.0) * (1.0 - LEFTOVER_SHARE)
 
     @property
     def early_s(self) -> float:
@@ -169,7 +148,7 @@ class Standing:
         if len(rows) and len(self.forecast):
             yield Slice("requests to come", 180)
             demand = self._with_foreseen(demand, now)
-        verdicts = yield from triage_in_slices(demand, self.supply)
+        verdicts = yield from triage_in_slices(demand, 1.0 - LEFTOVER_SHARE)
 
         yield Slice("who is told", 55 + len(rows) / 20 + len(residents) / 5)
         self.verdicts = verdicts
@@ -262,26 +241,32 @@ class Standing:
         ahead = self.forecast.ahead(now, float(HORIZONS[-1]))
         if ahead is None:
             return demand
-        output, times = self.outputs.below(ahead.most), ahead.times
+        output = self.outputs.below(ahead.most)
         stream, end = ahead.at + ahead.ttft, ahead.at + ahead.deadline - output * self.step_s
         token_s, held = self._costs(ahead.prompt + output / 2)
         count = len(demand.due)
-        both = np.empty((len(demand) - 1, count + len(output)))
-        both[:, :count] = demand[:-1]
+        prefill_s = self.units.prefill_s(ahead.prompt)
+        # Who is let in for want of others, and let go when they come after all, has been computed for nothing.
+        more = 1.0 + _deviation(prefill_s + output * token_s, ahead.recent)
+        times, expected = ahead.times * more, np.ones(count + len(output))
+        expected[count:] = 1.0 / more
+        both = np.empty((len(demand) - 2, count + len(output)))
+        both[:, :count] = demand[:-2]
         mine = Demand(*both[:, count:])
         np.minimum(stream, end, out=mine.due)
         mine.pace[:] = np.where(end < stream, self.step_s, ahead.pace)
         mine.left[:], mine.link_s[:], mine.held[:] = output, 0.0, held
-        np.multiply(self.units.prefill_s(ahead.prompt), times, out=mine.prefill_s)
+        np.multiply(prefill_s, times, out=mine.prefill_s)
         np.multiply(token_s, times, out=mine.token_s)
         np.multiply(ahead.weight, times, out=mine.worth)
         np.multiply(np.isfinite(ahead.ttft), FIRST_TOKEN, out=mine.first)
         np.multiply(held, self.step_s * times, out=mine.held_s)
         if demand.following is None:
-            return Demand(*both)
+            return Demand(*both)._replace(expected=expected)
         later = Following(np.zeros(len(output)), ahead.rest * token_s * times, ahead.at + ahead.deadline, ahead.rest_s)
         pairs = zip(demand.following, later, strict=True)
-        return Demand(*both)._replace(following=Following(*(np.concatenate(pair) for pair in pairs)))
+        following = Following(*(np.concatenate(pair) for pair in pairs))
+        return Demand(*both)._replace(following=following, expected=expected)
 
     def _left(
         self, seen: Columns, kinds: np.ndarray, names: list[tuple[str, ...]], under_way: np.ndarray
@@ -334,3 +319,10 @@ class Standing:
             sequences = [self.roster.sequences[row] for row in rows[order].tolist()]
             self._victims = [sequence for sequence in sequences if sequence is not None]
         return self._victims
+
+
+def _deviation(works: np.ndarray, count: int) -> float:
+    """By how much, of itself, the work that so many requests brought is off what requests like these bring on average:
+    the standard deviation of a sum of independent works, of a number that is Poisson's."""
+    mean = float(works.mean())
+    return math.sqrt(float((works**2).mean()) / max(count, 1)) / mean if mean > 0.0 else 0.0

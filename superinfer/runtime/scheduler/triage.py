@@ -23,9 +23,8 @@ import numpy as np
 
 from superinfer.runtime.scheduler.slices import Slice, finish
 
-# Seconds ahead at which supply and demand are compared: from a few steps to longer than most answers take. What is due
-# beyond the last is not seen: with 32 s, an answer of 500 tokens at ten a second was taken for cheaper than it is.
-HORIZONS = np.array([0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
+# Seconds ahead at which supply and demand are compared: from a few steps to about as long as an answer takes.
+HORIZONS = np.array([0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
 MOST = 4096  # requests, the most worth their cost: beyond them none would fit, and looking takes time
 TOGETHER = 3  # horizons computed at once: one by one costs calls, all at once the work of those let go early
 CLOSE = 1.0 - 1e-9  # below so much of a room, sums fit in whatever order they are taken
@@ -55,6 +54,7 @@ class Demand(NamedTuple):
     held: the share of the memory, or of the places in a batch, that it holds while it computes. held_s: that share for
         as long as one decode holds it: a whole step, as all residents get one token a step.
     following: of programs' calls; None where there are none.
+    expected: the share of all this that is thought to be asked for; the rest is there lest more comes. None: all.
     """
 
     due: np.ndarray
@@ -68,12 +68,14 @@ class Demand(NamedTuple):
     held: np.ndarray
     held_s: np.ndarray
     following: Following | None = None
+    expected: np.ndarray | None = None
 
 
 class Verdicts(NamedTuple):
     """prefills, streams: for each request, whether its prefill, and the rest, is kept; no stream without its prefill.
 
-    prefill_load, decode_load, load: the most that the kept prefills, streams and both ask for of any horizon's time.
+    prefill_load, decode_load, load: the most that the kept prefills, streams and both are expected to ask for of any
+        horizon's time.
     cut: the highest price (`prefill_price`) of a prefill that is let go; 0 if none is.
     """
 
@@ -176,7 +178,7 @@ def triage_in_slices(demand: Demand, supply: float) -> Generator[Slice, None, Ve
             if has_link:
                 entries = _let_go(entries, entries.link(horizon), horizon)
     yield Slice("verdicts", 50 + len(entries.which) / 30)
-    verdicts = _verdicts(entries, count)
+    verdicts = _verdicts(entries, count, demand.expected)
     gone = ~verdicts.prefills & (demand.prefill_s > 0.0)
     if not gone.any():
         return verdicts
@@ -268,13 +270,16 @@ def _let_go(entries: _Entries, asked: np.ndarray, room: float) -> _Entries:
     return entries.take(np.flatnonzero(kept))
 
 
-def _verdicts(entries: _Entries, count: int) -> Verdicts:
+def _verdicts(entries: _Entries, count: int, expected: np.ndarray | None) -> Verdicts:
     """Of those left, for a demand of so many."""
     flags = np.zeros(2 * count, dtype=bool)
     flags[entries.which] = True
     streams, prefills = flags[:count] & flags[count:], flags[count:]
     is_prefill = entries.which >= count
     is_stream = np.concatenate([streams, np.zeros(count, dtype=bool)])[entries.which]
-    loads = entries.works @ np.stack([is_prefill, is_stream], axis=1).astype(float) / HORIZONS[:, None]
+    counted = np.stack([is_prefill, is_stream], axis=1).astype(float)
+    if expected is not None:
+        counted *= expected[entries.which % count, None]
+    loads = entries.works @ counted / HORIZONS[:, None]
     prefill_load, decode_load = loads.max(axis=0).tolist()
     return Verdicts(prefills, streams, prefill_load, decode_load, float(loads.sum(axis=1).max()))

@@ -335,7 +335,7 @@ def test_who_comes_dearer_than_those_let_go_is_not_kept_before_it_is_looked_at(m
 )
 def test_a_newcomer_is_priced_as_in_a_triage(worth, first, left, token_s, prefill_s):
     columns = {"left": left, "token_s": token_s, "prefill_s": prefill_s, "worth": worth, "first": first}
-    demand = Demand(*(np.full(1, columns.get(name, 0.0)) for name in Demand._fields[:-1]))
+    demand = Demand(*(np.full(1, columns.get(name, 0.0)) for name in Demand._fields[:-2]))
     price = triage.prefill_price(worth, first, left * token_s, prefill_s)
     assert triage._price(demand)[1] == pytest.approx(price, rel=1e-9)
 
