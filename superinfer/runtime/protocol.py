@@ -295,7 +295,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How one sequence went, seen from the engine. Times in seconds since arrival at the engine.
+    """How one sequence went, seen from the engine. Times in seconds since arrival at the engine: the earliest moment at
+    which it may have come, for between two steps it may have waited to be read.
 
     Six figures are a stage each and sum to e2e_s:
     queue_s: arrival until first scheduled. prefill_s: computing up to the first token. decode_s: computing after it.

@@ -66,6 +66,29 @@ def wait_until_idle(client: EngineClient, seconds: float = 5.0) -> None:
         time.sleep(0.01)
 
 
+def test_a_request_counts_from_when_it_came_not_from_when_a_step_let_it_be_read():
+    """One long step: who comes while it computes is read when it is over. The engine's report is not sooner than what
+    the client saw by the length of that step."""
+    config = EngineConfig(max_batch_tokens=2048, max_batch_size=2, prefix_cache=False)
+    with launch_engine(config) as engine, EngineClient(engine.address) as client, EngineClient(engine.address) as other:
+        prompt = [7 + at % 500 for at in range(1900)]
+        began = time.monotonic()
+        tokens(client, request(prompt, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)))
+        step = time.monotonic() - began
+        long = threading.Thread(target=tokens, args=(client, request(prompt, GREEDY)))
+        long.start()
+        time.sleep(step / 4)
+        sent = time.monotonic()
+        first = report = None
+        for delta in other.generate(request([1, 2, 3])):
+            first = first or (delta.token_ids and time.monotonic() - sent)
+            report = delta.report or report
+        long.join()
+    assert step > 0.1, "the step is too short to tell anything"
+    assert first > step / 3, "it did not wait for the step"
+    assert report.ttft_s > first - step / 3
+
+
 # ---------------------------------------------------------------------------- generation
 
 

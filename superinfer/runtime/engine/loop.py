@@ -99,7 +99,7 @@ class EngineLoop:
         self._in_flight: deque[int] = deque()  # steps submitted and not collected, oldest first
         self._counters = Counters()
         self._attainment = Attainment()
-        self._started = self._turned = self._pulsed = time.monotonic()
+        self._started = self._turned = self._pulsed = self._read = time.monotonic()
         self._stop_reason = ""
 
     def stop(self, reason: str) -> None:
@@ -122,8 +122,11 @@ class EngineLoop:
         return self._stop_reason
 
     def _turn(self) -> None:
-        for client, message in self._door.receive(self._poll_ms()):
-            self._handle(client, message)
+        wait_ms = self._poll_ms()
+        came = None if wait_ms else self._read
+        for client, message in self._door.receive(wait_ms):
+            self._handle(client, message, came)
+        self._read = time.monotonic()
         if self._door.orphaned:
             self.stop("the process that started it ended")
         self._see_to_clients()
@@ -182,10 +185,12 @@ class EngineLoop:
 
     # ------------------------------------------------------------------ messages
 
-    def _handle(self, client: bytes, message: ToEngine) -> None:
+    def _handle(self, client: bytes, message: ToEngine, came: float | None) -> None:
+        """came: when it may have come at the earliest, if that was not just now: when messages were read before it. A
+        promise begins then: what a request waits for the step under way to end is part of what its client sees."""
         match message:
             case Generate() | Score():
-                self._take(client, message)
+                self._take(client, message, came)
             case Cancel():
                 self._cancel(client, message)
             case GetHealth(token=token):
@@ -198,8 +203,8 @@ class EngineLoop:
             case Shutdown():
                 self.stop("a client asked it to shut down")
 
-    def _take(self, client: bytes, request: Generate | Score) -> bool:
-        """Take a request in; False where it could not be, which its client has been told."""
+    def _take(self, client: bytes, request: Generate | Score, came: float | None = None) -> bool:
+        """Take a request in; False where it could not be, which its client has been told. came: None for now."""
         request_id = request.request_id
         try:
             if request_id in self._live[client] or self._followers.get(client, request_id) is not None:
@@ -207,7 +212,7 @@ class EngineLoop:
             if isinstance(request, Generate) and request.after:
                 self._hold(client, request)
                 return True
-            sequences = self._intake.sequences(client, request, time.monotonic())
+            sequences = self._intake.sequences(client, request, time.monotonic() if came is None else came)
             self._check_room(self._num_live, len(sequences))
             grammar = sequences[0].sampling.grammar
             compiled = self._executor.grammars.request(grammar) if grammar is not None else None

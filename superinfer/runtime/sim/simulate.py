@@ -43,7 +43,8 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     that is worth. depth: steps planned ahead of the results, as in the engine: 1 waits for each. The time `plan` itself
     takes is measured, not simulated.
     way_s: from the client to the engine. None: a request arrives when its client sends it. Else it arrives when the
-        engine, between two steps, comes to read it, `way_s` after it was sent at the earliest.
+        engine, between two steps, comes to read it, `way_s` after it was sent at the earliest; as far as the engine can
+        tell it came when messages were read before.
     give_up_s: seconds after the last request was sent, when all that are left are given up. None: never.
     leave_at: seconds, when the clients of all that are under way leave, while others still come. None: never.
     """
@@ -275,13 +276,15 @@ class _Run:
 
     def all(self, jobs: Many[Job]) -> None:
         """The event loop. An event is an arrival or the end of a step; between two, time passes and nothing else."""
-        now, at, tally, way_s = 0.0, 0, self._tally, self._way_s or 0.0
+        now, at, tally, way_s, read = 0.0, 0, self._tally, self._way_s or 0.0, 0.0
         until = jobs[-1].at + self._give_up_s if jobs and self._give_up_s is not None else math.inf
         leave_at = self._leave_at if self._leave_at is not None else math.inf
         while True:
             while at < len(jobs) and jobs[at].at + way_s <= now:
-                self._arrive(at, jobs[at], jobs[at].at if self._way_s is None else now)
+                came = read if self._under_way else now
+                self._arrive(at, jobs[at], jobs[at].at if self._way_s is None else came)
                 at += 1
+            read = now
             if now >= until and at == len(jobs):
                 self._give_up(now, math.inf)
             if now >= leave_at:
