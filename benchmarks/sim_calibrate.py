@@ -2,7 +2,7 @@
 
 python benchmarks/sim_calibrate.py azure_conv_2023.csv
 
-Reads results/h200-{mixed-steps,link,http-vs-client}.json and the arm `ours` of h200-vs-vllm-ample.json; prints what
+Reads results/h200-{mixed-steps,link,http-vs-client}.json and the arm `ours` of h200-vs-vllm-ample-before.json; prints what
 runtime/sim/hardware.py has for `h200-pcie5` and how far off each measured figure is with it. The overload runs
 (h200-vs-vllm-slo.json) are not read: sim_truth.py compares with them.
 
@@ -165,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path, help="azure_conv_2023.csv")
     trace = parser.parse_args().trace
-    ample = result("h200-vs-vllm-ample")["arms"]["ours"]["phases"]
+    ample = result("h200-vs-vllm-ample-before")["arms"]["ours"]["phases"]
     measured = points(ample)
     there = ample["online"]["runs"][0]["report"]
     way_s = result("h200-http-vs-client")["batch_1"]["http"]["outside_engine_ms_p50"] / 2e3
