@@ -91,3 +91,15 @@ def test_what_is_kept_fits_into_every_horizon_and_no_stream_without_its_prefill(
 @pytest.mark.parametrize("count", [0, 1])
 def test_few_are_no_special_case(count):
     assert len(triage(demand(count)).streams) == count
+
+
+def test_a_reserve_takes_room_and_is_no_part_of_what_is_expected():
+    """Of three prefills due in a second, the last is counted twice, lest more comes."""
+    plain = demand(3, prefill_s=0.3, left=1.0)
+    reserved = demand(3, prefill_s=np.array([0.3, 0.3, 0.6]), left=1.0)._replace(expected=np.array([1.0, 1.0, 0.5]))
+    assert triage(plain).prefills.all()
+    assert triage(reserved).prefills.tolist() == [True, True, False]
+    fits = reserved._replace(prefill_s=np.array([0.1, 0.1, 0.6]))
+    assert triage(fits).prefills.all()
+    assert triage(fits).prefill_load == pytest.approx(0.5)
+    assert triage(fits._replace(expected=None)).prefill_load == pytest.approx(0.8)

@@ -1,0 +1,41 @@
+"""What is foreseen of requests to come, and how far off that may be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from superinfer.runtime.kv.cache import KVCache
+from superinfer.runtime.scheduler.base import SchedulerLimits
+from superinfer.runtime.scheduler.cost import StepCost, StepRates
+from superinfer.runtime.scheduler.sequence import Sequence
+from superinfer.runtime.scheduler.standing import Standing, _deviation
+from superinfer.runtime.scheduler.triage import Demand
+from superinfer.runtime.sim.hardware import profile_of
+from superinfer.runtime.sim.shapes import shape_of
+from superinfer.runtime.slo import SLO
+
+
+@pytest.mark.parametrize("rate", [4, 40])
+def test_the_deviation_is_that_of_the_work_of_a_poisson_number_of_requests(rate):
+    rng = np.random.default_rng(0)
+    kinds = rng.lognormal(0.0, 1.0, 400)
+    sums = np.array([rng.choice(kinds, rng.poisson(rate)).sum() for _ in range(4000)])
+    assert _deviation(kinds, rate) == pytest.approx(float(sums.std() / sums.mean()), rel=0.1)
+
+
+def test_the_fewer_came_the_more_is_reserved_of_what_is_expected():
+    def foreseen(every_s: float, prompt: int) -> Demand:
+        cost = StepCost(StepRates.seed(profile_of("h100-pcie5"), shape_of("llama-3-8b")))
+        standing = Standing(KVCache(100_000, 16), SchedulerLimits(1024, 8192, 32_768), cost)
+        for at in np.arange(0.0, 5.0, every_s).tolist():
+            sequence = Sequence(id=0, prompt=[1], max_tokens=1, arrival=at, slo=SLO(ttft=1.0, tbt=0.1))
+            standing.forecast.saw(sequence, prompt)
+        nobody = Demand(*(np.zeros(0) for _ in Demand._fields[:-2]))
+        return standing._with_foreseen(nobody, 5.0)
+
+    few, many = foreseen(1.0, 4_000), foreseen(0.05, 200)
+    assert few.expected is not None and many.expected is not None
+    assert few.expected[0] == pytest.approx(1.0 / (1.0 + 5**-0.5), rel=0.1)  # 4 or 5 came
+    assert many.expected[0] == pytest.approx(1.0 / (1.0 + 100**-0.5), rel=0.02)
+    assert float(few.prefill_s.sum() / (few.prefill_s * few.expected).sum()) > 1.4
