@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in one command: tests, the link, what rotation costs, where a step's time goes.
 
-python benchmarks/gpu_session.py [--only tests link rotation host profile latency kernels] [--out FOLDER]
+python benchmarks/gpu_session.py [--only tests link rotation host profile latency kernels products moe] [--out FOLDER]
 
 Each part has a time limit and is a process of its own, so that one that fails or hangs costs only itself. Results are
 benchmarks/results/<gpu>-*.json; with --out they and all output are copied there too. A short table comes last. Needs no
@@ -57,8 +57,8 @@ class Part:
 def parts(gpu: str) -> list[Part]:
     """In the order of what is worth most, should time run out."""
     python = sys.executable
-    names = ("link", "rotation", "host-time", "profile", "decode-variants", "latency", "kernels")
-    link, rotation, host, profile, variants, latency, kernels = (f"{gpu}-{name}" for name in names)
+    names = ("link", "rotation", "host-time", "profile", "decode-variants", "latency", "kernels", "products", "moe")
+    link, rotation, host, profile, variants, latency, kernels, products, moe = (f"{gpu}-{name}" for name in names)
     bench = [python, "-m", "superinfer", "bench"]
     sizes = ["--model", "llama-3-8b", "--max-batch-size", "256", "--max-batch-tokens", "8192"]
     measured = ["--batch", "1,32,128,256", "--prefill", "16x2048"]
@@ -79,6 +79,8 @@ def parts(gpu: str) -> list[Part]:
             _latency,
         ),
         Part("kernels", [*bench, "kernels", "--json", f"{RESULTS / kernels}.json"], 240, kernels),
+        Part("products", [python, "benchmarks/gpu_products.py", "--name", products], 120, products, _products),
+        Part("moe", [python, "benchmarks/gpu_moe.py", "--name", moe], 120, moe),
     ]
 
 
@@ -92,6 +94,11 @@ def _rotation(record: dict[str, Any]) -> str:
         tier = f"{run['dram_blocks']} DRAM blocks" if run["dram_blocks"] else "no DRAM"
         said.append(f"overload, {tier}: {run['tokens_per_s']:.0f} tokens/s, TTFT p50 {run['ttft_p50_s']:.2f} s")
     return "; ".join(said)
+
+
+def _products(record: dict[str, Any]) -> str:
+    rows = [row for row in record["results"] if row["matrix"] == "all"]
+    return "; ".join(f"{row['rows']} rows {row['torch_ms'] / row['tuned_ms']:.3f} x torch's" for row in rows)
 
 
 def _host(record: dict[str, Any]) -> str:
