@@ -2,8 +2,8 @@
 
 python benchmarks/sim_calibrate.py azure_conv_2023.csv
 
-Reads results/h200-{mixed-steps,link,http-vs-client}.json and the arm `ours` of h200-vs-vllm-ample-before.json; prints what
-runtime/sim/hardware.py has for `h200-pcie5` and how far off each measured figure is with it. The overload runs
+Reads results/h200-{mixed-steps,link,http-vs-client}.json and the arm `ours` of h200-vs-vllm-ample-before.json; prints
+what runtime/sim/hardware.py has for `h200-pcie5` and how far off each measured figure is with it. The overload runs
 (h200-vs-vllm-slo.json) are not read: sim_truth.py compares with them.
 
 A step of decodes takes up to a sixth longer between steps with prefill chunks than among its own kind (128 of them 11.4
