@@ -36,7 +36,7 @@ def test_all_arms_of_a_pool_have_the_same_bytes_of_kv():
     sizes = Sizes(model="m")
     for pool, blocks in (("ample", 24_000), ("tight", 9_600), ("turns", 4_096)):
         for arm in (arm for arm in known_arms().values() if arm.pool == pool):
-            command = command_of(arm, sizes, 1)
+            command = command_of(arm, sizes, 1, "")
             tokens = blocks if arm.engine == "vllm" else blocks * 16
             assert str(tokens) in command, arm.name
             tier = str(64 << 30) if arm.engine == "vllm" else str((64 << 30) // (2 << 20) * 16)

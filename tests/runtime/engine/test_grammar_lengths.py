@@ -130,7 +130,7 @@ def test_actions_told_apart_by_their_first_key_follow_the_schema(seed: int, keen
     jsonschema.validate(json.loads(text), ACTIONS)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 1 << 32), st.sampled_from([0.0, 0.9, 1.0]))
 @example(1, 1.0)
 def test_what_is_written_follows_the_schema(seed: int, keen: float):
