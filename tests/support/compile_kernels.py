@@ -94,7 +94,7 @@ def expert_kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any],
     ]
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
     products = {**pointers(kind, "x", "weight", "out"), **lists}
-    for tiles in dict.fromkeys(fused_moe.choose_tiles(rows, 8, dtype) for rows in (2, 128, 256, 512, 16384)):
+    for tiles in dict.fromkeys(fused_moe.choose_tiles(rows, 8, dtype) for rows in (2, 128, 256, 300, 16384)):
         sizes = dict(HIDDEN=4096, SIZE=14336, ROWS=tiles.rows)
         for kernel, tile, types, constants in (
             (fused_moe._gate_up, tiles.gate_up, products, dict(sizes, TOP_K=2)),
