@@ -72,6 +72,7 @@ def test_the_picture_has_every_request_stage_and_figure():
     assert sum("some <policy>: first token in time 50%, every token in time 50%" in (t or "") for t, _ in texts) == 2
 
 
+@pytest.mark.slow
 def test_the_demo_ends_with_both_figures_and_a_picture(
     start: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
 ):

@@ -22,6 +22,7 @@ def share_met(monkeypatch: pytest.MonkeyPatch, policy: str, *, plan: bool) -> fl
     return statistics.mean(program.met for program in programs if program.measured)
 
 
+@pytest.mark.slow
 def test_planned_programs_beat_arrival_order_and_plain_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
     planned = share_met(monkeypatch, "rota", plan=True)
     assert planned >= 0.55  # 0.35 where calls are kept one by one, and what follows them is not counted
