@@ -254,8 +254,8 @@ def arrivals(seed: int, rate: float, warm_s: float, seconds: float, deadlines: l
 def main() -> None:
     """Measure, print, write results/programs-simulated.json."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--policy", default="fcfs,edf", help="one or more, with commas")
-    parser.add_argument("--rates", default="15,20,25", help="programs/s, with commas")
+    parser.add_argument("--policy", default="fcfs,edf,rota", help="one or more, with commas")
+    parser.add_argument("--rates", default="10,16,25", help="programs/s, with commas")
     parser.add_argument("--deadlines", default="2,10", help="range in seconds, uniform")
     parser.add_argument("--seconds", type=float, default=20.0, help="of measured arrivals")
     parser.add_argument("--warm", type=float, default=30.0, help="seconds of arrivals to learn from")
