@@ -38,6 +38,7 @@ def test_the_agent_calls_its_tools_and_keeps_its_deadline() -> None:
     assert out.splitlines()[-1].startswith("= shop_assistant") and out.splitlines()[-1].endswith("yes")
 
 
+@pytest.mark.slow
 def test_agents_at_once_call_their_tools_and_keep_their_deadlines() -> None:
     lines = run("agents_64.py", "--agents", "6", "--deadline", "600").splitlines()
     assert [line.split()[:5] for line in lines[1:3]] == [
