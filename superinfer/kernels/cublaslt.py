@@ -23,12 +23,9 @@ MAX_WORKSPACE = 1  # attribute of a preference
 _pointer, _int, _size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cublasLtCreate": (_pointer,),
-    "cublasLtDestroy": (_pointer,),
     "cublasLtMatmulDescCreate": (_pointer, _int, _int),
-    "cublasLtMatmulDescDestroy": (_pointer,),
     "cublasLtMatmulDescSetAttribute": (_pointer, _int, _pointer, _size),
     "cublasLtMatrixLayoutCreate": (_pointer, _int, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64),
-    "cublasLtMatrixLayoutDestroy": (_pointer,),
     "cublasLtMatrixLayoutSetAttribute": (_pointer, _int, _pointer, _size),
     "cublasLtMatmulPreferenceCreate": (_pointer,),
     "cublasLtMatmulPreferenceDestroy": (_pointer,),

@@ -17,9 +17,7 @@ from superinfer.runtime.models.loader import Progress
 log = logging.getLogger("superinfer.engine")
 
 LEAST_ROWS = 512  # below, products wait for weights, and the first guess was the best but for a percent
-LARGE = (
-    4096  # beyond those with graphs, steps are measured that have a multiple of this: most are as long as they may be
-)
+LARGE = 4096  # beyond those with graphs, multiples of this are measured: most long steps are as long as they may be
 LEAST_WEIGHTS = 1 << 20  # of a matrix worth measuring
 MOST_LAYERS = 8  # whose weights take turns: more than a GPU's cache holds
 

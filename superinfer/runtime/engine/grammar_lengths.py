@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from superinfer.runtime.engine.grammar_rewrite import are_lengths
+from superinfer.runtime.engine.grammar_rewrite import are_lengths, with_inner
 from superinfer.runtime.protocol import Grammar
 
 LONG = 100  # characters; shorter bounds are unfolded
@@ -25,9 +25,6 @@ _MARK = "@@long text {}@@"  # stands for the sign and the text in a schema, wher
 _MARKED = re.compile(r'Regex\("\^@@long text (\d+)@@\$", json_string=true\)')
 # What JSON has in a text, each one character, but for characters by their number: those need no escape.
 _TEXT = r'([ -!#-[\]-\ud7ff\ue000-\U0010ffff] | "\\" ["\\/bfnrt])*'
-_PLACES = ("$defs", "definitions", "properties")
-_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
-_SINGLE = ("items", "additionalProperties")
 _WITH_TEXTS = {"object", "array", "string"}
 
 
@@ -47,7 +44,7 @@ def without_long(grammar: Grammar) -> tuple[Grammar, list[Bound]]:
     if grammar.kind != "json_schema" or "@@long text" in grammar.source:
         return grammar, []
     schema = json.loads(grammar.source)
-    if _reads_two_ways(schema, schema):
+    if _Beginnings(schema).may_be_two(schema):
         return grammar, []
     bounds: list[Bound] = []
     marked = _marked(schema, bounds)
@@ -126,16 +123,7 @@ class TokenLengths:
 def _marked(schema: Any, bounds: list[Bound]) -> Any:
     if not isinstance(schema, dict):
         return schema
-    found = dict(schema)
-    for word in _PLACES:
-        if word in found:
-            found[word] = {name: _marked(value, bounds) for name, value in found[word].items()}
-    for word in _LISTS:
-        if word in found:
-            found[word] = [_marked(value, bounds) for value in found[word]]
-    for word in _SINGLE:
-        if word in found:
-            found[word] = _marked(found[word], bounds)
+    found = with_inner(schema, lambda within: _marked(within, bounds))
     least, most = found.get("minLength", 0), found.get("maxLength")
     if ("minLength" in found or "maxLength" in found) and are_lengths(least, most) and max(least, most or 0) > LONG:
         bound = Bound(least, most)
@@ -143,28 +131,10 @@ def _marked(schema: Any, bounds: list[Bound]) -> Any:
             if len(bounds) == len(_SIGNS):
                 return found  # unfolded, as a short one
             bounds.append(bound)
-        del found["minLength" if "minLength" in found else "maxLength"]
+        found.pop("minLength", None)
         found.pop("maxLength", None)
         found["pattern"] = f"^{_MARK.format(bounds.index(bound))}$"
     return found
-
-
-def _reads_two_ways(schema: Any, root: Any) -> bool:
-    """Whether what has been written of a value may leave open which of several schemas it follows."""
-    if not isinstance(schema, dict):
-        return False
-    for word in ("anyOf", "oneOf"):
-        seen: set[_Kind] = set()
-        for kinds in (_kinds(branch, root) for branch in schema.get(word, ())):
-            if any(one.may_be(other) for one in kinds for other in seen):
-                return True
-            seen |= kinds
-    if schema.get("properties") and schema.get("additionalProperties", False) is not False:
-        return True  # a key may be a property's or another's
-    inner = [value for word in _PLACES for value in schema.get(word, {}).values()]
-    inner += [value for word in _LISTS for value in schema.get(word, ())]
-    inner += [schema[word] for word in _SINGLE if word in schema]
-    return any(_reads_two_ways(value, root) for value in inner)
 
 
 class _Kind(NamedTuple):
@@ -181,25 +151,57 @@ class _Kind(NamedTuple):
         return all(None in pair or pair[0] == pair[1] for pair in zip(self[1:], other[1:], strict=True))
 
 
-def _kinds(schema: Any, root: Any, depth: int = 0) -> set[_Kind]:
-    """How the values of a schema may begin; in all ways that matter where it is not certain."""
-    if not isinstance(schema, dict) or depth > 64:
-        return {_Kind(name) for name in _WITH_TEXTS}
-    if "$ref" in schema:
-        found = root
-        for part in schema["$ref"][1:].split("/")[1:]:
-            found = found[part.replace("~1", "/").replace("~0", "~")]
-        return _kinds(found, root, depth + 1)
-    for word in ("anyOf", "oneOf", "allOf"):
-        if word in schema:
-            return set().union(*(_kinds(branch, root, depth + 1) for branch in schema[word]))
-    if "enum" in schema or "const" in schema:
-        known: dict[type, str] = {str: "string", dict: "object", list: "array"}
-        return {_Kind(known.get(type(value), "other")) for value in _values(schema)}
-    names = schema.get("type", sorted(_WITH_TEXTS))
-    names = {names} if isinstance(names, str) else set(names)
-    found = {_Kind(name) for name in names - {"object"}}
-    return found | _objects(schema) if "object" in names else found
+_ANY = {_Kind(name) for name in _WITH_TEXTS}
+
+
+class _Beginnings:
+    """How the values of a schema, and of what it refers to, may begin."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._known: dict[str, set[_Kind]] = {}  # by reference; each is followed once, however often it is named
+
+    def may_be_two(self, schema: Any) -> bool:
+        """Whether what has been written of a value may leave open which of several schemas it follows."""
+        if not isinstance(schema, dict):
+            return False
+        for word in ("anyOf", "oneOf"):
+            seen: set[_Kind] = set()
+            for kinds in map(self.of, schema.get(word, ())):
+                if any(one.may_be(other) for one in kinds for other in seen):
+                    return True
+                seen |= kinds
+        if schema.get("properties") and schema.get("additionalProperties", False) is not False:
+            return True  # a key may be a property's or another's
+        within: list[Any] = []
+        with_inner(schema, within.append)
+        return any(map(self.may_be_two, within))
+
+    def of(self, schema: Any) -> set[_Kind]:
+        """In all ways that matter, where it is not certain."""
+        if not isinstance(schema, dict):
+            return _ANY
+        if "$ref" in schema:
+            return self._referred(schema["$ref"])
+        for word in ("anyOf", "oneOf", "allOf"):
+            if word in schema:
+                return set().union(*map(self.of, schema[word]))
+        if "enum" in schema or "const" in schema:
+            known: dict[type, str] = {str: "string", dict: "object", list: "array"}
+            return {_Kind(known.get(type(value), "other")) for value in _values(schema)}
+        names = schema.get("type", sorted(_WITH_TEXTS))
+        names = {names} if isinstance(names, str) else set(names)
+        found = {_Kind(name) for name in names - {"object"}}
+        return found | _objects(schema) if "object" in names else found
+
+    def _referred(self, reference: str) -> set[_Kind]:
+        if reference not in self._known:
+            self._known[reference] = _ANY  # of one that comes back to itself before anything is written
+            found = self._root
+            for part in reference[1:].split("/")[1:]:
+                found = found[part.replace("~1", "/").replace("~0", "~")]
+            self._known[reference] = self.of(found)
+        return self._known[reference]
 
 
 def _objects(schema: dict[str, Any]) -> set[_Kind]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from superinfer.runtime.engine.grammar_utf8 import character, code_points, in_pattern
@@ -29,16 +30,7 @@ def rewrite(schema: Any) -> Any:
     """The schema with lengths of texts as patterns; what is shared with the given one is not changed."""
     if not isinstance(schema, dict):
         return schema
-    found = dict(schema)
-    for word in _MAPS:
-        if word in found:
-            found[word] = {name: rewrite(value) for name, value in found[word].items()}
-    for word in _LISTS:
-        if word in found:
-            found[word] = [rewrite(value) for value in found[word]]
-    for word in _SINGLE:
-        if word in found:
-            found[word] = rewrite(found[word])
+    found = with_inner(schema, rewrite)
     least, most = found.get("minLength", 0), found.get("maxLength")
     if ("minLength" in found or "maxLength" in found) and are_lengths(least, most):
         found.pop("minLength", None)
@@ -46,6 +38,19 @@ def rewrite(schema: Any) -> Any:
         found["pattern"] = f"^{_any(least, most)}$"
     if isinstance(found.get("pattern"), str):
         found["pattern"] = escaped(found["pattern"])
+    return found
+
+
+def with_inner(schema: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """A copy in which each schema directly within is what `change` makes of it."""
+    found = dict(schema)
+    for word in found:
+        if word in _MAPS:
+            found[word] = {name: change(value) for name, value in found[word].items()}
+        elif word in _LISTS:
+            found[word] = [change(value) for value in found[word]]
+        elif word in _SINGLE:
+            found[word] = change(found[word])
     return found
 
 

@@ -244,3 +244,18 @@ def test_as_many_bounds_as_there_are_signs_are_counted():
 def test_a_vocabulary_that_could_step_over_a_sign_is_known():
     assert not TokenLengths([b'"', b"\x01", b"a\x01", b'", "']).meet_signs
     assert TokenLengths([b'a"\x02']).meet_signs
+
+
+def test_a_reference_is_followed_once_however_often_it_is_named():
+    """Each of 40 definitions names the next twice: followed each time, they would be followed 2^40 times."""
+    defs = {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}, {"$ref": f"#/$defs/d{n + 1}"}]} for n in range(40)}
+    text = {"type": "string", "maxLength": 400}
+    for last, bounds in (({"type": "integer"}, [Bound(0, 400)]), ({"type": "string"}, [])):
+        schema = {"$defs": {**defs, "d40": last}, "anyOf": [{"$ref": "#/$defs/d0"}, text]}
+        assert without_long(Grammar(kind="json_schema", source=json.dumps(schema)))[1] == bounds
+
+
+def test_a_definition_that_comes_back_to_itself_may_be_anything():
+    schema = {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "integer"}]}}, "anyOf": [{"$ref": "#/$defs/a"}]}
+    schema["anyOf"].append({"type": "string", "maxLength": 400})
+    assert without_long(Grammar(kind="json_schema", source=json.dumps(schema)))[1] == []
