@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import math
 import os
 import signal
+import struct
+import sys
+import termios
 
 import pytest
 
@@ -38,8 +43,9 @@ def together(engine: EngineProcess, *requests: Generate) -> list[list[SequenceDe
             os.kill(engine.pid, signal.SIGSTOP)
             try:
                 for wanted, queue in zip(requests, arrived, strict=True):
+                    before = unread_bytes()
                     client.open_soon(wanted, queue.put_nowait)
-                await asyncio.sleep(0.05)  # until the sockets have them
+                    await until_sent(before)
             finally:
                 os.kill(engine.pid, signal.SIGCONT)
             return list(await asyncio.gather(*map(until_end, arrived)))
@@ -54,6 +60,25 @@ def together(engine: EngineProcess, *requests: Generate) -> list[list[SequenceDe
         return deltas
 
     return asyncio.run(sent())
+
+
+def unread_bytes() -> int:
+    """What this process has sent through sockets and nobody has read: more than the bytes, by the kernel's own."""
+    total = 0
+    for fd in map(int, os.listdir("/dev/fd")):
+        with contextlib.suppress(OSError):  # not a socket, or closed since
+            total += struct.unpack("i", fcntl.ioctl(fd, termios.TIOCOUTQ, b"\0" * 4))[0]
+    return total
+
+
+async def until_sent(before: int) -> None:
+    """A message is with its socket's thread first, which on a busy machine may be held up for long."""
+    if sys.platform != "linux":
+        await asyncio.sleep(0.5)
+        return
+    async with asyncio.timeout(30.0):
+        while unread_bytes() <= before:
+            await asyncio.sleep(0.001)
 
 
 def told(deltas: list[SequenceDelta] | Exception) -> list[int]:
