@@ -11,7 +11,6 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parent)]
 
 from scripted_client import ScriptedClient  # noqa: E402
-
 from slow_engine import SlowEngine, slow_engine  # noqa: E402
 
 from superinfer.lang.backend import RuntimeEndpoint, TextBackend, set_default_backend  # noqa: E402

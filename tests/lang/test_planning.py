@@ -272,7 +272,7 @@ def test_a_plan_cuts_nothing_short_but_the_true_deadline_does(model: ScriptedCli
             state = program.run()
     assert model.requests[0].slo.deadline < 0.05 and model.requests[0].slo.on_miss == "finish"
     assert state["x"] == "x" * 5  # longer than planned
-    assert 0.35 < state.slo_report().program.elapsed_s
+    assert state.slo_report().program.elapsed_s > 0.35
     if on_miss == "truncate":
         # All that was there by the deadline, which is nothing where this process stood still until it had passed.
         assert len(state["y"]) == sum(model.given[1:]) < 90
