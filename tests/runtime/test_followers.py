@@ -13,6 +13,7 @@ import sys
 import termios
 
 import pytest
+from slow_engine import slow_engine
 
 from superinfer.errors import InvalidRequestError, NothingToExtendError, QueueFullError
 from superinfer.runtime.client import AsyncEngineClient, EngineClient, new_request_id
@@ -50,16 +51,24 @@ def together(engine: EngineProcess, *requests: Generate) -> list[list[SequenceDe
                 os.kill(engine.pid, signal.SIGCONT)
             return list(await asyncio.gather(*map(until_end, arrived)))
 
-    async def until_end(queue: asyncio.Queue) -> list[SequenceDelta] | Exception:
-        deltas: list[SequenceDelta] = []
-        while not deltas or deltas[-1].finish_reason is None:
-            item = await asyncio.wait_for(queue.get(), 30.0)
-            if isinstance(item, Exception):
-                return item
-            deltas.append(item)
-        return deltas
-
     return asyncio.run(sent())
+
+
+async def until_end(queue: asyncio.Queue) -> list[SequenceDelta] | Exception:
+    deltas: list[SequenceDelta] = []
+    while not deltas or deltas[-1].finish_reason is None:
+        item = await asyncio.wait_for(queue.get(), 30.0)
+        if isinstance(item, Exception):
+            return item
+        deltas.append(item)
+    return deltas
+
+
+@pytest.fixture(scope="module")
+def slow(tiny_checkpoint):
+    """An engine on which a request of 900 tokens lasts for half a minute."""
+    with slow_engine(tiny_checkpoint, step_s=0.03) as engine:
+        yield engine
 
 
 def unread_bytes() -> int:
@@ -98,14 +107,29 @@ def test_a_request_goes_on_from_the_tokens_of_another_and_others_from_it(engine,
     assert made == [one, two, tokens(client, request([*whole, 8])), tokens(client, request([*whole, 9, 9]))]
 
 
-def test_what_it_goes_on_from_is_in_the_cache_and_its_time_begins_when_it_can(engine, client):
+def test_what_it_goes_on_from_is_in_the_cache(engine, client):
     first = request(PROMPT, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
     second = request([5, 6, 7], after=first.request_id)
-    one, two = together(engine, first, second)
+    _, two = together(engine, first, second)
     report = two[-1].report
     assert report.prompt_tokens == len(PROMPT) + 60 + 3
     assert report.cached_tokens >= (len(PROMPT) + 59) // 16 * 16
-    assert report.e2e_s < one[-1].report.e2e_s
+
+
+def test_its_time_begins_when_it_can(slow, monkeypatch):
+    slow.keep_time(monkeypatch, 1.0)
+    first = request([5], SamplingParams(max_tokens=60, ignore_eos=True))
+    second = request([6], after=first.request_id)
+
+    async def both() -> list[SequenceDelta]:
+        async with await AsyncEngineClient.connect(slow.address) as client:
+            queues = [asyncio.Queue() for _ in range(2)]
+            for wanted, queue in zip((first, second), queues, strict=True):
+                client.open_soon(wanted, queue.put_nowait)
+            return [await until_end(queue) for queue in queues]
+
+    one, two = [deltas[-1].report for deltas in asyncio.run(both())]
+    assert (one.e2e_s, two.e2e_s) == (60.0, 12.0)
 
 
 def test_the_token_that_stopped_an_output_is_no_part_of_what_follows(engine, client):
@@ -140,13 +164,13 @@ def test_one_that_cannot_begin_takes_with_it_those_that_follow(engine, client):
     assert client.health().waiting == 0
 
 
-def test_cancelling_ends_a_request_that_is_held_and_those_that_follow_it(engine):
+def test_cancelling_ends_a_request_that_is_held_and_those_that_follow_it(slow):
     async def cancelled(which: int) -> list[str]:
         first = request(PROMPT, LONG)
         second = request([5], after=first.request_id)
         third = request([6], after=second.request_id)
         ends: list[str] = []
-        async with await AsyncEngineClient.connect(engine.address) as client:
+        async with await AsyncEngineClient.connect(slow.address) as client:
             queues = [asyncio.Queue() for _ in range(3)]
             for wanted, queue in zip((first, second, third), queues, strict=True):
                 client.open_soon(wanted, queue.put_nowait)
@@ -154,7 +178,7 @@ def test_cancelling_ends_a_request_that_is_held_and_those_that_follow_it(engine)
             client.cancel((first, second, third)[which].request_id)
             for queue in queues[which:]:
                 while True:
-                    item = await asyncio.wait_for(queue.get(), 10.0)
+                    item = await asyncio.wait_for(queue.get(), 30.0)
                     if isinstance(item, Exception):
                         ends.append(item.code)
                         break
@@ -168,12 +192,12 @@ def test_cancelling_ends_a_request_that_is_held_and_those_that_follow_it(engine)
     assert asyncio.run(cancelled(2)) == ["cancelled"]
 
 
-def test_an_id_that_is_held_is_in_use(engine):
+def test_an_id_that_is_held_is_in_use(slow):
     first = request(PROMPT, LONG)
     second = request([5], after=first.request_id)
 
     async def twice() -> Exception:
-        async with await AsyncEngineClient.connect(engine.address) as client:
+        async with await AsyncEngineClient.connect(slow.address) as client:
             client.open_soon(first, lambda delta: None)
             client.open_soon(second, lambda delta: None)
             with pytest.raises(InvalidRequestError, match="already in use"):
@@ -181,7 +205,7 @@ def test_an_id_that_is_held_is_in_use(engine):
             del client._streams[second.request_id]
             answers: asyncio.Queue = asyncio.Queue()
             client.open_soon(second, answers.put_nowait)
-            return await asyncio.wait_for(answers.get(), 10.0)
+            return await asyncio.wait_for(answers.get(), 30.0)
 
     assert "already in use" in str(asyncio.run(twice()))
 

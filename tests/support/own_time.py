@@ -24,8 +24,10 @@ def pass_time(seconds: float) -> None:
 class OwnTime:
     """Seconds of this process's own time since the context was entered."""
 
-    def __enter__(self) -> OwnTime:
+    def __init__(self) -> None:
         self.seconds = 0.0
+
+    def __enter__(self) -> OwnTime:
         self._over = threading.Event()
         self._watch = threading.Thread(target=self._run, daemon=True)
         self._watch.start()

@@ -82,9 +82,16 @@ class SlowEngine:
         clock = self.executor.clock = StepClock(step_s)
         monkeypatch.setattr(loop_module, "time", clock)
 
-    def next_step_lasts_until_a_message_comes(self) -> None:
-        """The step under way, or else the next one, ends once its door has a message that it has not read."""
-        self.executor.meanwhile = lambda: self.door._poller.poll(60_000)
+    def compute_until_a_message_comes(self) -> None:
+        """Returns in the midst of a step, which ends once the door has a message that the engine has not read."""
+        inside = threading.Event()
+
+        def until_a_message_comes() -> None:
+            inside.set()
+            self.door._poller.poll(60_000)
+
+        self.executor.meanwhile = until_a_message_comes
+        assert inside.wait(60), "the engine makes no steps"
 
 
 @contextlib.contextmanager
