@@ -34,7 +34,7 @@ class Command:
     def children(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def end(self, timeout: float = 30) -> tuple[int, str, str]:
+    def end(self, timeout: float = 120) -> tuple[int, str, str]:
         """Wait; returns status, rest of stdout, stderr."""
         out, err = self.process.communicate(timeout=timeout)
         return self.process.returncode, out, err
@@ -77,4 +77,4 @@ def start() -> Iterator[Callable[..., Command]]:
 @pytest.fixture
 def run(start: Callable[..., Command]) -> Callable[..., tuple[int, str, str]]:
     """Runs `superinfer ARGS` to its end: status, stdout, stderr."""
-    return lambda *arguments, stdin=None, **environment: start(*arguments, stdin=stdin, **environment).end(60)
+    return lambda *arguments, stdin=None, **environment: start(*arguments, stdin=stdin, **environment).end()
