@@ -108,8 +108,7 @@ def busy(
 
 
 def look(tab: Any, url: str) -> None:
-    """Open the page; the server may still be starting."""
-    httpx.Client(transport=httpx.HTTPTransport(retries=5)).get(url)
+    """Open the page."""
     tab.goto(url)
 
 
