@@ -77,10 +77,11 @@ class SlowEngine:
     door: FrontDoor
     executor: SlowExecutor
 
-    def keep_time(self, monkeypatch: pytest.MonkeyPatch, step_s: float) -> None:
+    def keep_time(self, monkeypatch: pytest.MonkeyPatch, step_s: float) -> StepClock:
         """For the rest of the test, its steps take exactly `step_s` by its own clock, whatever they really take."""
         clock = self.executor.clock = StepClock(step_s)
         monkeypatch.setattr(loop_module, "time", clock)
+        return clock
 
     def compute_until_a_message_comes(self) -> None:
         """Returns in the midst of a step, which ends once the door has a message that the engine has not read."""

@@ -71,14 +71,15 @@ def test_raise_is_a_gateway_timeout(client: openai.OpenAI) -> None:
 def test_raise_in_a_stream_is_an_error_event(
     tiny_checkpoint: Path, serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After all that was there by the deadline: a token for each of the steps that ended before it."""
+    """In the midst of the text: time passes for the engine once the client has read some of it."""
     slo = {"deadline_ms": 100, "on_miss": "raise"}
     text = ""
-    with slow_engine(tiny_checkpoint, step_s=0.0) as engine, serving(engine.address) as served:
-        engine.keep_time(monkeypatch, 0.009)
+    with slow_engine(tiny_checkpoint, step_s=0.01) as engine, serving(engine.address) as served:
+        clock = engine.keep_time(monkeypatch, 0.0)
         with served.openai() as client, pytest.raises(openai.APIError, match="missed its deadline") as raised:
             for chunk in client.chat.completions.create(
                 **ASK, max_tokens=900, stream=True, extra_body={"slo": slo, "ignore_eos": True}
             ):
                 text += chunk.choices[0].delta.content or ""
-    assert len(text) in (11, 12) and raised.value.code == "deadline_missed"
+                clock.step_s = 0.03 if text else 0.0
+    assert 0 < len(text) < 900 and raised.value.code == "deadline_missed"
