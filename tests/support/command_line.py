@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -48,6 +49,13 @@ class Command:
 @pytest.fixture
 def start() -> Iterator[Callable[..., Command]]:
     """Starts `superinfer ARGS`; what still runs at the end is killed."""
+    with starting() as run:
+        yield run
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[Callable[..., Command]]:
+    """`start` for fixtures that outlive a test."""
     started: list[Command] = []
     with tempfile.TemporaryDirectory(prefix="cli-") as folder:  # short: the path of a socket has at most 107 bytes
 
