@@ -11,6 +11,7 @@ import signal
 import struct
 import sys
 import termios
+from collections.abc import Callable
 
 import pytest
 from slow_engine import slow_engine
@@ -46,11 +47,11 @@ def together(engine: EngineProcess, *requests: Generate) -> list[list[SequenceDe
             arrived = [asyncio.Queue() for _ in requests]
             os.kill(engine.pid, signal.SIGSTOP)
             try:
-                before = unread_bytes()
+                await until(lambda: unread_bytes() < MARK // 4)
                 for wanted, queue in zip(requests, arrived, strict=True):
                     client.open_soon(wanted, queue.put_nowait)
                 client.cancel("nobody's" * (MARK // 8))  # asks for nothing
-                await until_unread(before + MARK)
+                await until(lambda: unread_bytes() > MARK // 2)
             finally:
                 os.kill(engine.pid, signal.SIGCONT)
             return list(await asyncio.gather(*map(until_end, arrived)))
@@ -84,13 +85,13 @@ def unread_bytes() -> int:
     return total
 
 
-async def until_unread(least: int) -> None:
+async def until(holds: Callable[[], bool]) -> None:
     """A message is with its socket's thread first, which on a busy machine may be held up for long."""
     if sys.platform != "linux":
         await asyncio.sleep(0.5)
         return
     async with asyncio.timeout(60.0):
-        while unread_bytes() < least:
+        while not holds():
             await asyncio.sleep(0.001)
 
 
