@@ -26,6 +26,7 @@ from superinfer.runtime.engine.frontdoor import FrontDoor
 from superinfer.runtime.engine.intake import Intake
 from superinfer.runtime.engine.live import live_report
 from superinfer.runtime.engine.outgoing import Outgoing
+from superinfer.runtime.engine.plan_timing import PlanTiming
 from superinfer.runtime.engine.tier_stats import tier_stats
 from superinfer.runtime.protocol import (
     Cancel,
@@ -84,7 +85,10 @@ class EngineLoop:
         executor: Executor,
         max_queue: int,
         trace: TraceRecorder | None = None,
+        *,
+        plan_late: bool = True,
     ) -> None:
+        """plan_late: see `EngineConfig`."""
         self._door = door
         self._intake = intake
         self._scheduler = scheduler
@@ -97,6 +101,7 @@ class EngineLoop:
         self._outgoing = Outgoing()  # tokens that a later delta will tell
         self._compiling: list[tuple[Future[Any], list[Sequence]]] = []  # not with the scheduler yet
         self._in_flight: deque[int] = deque()  # steps submitted and not collected, oldest first
+        self._timing = PlanTiming(late=plan_late)
         self._counters = Counters()
         self._attainment = Attainment()
         self._started = self._turned = self._pulsed = self._read = time.monotonic()
@@ -135,6 +140,8 @@ class EngineLoop:
             self._add_compiled(now)
         self._publish(self._scheduler.expire(now), now)
         if len(self._in_flight) < self._executor.depth:
+            if self._put_off_s(now):
+                return  # a message came meanwhile, and there may be more
             planned = self._start_step(now)
             if planned and len(self._in_flight) < self._executor.depth:
                 return  # see to messages, then plan the next step while this one runs
@@ -144,7 +151,13 @@ class EngineLoop:
     def _poll_ms(self) -> int:
         if self._compiling and not self._in_flight and self._num_live == sum(len(held) for _, held in self._compiling):
             return COMPILING_POLL_MS
-        return 0 if self._num_live else IDLE_POLL_MS
+        return round(self._put_off_s(time.monotonic()) * 1e3) if self._num_live else IDLE_POLL_MS
+
+    def _put_off_s(self, now: float) -> float:
+        """How long planning the next step can wait, because the device is busy until then."""
+        if not 0 < len(self._in_flight) < self._executor.depth:
+            return 0.0
+        return self._timing.wait_s(now)
 
     def _start_step(self, now: float) -> bool:
         """Plan and submit a step; False when there is nothing to compute."""
@@ -161,6 +174,7 @@ class EngineLoop:
             self._lose(plan.step, error)
         else:
             self._in_flight.append(plan.step)
+            self._timing.submitted(self._scheduler.expected_s(plan.step), now, time.monotonic())
             self._counters.prefill_tokens += plan.num_prefill_tokens
         return True
 
@@ -170,9 +184,11 @@ class EngineLoop:
         try:
             result = self._executor.collect()
         except Exception as error:
+            self._timing.ended(None, time.monotonic())
             self._lose(step, error)
             return
         now = time.monotonic()
+        self._timing.ended(result.elapsed - result.link.stall_s, now)
         self._counters.steps += 1
         self._counters.step_s += result.elapsed
         updates = self._scheduler.commit(result, now)
