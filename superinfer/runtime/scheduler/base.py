@@ -47,7 +47,7 @@ class Scheduler(Protocol):
         """The next step, or None when there is nothing to compute."""
 
     def expected_s(self, step: int) -> float:
-        """How long a planned step, not committed yet, will take the device, without what it waits for copies; seconds."""
+        """How long a planned step, not committed yet, will take the device, waits for copies apart; seconds."""
 
     def commit(self, result: StepResult, now: float) -> StepUpdates:
         """Take in what a planned step produced."""
