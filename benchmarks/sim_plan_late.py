@@ -1,7 +1,8 @@
 """What planning each step late is worth (`EngineConfig.plan_late`), simulated: an H200, Azure 2023 lengths.
 
 Llama-3-8B, a KV pool of 153,600 tokens, 64 GiB of DRAM, Poisson arrivals for 60 s, SLO ttft 1 s and tbt 100 ms, 15 s
-for the drain. Steps are planned 3 ms before the one before them ends, or when that begins. Judged where the client stands.
+for the drain. Steps are planned 3 ms before the one before them ends, or when that begins. Judged where the client
+stands.
 """
 
 from __future__ import annotations
