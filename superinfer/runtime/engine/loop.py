@@ -146,13 +146,15 @@ class EngineLoop:
             self._trace.planned(plan, now, planned)
         if plan is None:
             return False
+        waited_s = self._executor.waited_s
         try:
             self._executor.submit(plan)
         except Exception as error:
             self._lose(plan.step, error)
         else:
             self._in_flight.append(plan.step)
-            self._timing.submitted(self._scheduler.expected_s(plan.step), now, time.monotonic())
+            waited_s = self._executor.waited_s - waited_s
+            self._timing.submitted(self._scheduler.expected_s(plan.step), now, time.monotonic(), waited_s)
             self._counters.prefill_tokens += plan.num_prefill_tokens
         return True
 

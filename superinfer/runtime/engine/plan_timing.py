@@ -45,10 +45,11 @@ class PlanTiming:
         self._put_off_to = now + ticks * TICK_S
         return ticks * TICK_S
 
-    def submitted(self, expected_s: float, planned_at: float, now: float) -> None:
-        """The device has a step more, which was planned from `planned_at` on. expected_s: what it is to take."""
+    def submitted(self, expected_s: float, planned_at: float, now: float, waited_s: float = 0.0) -> None:
+        """The device has a step more, which was planned from `planned_at` on. expected_s: what it is to take. waited_s:
+        how long submitting it has waited for the device."""
         due, self._put_off_to = self._put_off_to, None
-        self._delays.append(now - (planned_at if due is None else min(due, planned_at)))
+        self._delays.append(now - waited_s - (planned_at if due is None else min(due, planned_at)))
         if not self._running:
             self._began = now
         self._running.append(expected_s)

@@ -45,6 +45,7 @@ class SimExecutor:
         self.limits = limits
         self.tier = tier
         self.depth = depth
+        self.waited_s = 0.0
         self.now = 0.0
         self.last = SimStep(StepLoad(0, 0, 0, 0.0), 0.0, 0.0)
         self._link = link

@@ -195,3 +195,17 @@ def test_a_device_that_becomes_quicker_is_followed():
 
 def test_put_off_only_when_asked_to():
     assert follow(PlanTiming(late=False), [0.01] * 500, [0.01] * 500, [0.001] * 500) == (0.0, 0.0)
+
+
+def test_waiting_for_the_device_is_no_work_of_the_host():
+    """Each step is submitted only when the one before has ended, as with grammars: planning is put off all the same."""
+    timing, now, waits = PlanTiming(), 0.0, []
+    timing.submitted(0.02, now, now)
+    for _ in range(300):
+        began, waited = now, timing.wait_s(now)
+        waits.append(waited)
+        planned_at = now + waited
+        now = began + 0.02
+        timing.submitted(0.02, planned_at, now + 0.001, now - planned_at)
+        timing.ended(0.02, now)
+    assert waits[-1] >= 0.017

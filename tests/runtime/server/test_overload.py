@@ -80,6 +80,7 @@ class SlowExecutor(MemoryExecutor):
     limits = ExecutorLimits(num_blocks=64, page_size=16, num_slots=1, max_model_len=512, vocab_size=90)
     tier = None
     depth = 1
+    waited_s = 0.0
     seconds = 0.5
 
     def __init__(self) -> None:
