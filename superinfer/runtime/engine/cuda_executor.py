@@ -8,9 +8,11 @@ step's own tokens, and nowhere else.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -103,6 +105,7 @@ class CudaExecutor:
         self.tier: TierLimits | None = None
         self._duplex: Duplex | None = None
         self.depth = 2
+        self.waited_s = 0.0
         self.model_name = model_name
         self.path = path
         self.architecture = config.architecture
@@ -374,7 +377,14 @@ class CudaExecutor:
         self._last_tokens.index_copy_(0, self._to_device(slots), sampled.tokens)
         asked = [] if sampled.logprob_rows is None else slots[sampled.logprob_rows].tolist()
         pending.keep_sampled(slots, sampled, [self._sampling.top_logprobs(slot) for slot in asked])
-        self._sampling.told(slots, pending.read_tokens)
+        self._sampling.told(slots, partial(self._read, pending))
+
+    def _read(self, pending: Pending) -> list[int]:
+        """The tokens of a step under way, for whose grammars the next step's are to be masked."""
+        asked = time.perf_counter()
+        tokens = pending.read_tokens()
+        self.waited_s += time.perf_counter() - asked
+        return tokens
 
     def _score(self, hidden: torch.Tensor, rows: np.ndarray, tokens: np.ndarray) -> torch.Tensor:
         """[len(rows)] logprobs, a piece at a time: float32 logits of a long prompt at once would fill gigabytes."""

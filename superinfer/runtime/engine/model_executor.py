@@ -56,6 +56,7 @@ class ModelExecutor:
         config = model.config
         self.limits = limits
         self.depth = 1
+        self.waited_s = 0.0
         self.model_name = model_name
         self.path = path
         self.architecture = config.architecture
