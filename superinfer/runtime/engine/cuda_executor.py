@@ -23,21 +23,31 @@ from superinfer.kernels.paged import AttentionCall, PagedBatch
 from superinfer.kernels.sampling import token_logprobs
 from superinfer.runtime.engine.constraints import split_forced
 from superinfer.runtime.engine.cuda_batch import ChunkBatch, DecodeBatch, MixedBatch, decode_buckets
-from superinfer.runtime.engine.cuda_mixed import CapturedChunks, DecodeRows, MixedGraph, MixedGraphs, graph_rows
+from superinfer.runtime.engine.cuda_mixed import (
+    CapturedChunks,
+    DecodeRows,
+    MixedGraph,
+    MixedGraphs,
+    attended_rows,
+    graph_rows,
+)
 from superinfer.runtime.engine.cuda_pieces import MixedBuffers, Pieces, mixed_rows
+from superinfer.runtime.engine.cuda_tails import Tails, tail_rows
 from superinfer.runtime.engine.executor import Duplex, ExecutorLimits, TierLimits
 from superinfer.runtime.engine.grammar import GrammarCompiler
 from superinfer.runtime.engine.marker import Marker
 from superinfer.runtime.engine.readback import Pending
 from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
 from superinfer.runtime.engine.staging import HostStage
-from superinfer.runtime.engine.step_inputs import BlockTables
+from superinfer.runtime.engine.step_inputs import BlockTables, Wanted, wanted_rows
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import Progress
 from superinfer.runtime.scheduler.plan import Decodes, SlotWork, StepPlan, StepResult
 
 # Pairs of marks in use by turns: those of the steps under way, and of two before, which pinned memory may wait for.
 MARKS = 4
+# Prompts that may end in a step whose end is a graph: as many as attention of chunks takes at once.
+MOST_ENDING = 64
 # Makes the attention of decodes for one bucket, whose buffers it is given.
 DecodeAttention = Callable[[PagedBatch], AttentionCall]
 
@@ -148,12 +158,14 @@ class CudaExecutor:
         self._mixed_graphs: MixedGraphs | None = None
         sizes = mixed_rows(most_rows) if captured_chunks is None else graph_rows(most_rows)
         self.captured_tokens = sizes[-1] if graphs else 0  # of the largest step with chunks that graphs replay
+        attended = sizes[-1] if captured_chunks is None else attended_rows(most_rows, self._buckets[-1].size)
+        self._tails = Tails(model, attended, tail_rows(limits.num_slots, MOST_ENDING))
         if captured_chunks is not None:
             batch = MixedBatch(limits, graph_rows(most_rows)[-1], self._tables, self._device)
             beside = [DecodeRows(bucket.size, bucket.attention) for bucket in self._buckets]
             self._mixed_graphs = MixedGraphs(
                 model, self._views, batch, self._decodes, beside, captured_chunks, most_rows, self._last_tokens,
-                self._stage,
+                self._stage, self._tails,
             )  # fmt: skip
         if graphs:
             pool = torch.cuda.graph_pool_handle()  # shared: one step runs at a time
@@ -161,6 +173,8 @@ class CudaExecutor:
                 self._capture_pieces(most_rows, on_progress)
             else:
                 self._mixed_graphs.capture(pool, on_progress)
+            with torch.inference_mode():
+                self._tails.capture(pool)
             self._capture(pool, on_progress)
 
     def add_tier(self, duplex: Duplex, tier: TierLimits) -> None:
@@ -303,7 +317,8 @@ class CudaExecutor:
         decode_step.keep_largest(logits, rows.slots, self._last_tokens, self._tokens, self._decodes.turn)
 
     def _mixed_step(self, decodes: Decodes, chunks: list[SlotWork], pending: Pending) -> None:
-        """Rows: the decodes of a bucket with their padding, the chunks' tokens, padding to a size that is captured."""
+        """Rows: the decodes of a bucket with their padding, the chunks' tokens, padding to a size that is captured. The
+        last layer's second half has those alone that are wanted."""
         if self._mixed_graphs is not None:
             graph = self._mixed_graphs.find(len(decodes), chunks)
             if graph is not None:
@@ -327,12 +342,15 @@ class CudaExecutor:
             calls.insert(0, (padded, bucket.attention))
         self._sent.record()
         pieces = next((pieces for pieces in self._pieces if pieces.rows >= len(ids)), None)
+        wanted = _wanted(len(slots), padded, chunks)
+        wanted_ids = self._to_device(wanted.rows)
         if pieces is None:
-            hidden = self._model(ids, positions, self._attention(places, calls))
+            hidden = self._model(ids, positions, self._attention(places, calls), wanted_ids)
         else:
             self._mixed.fill(ids, positions, places, pieces.rows, self._padding_place)
-            hidden = pieces.run(calls)
-        self._finish_mixed(hidden, slots, padded, chunks, pending)
+            pieces.run(calls)
+            hidden = self._tails.run(wanted_ids)
+        self._finish_mixed(hidden, wanted, slots, chunks, pending)
 
     def _replay_mixed(
         self,
@@ -344,30 +362,32 @@ class CudaExecutor:
     ) -> None:
         graphs.prepare(graph, decodes.slots, decodes.positions, chunks)
         self._sent.record()
-        self._finish_mixed(graphs.run(graph, pending.ended), decodes.slots, len(decodes), chunks, pending)
+        graphs.run(graph, pending.ended)
+        wanted = _wanted(len(decodes), len(decodes), chunks)
+        hidden = self._tails.run(self._to_device(wanted.rows))
+        self._finish_mixed(hidden, wanted, decodes.slots, chunks, pending)
 
     def _finish_mixed(
-        self, hidden: torch.Tensor, slots: np.ndarray, padded: int, chunks: list[SlotWork], pending: Pending
+        self, hidden: torch.Tensor, wanted: Wanted, slots: np.ndarray, chunks: list[SlotWork], pending: Pending
     ) -> None:
-        """Sample the decodes and the chunks that end their prompt; score what is to be scored."""
-        last_rows = padded - 1 + np.cumsum([work.length for work in chunks])
-        ending = [i for i, work in enumerate(chunks) if work.sample]
-        if len(slots) or ending:
-            picked = np.concatenate((np.arange(len(slots)), last_rows[ending]))
+        """Sample the decodes and the chunks that end their prompt; score what is to be scored. hidden: of `wanted`,
+        which has the decodes first."""
+        ending = wanted.sampled
+        sampled = len(slots) + len(ending)
+        if sampled:
             slots = np.concatenate((slots, np.array([chunks[i].slot for i in ending], dtype=np.int64)))
             for i in ending:
                 self._sampling.caught_up(chunks[i].slot, chunks[i].start + chunks[i].length)
-            logits = self._model.lm_head(hidden.index_select(0, self._to_device(picked)))
+            logits = self._model.lm_head(hidden[:sampled])
             if self._sampling.is_plain(slots):
                 self._sampling.advance(slots)
                 self._keep(slots, Sampled(logits.argmax(dim=-1)), pending)
             else:
                 self._sample(logits, slots, pending)
-        scored = [i for i, work in enumerate(chunks) if work.score]
-        if scored:
-            picked = np.concatenate([last_rows[i] + 1 + np.arange(-len(chunks[i].score), 0) for i in scored])
-            wanted = np.concatenate([np.array(chunks[i].score, dtype=np.int64) for i in scored])
-            pending.keep_scores([chunks[i] for i in scored], self._score(hidden, picked, wanted))
+        if wanted.scored:
+            scored = [chunks[i] for i in wanted.scored]
+            tokens = np.concatenate([np.array(work.score, dtype=np.int64) for work in scored])
+            pending.keep_scores(scored, self._score(hidden[sampled:], tokens))
 
     def _sample(self, logits: torch.Tensor, slots: np.ndarray, pending: Pending) -> None:
         self._keep(slots, self._sampling.sample(logits, slots), pending)
@@ -386,12 +406,12 @@ class CudaExecutor:
         self.waited_s += time.perf_counter() - asked
         return tokens
 
-    def _score(self, hidden: torch.Tensor, rows: np.ndarray, tokens: np.ndarray) -> torch.Tensor:
-        """[len(rows)] logprobs, a piece at a time: float32 logits of a long prompt at once would fill gigabytes."""
+    def _score(self, hidden: torch.Tensor, tokens: np.ndarray) -> torch.Tensor:
+        """[len(tokens)] logprobs, a piece at a time: float32 logits of a long prompt at once would fill gigabytes."""
         parts = []
-        for start in range(0, len(rows), 256):
+        for start in range(0, len(tokens), 256):
             piece = slice(start, start + 256)
-            logits = self._model.logits(hidden.index_select(0, self._to_device(rows[piece])))
+            logits = self._model.logits(hidden[piece])
             parts.append(token_logprobs(logits, self._to_device(tokens[piece]), 0)[0])
         return torch.cat(parts)
 
@@ -420,7 +440,7 @@ class CudaExecutor:
     @torch.inference_mode()
     def _capture_pieces(self, most_rows: int, on_progress: Progress | None) -> None:
         sizes = mixed_rows(most_rows)
-        self._mixed = MixedBuffers(sizes[-1], self._model.config, self._logits.dtype, self._device)
+        self._mixed = MixedBuffers(sizes[-1], self._model.config, self._tails)
         self._mixed.places.fill_(self._padding_place)
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
         for done, rows in enumerate(reversed(sizes)):
@@ -428,6 +448,12 @@ class CudaExecutor:
                 on_progress("capturing CUDA graphs of mixed steps", done / len(sizes))
             self._pieces.insert(0, Pieces(self._model, self._views, self._mixed, rows, stream, pool))
         torch.cuda.synchronize()
+
+
+def _wanted(decodes: int, padded: int, chunks: Sequence[SlotWork]) -> Wanted:
+    """All decodes, then what is wanted of the chunks. padded: the row that the first chunk begins at."""
+    of_chunks = wanted_rows(chunks, padded - 1 + np.cumsum([work.length for work in chunks]))
+    return of_chunks._replace(rows=np.concatenate((np.arange(decodes), of_chunks.rows)))
 
 
 def _decode_rows(plan: StepPlan) -> Decodes:
