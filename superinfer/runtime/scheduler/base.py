@@ -47,7 +47,8 @@ class Scheduler(Protocol):
         """The next step, or None when there is nothing to compute."""
 
     def expected_s(self, step: int) -> float:
-        """How long a planned step, not committed yet, will take the device, waits for copies apart; seconds."""
+        """How long a planned step, not committed yet, will take the device, waits for copies apart; seconds.
+        0.0 if copies are all there is."""
 
     def commit(self, result: StepResult, now: float) -> StepUpdates:
         """Take in what a planned step produced."""

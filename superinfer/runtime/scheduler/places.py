@@ -61,7 +61,8 @@ class Places(ABC):
 
     def expected_s(self, step: int) -> float:
         """See Scheduler."""
-        return self.cost.seconds(self._loads[step])
+        load = self._loads[step]
+        return self.cost.seconds(load) if load.tokens else 0.0
 
     def _queue_key(self, sequence: Sequence, now: float) -> tuple[float, ...]:
         """By which it waits: its rank, unless a policy keeps an order of its own."""
