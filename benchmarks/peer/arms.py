@@ -76,6 +76,7 @@ def known_arms() -> dict[str, Arm]:
         Arm("vllm-turns", "vllm", "turns"),
         Arm("vllm-turns-offload", "vllm", "turns", dram=True),
         Arm("ours", "superinfer", "ample", ("--policy", "fcfs")),
+        Arm("ours-at-once", "superinfer", "ample", ("--policy", "fcfs", "--no-plan-late")),
         Arm("ours-fcfs", "superinfer", "tight", ("--policy", "fcfs")),
         Arm("ours-edf", "superinfer", "tight", ("--policy", "edf"), send_slo=True),
         Arm("ours-rota", "superinfer", "tight", ("--policy", "rota"), dram=True, send_slo=True),

@@ -40,6 +40,7 @@ class Lane:
 
 
 _SPEED = (Step("tpot", 75), Step("prefill", 20), Step("offline", 65), Step("online", 45))
+_STEADY = (Step("tpot", 75), Step("online", 45))
 _ALL = Step("slo", 65)
 _REST = Step("slo", 65, RATES_OF_THE_REST)
 _TURNS = Step("turns", 75)
@@ -63,6 +64,8 @@ SCHEDULES: dict[str, tuple[Lane, ...]] = {
         Lane((Run("vllm-offload", (_REST,)), Run("vllm-turns-offload", (_TURNS,)))),
         Lane((Run("ours-turns-tiers", (_TURNS,)), Run("ours-turns", (_TURNS,))), together=2),
     ),
+    # Planning steps late or at once, by turns on one GPU.
+    "planning": (Lane((Run("ours", _STEADY), Run("ours-at-once", _STEADY)), together=2),),
     # Servers for `superinfer bench programs`, which asks both.
     "programs": (Lane((Run("vllm", ()),)), Lane((Run("ours", ()),))),
 }

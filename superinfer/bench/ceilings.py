@@ -98,9 +98,13 @@ def decode_floor_s(shape: ModelShape, batch: int, context: float, roof: Ceilings
 
 
 def prefill_flops(shape: ModelShape, tokens: int) -> float:
-    """Of one prompt: its matrix products, the output projection once, and causal attention."""
-    once = 2 * shape.vocab * shape.hidden
-    return tokens * (shape.flops_per_token - once) + once + shape.flops_per_pair * tokens * (tokens + 1) / 2
+    """What must be computed for the first token of one prompt: matrix products and causal attention. Of the last layer
+    all tokens need keys and values only; the rest of it and the output projection are for the last token."""
+    pairs = shape.flops_per_pair * tokens * (tokens + 1) / 2 * (shape.layers - 1) / shape.layers
+    keys_and_values = 2 * shape.hidden * 2 * shape.kv_heads * shape.head_dim
+    output = 2 * shape.vocab * shape.hidden
+    layer = (shape.flops_per_token - output) / shape.layers
+    return tokens * (layer * (shape.layers - 1) + keys_and_values) + layer - keys_and_values + output + pairs
 
 
 def prefill_floor_s(shape: ModelShape, prompts: int, tokens: int, roof: Ceilings) -> float:

@@ -51,6 +51,9 @@ def _engine_options(
     tune_products: Annotated[
         bool, typer.Option(help="Measure which algorithm each matrix product is to take (CUDA).")
     ] = EngineConfig().tune_products,
+    plan_late: Annotated[
+        bool, typer.Option(help="On a GPU, plan each step just before the one before it ends.")
+    ] = EngineConfig().plan_late,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.", show_default="all cores")] = None,
     trace: Annotated[
         str, typer.Option(metavar="FILE", help="Write the engine's steps, copies and requests for ui.perfetto.dev.")

@@ -36,6 +36,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     jump_forward: take text that a grammar forces without sampling it, token by token; see docs/constrained.md.
     tune_products: measure at the start which algorithm each matrix product is to take, on a GPU in half precision. Some
         seconds; two starts may choose differently, and then round differently.
+    plan_late: plan each step just before the GPU is done with the one before, so that whoever comes until then is in
+        it; off: as soon as that one begins. See docs/architecture.md.
     load_format: "auto" reads safetensors; "dummy" makes random weights from the config alone.
     seed: of everything random in the engine.
     threads: torch CPU threads; None: all cores.
@@ -59,6 +61,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     prefix_cache: bool = True
     jump_forward: bool = True
     tune_products: bool = True
+    plan_late: bool = True
     load_format: Literal["auto", "dummy"] = "auto"
     seed: int = 0
     threads: int | None = None

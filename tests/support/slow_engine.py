@@ -35,6 +35,7 @@ class SlowExecutor(MemoryExecutor):
 
     tier = None
     depth = 1
+    waited_s = 0.0
 
     def __init__(self, num_slots: int, context: int, step_s: float) -> None:
         blocks = num_slots * context // PAGE

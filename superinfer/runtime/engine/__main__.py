@@ -105,7 +105,9 @@ def build_engine(config: EngineConfig, reporter: StartReporter, lifeline_fd: int
     cost = seed_cost(executor.device, executor.path, executor.captured_tokens)
     scheduler = build_scheduler(config.policy, kv, batch, cost, config.admission)
     door = FrontDoor(config.address, info, lifeline_fd)
-    return EngineLoop(door, Intake(info, config.seed), scheduler, executor, config.max_queue, trace), door.address
+    intake = Intake(info, config.seed)
+    loop = EngineLoop(door, intake, scheduler, executor, config.max_queue, trace, plan_late=config.plan_late)
+    return loop, door.address
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ step's own tokens, and nowhere else.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ from superinfer.runtime.engine.marker import Marker
 from superinfer.runtime.engine.readback import Pending
 from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
 from superinfer.runtime.engine.staging import HostStage
-from superinfer.runtime.engine.step_inputs import BlockTables
+from superinfer.runtime.engine.step_inputs import BlockTables, Wanted, wanted_rows
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import Progress
 from superinfer.runtime.scheduler.plan import Decodes, SlotWork, StepPlan, StepResult
@@ -103,6 +105,7 @@ class CudaExecutor:
         self.tier: TierLimits | None = None
         self._duplex: Duplex | None = None
         self.depth = 2
+        self.waited_s = 0.0
         self.model_name = model_name
         self.path = path
         self.architecture = config.architecture
@@ -300,7 +303,8 @@ class CudaExecutor:
         decode_step.keep_largest(logits, rows.slots, self._last_tokens, self._tokens, self._decodes.turn)
 
     def _mixed_step(self, decodes: Decodes, chunks: list[SlotWork], pending: Pending) -> None:
-        """Rows: the decodes of a bucket with their padding, the chunks' tokens, padding to a size that is captured."""
+        """Rows: the decodes of a bucket with their padding, the chunks' tokens, padding to a size that is captured.
+        Where no graph takes them, those that are not wanted end with the last layer's attention."""
         if self._mixed_graphs is not None:
             graph = self._mixed_graphs.find(len(decodes), chunks)
             if graph is not None:
@@ -324,12 +328,14 @@ class CudaExecutor:
             calls.insert(0, (padded, bucket.attention))
         self._sent.record()
         pieces = next((pieces for pieces in self._pieces if pieces.rows >= len(ids)), None)
+        wanted = _wanted(len(slots), padded, chunks)
+        wanted_ids = self._to_device(wanted.rows)
         if pieces is None:
-            hidden = self._model(ids, positions, self._attention(places, calls))
+            hidden = self._model(ids, positions, self._attention(places, calls), wanted_ids)
         else:
             self._mixed.fill(ids, positions, places, pieces.rows, self._padding_place)
-            hidden = pieces.run(calls)
-        self._finish_mixed(hidden, slots, padded, chunks, pending)
+            hidden = pieces.run(calls).index_select(0, wanted_ids)
+        self._finish_mixed(hidden, wanted, slots, chunks, pending)
 
     def _replay_mixed(
         self,
@@ -341,30 +347,32 @@ class CudaExecutor:
     ) -> None:
         graphs.prepare(graph, decodes.slots, decodes.positions, chunks)
         self._sent.record()
-        self._finish_mixed(graphs.run(graph, pending.ended), decodes.slots, len(decodes), chunks, pending)
+        hidden = graphs.run(graph, pending.ended)
+        wanted = _wanted(len(decodes), len(decodes), chunks)
+        hidden = hidden.index_select(0, self._to_device(wanted.rows))
+        self._finish_mixed(hidden, wanted, decodes.slots, chunks, pending)
 
     def _finish_mixed(
-        self, hidden: torch.Tensor, slots: np.ndarray, padded: int, chunks: list[SlotWork], pending: Pending
+        self, hidden: torch.Tensor, wanted: Wanted, slots: np.ndarray, chunks: list[SlotWork], pending: Pending
     ) -> None:
-        """Sample the decodes and the chunks that end their prompt; score what is to be scored."""
-        last_rows = padded - 1 + np.cumsum([work.length for work in chunks])
-        ending = [i for i, work in enumerate(chunks) if work.sample]
-        if len(slots) or ending:
-            picked = np.concatenate((np.arange(len(slots)), last_rows[ending]))
+        """Sample the decodes and the chunks that end their prompt; score what is to be scored. hidden: of `wanted`,
+        which has the decodes first."""
+        ending = wanted.sampled
+        sampled = len(slots) + len(ending)
+        if sampled:
             slots = np.concatenate((slots, np.array([chunks[i].slot for i in ending], dtype=np.int64)))
             for i in ending:
                 self._sampling.caught_up(chunks[i].slot, chunks[i].start + chunks[i].length)
-            logits = self._model.lm_head(hidden.index_select(0, self._to_device(picked)))
+            logits = self._model.lm_head(hidden[:sampled])
             if self._sampling.is_plain(slots):
                 self._sampling.advance(slots)
                 self._keep(slots, Sampled(logits.argmax(dim=-1)), pending)
             else:
                 self._sample(logits, slots, pending)
-        scored = [i for i, work in enumerate(chunks) if work.score]
-        if scored:
-            picked = np.concatenate([last_rows[i] + 1 + np.arange(-len(chunks[i].score), 0) for i in scored])
-            wanted = np.concatenate([np.array(chunks[i].score, dtype=np.int64) for i in scored])
-            pending.keep_scores([chunks[i] for i in scored], self._score(hidden, picked, wanted))
+        if wanted.scored:
+            scored = [chunks[i] for i in wanted.scored]
+            tokens = np.concatenate([np.array(work.score, dtype=np.int64) for work in scored])
+            pending.keep_scores(scored, self._score(hidden[sampled:], tokens))
 
     def _sample(self, logits: torch.Tensor, slots: np.ndarray, pending: Pending) -> None:
         self._keep(slots, self._sampling.sample(logits, slots), pending)
@@ -374,14 +382,21 @@ class CudaExecutor:
         self._last_tokens.index_copy_(0, self._to_device(slots), sampled.tokens)
         asked = [] if sampled.logprob_rows is None else slots[sampled.logprob_rows].tolist()
         pending.keep_sampled(slots, sampled, [self._sampling.top_logprobs(slot) for slot in asked])
-        self._sampling.told(slots, pending.read_tokens)
+        self._sampling.told(slots, partial(self._read, pending))
 
-    def _score(self, hidden: torch.Tensor, rows: np.ndarray, tokens: np.ndarray) -> torch.Tensor:
-        """[len(rows)] logprobs, a piece at a time: float32 logits of a long prompt at once would fill gigabytes."""
+    def _read(self, pending: Pending) -> list[int]:
+        """The tokens of a step under way, for whose grammars the next step's are to be masked."""
+        asked = time.perf_counter()
+        tokens = pending.read_tokens()
+        self.waited_s += time.perf_counter() - asked
+        return tokens
+
+    def _score(self, hidden: torch.Tensor, tokens: np.ndarray) -> torch.Tensor:
+        """[len(tokens)] logprobs, a piece at a time: float32 logits of a long prompt at once would fill gigabytes."""
         parts = []
-        for start in range(0, len(rows), 256):
+        for start in range(0, len(tokens), 256):
             piece = slice(start, start + 256)
-            logits = self._model.logits(hidden.index_select(0, self._to_device(rows[piece])))
+            logits = self._model.logits(hidden[piece])
             parts.append(token_logprobs(logits, self._to_device(tokens[piece]), 0)[0])
         return torch.cat(parts)
 
@@ -418,6 +433,12 @@ class CudaExecutor:
                 on_progress("capturing CUDA graphs of mixed steps", done / len(sizes))
             self._pieces.insert(0, Pieces(self._model, self._views, self._mixed, rows, stream, pool))
         torch.cuda.synchronize()
+
+
+def _wanted(decodes: int, padded: int, chunks: Sequence[SlotWork]) -> Wanted:
+    """All decodes, then what is wanted of the chunks. padded: the row that the first chunk begins at."""
+    of_chunks = wanted_rows(chunks, padded - 1 + np.cumsum([work.length for work in chunks]))
+    return of_chunks._replace(rows=np.concatenate((np.arange(decodes), of_chunks.rows)))
 
 
 def _decode_rows(plan: StepPlan) -> Decodes:

@@ -63,12 +63,14 @@ class Executor(Protocol):
     `submit` may return before the step has run, so that the next plan can be made meanwhile: up to `depth` steps may
     be submitted and not yet collected. An error of either is the end of that step alone. With a second tier it also
     starts a plan's copies and orders them as docs/duplexkv.md says; without one (`tier` is None) plans bring no copies.
-    `grammars` compiles what requests constrain their output by, before they are planned.
+    `grammars` compiles what requests constrain their output by, before they are planned. `waited_s`: how long `submit`
+    has waited for the device by now, all calls together.
     """
 
     limits: ExecutorLimits
     tier: TierLimits | None
     depth: int
+    waited_s: float
     grammars: GrammarCompiler
 
     def submit(self, plan: StepPlan) -> None: ...

@@ -6,11 +6,8 @@ import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
-from typing import Any
 
 from superinfer.errors import (
     InvalidRequestError,
@@ -20,13 +17,15 @@ from superinfer.errors import (
     SuperinferError,
 )
 from superinfer.runtime.engine.attainment import Attainment
+from superinfer.runtime.engine.compiling import Compiling, end
 from superinfer.runtime.engine.executor import Executor
 from superinfer.runtime.engine.followers import Followers, whole
 from superinfer.runtime.engine.frontdoor import FrontDoor
 from superinfer.runtime.engine.intake import Intake
 from superinfer.runtime.engine.live import live_report
 from superinfer.runtime.engine.outgoing import Outgoing
-from superinfer.runtime.engine.tier_stats import tier_stats
+from superinfer.runtime.engine.plan_timing import PlanTiming
+from superinfer.runtime.engine.reports import Counters, health_report, stats_report
 from superinfer.runtime.protocol import (
     Cancel,
     Deltas,
@@ -35,16 +34,14 @@ from superinfer.runtime.protocol import (
     GetHealth,
     GetLive,
     GetStats,
-    HealthReport,
     RequestReport,
     Score,
     SequenceDelta,
     Shutdown,
-    StatsReport,
     ToEngine,
 )
 from superinfer.runtime.scheduler.base import Scheduler
-from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, Status, StepUpdates
+from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate, StepUpdates
 from superinfer.runtime.tracing import TraceRecorder
 
 log = logging.getLogger("superinfer.engine")
@@ -53,24 +50,6 @@ IDLE_POLL_MS = 200
 COMPILING_POLL_MS = 2  # while nothing computes and a grammar is being compiled
 NOTHING: Mapping[bytes, list[SequenceDelta]] = MappingProxyType({})
 PULSE_S = 1.0  # how long the requests of a client that has gone may go on at most
-
-
-@dataclass
-class Counters:
-    """What happened since the start. Sequences, tokens, seconds."""
-
-    steps: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    prefill_tokens: int = 0
-    output_tokens: int = 0
-    slo_met: int = 0
-    slo_missed: int = 0
-    step_s: float = 0.0
-    schedule_s: float = 0.0
 
 
 class EngineLoop:
@@ -84,7 +63,10 @@ class EngineLoop:
         executor: Executor,
         max_queue: int,
         trace: TraceRecorder | None = None,
+        *,
+        plan_late: bool = True,
     ) -> None:
+        """plan_late: see `EngineConfig`."""
         self._door = door
         self._intake = intake
         self._scheduler = scheduler
@@ -95,8 +77,9 @@ class EngineLoop:
         self._num_live = 0
         self._followers = Followers()
         self._outgoing = Outgoing()  # tokens that a later delta will tell
-        self._compiling: list[tuple[Future[Any], list[Sequence]]] = []  # not with the scheduler yet
+        self._compiling = Compiling()
         self._in_flight: deque[int] = deque()  # steps submitted and not collected, oldest first
+        self._timing = PlanTiming(late=plan_late)
         self._counters = Counters()
         self._attainment = Attainment()
         self._started = self._turned = self._pulsed = self._read = time.monotonic()
@@ -135,6 +118,8 @@ class EngineLoop:
             self._add_compiled(now)
         self._publish(self._scheduler.expire(now), now)
         if len(self._in_flight) < self._executor.depth:
+            if self._put_off_s(now):
+                return  # a message came meanwhile, and there may be more
             planned = self._start_step(now)
             if planned and len(self._in_flight) < self._executor.depth:
                 return  # see to messages, then plan the next step while this one runs
@@ -142,9 +127,15 @@ class EngineLoop:
             self._end_step()
 
     def _poll_ms(self) -> int:
-        if self._compiling and not self._in_flight and self._num_live == sum(len(held) for _, held in self._compiling):
+        if self._compiling and not self._in_flight and self._num_live == len(self._compiling):
             return COMPILING_POLL_MS
-        return 0 if self._num_live else IDLE_POLL_MS
+        return round(self._put_off_s(time.monotonic()) * 1e3) if self._num_live else IDLE_POLL_MS
+
+    def _put_off_s(self, now: float) -> float:
+        """How long planning the next step can wait, because the device is busy until then."""
+        if not 0 < len(self._in_flight) < self._executor.depth:
+            return 0.0
+        return self._timing.wait_s(now)
 
     def _start_step(self, now: float) -> bool:
         """Plan and submit a step; False when there is nothing to compute."""
@@ -155,12 +146,15 @@ class EngineLoop:
             self._trace.planned(plan, now, planned)
         if plan is None:
             return False
+        waited_s = self._executor.waited_s
         try:
             self._executor.submit(plan)
         except Exception as error:
             self._lose(plan.step, error)
         else:
             self._in_flight.append(plan.step)
+            waited_s = self._executor.waited_s - waited_s
+            self._timing.submitted(self._scheduler.expected_s(plan.step), now, time.monotonic(), waited_s)
             self._counters.prefill_tokens += plan.num_prefill_tokens
         return True
 
@@ -170,9 +164,11 @@ class EngineLoop:
         try:
             result = self._executor.collect()
         except Exception as error:
+            self._timing.ended(None, time.monotonic())
             self._lose(step, error)
             return
         now = time.monotonic()
+        self._timing.ended(result.elapsed - result.link.stall_s, now)
         self._counters.steps += 1
         self._counters.step_s += result.elapsed
         updates = self._scheduler.commit(result, now)
@@ -194,9 +190,13 @@ class EngineLoop:
             case Cancel():
                 self._cancel(client, message)
             case GetHealth(token=token):
-                self._door.send(client, self._health(token))
+                now, stopping = time.monotonic(), bool(self._stop_reason)
+                uptime_s, idle_s = now - self._started, now - self._turned
+                report = health_report(token, self._scheduler, stopping=stopping, uptime_s=uptime_s, idle_s=idle_s)
+                self._door.send(client, report)
             case GetStats(token=token):
-                self._door.send(client, self._stats(token))
+                counters, attainment, tier = self._counters, self._attainment, self._executor.tier
+                self._door.send(client, stats_report(token, self._scheduler, counters, attainment, tier))
             case GetLive():
                 sequences = [s for requests in self._live.values() for held in requests.values() for s in held]
                 self._door.send(client, live_report(message, sequences, time.monotonic()))
@@ -227,7 +227,7 @@ class EngineLoop:
             for sequence in sequences:
                 self._trace.follow(sequence)
         if compiled is not None:
-            self._compiling.append((compiled, list(sequences)))
+            self._compiling.hold(compiled, sequences)
             return True
         for sequence in sequences:
             self._scheduler.add(sequence)
@@ -289,35 +289,23 @@ class EngineLoop:
 
     def _add_compiled(self, now: float) -> None:
         """Sequences whose grammar is compiled join the others; those whose grammar cannot be used are told so."""
-        for _, held in self._compiling:
-            for sequence in [s for s in held if _is_expired(s, now)]:
-                held.remove(sequence)
-                self._scheduler.add(sequence)  # which ends it before it is planned
-        for item in [item for item in self._compiling if item[0].done() or not item[1]]:
-            self._compiling.remove(item)
-            compiled, held = item
-            error = compiled.exception() if held else None
+        for sequence in self._compiling.expired(now):
+            self._scheduler.add(sequence)  # which ends it before it is planned
+        for sequences, error in self._compiling.compiled():
             if error is None:
-                for sequence in held:
+                for sequence in sequences:
                     self._scheduler.add(sequence)
                 continue
-            for sequence in held:
-                sequence.status = Status.FINISHED
-                sequence.stages.end(now)
+            for sequence in sequences:
+                end(sequence, now)
             if not isinstance(error, SuperinferError):
                 log.error("a grammar could not be compiled", exc_info=error)
                 error = SuperinferError(f"the grammar could not be compiled: {error}")
-            self._fail(held[0].owner, held[0].request_id, error)
+            self._fail(sequences[0].owner, sequences[0].request_id, error)
 
     def _end(self, sequence: Sequence, now: float) -> SequenceUpdate | None:
         """Cancel a sequence, with the scheduler or not there yet. None if it had ended before."""
-        for _, held in self._compiling:
-            if sequence in held:
-                held.remove(sequence)
-                sequence.status, sequence.finish_reason, sequence.finished_at = Status.FINISHED, "cancelled", now
-                sequence.stages.end(now)
-                return SequenceUpdate(sequence, [], None, "cancelled")
-        return self._scheduler.cancel(sequence, now)
+        return self._compiling.cancel(sequence, now) or self._scheduler.cancel(sequence, now)
 
     def _cancel(self, client: bytes, message: Cancel) -> None:
         now = time.monotonic()
@@ -389,24 +377,13 @@ class EngineLoop:
             )
             if report is not None:
                 self._retire(sequence)
-                self._count(update, report.met)
+                self._counters.ended(update, report.met)
                 self._attainment.ended(sequence.slo_class, update.finish_reason, report)
                 ended.append(sequence)
         for client, deltas in by_client.items():
             self._door.send(client, Deltas(deltas=deltas))
         for sequence in ended:
             self._let_go(sequence)
-
-    def _count(self, update: SequenceUpdate, met: bool | None) -> None:
-        counters = self._counters
-        if update.finish_reason == "cancelled":
-            counters.cancelled += 1
-        else:
-            counters.finished += 1
-        counters.prompt_tokens += update.sequence.num_prompt
-        counters.cached_tokens += update.sequence.cached
-        counters.slo_met += met is True
-        counters.slo_missed += met is False
 
     def _lose(self, step: int, error: Exception) -> None:
         """A step failed: its requests get the error, all others go on."""
@@ -442,50 +419,6 @@ class EngineLoop:
             if not requests:
                 del self._live[sequence.owner]
 
-    # ------------------------------------------------------------------ reports
-
-    def _health(self, token: int) -> HealthReport:
-        now = time.monotonic()
-        counts = self._scheduler.counts()
-        return HealthReport(
-            token=token,
-            status="stopping" if self._stop_reason else "ok",
-            uptime_s=now - self._started,
-            running=counts.running,
-            waiting=counts.waiting,
-            idle_s=now - self._turned,
-        )
-
-    def _stats(self, token: int) -> StatsReport:
-        counts, counters, tier = self._scheduler.counts(), self._counters, self._executor.tier
-        steps = max(1, counters.steps)
-        cost_error = self._scheduler.cost.error()
-        return StatsReport(
-            token=token,
-            steps=counters.steps,
-            running=counts.running,
-            waiting=counts.waiting,
-            finished=counters.finished,
-            cancelled=counters.cancelled,
-            failed=counters.failed,
-            preemptions=counts.preemptions,
-            prompt_tokens=counters.prompt_tokens,
-            cached_tokens=counters.cached_tokens,
-            output_tokens=counters.output_tokens,
-            slo_met=counters.slo_met,
-            slo_missed=counters.slo_missed,
-            blocks_total=counts.blocks_total,
-            blocks_free=counts.blocks_free,
-            blocks_cached=counts.blocks_cached,
-            step_s_mean=counters.step_s / steps,
-            schedule_s_mean=counters.schedule_s / steps,
-            tiers=tier_stats(counts.tiers, tier.block_bytes) if counts.tiers is not None and tier is not None else None,
-            classes=self._attainment.report(),
-            cost_error_p50=cost_error.median,
-            cost_error_p90=cost_error.p90,
-            prefill_tokens=counters.prefill_tokens,
-        )
-
 
 def _never_begun(request: Generate, index: int) -> SequenceDelta:
     """The last delta of a request that was cancelled while it was held."""
@@ -493,13 +426,3 @@ def _never_begun(request: Generate, index: int) -> SequenceDelta:
         prompt_tokens=0, cached_tokens=0, output_tokens=0, queue_s=0.0, prefill_s=0.0, decode_s=0.0, e2e_s=0.0
     )
     return SequenceDelta(request_id=request.request_id, index=index, finish_reason="cancelled", report=report)
-
-
-def _is_expired(sequence: Sequence, now: float) -> bool:
-    slo = sequence.slo
-    return (
-        slo is not None
-        and slo.deadline is not None
-        and slo.on_miss != "finish"
-        and sequence.arrival + slo.deadline <= now
-    )

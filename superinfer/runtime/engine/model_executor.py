@@ -17,7 +17,7 @@ from superinfer.runtime.engine.constraints import split_forced
 from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
 from superinfer.runtime.engine.grammar import GrammarCompiler
 from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
-from superinfer.runtime.engine.step_inputs import BlockTables, StepAssembler, StepInputs
+from superinfer.runtime.engine.step_inputs import BlockTables, StepAssembler, StepInputs, Wanted
 from superinfer.runtime.kv.duplex_cpu import CpuDuplex
 from superinfer.runtime.kv.link_profile import LinkProfile
 from superinfer.runtime.memory import free_memory, zeros_on_demand
@@ -56,6 +56,7 @@ class ModelExecutor:
         config = model.config
         self.limits = limits
         self.depth = 1
+        self.waited_s = 0.0
         self.model_name = model_name
         self.path = path
         self.architecture = config.architecture
@@ -133,32 +134,34 @@ class ModelExecutor:
             self.duplex.wait(plan.waits)
         if plan.work:
             inputs = self._assembler.assemble(plan.work)
-            hidden = self._forward(inputs)
-            self._sample(inputs, hidden, result)
-            self._score(inputs, hidden, result)
+            wanted = inputs.wanted()
+            hidden = self._forward(inputs, wanted.rows)
+            self._sample(inputs, wanted, hidden, result)
+            self._score(inputs, wanted, hidden, result)
         return result
 
-    def _forward(self, inputs: StepInputs) -> torch.Tensor:
-        """[tokens, hidden]"""
+    def _forward(self, inputs: StepInputs, wanted: np.ndarray) -> torch.Tensor:
+        """[wanted, hidden]. wanted: rows of the step."""
         if inputs.continued is not None:
             rows, slots = inputs.continued
             inputs.ids.index_copy_(0, rows, self._last_tokens.index_select(0, slots))
         kv_heads = self._model.config.num_kv_heads
         attention = PagedAttention(self._views, kv_heads, inputs.key_index, inputs.value_index, inputs.groups)
-        hidden: torch.Tensor = self._model(inputs.ids, inputs.positions, attention)
+        some = None
+        if not np.array_equal(wanted, np.arange(len(inputs.ids))):
+            some = torch.from_numpy(wanted).to(self._device)
+        hidden: torch.Tensor = self._model(inputs.ids, inputs.positions, attention, some)
         return hidden
 
-    def _sample(self, inputs: StepInputs, hidden: torch.Tensor, result: StepResult) -> None:
-        picked = [i for i, work in enumerate(inputs.work) if work.sample]
+    def _sample(self, inputs: StepInputs, wanted: Wanted, hidden: torch.Tensor, result: StepResult) -> None:
+        picked = wanted.sampled
         if not picked:
             return
         slots = np.array([inputs.work[i].slot for i in picked], dtype=np.int64)
-        if len(picked) < len(hidden):
-            hidden = hidden.index_select(0, torch.from_numpy(inputs.last_rows[picked]).to(self._device))
         for i in picked:
             if not inputs.work[i].is_decode:
                 self._sampling.caught_up(inputs.work[i].slot, inputs.work[i].start + inputs.work[i].length)
-        sampled = self._sampling.sample(self._model.logits(hidden), slots)
+        sampled = self._sampling.sample(self._model.logits(hidden[: len(picked)]), slots)
         self._last_tokens.index_copy_(0, torch.from_numpy(slots).to(self._device), sampled.tokens)
         tokens = sampled.tokens.tolist()
         self._sampling.told(slots, lambda: tokens)
@@ -177,14 +180,13 @@ class ModelExecutor:
             found[slot] = TokenLogprob(tokens[row], chosen[i], top)
         return found
 
-    def _score(self, inputs: StepInputs, hidden: torch.Tensor, result: StepResult) -> None:
+    def _score(self, inputs: StepInputs, wanted: Wanted, hidden: torch.Tensor, result: StepResult) -> None:
         """Logits of all scored positions of the step at once; most steps score nothing."""
-        scored = [i for i, work in enumerate(inputs.work) if work.score]
+        scored = wanted.scored
         if not scored:
             return
-        rows = np.concatenate([np.arange(-len(inputs.work[i].score), 0) + inputs.last_rows[i] + 1 for i in scored])
         tokens = np.concatenate([np.array(inputs.work[i].score, dtype=np.int64) for i in scored])
-        logits = self._model.logits(hidden.index_select(0, torch.from_numpy(rows).to(self._device)))
+        logits = self._model.logits(hidden[len(wanted.sampled) :])
         values, _, _ = token_logprobs(logits, torch.from_numpy(tokens).to(self._device), 0)
         logprobs = iter(values.tolist())
         for i in scored:

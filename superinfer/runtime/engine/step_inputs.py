@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -122,6 +123,23 @@ class BlockTables:
         return rows
 
 
+class Wanted(NamedTuple):
+    """The rows of a step whose hidden states are needed. rows: int64, the last of each work that samples, then those
+    that scores are read from. sampled, scored: places of these works among all."""
+
+    rows: np.ndarray
+    sampled: list[int]
+    scored: list[int]
+
+
+def wanted_rows(work: Sequence[SlotWork], last_rows: np.ndarray) -> Wanted:
+    """last_rows: [work], the row of each one's last token. What both samples and scores has its last row twice."""
+    sampled = [i for i, one in enumerate(work) if one.sample]
+    scored = [i for i, one in enumerate(work) if one.score]
+    judged = [last_rows[i] + 1 + np.arange(-len(work[i].score), 0) for i in scored]
+    return Wanted(np.concatenate([last_rows[sampled], *judged]).astype(np.int64), sampled, scored)
+
+
 @dataclass(slots=True)
 class StepInputs:
     """One step's inputs. Rows are in the order of `work`, which is not the plan's: single tokens first, by length.
@@ -140,6 +158,10 @@ class StepInputs:
     continued: tuple[torch.Tensor, torch.Tensor] | None
     groups: list[list[AttentionGroup]]
     last_rows: np.ndarray
+
+    def wanted(self) -> Wanted:
+        """Whose hidden states the step is computed for."""
+        return wanted_rows(self.work, self.last_rows)
 
 
 class StepAssembler:

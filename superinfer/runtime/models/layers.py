@@ -130,14 +130,14 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if qk_norm else None
 
     def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
-        """[tokens, hidden], or as `Linear.in_parts`."""
+        """[tokens, heads · head_dim]: what `o_proj` takes, which is left to the layer."""
         normed = self.q_norm is not None
         qkv = self.qkv_proj(x) if normed else self.qkv_proj.in_parts(x)
         qkv = qkv.view(*qkv.shape[:-1], -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
             qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=1)
-        return self.o_proj.in_parts(step.attention.rotate_and_attend(self.layer, qkv, step.cos, step.sin, self.scale))
+        return step.attention.rotate_and_attend(self.layer, qkv, step.cos, step.sin, self.scale)
 
 
 class MLP(nn.Module):

@@ -46,6 +46,10 @@ class Scheduler(Protocol):
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None when there is nothing to compute."""
 
+    def expected_s(self, step: int) -> float:
+        """How long a planned step, not committed yet, will take the device, waits for copies apart; seconds.
+        0.0 if copies are all there is."""
+
     def commit(self, result: StepResult, now: float) -> StepUpdates:
         """Take in what a planned step produced."""
 

@@ -59,6 +59,11 @@ class Places(ABC):
         A waiting sequence keeps the key it had when it began to wait: time must move all keys alike.
         """
 
+    def expected_s(self, step: int) -> float:
+        """See Scheduler."""
+        load = self._loads[step]
+        return self.cost.seconds(load) if load.tokens else 0.0
+
     def _queue_key(self, sequence: Sequence, now: float) -> tuple[float, ...]:
         """By which it waits: its rank, unless a policy keeps an order of its own."""
         return self.rank(sequence, now)

@@ -29,7 +29,7 @@ class SimExecutor:
 
     Steps are timed by `rates`, one after another; copies by `link`, as docs/duplexkv.md orders them: a plan's copies
     start when the steps before it are done, its work when those it waits for are over. It has no clock of its own:
-    `now` is set by who submits.
+    `now` is set by who submits. free_at: when the last step submitted ends.
     """
 
     def __init__(
@@ -45,10 +45,11 @@ class SimExecutor:
         self.limits = limits
         self.tier = tier
         self.depth = depth
+        self.waited_s = 0.0
         self.now = 0.0
         self.last = SimStep(StepLoad(0, 0, 0, 0.0), 0.0, 0.0)
         self._link = link
-        self._free_at = 0.0
+        self.free_at = 0.0
         self._slots: set[int] = set()
         self._done: deque[tuple[StepResult, SimStep]] = deque()
 
@@ -61,11 +62,11 @@ class SimExecutor:
         unknown = {*tokens, *decoding} - self._slots
         if unknown:
             raise RuntimeError(f"step {plan.step} works on slots {sorted(unknown)} that nobody took")
-        start = max(self._free_at, self.now)
+        start = max(self.free_at, self.now)
         begin = self._wait(plan, start)
         load = StepLoad.of(plan)
         compute_s = self.rates.seconds(load) if plan.has_work else 0.0
-        self._free_at = end = begin + compute_s
+        self.free_at = end = begin + compute_s
         copied, use = self._copied(end, stall_s=begin - start if plan.has_work else 0.0)
         decoded = np.full(len(decoding), DUMMY_TOKEN)
         result = StepResult(plan.step, tokens, elapsed=end - start, copied=copied, link=use, decoded=decoded)

@@ -42,6 +42,8 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     link; 0: none. prefix_aware: whether policy "rota" decides by what of a prompt is cached; off only to measure what
     that is worth. depth: steps planned ahead of the results, as in the engine: 1 waits for each. The time `plan` itself
     takes is measured, not simulated.
+    ready_s: with depth 2, a step is planned so many seconds before the one before it ends (`EngineConfig.plan_late`);
+        None: as soon as that begins.
     way_s: from the client to the engine. None: a request arrives when its client sends it. Else it arrives when the
         engine, between two steps, comes to read it, `way_s` after it was sent at the earliest; as far as the engine can
         tell it came when messages were read before.
@@ -59,6 +61,7 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: bool = True
     prefix_aware: bool = True
     depth: int = 1
+    ready_s: float | None = None
     way_s: float | None = None
     give_up_s: float | None = None
     leave_at: float | None = None
@@ -267,6 +270,7 @@ class _Run:
         self._executor = executor
         self._cost = cost
         self._way_s = config.way_s
+        self._ready_s = config.ready_s
         self._give_up_s = config.give_up_s
         self._leave_at = config.leave_at
         self._on_end = on_end
@@ -292,8 +296,13 @@ class _Run:
                 leave_at = math.inf
             self._record(self._scheduler.expire(now), now)
             self._sample(now)
-            if self._under_way < self._executor.depth and self._plan(now):
-                continue
+            if self._under_way < self._executor.depth:
+                later = self._put_off_to(now)
+                if later is not None:
+                    now = min(later, max(now, jobs[at].at + way_s)) if at < len(jobs) else later
+                    continue
+                if self._plan(now):
+                    continue
             if self._under_way:
                 now = self._finish_step(now)
             elif at < len(jobs):
@@ -302,6 +311,13 @@ class _Run:
                 raise RuntimeError(f"{tally.live} requests are left and the scheduler plans nothing")
             else:
                 return
+
+    def _put_off_to(self, now: float) -> float | None:
+        """When the next step is to be planned, if that is later: `SimConfig.ready_s`."""
+        if self._ready_s is None or not self._under_way:
+            return None
+        at = self._executor.free_at - self._ready_s
+        return at if at > now else None
 
     def _give_up(self, now: float, before: float) -> None:
         """The clients of all that arrived before then are gone."""

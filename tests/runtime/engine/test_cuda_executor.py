@@ -158,6 +158,19 @@ def test_scores_equal_transformers_log_softmax(llama, plain_kernels):
     torch.testing.assert_close(torch.tensor([s.logprob for s in scored.scores]), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_without_a_graph_the_last_layer_feeds_forward_only_what_is_asked_for(llama, plain_kernels):
+    folder, _ = llama
+    executor = executor_of(folder)
+    rows: list[int] = []
+    executor._model.model.layers[-1].mlp.register_forward_hook(lambda _, given, out: rows.append(len(given[0])))
+    long, other = prompts_of([60, 30])
+    stepper = Stepper(executor)
+    first, second = stepper.add(long), stepper.add(other)
+    stepper.step((first, stepper.prefill(first, 40)))  # goes on: nobody asks for anything
+    stepper.step((first, stepper.prefill(first)), (second, stepper.prefill(second, 20)))  # one ends
+    assert rows == [1]
+
+
 def test_shared_prefix_blocks_are_read_not_recomputed(llama, plain_kernels):
     folder, model = llama
     stepper = Stepper(executor_of(folder))

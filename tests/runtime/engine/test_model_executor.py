@@ -153,6 +153,23 @@ def test_scores_equal_transformers_log_softmax(tmp_path, variant, chunk):
     torch.testing.assert_close(torch.tensor([s.logprob for s in scored.scores]), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_last_layer_feeds_forward_only_what_is_asked_for(llama):
+    folder, _ = llama
+    executor = executor_of(folder)
+    rows: list[list[int]] = [[], []]
+    for seen, layer in zip(rows, (executor._model.model.layers[0], executor._model.model.layers[-1]), strict=True):
+        layer.mlp.register_forward_hook(lambda _, given, out, seen=seen: seen.append(len(given[0])))
+    prompt, other = prompts_of([20, 30])
+    stepper = Stepper(executor)
+    first, second = stepper.add(prompt), stepper.add(other)
+    stepper.step((first, stepper.prefill(first)))  # ends
+    stepper.step((first, stepper.decode(first)), (second, stepper.prefill(second, 16)))  # goes on
+    stepper.step((second, stepper.prefill(second, 10, score=True)))  # all but what comes before is judged
+    third = stepper.add(prompt)
+    stepper.step((third, stepper.prefill(third, 16)))  # nobody asks for anything
+    assert rows[0] == [20, 17, 10, 16] and rows[1] == [1, 1, 10]
+
+
 def test_only_the_last_positions_of_a_chunk_are_scored_when_few_are_asked(llama):
     folder, model = llama
     stepper = Stepper(executor_of(folder))

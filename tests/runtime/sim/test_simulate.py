@@ -53,6 +53,14 @@ def test_with_two_steps_in_flight_time_is_the_same_for_one_request():
     assert two.steps == one.steps
 
 
+def test_a_step_planned_late_has_who_came_meanwhile():
+    jobs = [job(0.0, 500, 200), job(0.5001, 500, 20, 1)]
+    at_once, late = (
+        simulate(jobs, H100, LLAMA, SimConfig(depth=2, way_s=0.0, ready_s=ready_s)) for ready_s in (None, 1e-4)
+    )
+    assert late.ttft.p99 < at_once.ttft.p99 - 0.5 * RATES.seconds(StepLoad(1, 1, 500, 0.0))
+
+
 def test_time_passes_while_nothing_is_to_do():
     result = simulate([job(0.0, 10, 2), job(100.0, 10, 2, 1)], H100, LLAMA, SimConfig())
     assert result.duration == pytest.approx(100.0, abs=0.1)
