@@ -189,10 +189,11 @@ def test_held_requests_count_as_unfinished(tiny_checkpoint):
 
 
 @pytest.mark.parametrize(("interval_s", "most"), [(math.inf, 1), (0.02, 13), (0.0, 13)])
-def test_deltas_may_be_kept_back_and_lose_nothing(engine, client, interval_s, most):
+def test_deltas_may_be_kept_back_and_lose_nothing(engine, interval_s, most):
     sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=0)
-    plain = list(client.generate(request(PROMPT, sampling)))
-    kept = list(client.generate(request(PROMPT, sampling, interval_s=interval_s)))
+    with EngineClient(engine.address) as client:
+        plain = list(client.generate(request(PROMPT, sampling)))
+        kept = list(client.generate(request(PROMPT, sampling, interval_s=interval_s)))
     assert told(kept) == told(plain)
     assert len(kept) <= most
     assert [len(delta.token_ids) for delta in kept] == [len(delta.logprobs or []) for delta in kept]
