@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from chat_checkpoint import write_checkpoint
+from hypothesis import HealthCheck, settings
 
 from superinfer.runtime.client import EngineClient
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.launch import EngineProcess, launch_engine
+
+# How long an example takes says nothing on a machine that may stand still for a second.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 if not torch.cuda.is_available():
     # Triton reads it once, when it is first imported, by whichever test comes first: kernels run in its interpreter.

@@ -58,7 +58,7 @@ def test_offline_counts_every_token_and_records_where_it_ran(bench: Run, random_
 
 def test_latency_measures_tpot_ttft_and_prefill(bench: Run, random_llama: Path, tmp_path: Path):
     out = tmp_path / "latency.json"
-    sizes = ("--batch", "1,3", "--prompt-tokens", "8", "--output-tokens", "24", "--ttft", "16,64", "--prefill", "2x32")
+    sizes = ("--batch", "1,3", "--prompt-tokens", "8", "--output-tokens", "150", "--ttft", "16,64", "--prefill", "2x32")
     status, text, err = bench(
         "latency", "--model", str(random_llama), *TINY, *sizes, "--rounds", "2", "--json", str(out)
     )

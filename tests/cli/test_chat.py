@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from command_line import starting
 
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(params=["engine", "url"])
-def partner(request: pytest.FixtureRequest, tiny_engine: Any, start: Callable[..., Any]) -> tuple[str, str]:
+@pytest.fixture(scope="module", params=["engine", "url"])
+def partner(request: pytest.FixtureRequest, tiny_engine: Any) -> Iterator[tuple[str, str]]:
     """The options that name who answers."""
     if request.param == "engine":
-        return "--engine", tiny_engine.address
-    server = start("serve", "--port", "0", "--engine", tiny_engine.address)
-    return "--url", server.line("serving at").split()[2]
+        yield "--engine", tiny_engine.address
+        return
+    with starting() as start:
+        server = start("serve", "--port", "0", "--engine", tiny_engine.address)
+        yield "--url", server.line("serving at").split()[2]
 
 
 def test_each_line_gets_an_answer_and_its_timing(run: Run, partner: tuple[str, str]) -> None:

@@ -29,6 +29,6 @@ def test_the_openai_example_streams_and_reports(tiny_engine: Any, start: Callabl
     server = start("serve", "--port", "0", "--engine", tiny_engine.address)
     url = server.line("serving at").split()[2]
     example = Path(examples_folder()) / "openai_client.py"
-    done = subprocess.run([sys.executable, str(example), url], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, str(example), url], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     assert "first token after" in done.stdout.splitlines()[-1]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,11 @@ def test_help_does_not_import_what_is_slow() -> None:
         "slow = {'torch', 'transformers', 'fastapi', 'uvicorn', 'openai', 'zmq', 'aiohttp', 'numpy'}\n"
         "print(slow & set(sys.modules), file=sys.stderr)"
     )
-    began = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stderr.strip() == "set()"
-    assert time.monotonic() - began < 3  # half a second on an idle machine
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3  # half a second of computing
 
 
 def test_version(run: Run) -> None:
@@ -86,7 +87,7 @@ def test_a_corrupted_checkpoint_is_named(run: Run, random_llama: Path, tmp_path:
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     command = start("serve", "--port", "0", "--model", str(broken))
-    line = error_of(command.end(60))
+    line = error_of(command.end())
     assert str(broken) in line or "model.safetensors" in line
     assert command.left_behind() == []
 
@@ -97,12 +98,11 @@ def test_an_engine_that_is_not_there_is_named(
     address = f"ipc://{tmp_path}/none.sock"
     assert 1 <= chat.CONNECT_TIMEOUT_S <= 10
     monkeypatch.setattr(chat, "CONNECT_TIMEOUT_S", 0.2)
-    began = time.monotonic()
     with pytest.raises(SystemExit) as ended:
         main(["chat", "--engine", address])
     shown = capsys.readouterr()
-    assert address in error_of((int(ended.value.code or 0), shown.out, shown.err))
-    assert time.monotonic() - began < 4
+    line = error_of((int(ended.value.code or 0), shown.out, shown.err))
+    assert address in line and "within 0.2 s" in line
     assert "'nonsense'" in error_of(run("serve", "--port", "0", "--engine", "nonsense"))
 
 
@@ -110,7 +110,7 @@ def test_a_port_in_use_is_found_before_an_engine_is_started(start: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         # this model does not exist: the port's error comes first
-        line = error_of(start("serve", "--port", str(port), "--model", "/nowhere").end(20))
+        line = error_of(start("serve", "--port", str(port), "--model", "/nowhere").end())
     assert f"port={port}" in line and "in use" in line
 
 

@@ -11,6 +11,7 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parent)]
 
 from scripted_client import ScriptedClient  # noqa: E402
+from slow_engine import SlowEngine, slow_engine  # noqa: E402
 
 from superinfer.lang.backend import RuntimeEndpoint, TextBackend, set_default_backend  # noqa: E402
 from superinfer.runtime.config import EngineConfig  # noqa: E402
@@ -62,6 +63,13 @@ def talking_engine(talking_llama: Path) -> Iterator[EngineProcess]:
     config = EngineConfig(model=str(talking_llama), kv_tokens=4096, max_batch_tokens=128, max_batch_size=16, threads=1)
     with launch_engine(config) as process:
         yield process
+
+
+@pytest.fixture(scope="session")
+def slow(talking_llama: Path) -> Iterator[SlowEngine]:
+    """An engine on which a request of 900 tokens lasts for 18 s: what tests interrupt has not ended before."""
+    with slow_engine(talking_llama, step_s=0.02) as engine:
+        yield engine
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
@@ -52,7 +53,8 @@ class CharTokenizer:
 class ScriptedClient:
     """`answer(prompt)` gives the text of a generation (or raises); each token takes `token_s` seconds.
 
-    `logprob(before, token text)` gives what `score` returns for a token after the text before it.
+    `logprob(before, token text)` gives what `score` returns for a token after the text before it. No generation begins
+    before `may_begin()`, and none goes on after its first token before `may_go_on()`.
     """
 
     def __init__(self) -> None:
@@ -60,10 +62,15 @@ class ScriptedClient:
         self.answer: Callable[[str], str] = lambda prompt: "ok"
         self.logprob: Callable[[str, str], float] = lambda before, token: -1.0
         self.token_s = 0.0
+        self.may_begin: Callable[[], bool] = lambda: True
+        self.may_go_on: Callable[[], bool] = lambda: True
         self.chars_per_token = 1
         self.report: RequestReport | None = None
         self.requests: list[TextRequest] = []
+        self.came: list[float] = []  # when each of `requests` did, on the monotonic clock
+        self.given: list[int] = []  # how many tokens each of `requests` was given
         self.scored: list[tuple[list[int], int, SLO | None]] = []
+        self.scored_came: list[float] = []
         self.groups: set[str] = set()
         self.cancelled: list[str] = []
         self.open = 0
@@ -71,11 +78,15 @@ class ScriptedClient:
 
     async def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
         self.requests.append(request)
+        self.came.append(time.monotonic())
+        number = len(self.given)
+        self.given.append(0)
         self.open += 1
         self.most_open = max(self.most_open, self.open)
         prompt, finished = str(request.prompt), False
         try:
             await asyncio.sleep(self.token_s)
+            await _until(lambda: self.may_begin())
             for index in range(request.sampling.n):
                 text = self.answer(prompt)
                 stopper = Stopper(request.stop, request.stop_regex)
@@ -87,8 +98,10 @@ class ScriptedClient:
                 for character in text:
                     top = [(ord(character), -0.5)] * (request.sampling.logprobs or 0)
                     logprobs = [TokenLogprob(ord(character), -0.5, top)] if asked else None
+                    self.given[number] += 1
                     yield TextDelta(index, character, [ord(character)], logprobs)
                     await asyncio.sleep(self.token_s)
+                    await _until(lambda: self.may_go_on())
                 report = self.report or make_report(prompt_tokens=len(prompt), output_tokens=len(text))
                 finished = index == request.sampling.n - 1
                 yield TextDelta(index, "", [], None, "stop", stop, report)
@@ -109,6 +122,7 @@ class ScriptedClient:
         hints: Hints | None = None,
     ) -> tuple[list[TokenLogprob], RequestReport]:
         self.scored.append((list(prompt), start, slo))
+        self.scored_came.append(time.monotonic())
         self.groups.add(hints.group if hints is not None else "")
         self.open += 1
         self.most_open = max(self.most_open, self.open)
@@ -125,6 +139,12 @@ class ScriptedClient:
 
     async def close(self) -> None:
         """Nothing to let go of."""
+
+
+async def _until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not holds():
+            await asyncio.sleep(0.001)
 
 
 def make_report(**fields: Any) -> RequestReport:

@@ -392,17 +392,19 @@ def test_deadlines_are_enforced_from_here_where_the_service_knows_none(service: 
 
     @si.function
     def program(s, on_miss):
-        s += si.user("u") + si.assistant(si.gen("x", slo=si.SLO(deadline=0.3, on_miss=on_miss)))
+        deadline = 1.2 if on_miss == "truncate" else 0.2  # time for a few words, however busy the machine is
+        s += si.user("u") + si.assistant(si.gen("x", slo=si.SLO(deadline=deadline, on_miss=on_miss)))
 
     backend = backends(service)[at]
     with backend:
         started = time.monotonic()
         state = program.run("truncate", backend=backend)
-        assert 0.25 < time.monotonic() - started < 2
-        assert state["x"].startswith("w w") and state.get_meta_info("x")["finish_reason"] == "deadline"
+        assert time.monotonic() - started > 1.1
+        assert state["x"].startswith("w w") and state["x"].count("w") < 200
+        assert state.get_meta_info("x")["finish_reason"] == "deadline"
         with pytest.warns(RuntimeWarning, match="DeadlineMissedError"):
             assert isinstance(program.run("raise", backend=backend).error(), si.DeadlineMissedError)
-    end = time.monotonic() + 3
+    end = time.monotonic() + 30
     while service.gone < 2 and time.monotonic() < end:
         time.sleep(0.02)
     assert service.gone == 2  # the request was given up, not only its answer

@@ -31,6 +31,14 @@ def fresh(program: si.Function) -> si.Function:
     return si.function(deadline=program.deadline)(program.func)
 
 
+def is_part_of_what_is_left(model: ScriptedClient, at: int, began: float, part: float, deadline: float = 10.0) -> bool:
+    """Whether the deadline of call `at` is `part` of what its program, which `began` then, had left when it was sent:
+    no less than when the call came, and no more than when the one before it had come."""
+    before = model.came[at - 1] if at else began
+    least, most = deadline - (model.came[at] - began), deadline - (before - began)
+    return part * least <= model.requests[at].slo.deadline <= part * most * (1 + 1e-9)
+
+
 # ------------------------------------------------------------------------------------------------ tracing
 
 
@@ -131,20 +139,22 @@ def test_a_loop_that_never_ends_without_a_model_ends_in_a_trace(model: ScriptedC
 
 
 def test_before_anything_is_known_every_call_is_sent_all_that_is_left(model: ScriptedClient) -> None:
+    began = time.monotonic()
     fresh(support).run("t")
-    assert all(9.5 < r.slo.deadline <= 10 for r in model.requests)
+    assert all(is_part_of_what_is_left(model, at, began, 1) for at in (0, 1, 3))
     assert all(row is None for row in [r.hints and r.hints.expected_tokens for r in model.requests])
 
 
 def test_a_trace_splits_the_deadline_by_max_tokens_along_the_longest_way(model: ScriptedClient) -> None:
     program = fresh(support)
     program.trace("t")
+    began = time.monotonic()
     program.run("t")
-    plan, *notes, answer = (r.slo.deadline for r in model.requests)
-    assert plan == pytest.approx(10 * 40 / 100, abs=0.1)
+    assert is_part_of_what_is_left(model, 0, began, 40 / 100)
     # Hardly any of the 4 s were used: what is left is split again among the rest.
-    assert notes == pytest.approx([10 * 20 / 60] * 2, abs=0.1)
-    assert answer == pytest.approx(10, abs=0.1)
+    assert is_part_of_what_is_left(model, 1, began, 20 / 60)
+    assert model.requests[2].slo.deadline <= 10 * 20 / 60
+    assert is_part_of_what_is_left(model, 3, began, 1)
 
 
 def test_a_call_is_worth_its_share_of_the_work_that_its_program_has_left(model: ScriptedClient) -> None:
@@ -185,19 +195,19 @@ def test_a_run_teaches_what_must_follow_each_call(model: ScriptedClient) -> None
     for _ in range(2):
         program.run("t")
     model.requests.clear()
-    state = program.run("t", deadline=2.0)
+    state = program.run("t", deadline=20.0)
     plan, *notes, answer = (r.slo.deadline for r in model.requests)
     # Each call takes 0.11 s or more; two must follow the plan, one each note, none the answer.
     learnt = program.history.program("support")
     tails = [learnt.sites[name].tail for name in ("plan", "fork/note", "answer")]
     assert tails[0] > tails[1] > tails[2] >= 0 and tails[0] > 0.2
-    assert plan < 2.0 - 0.2
-    assert all(note < 2.0 - 0.2 for note in notes)  # 0.1 s have gone, 0.1 s must follow
-    assert answer < 1.8
+    assert plan < 20.0 - 0.2
+    assert all(note < 20.0 - 0.2 for note in notes)  # 0.1 s have gone, 0.1 s must follow
+    assert answer < 19.8
     assert model.requests[0].hints.expected_tokens == pytest.approx(10)
     report = state.slo_report()
     assert [row.planned_s is not None for row in report.rows[:3]] == [True] * 3
-    assert report.rows[0].slo.deadline > 1.9  # judged by the promise, not by the plan
+    assert report.rows[0].slo.deadline > plan  # judged by the promise, not by the plan
     assert "planned" in str(report)
 
 
@@ -213,8 +223,9 @@ def test_an_agents_turns_are_planned_by_what_earlier_runs_took_from_there_on(mod
     agent.run()
     sites = agent.history.program("agent").sites
     assert list(sites) == ["thought", "thought#2", "thought#3"]
-    assert sites["thought"].tail > 0.15 > sites["thought#2"].tail - 0.05
-    assert sites["thought"].gap == pytest.approx(0.05, abs=0.04)
+    tails = [site.tail for site in sites.values()]
+    assert tails[0] > tails[1] + 0.05 > tails[2] + 0.1 >= 0.15
+    assert 0.05 <= sites["thought"].gap < tails[0] - tails[1]  # the tool, without the call after it
     agent.run()
     assert [r.hints.keep_s is not None for r in model.requests[3:]] == [True, True, False]
 
@@ -227,8 +238,8 @@ def test_the_work_of_a_call_is_counted_without_its_waiting(model: ScriptedClient
     def program(s):
         s += si.gen("x")
 
-    program.run()
-    assert program.history.site("program", "x").work < 0.12
+    (row,) = program.run().slo_report().rows
+    assert program.history.site("program", "x").work == pytest.approx(row.e2e_s - 0.08, abs=1e-3)
 
 
 def test_a_program_that_cannot_be_in_time_any_more_yields_to_others(model: ScriptedClient) -> None:
@@ -261,10 +272,12 @@ def test_a_plan_cuts_nothing_short_but_the_true_deadline_does(model: ScriptedCli
             state = program.run()
     assert model.requests[0].slo.deadline < 0.05 and model.requests[0].slo.on_miss == "finish"
     assert state["x"] == "x" * 5  # longer than planned
-    assert 0.35 < state.slo_report().program.elapsed_s < 1.5
+    assert state.slo_report().program.elapsed_s > 0.35
     if on_miss == "truncate":
-        assert 0 < len(state["y"]) < 90 and state.get_meta_info("y")["finish_reason"] == "deadline"
-    assert len(model.cancelled) == 1
+        # All that was there by the deadline, which is nothing where this process stood still until it had passed.
+        assert len(state["y"]) == sum(model.given[1:]) < 90
+        assert state.get_meta_info("y")["finish_reason"] == "deadline"
+    assert sum(model.given[1:]) < 90 and len(model.cancelled) == len(model.requests) - 1
 
 
 def test_a_call_refused_for_its_planned_deadline_is_sent_again_with_the_true_one(model: ScriptedClient) -> None:
@@ -288,8 +301,9 @@ def test_a_call_refused_for_its_planned_deadline_is_sent_again_with_the_true_one
 def test_planning_can_be_left_off_for_a_run(model: ScriptedClient) -> None:
     program = fresh(support)
     program.trace("t")
+    began = time.monotonic()
     program.run("t", plan=False)
-    assert all(r.slo.deadline > 9.5 for r in model.requests)
+    assert all(is_part_of_what_is_left(model, at, began, 1) for at in (0, 1, 3))
     assert program.history.program("support") is None
 
 
@@ -355,13 +369,13 @@ def test_a_plan_shows_budgets_and_says_what_cannot_be_kept(model: ScriptedClient
     assert "No run has been seen yet" in str(unknown)
 
     model.token_s, model.answer = 0.01, lambda prompt: "x" * 10
-    program.run("t")
+    took = program.run("t").slo_report().program.elapsed_s
     model.requests.clear()
-    fine, hopeless = program.plan("t", deadline=5.0), program.plan("t", deadline=0.1)
+    fine, hopeless = program.plan("t", deadline=60.0), program.plan("t", deadline=0.1)
     assert model.requests == []
-    assert fine.feasible and 0.3 < fine.needs_s < 1.5 and fine.complete
+    assert fine.feasible and 0.3 < fine.needs_s <= took and fine.complete
     assert [row.critical for row in fine.rows].count(True) >= 3
-    assert fine.rows[0].due_s < fine.rows[1].due_s < fine.rows[3].due_s <= 5.0
+    assert fine.rows[0].due_s < fine.rows[1].due_s < fine.rows[3].due_s <= 60.0
     assert fine.rows[3].after == (0, 1, 2)
     assert hopeless.feasible is False
     assert hopeless.infeasible[0].startswith("The program's deadline of 100 ms cannot be kept: it needs ")
@@ -411,8 +425,9 @@ def test_what_was_learnt_is_kept_in_a_file(model: ScriptedClient, tmp_path) -> N
 
 def test_a_program_that_is_compiled_or_bound_plans_with_what_was_learnt(model: ScriptedClient) -> None:
     compiled = fresh(support).compile()
+    began = time.monotonic()
     compiled.bind(ticket="t").run()
-    assert model.requests[0].slo.deadline == pytest.approx(4, abs=0.1)
+    assert is_part_of_what_is_left(model, 0, began, 40 / 100)
     assert compiled.history.program("support").runs == 1
 
 
@@ -451,7 +466,7 @@ def test_the_engine_is_told_what_must_follow_a_call(model: ScriptedClient) -> No
     program = fresh(support)
     program.run("t")
     model.requests.clear()
-    program.run("t", deadline=5.0)
+    program.run("t", deadline=60.0)
     plan, *notes, answer = (r.hints for r in model.requests)
     assert plan.rest_tokens > notes[0].rest_tokens > answer.rest_tokens == 0
     assert plan.rest_s > notes[0].rest_s > answer.rest_s == 0

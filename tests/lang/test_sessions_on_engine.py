@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from slow_engine import SlowEngine
 
 import superinfer as si
 from superinfer.lang.backend import RuntimeEndpoint
@@ -26,8 +27,8 @@ def say(s, text):
 
 
 @si.function
-async def ramble(s, text):
-    s += si.user(text) + si.assistant(si.gen("x", max_tokens=600, temperature=0, ignore_eos=True))
+async def ramble(s, text, tokens):
+    s += si.user(text) + si.assistant(si.gen("x", max_tokens=tokens, temperature=0, ignore_eos=True))
     branches = s.fork(3)
     branches += si.user("And?") + si.assistant(si.gen("y", max_tokens=300, temperature=0, ignore_eos=True))
     await branches.ajoin()
@@ -73,7 +74,7 @@ def test_turns_compute_only_what_is_new(two_tiers: EngineProcess) -> None:
 
 def test_a_sessions_kv_waits_in_the_second_tier_and_comes_back_when_asked_for(two_tiers: EngineProcess) -> None:
     with RuntimeEndpoint(two_tiers.address) as backend:
-        session = si.Session(system="You wait for your tools. " * 8, backend=backend, idle_s=5.0)
+        session = si.Session(system="You wait for your tools. " * 8, backend=backend, idle_s=60.0)
         say.run("one", session=session)
         said = len(backend.encode(session.text(), special=False))
         crowd_out(backend)
@@ -99,7 +100,7 @@ def test_a_session_survives_its_engine(talking_engine: EngineProcess, fresh_engi
 
 @pytest.mark.parametrize("as_turn", [False, True])
 async def test_cancelling_a_program_stops_its_requests_before_the_engines_next_step(
-    talking_engine: EngineProcess, endpoint: RuntimeEndpoint, monkeypatch: pytest.MonkeyPatch, as_turn: bool
+    slow: SlowEngine, monkeypatch: pytest.MonkeyPatch, as_turn: bool
 ) -> None:
     """Right behind each Cancel on the wire a GetStats is sent: the engine takes both in before it makes another step,
     so the last answer says what a cancelled program still does there."""
@@ -112,17 +113,20 @@ async def test_cancelling_a_program_stops_its_requests_before_the_engines_next_s
             asked.append(asyncio.get_running_loop().create_task(client.stats()))
 
     monkeypatch.setattr(AsyncEngineClient, "_send_soon", and_ask)
-    session = si.Session() if as_turn else None
-    task = asyncio.create_task(ramble.arun("x" * 50, session=session))
-    before = await asyncio.to_thread(stats, endpoint)
-    running = before
-    while running.running < (3 if not as_turn else 1):  # in its forks, or in its first call
-        await asyncio.sleep(0.005)
-        running = await asyncio.to_thread(stats, endpoint)
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    while not asked or not all(one.done() for one in asked):
-        await asyncio.sleep(0.005)
+    with RuntimeEndpoint(slow.address) as backend:
+        session = si.Session(backend=backend) if as_turn else None
+        before = await asyncio.to_thread(stats, backend)
+        tokens = 600 if as_turn else 3
+        task = asyncio.create_task(ramble.arun("x" * 50, tokens, session=session, backend=backend))
+        running = before
+        while not task.done() and running.running < (3 if not as_turn else 1):  # in its forks, or in its first call
+            await asyncio.sleep(0.005)
+            running = await asyncio.to_thread(stats, backend)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        async with asyncio.timeout(30):
+            while not asked or not all(one.done() for one in asked):
+                await asyncio.sleep(0.005)
     reports = [one.result() for one in asked]
     assert len(reports) >= running.running  # what was sent ahead is taken back too
     assert reports[-1].running == 0 and reports[-1].cancelled - before.cancelled == running.running
@@ -145,9 +149,9 @@ async def test_what_a_tool_call_interrupts_is_back_before_the_tool_is(two_tiers:
         return (await s.get("y")), s.get_meta_info("y")["cached_tokens"]
 
     async def tool() -> None:
+        before = await asyncio.to_thread(stats, backend)
         await other_full.arun(backend=backend)  # others take all of the first tier
-        gone = await asyncio.to_thread(stats, backend)
-        while (await asyncio.to_thread(stats, backend)).tiers.bytes_in == gone.tiers.bytes_in:
+        while (await asyncio.to_thread(stats, backend)).tiers.bytes_in == before.tiers.bytes_in:
             await asyncio.sleep(0.05)  # until the test's time limit
         backed.set()
 

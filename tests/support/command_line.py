@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -34,7 +35,7 @@ class Command:
     def children(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def end(self, timeout: float = 30) -> tuple[int, str, str]:
+    def end(self, timeout: float = 120) -> tuple[int, str, str]:
         """Wait; returns status, rest of stdout, stderr."""
         out, err = self.process.communicate(timeout=timeout)
         return self.process.returncode, out, err
@@ -48,6 +49,13 @@ class Command:
 @pytest.fixture
 def start() -> Iterator[Callable[..., Command]]:
     """Starts `superinfer ARGS`; what still runs at the end is killed."""
+    with starting() as run:
+        yield run
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[Callable[..., Command]]:
+    """`start` for fixtures that outlive a test."""
     started: list[Command] = []
     with tempfile.TemporaryDirectory(prefix="cli-") as folder:  # short: the path of a socket has at most 107 bytes
 
@@ -77,4 +85,4 @@ def start() -> Iterator[Callable[..., Command]]:
 @pytest.fixture
 def run(start: Callable[..., Command]) -> Callable[..., tuple[int, str, str]]:
     """Runs `superinfer ARGS` to its end: status, stdout, stderr."""
-    return lambda *arguments, stdin=None, **environment: start(*arguments, stdin=stdin, **environment).end(60)
+    return lambda *arguments, stdin=None, **environment: start(*arguments, stdin=stdin, **environment).end()

@@ -14,7 +14,6 @@ from superinfer.errors import InvalidRequestError
 from superinfer.runtime import protocol
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine.grammar import GrammarCompiler
-from superinfer.runtime.engine.grammar_worker import COMPILE_S
 from superinfer.runtime.launch import launch_engine
 from superinfer.runtime.protocol import PROTOCOL_VERSION, Generate, Grammar, Hello, SamplingParams
 from superinfer.runtime.slo import SLO
@@ -204,12 +203,12 @@ def test_a_client_that_leaves_while_compiling_leaves_nothing_behind(embedded):
     slow = Grammar(kind="json_schema", source=json.dumps({"enum": [f"term{i}" * 3 for i in range(2000)]}))
 
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-        socket.linger = 1000
+        socket.linger = 30_000
         socket.connect(embedded)
         socket.send(protocol.encode(Hello(version=PROTOCOL_VERSION)))
         socket.recv()
         socket.send(protocol.encode(Generate(request_id="x", prompt=[5], sampling=SamplingParams(grammar=slow))))
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
 
     async def health():
         async with await TextClient.connect(embedded) as client:
@@ -223,14 +222,13 @@ def test_a_client_that_leaves_while_compiling_leaves_nothing_behind(embedded):
 def test_a_grammar_that_hangs_the_compiler_is_given_up_and_others_are_compiled(embedded):
     rules = [f"a{i} ::= a{i + 1} a{i + 1} | a{i + 1}" for i in range(60)]
     evil = ask("a", Grammar(kind="ebnf", source="\n".join(["root ::= a0", *rules, 'a60 ::= "a"'])))
-    began = time.monotonic()
 
     async def both() -> tuple[object, object]:
         async with await TextClient.connect(embedded) as client:
             free = asyncio.create_task(client.complete(ask("b", max_tokens=20)))
             hung = asyncio.gather(client.complete(evil), return_exceptions=True)
             await free
-            assert time.monotonic() - began < COMPILE_S, "a request without a grammar waited for one"
+            assert not hung.done(), "a request without a grammar waited for one"
             return (await hung)[0], (await client.complete(ask("c", PHONE)))[0]
 
     refused, served = asyncio.run(both())

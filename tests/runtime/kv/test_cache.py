@@ -8,7 +8,7 @@ from array import array
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from superinfer.runtime.kv.cache import BlockTable, KVCache
 
@@ -198,8 +198,9 @@ class CacheMachine(RuleBasedStateMachine):
         assert not self.kv._being_computed
 
 
-CacheMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
-TestRandomLives = CacheMachine.TestCase
+@pytest.mark.parametrize("examples", [50, pytest.param(150, marks=pytest.mark.slow)])
+def test_random_lives(examples):
+    run_state_machine_as_test(CacheMachine, settings=settings(max_examples=examples, stateful_step_count=40))
 
 
 def test_a_hundred_thousand_operations_leak_nothing():

@@ -8,7 +8,7 @@ from array import array
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.kv.duplex import DuplexCache, build_cache
@@ -512,8 +512,9 @@ class DuplexMachine(RuleBasedStateMachine):
         self.lives.finish()
 
 
-DuplexMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
-TestRandomLives = DuplexMachine.TestCase
+@pytest.mark.parametrize("examples", [50, pytest.param(150, marks=pytest.mark.slow)])
+def test_random_lives(examples):
+    run_state_machine_as_test(DuplexMachine, settings=settings(max_examples=examples, stateful_step_count=40))
 
 
 def test_a_hundred_thousand_operations_with_cancels_and_failures_leak_nothing():

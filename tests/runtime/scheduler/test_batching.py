@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from drawn import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_executor import MemoryExecutor, expected_output, next_token
@@ -91,8 +92,9 @@ slos = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
-@given(
+@drawn(
+    80,
+    300,
     jobs=st.lists(st.tuples(prompts, st.integers(1, 14), st.integers(0, 6), slos), min_size=1, max_size=12),
     blocks=st.integers(10, 20),
     slots=st.integers(1, 5),

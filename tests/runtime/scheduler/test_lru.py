@@ -45,7 +45,12 @@ SHORT, LONG = ((200, 1200), (100, 300), 60.0), ((20, 600), (50, 800), 60.0)
 
 @pytest.mark.parametrize(
     ("hardware", "seed", "prompts", "outputs", "rate"),
-    [("h200-pcie5", 0, *SHORT), ("h100-pcie5", 1, *SHORT), ("h200-pcie5", 1, *LONG), ("h100-pcie5", 0, *LONG)],
+    [
+        ("h200-pcie5", 0, *SHORT),
+        pytest.param("h100-pcie5", 1, *SHORT, marks=pytest.mark.slow),
+        pytest.param("h200-pcie5", 1, *LONG, marks=pytest.mark.slow),
+        ("h100-pcie5", 0, *LONG),
+    ],
 )
 def test_an_overload_is_served_as_fast_with_the_second_tier_as_without(hardware, seed, prompts, outputs, rate):
     jobs = overload(seed, prompts, outputs, rate)

@@ -8,6 +8,7 @@ import random
 import msgspec
 import numpy as np
 import pytest
+from drawn import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rotation_bench import Bench
@@ -84,8 +85,7 @@ def play(bench: Bench, work) -> list[Sequence]:
     return sequences
 
 
-@settings(max_examples=120, deadline=None)
-@given(jobs, shapes, st.sampled_from([0, 1, 8]), launches, st.sampled_from([0.0, module.PLAN_US]))
+@drawn(40, 120, jobs, shapes, st.sampled_from([0, 1, 8]), launches, st.sampled_from([0.0, module.PLAN_US]))
 def test_everyone_ends_with_the_tokens_it_would_get_alone(work, shape, max_waits, launch_s, plan_us):
     bench = Bench(policy="rota", cost=dear_prefills(launch_s), **shape)
     bench.scheduler._rotation.max_waits = max_waits
@@ -114,8 +114,9 @@ def test_the_schedules_drawn_here_do_rotate():
     assert rotations > 100
 
 
-@settings(max_examples=100, deadline=None)
-@given(
+@drawn(
+    40,
+    100,
     jobs,
     shapes,
     st.lists(st.tuples(st.integers(0, 9), st.integers(0, 25)), max_size=6),
@@ -168,7 +169,15 @@ def without_second_tier(seed: int) -> SimResult:
     return run(dram=0, seed=seed)
 
 
-@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize(
+    "link",
+    [
+        "hardly any",
+        "slow",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("slow in", "slow out")),
+        "infinite",
+    ],
+)
 def test_on_any_link_it_is_no_worse_than_without_a_second_tier(link):
     seeds = (3, 5, 9)
     alone = [without_second_tier(seed) for seed in seeds]

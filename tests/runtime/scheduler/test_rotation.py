@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from drawn import drawn
 from hypothesis import strategies as st
 from rotation_bench import Bench
 
@@ -45,8 +45,7 @@ def play(bench: Bench, work, max_waits=8, mirror_blocks=32) -> list[Sequence]:
     return sequences
 
 
-@settings(max_examples=400, deadline=None)
-@given(jobs, shapes, st.sampled_from([0, 1, 3, 100]), st.sampled_from([0, 1, 32]))
+@drawn(100, 400, jobs, shapes, st.sampled_from([0, 1, 3, 100]), st.sampled_from([0, 1, 32]))
 def test_tokens_do_not_depend_on_rotation_or_on_when_copies_land(work, shape, max_waits, mirror_blocks):
     bench = Bench(**shape)
     sequences = play(bench, work, max_waits, mirror_blocks)
@@ -55,8 +54,9 @@ def test_tokens_do_not_depend_on_rotation_or_on_when_copies_land(work, shape, ma
     bench.check_all_given_back()
 
 
-@settings(max_examples=300, deadline=None)
-@given(
+@drawn(
+    80,
+    300,
     jobs,
     shapes,
     st.lists(st.tuples(st.integers(0, 9), st.integers(0, 25)), max_size=6),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -45,22 +46,23 @@ def _serving(address: str, **settings: Any) -> Iterator[Served]:
     chosen = msgspec.convert({"model_name": MODEL, "tool_parser": "hermes", "grace_s": 1} | settings, ServerSettings)
     listener = bind("127.0.0.1", 0)
     url = url_of(listener)
-    ready = threading.Event()
     servers: list[uvicorn.Server] = []
 
     async def main() -> None:
         async with await TextClient.connect(address) as text:
             server = uvicorn.Server(uvicorn_config(create_app(text, chosen), chosen))
             servers.append(server)
-            ready.set()
             await server.serve(sockets=[listener])
 
     thread = threading.Thread(target=lambda: run(main()), daemon=True)
     thread.start()
-    assert ready.wait(30), "the server did not start"
+    deadline = time.monotonic() + 60
+    while not servers or not servers[0].started:  # before, it does not listen
+        assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
+        time.sleep(0.005)
     yield Served(url)
     servers[0].should_exit = True
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 

@@ -25,7 +25,8 @@ from superinfer.runtime.server.service import SHORT_BODY, aside
 from superinfer.runtime.server.settings import load_settings
 
 ASK: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
-LONG: dict[str, Any] = ASK | {"max_tokens": 1500, "ignore_eos": True, "stream": True}
+# Takes an engine ten seconds.
+LONG: dict[str, Any] = ASK | {"max_tokens": 1500, "ignore_eos": True, "stream": True, "n": 60}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_the_bodies_of_all_requests_are_bounded_together(
             assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
             assert refused.json()["error"]["code"] == "too_many_requests"
             assert http.post("/v1/chat/completions", json=ASK).status_code == 200
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while http.post("/v1/chat/completions", json=ASK | padded).status_code != 200:
             assert time.monotonic() < deadline, "what a request held is given back when it ends"
 
@@ -99,7 +100,7 @@ def test_further_requests_are_refused_with_429_and_health_is_still_told(keyed: h
             refused = keyed.post("/v1/chat/completions", json=ASK)
             assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
             assert keyed.get("/health").status_code == 200
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while keyed.post("/v1/chat/completions", json=ASK).status_code != 200:
         assert time.monotonic() < deadline, "the streams that were left still count"
 
@@ -216,7 +217,7 @@ def test_a_client_that_reads_nothing_is_cut_off_and_its_request_cancelled(
     tiny_engine: EngineProcess, serving: Callable[..., Any]
 ) -> None:
     # 20 rivals for each token: thousands of tokens are many megabytes, more than the sockets' buffers hold.
-    body = json.dumps(LONG | {"logprobs": True, "top_logprobs": 20, "n": 8}).encode()
+    body = json.dumps(LONG | {"logprobs": True, "top_logprobs": 20}).encode()
     with serving(tiny_engine.address, write_timeout_s=0.3) as served, served.http() as http, socket.socket() as slow:
         host, port = served.url.removeprefix("http://").split(":")
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -224,7 +225,7 @@ def test_a_client_that_reads_nothing_is_cut_off_and_its_request_cancelled(
         head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
         slow.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         assert slow.recv(1)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while http.get("/health").json()["running"]:
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,20 +13,11 @@ import httpx
 import msgspec
 import openai
 import pytest
-from memory_executor import MemoryExecutor
+from slow_engine import slow_engine
 
 from superinfer.runtime.client import EngineClient
 from superinfer.runtime.config import EngineConfig
-from superinfer.runtime.engine.executor import ExecutorLimits
-from superinfer.runtime.engine.frontdoor import FrontDoor
-from superinfer.runtime.engine.intake import Intake
-from superinfer.runtime.engine.loop import EngineLoop
-from superinfer.runtime.kv.duplex import build_cache
 from superinfer.runtime.launch import launch_engine
-from superinfer.runtime.protocol import ModelInfo
-from superinfer.runtime.scheduler.base import SchedulerLimits
-from superinfer.runtime.scheduler.plan import StepResult
-from superinfer.runtime.scheduler.registry import build_scheduler
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 import http_load
@@ -74,44 +64,16 @@ def test_what_cannot_be_kept_is_a_503_that_says_when_to_come_back(choosy: Any, s
 # ---------------------------------------------------------------------------- an engine whose steps take their time
 
 
-class SlowExecutor(MemoryExecutor):
-    """A step takes `seconds`: long against what a busy machine may add to the way of a message."""
-
-    limits = ExecutorLimits(num_blocks=64, page_size=16, num_slots=1, max_model_len=512, vocab_size=90)
-    tier = None
-    depth = 1
-    waited_s = 0.0
-    seconds = 0.5
-
-    def __init__(self) -> None:
-        super().__init__(self.limits.num_blocks, self.limits.page_size)
-
-    def collect(self) -> StepResult:
-        time.sleep(self.seconds)
-        result = super().collect()
-        result.tokens = {slot: 5 + token for slot, token in result.tokens.items()}  # letters and digits
-        return result
-
-
 @pytest.fixture(scope="module")
 def slow(tiny_checkpoint: Path, serving: Callable[..., Any]) -> Iterator[tuple[Any, EngineClient]]:
-    """A real engine with one place, of two steps a second: its server, and a connection of the test's own."""
-    executor = SlowExecutor()
-    limits = executor.limits
-    info = ModelInfo(
-        model="slow", path=str(tiny_checkpoint), architecture="none", vocab_size=90, max_model_len=512,
-        eos_token_ids=(2,), dtype="none", device="none", page_size=16, num_blocks=64, policy="fcfs", pid=0,
-    )  # fmt: skip
-    kv = build_cache(limits.num_blocks, 0, limits.page_size, prefix_cache=False)
-    scheduler = build_scheduler("fcfs", kv, SchedulerLimits(1, 64, 512))
-    door = FrontDoor("tcp://127.0.0.1:0", info)
-    loop = EngineLoop(door, Intake(info), scheduler, executor, max_queue=64)  # type: ignore[arg-type]
-    thread = threading.Thread(target=loop.run, daemon=True)
-    thread.start()
-    with EngineClient(door.address) as client, serving(door.address) as served:
+    """A real engine with one place, of two steps a second, which is long against what a busy machine may add to the way
+    of a message: its server, and a connection of the test's own."""
+    with (
+        slow_engine(tiny_checkpoint, step_s=0.5, num_slots=1, context=512) as engine,
+        EngineClient(engine.address) as client,
+        serving(engine.address) as served,
+    ):
         yield served, client
-        loop.stop("the tests are over")
-        thread.join(10)
 
 
 def stream(served: Any, **more: Any) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from slow_engine import slow_engine
 
 ASK: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "seed": 1}
 
@@ -65,13 +68,18 @@ def test_raise_is_a_gateway_timeout(client: openai.OpenAI) -> None:
     assert raised.value.status_code == 504 and raised.value.code == "deadline_missed"
 
 
-def test_raise_in_a_stream_is_an_error_event(client: openai.OpenAI) -> None:
+def test_raise_in_a_stream_is_an_error_event(
+    tiny_checkpoint: Path, serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the midst of the text: time passes for the engine once the client has read some of it."""
     slo = {"deadline_ms": 100, "on_miss": "raise"}
-    stream = client.chat.completions.create(
-        **ASK, max_tokens=900, stream=True, extra_body={"slo": slo, "ignore_eos": True}
-    )
-    seen = 0
-    with pytest.raises(openai.APIError, match="missed its deadline") as raised:
-        for _ in stream:
-            seen += 1
-    assert seen > 1 and raised.value.code == "deadline_missed"
+    text = ""
+    with slow_engine(tiny_checkpoint, step_s=0.01) as engine, serving(engine.address) as served:
+        clock = engine.keep_time(monkeypatch, 0.0)
+        with served.openai() as client, pytest.raises(openai.APIError, match="missed its deadline") as raised:
+            for chunk in client.chat.completions.create(
+                **ASK, max_tokens=900, stream=True, extra_body={"slo": slo, "ignore_eos": True}
+            ):
+                text += chunk.choices[0].delta.content or ""
+                clock.step_s = 0.03 if text else 0.0
+    assert 0 < len(text) < 900 and raised.value.code == "deadline_missed"
