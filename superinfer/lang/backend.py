@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -46,6 +47,12 @@ class Backend(ABC):
     takes_grammars: bool = False
     takes_messages: ClassVar[bool] = False
     extends: bool = False
+    made_in: int  # process id: its connections are that process's own
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        backend = super().__new__(cls)
+        backend.made_in = os.getpid()
+        return backend
 
     @abstractmethod
     def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
@@ -289,6 +296,11 @@ def resolve_backend(backend: Backend | None) -> Backend:
         )
     if not isinstance(chosen, Backend):
         raise InvalidRequestError(f"backend={chosen!r} is not a backend; give a Runtime or a RuntimeEndpoint")
+    if chosen.made_in != os.getpid():
+        raise InvalidRequestError(
+            f"backend={chosen!r} was made in process {chosen.made_in}, from which this one was forked: its connections "
+            "do not work here; make a new one, or start processes with multiprocessing's 'spawn'"
+        )
     return chosen
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 
 from superinfer.runtime.loop_thread import LoopThread
@@ -27,3 +28,12 @@ def on_language_loop() -> bool:
     except RuntimeError:
         return False
     return _loop is not None and running is _loop.loop
+
+
+def _after_fork() -> None:
+    """The thread stayed in the process that was forked; this one starts a loop of its own."""
+    global _lock, _loop
+    _lock, _loop = threading.Lock(), None
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -10,6 +10,7 @@ import contextvars
 import functools
 import inspect
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -50,6 +51,8 @@ class Toolbox:
     def __init__(self, tools: Iterable[Tool]) -> None:
         self._tools: dict[str, Tool] = {}
         self._signatures: dict[str, inspect.Signature] = {}
+        if not isinstance(tools, Iterable):
+            raise InvalidRequestError(f"tools={tools!r:.80} must be a list of functions")
         self.schemas: list[dict[str, Any]] = []
         for tool in tools:
             if not callable(tool):
@@ -165,3 +168,12 @@ def _threads() -> ThreadPoolExecutor:
         if _pool is None:
             _pool = ThreadPoolExecutor(MAX_TOOL_THREADS, "superinfer-tool")
         return _pool
+
+
+def _after_fork() -> None:
+    """The threads stayed in the process that was forked."""
+    global _pool, _pool_lock
+    _pool, _pool_lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

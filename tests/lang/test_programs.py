@@ -195,6 +195,27 @@ def test_what_gen_leaves_open_is_taken_from_run(model: ScriptedClient) -> None:
     assert model.requests[-1].sampling.temperature == 1.0
 
 
+def test_run_takes_n_and_min_tokens_unless_they_are_the_programs_own(model: ScriptedClient) -> None:
+    @si.function
+    def program(s):
+        s += si.gen("x") + si.gen("y", n=1, min_tokens=1)
+
+    state = program.run(n=2, min_tokens=2)
+    assert (state["x"], state["y"]) == (["ok", "ok"], "ok")
+    assert [request.sampling.min_tokens for request in model.requests] == [2, 1]
+    (state,) = program.run_batch([()], n=3)
+    assert state["x"] == ["ok"] * 3
+    late = program.run(n=2, deadline=1e-9, slo=si.SLO(on_miss="truncate"))
+    assert (late["x"], late["y"]) == (["", ""], "")
+
+    @si.function
+    def shots(s, n, min_tokens=0):
+        s += f"{n} {min_tokens} " + si.gen("x")
+
+    assert shots.run(n=3, min_tokens=4)["x"] == "ok"
+    assert model.requests[-1].prompt == "3 4 "
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -217,6 +238,11 @@ def test_what_cannot_be_honoured_is_refused_by_name_when_the_expression_is_made(
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"temperature": -1}, "temperature=-1"),
         ({"stop": ""}, "stop=''"),
+        ({"stop": 5}, "stop=5"),
+        ({"stop_regex": 5}, "stop_regex=5"),
+        ({"stop_token_ids": 5}, "stop_token_ids=5"),
+        ({"stop_token_ids": ["x"]}, r"stop_token_ids=\['x'\]"),
+        ({"stop_token_ids": "12"}, "stop_token_ids='12'"),
         ({"slo": 5}, "slo=5"),
         ({"choices": []}, "choices"),
         ({"choices": ["a", ""]}, "choice ''"),
@@ -440,6 +466,24 @@ async def test_blocking_inside_an_async_program_is_an_error_that_names_the_twin(
     assert (await program.arun()).ret_value == "ok"
 
 
+def test_a_program_that_would_wait_for_the_loop_it_runs_on_says_so(model: ScriptedClient) -> None:
+    model.token_s = 0.01
+
+    @si.function
+    def inner(s):
+        s += si.gen("x")
+
+    @si.function
+    async def outer(s):
+        with pytest.raises(RuntimeError, match=r"run\(\) of inner would block .* arun\(\)"):
+            inner.run()
+        with pytest.raises(RuntimeError, match=r"run_batch\(\) of inner would block .* arun_batch\(\)"):
+            inner.run_batch([()])
+        return (await inner.arun())["x"]
+
+    assert outer.run().ret_value == "ok"
+
+
 async def test_arun_takes_ordinary_programs_too_and_leaves_the_loop_free(model: ScriptedClient) -> None:
     model.token_s = 0.05
 
@@ -522,6 +566,18 @@ def test_arguments_are_checked_before_anything_runs(model: ScriptedClient) -> No
         program.bind(c=1)
     with pytest.raises(si.InvalidRequestError, match=r"'temperature'.*rename"):
         si.function(lambda s, temperature: None)
+
+
+def test_a_function_that_yields_is_no_program() -> None:
+    def program(s):
+        yield s
+
+    async def aprogram(s):
+        yield s
+
+    for function in (program, aprogram):
+        with pytest.raises(si.InvalidRequestError, match=f"program {function.__name__} has a `yield`"):
+            si.function(function)
 
 
 def test_arguments_named_like_options_that_sglang_lacks_are_the_programs_own(model: ScriptedClient) -> None:

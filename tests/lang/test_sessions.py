@@ -207,11 +207,22 @@ def test_a_fork_begins_with_what_was_said_and_goes_its_own_way(model: ScriptedCl
         ({"deadline": 0}, "deadline=0"),
         ({"on_tool_error": "ignore"}, "on_error='ignore'"),
         ({"max_rounds": 0}, "max_rounds=0"),
+        ({"history": 5}, "history=5"),
+        ({"tools": price}, "tools=.*must be a list of functions"),
     ],
 )
 def test_wrong_values_are_refused_by_name(arguments, shown: str) -> None:
     with pytest.raises(si.InvalidRequestError, match=shown):
         si.Session(**arguments)
+
+
+def test_a_turn_says_text_and_has_one_answer(model: ScriptedClient) -> None:
+    session = si.Session()
+    with pytest.raises(si.InvalidRequestError, match=r"ask\(None\)"):
+        session.ask(None)  # type: ignore[arg-type]
+    with pytest.raises(si.InvalidRequestError, match="n=2"):
+        session.ask("hi", n=2)
+    assert model.requests == [] and session.ask("hi").text == "ok"
 
 
 # ------------------------------------------------------------------------------------------------ tools
