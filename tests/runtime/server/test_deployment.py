@@ -95,7 +95,7 @@ def test_tls_files_that_cannot_be_used_are_named(
     start: Callable[..., Any], tiny_engine: EngineProcess, flags: list[str], says: str
 ) -> None:
     status, out, err = start("serve", "--port", "0", "--engine", tiny_engine.address, *flags).end()
-    assert status == 1 and says in err and "serving" not in out and "Traceback" not in err
+    assert status == 2 and says in err and "serving" not in out and "Traceback" not in err
 
 
 # ---------------------------------------------------------------------------- traces
