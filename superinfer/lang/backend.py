@@ -198,18 +198,20 @@ class TextBackend(Backend):
 class RuntimeEndpoint(TextBackend):
     """A running engine, by its address (ipc://PATH or tcp://HOST:PORT), or a superinfer server (http://HOST:PORT).
 
-    A server is spoken to over HTTP and gives an `OpenAI` backend.
+    A server is spoken to over HTTP, with `api_key` where it asks for one, and gives an `OpenAI` backend.
     """
 
-    def __new__(cls, address: str = "", *rest: Any, **options: Any) -> Any:
+    def __new__(cls, address: str = "", api_key: str | None = None, **options: Any) -> Any:
         if not address.startswith(("http://", "https://")):
             return super().__new__(cls)
         from superinfer.lang.openai_backend import server_backend  # takes a second to import
 
-        return server_backend(address, options.get("timeout", 10.0))
+        return server_backend(address, api_key, options.get("timeout", 10.0))
 
-    def __init__(self, address: str, *, timeout: float = 10.0) -> None:
+    def __init__(self, address: str, api_key: str | None = None, *, timeout: float = 10.0) -> None:
         """Connect within `timeout` seconds. Raises EngineUnavailableError, InvalidRequestError, ModelLoadError."""
+        if api_key is not None:
+            raise InvalidRequestError(f"api_key: an engine's own address, {address}, asks for no key; leave it out")
         self.address = address
         client = language_loop().run(_connect(address, timeout))
         super().__init__(client)

@@ -253,6 +253,7 @@ def test_a_second_signal_ends_the_server_at_once(start: Callable[..., Any], tiny
         command.process.send_signal(signal.SIGTERM)
         rest = list(lines)
     assert "event: error" in rest and "data: [DONE]" not in rest, rest[-4:]
+    assert "the server is stopping" in rest[rest.index("event: error") + 1]
     assert command.end(30)[0] == 0
 
 
