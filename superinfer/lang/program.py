@@ -18,7 +18,7 @@ from superinfer.lang.backend import Backend, resolve_backend
 from superinfer.lang.batch import as_tasks, check_at_once, check_items, in_threads
 from superinfer.lang.callgraph import CallGraph
 from superinfer.lang.history import History
-from superinfer.lang.loop import language_loop, on_language_loop
+from superinfer.lang.loop import language_loop, on_language_loop, submit
 from superinfer.lang.options import TAKEN_NAMES, RunOptions
 from superinfer.lang.plan import ProgramPlan, plan
 from superinfer.lang.planner import Planner
@@ -278,7 +278,7 @@ class Function:
         if self.is_async:
             await self._abody(state, arguments)
             return
-        body = _threads().submit(self._body, state, arguments)
+        body = submit(_threads(), self._body, state, arguments)
         try:
             await asyncio.wrap_future(body)
         except asyncio.CancelledError:

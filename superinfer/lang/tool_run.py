@@ -21,7 +21,7 @@ from typing import Any, Literal
 import msgspec
 
 from superinfer.errors import InvalidRequestError, OutputError
-from superinfer.lang.loop import language_loop
+from superinfer.lang.loop import language_loop, submit
 from superinfer.lang.tools import ToolCall, tool_schema
 
 Tool = Callable[..., Any]
@@ -87,7 +87,7 @@ class Toolbox:
             async with asyncio.timeout(timeout):
                 value = await self._invoke(call)
             text = told(value)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit() in a tool ends the tool
             if isinstance(error, TimeoutError) and not str(error):
                 error = TimeoutError(f"{call.name} took longer than {timeout} s")
             if on_error == "raise":
@@ -108,7 +108,7 @@ class Toolbox:
             return await tool(**call.arguments)
         context = contextvars.copy_context()
         invoke = functools.partial(context.run, tool, **call.arguments)
-        value = await asyncio.get_running_loop().run_in_executor(_threads(), invoke)
+        value = await asyncio.wrap_future(submit(_threads(), invoke))
         return await value if inspect.isawaitable(value) else value
 
 

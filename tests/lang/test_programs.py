@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 import time
 
 import pytest
@@ -521,6 +523,30 @@ def test_an_exception_of_a_tool_propagates_and_cancels_what_runs(model: Scripted
     while model.open and time.monotonic() < deadline:
         time.sleep(0.005)
     assert len(model.cancelled) == 1
+
+
+def test_a_program_may_exit_or_run_out_of_items_and_others_run_on(model: ScriptedClient) -> None:
+    def exits(s):
+        sys.exit(3)
+
+    async def aexits(s):
+        sys.exit(3)
+
+    def runs_out(s):
+        next(iter([]))
+
+    for function in (exits, aexits):
+        with pytest.raises(SystemExit, match="3"):
+            si.function(function).run()
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        asyncio.run(asyncio.wait_for(si.function(runs_out).arun(), 10))
+
+    @si.function
+    async def program(s):
+        s += si.gen("x")
+        return await s.get("x")
+
+    assert program.run().ret_value == "ok"
 
 
 def test_an_error_nobody_read_stays_in_the_state_with_a_warning(model: ScriptedClient) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 
@@ -283,6 +284,37 @@ def test_what_goes_wrong_is_told_to_the_model_or_raised(model: ScriptedClient, m
     assert message["content"].startswith(told.replace("(item: str)", "(item: 'str')")) or told in message["content"]
     with pytest.raises((si.OutputError, KeyError)):
         si.Session(tools=[price], on_tool_error="raise").ask("x")
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_tool_that_stops_iterating_or_exits_has_failed_and_no_more(model: ScriptedClient, asynchronous: bool) -> None:
+    def first(items: list[str]) -> str:
+        """The first item."""
+        return next(iter(items))
+
+    async def afirst(items: list[str]) -> str:
+        """The first item."""
+        return next(iter(items))
+
+    def leave() -> None:
+        """Leaves."""
+        sys.exit("usage")
+
+    async def aleave() -> None:
+        """Leaves."""
+        sys.exit("usage")
+
+    tools = [afirst, aleave] if asynchronous else [first, leave]
+    made = call(tools[0].__name__, items=[]) + call(tools[1].__name__)
+    model.answer = lambda prompt: "sorry" if "<tool>" in prompt else made
+    reply = asyncio.run(asyncio.wait_for(si.Session(tools=tools).aask("x", max_new_tokens=999), 10))
+    assert reply.text == "sorry" and [type(result.error) for result in reply.tools] == [RuntimeError, SystemExit]
+    assert reply.tools[1].text == "error: SystemExit: usage"
+    with pytest.raises(SystemExit, match="usage"):
+        si.call_tools([si.ToolCall(tools[1].__name__, {})], tools, on_error="raise")
+    assert (
+        si.Session(tools=tools).ask("x", max_new_tokens=999).text == "sorry"
+    )  # what all programs of the process run on lives on
 
 
 async def test_a_tool_that_takes_too_long_is_given_up(model: ScriptedClient) -> None:
