@@ -288,13 +288,13 @@ def test_what_goes_wrong_is_told_to_the_model_or_raised(model: ScriptedClient, m
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_tool_that_stops_iterating_or_exits_has_failed_and_no_more(model: ScriptedClient, asynchronous: bool) -> None:
-    def first(items: list[str]) -> str:
+    def first(item: str) -> str:
         """The first item."""
-        return next(iter(items))
+        return next(iter(item))
 
-    async def afirst(items: list[str]) -> str:
+    async def afirst(item: str) -> str:
         """The first item."""
-        return next(iter(items))
+        return next(iter(item))
 
     def leave() -> None:
         """Leaves."""
@@ -305,7 +305,7 @@ def test_a_tool_that_stops_iterating_or_exits_has_failed_and_no_more(model: Scri
         sys.exit("usage")
 
     tools = [afirst, aleave] if asynchronous else [first, leave]
-    made = call(tools[0].__name__, items=[]) + call(tools[1].__name__)
+    made = call(tools[0].__name__, item="") + call(tools[1].__name__)
     model.answer = lambda prompt: "sorry" if "<tool>" in prompt else made
     reply = asyncio.run(asyncio.wait_for(si.Session(tools=tools).aask("x", max_new_tokens=999), 10))
     assert reply.text == "sorry" and [type(result.error) for result in reply.tools] == [RuntimeError, SystemExit]
