@@ -144,7 +144,7 @@ def converse(partner: Partner, options: ChatOptions) -> None:
                 messages.append({"role": "assistant", "content": _answer(partner, messages, notes)})
             except SuperinferError as error:
                 if not person:
-                    raise
+                    raise SuperinferError(str(error)) from error  # of what was said, not of the command's arguments
                 messages.pop()
                 notes.print(f"error: {error}", style="red", markup=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -46,6 +47,12 @@ class Backend(ABC):
     takes_grammars: bool = False
     takes_messages: ClassVar[bool] = False
     extends: bool = False
+    made_in: int  # process id: its connections are that process's own
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        backend = super().__new__(cls)
+        backend.made_in = os.getpid()
+        return backend
 
     @abstractmethod
     def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
@@ -191,18 +198,20 @@ class TextBackend(Backend):
 class RuntimeEndpoint(TextBackend):
     """A running engine, by its address (ipc://PATH or tcp://HOST:PORT), or a superinfer server (http://HOST:PORT).
 
-    A server is spoken to over HTTP and gives an `OpenAI` backend.
+    A server is spoken to over HTTP, with `api_key` where it asks for one, and gives an `OpenAI` backend.
     """
 
-    def __new__(cls, address: str = "", *rest: Any, **options: Any) -> Any:
+    def __new__(cls, address: str = "", api_key: str | None = None, **options: Any) -> Any:
         if not address.startswith(("http://", "https://")):
             return super().__new__(cls)
         from superinfer.lang.openai_backend import server_backend  # takes a second to import
 
-        return server_backend(address, options.get("timeout", 10.0))
+        return server_backend(address, api_key, options.get("timeout", 10.0))
 
-    def __init__(self, address: str, *, timeout: float = 10.0) -> None:
+    def __init__(self, address: str, api_key: str | None = None, *, timeout: float = 10.0) -> None:
         """Connect within `timeout` seconds. Raises EngineUnavailableError, InvalidRequestError, ModelLoadError."""
+        if api_key is not None:
+            raise InvalidRequestError(f"api_key: an engine's own address, {address}, asks for no key; leave it out")
         self.address = address
         client = language_loop().run(_connect(address, timeout))
         super().__init__(client)
@@ -289,6 +298,11 @@ def resolve_backend(backend: Backend | None) -> Backend:
         )
     if not isinstance(chosen, Backend):
         raise InvalidRequestError(f"backend={chosen!r} is not a backend; give a Runtime or a RuntimeEndpoint")
+    if chosen.made_in != os.getpid():
+        raise InvalidRequestError(
+            f"backend={chosen!r} was made in process {chosen.made_in}, from which this one was forked: its connections "
+            "do not work here; make a new one, or start processes with multiprocessing's 'spawn'"
+        )
     return chosen
 
 

@@ -73,9 +73,9 @@ class Context:
         return self.live or promised or cut or gen.number is not None
 
 
-def spent(gen: Gen | Select) -> Answer:
-    """The answer of a call that was not sent, nothing of the program's time being left."""
-    n = (gen.sampling.n or 1) if isinstance(gen, Gen) else 1
+def spent(gen: Gen | Select, defaults: Sampling) -> Answer:
+    """The answer of a call that was not sent, nothing of the program's time being left. defaults: of its run."""
+    n = (gen.sampling.over(defaults).n or 1) if isinstance(gen, Gen) else 1
     nothing = None if isinstance(gen, Gen) and gen.reader is not None else ""
     results = [TextResult(index, finish_reason="deadline") for index in range(n)]
     return _answer(results, [nothing] * n, "", None)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from types import NoneType
 from typing import Any
+
+import msgspec
 
 from superinfer.errors import InvalidRequestError, UnsupportedError
 from superinfer.lang.backend import Runtime
 from superinfer.lang.loop import language_loop
 from superinfer.lang.sampling import Sampling
+from superinfer.lang.typed import json_grammar, regex_grammar
 from superinfer.runtime.protocol import TokenLogprob
 from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import TextRequest, TextResult
@@ -20,6 +24,10 @@ _TAKEN = (
     "max_new_tokens", "min_new_tokens", "n", "stop", "stop_token_ids", "temperature", "top_p", "top_k", "min_p",
     "frequency_penalty", "presence_penalty", "ignore_eos",
 )  # fmt: skip
+
+_MORE = ("regex", "json_schema", "repetition_penalty")  # which `gen` does not have, or has as expressions
+# What SGLang's users write although it says nothing: any other value is refused.
+_NOTHING = {"skip_special_tokens": True, "spaces_between_special_tokens": True, "no_stop_trim": False}
 
 Prompt = str | Sequence[int]
 
@@ -43,7 +51,8 @@ class Engine(Runtime):
     ) -> Any:
         """A dict with `text`, `output_ids` and `meta_info` for a prompt, a list of them for a list of prompts or n > 1.
 
-        sampling_params: SGLang's names (max_new_tokens, stop, temperature, ...); one for all or one for each prompt.
+        sampling_params: SGLang's names (max_new_tokens, stop, temperature, regex, json_schema, ...); one for all
+        or one for each prompt.
         stream: an iterator of such dicts instead, each with all text so far; for one prompt and n = 1.
         Raises InvalidRequestError and UnsupportedError by name before anything is sent.
         """
@@ -120,19 +129,38 @@ def _requests(
     if (prompt is None) == (input_ids is None):
         raise InvalidRequestError("give either prompt or input_ids")
     given: Any = input_ids if prompt is None else prompt
+    if not isinstance(given, Sequence):
+        raise InvalidRequestError(f"prompt={given!r:.80} must be a text or a list of texts; input_ids, of integers")
+    if not isinstance(params, (Mapping, Sequence, NoneType)) or isinstance(params, str):
+        raise InvalidRequestError(f"sampling_params={params!r:.80} must be a dict, or a list of one for each prompt")
     prompts: list[Prompt] = [given] if _is_one(prompt, input_ids) else list(given)
     each = [params or {}] * len(prompts) if params is None or isinstance(params, Mapping) else list(params)
     if len(each) != len(prompts):
         raise InvalidRequestError(f"sampling_params has {len(each)} entries for {len(prompts)} prompts")
     requests = []
     for one, wanted in zip(prompts, each, strict=True):
+        wanted = {name: value for name, value in wanted.items() if name not in _NOTHING or value != _NOTHING[name]}
         for name in wanted:
-            if name not in _TAKEN:
+            if name not in (*_TAKEN, *_MORE):
                 raise UnsupportedError(f"sampling_params: {name}={wanted[name]!r:.80} is not supported; leave it out")
-        named: dict[str, Any] = {_NAMES.get(str(name), str(name)): value for name, value in wanted.items()}
+        named = {_NAMES.get(name, name): value for name, value in wanted.items() if name in _TAKEN}
         sampling = Sampling(**named, return_logprob=return_logprob or None, top_logprobs_num=top or None)
-        requests.append(TextRequest(prompt=one, sampling=sampling.params(), stop=sampling.stop_strings, slo=slo))
+        params_of_one = msgspec.structs.replace(sampling.params(), **_more(wanted))
+        requests.append(TextRequest(prompt=one, sampling=params_of_one, stop=sampling.stop_strings, slo=slo))
     return requests
+
+
+def _more(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of SamplingParams that no `gen` has. Raises InvalidRequestError, UnsupportedError."""
+    regex, schema = wanted.get("regex"), wanted.get("json_schema")
+    if regex is not None and schema is not None:
+        raise InvalidRequestError("regex and json_schema both say what the output looks like; give one")
+    more: dict[str, Any] = {}
+    if wanted.get("repetition_penalty") is not None:
+        more["repetition_penalty"] = wanted["repetition_penalty"]
+    if regex is not None or schema is not None:
+        more["grammar"] = regex_grammar(regex) if regex is not None else json_grammar(schema)
+    return more
 
 
 def _shaped(done: list[list[dict[str, Any]]], many: bool) -> Any:

@@ -371,7 +371,7 @@ class StreamExecutor:
             return calls.unknown(context, expr)
         on_miss = promise.slo.on_miss if promise.slo is not None else "finish"
         if promise.spent and on_miss == "truncate":
-            return calls.spent(expr)
+            return calls.spent(expr, self.run.sampling)
         if promise.spent and on_miss == "raise":
             raise DeadlineMissedError(
                 f"program {self.run.ledger.name} had no time left for call {context.watch.call!r}: its deadline of "
@@ -393,7 +393,7 @@ class StreamExecutor:
         except DeadlineMissedError:
             if on_miss != "truncate" or isinstance(expr, Gen):
                 raise
-            return calls.spent(expr)
+            return calls.spent(expr, self.run.sampling)
 
     async def _ask(self, context: calls.Context, step: Step, begun: SentCall | None = None) -> calls.Answer:
         """Send a call, unless it has been, and read its answer."""

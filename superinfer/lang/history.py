@@ -87,6 +87,8 @@ class History:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        if path is not None and not isinstance(path, (str, os.PathLike)):
+            raise InvalidRequestError(f"history={path!r:.80} must be a History or the path of a file")
         self.path = Path(path) if path is not None else None
         self._lock = threading.Lock()
         self._book = _Book()

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any, TypeVar
 
 from superinfer.runtime.loop_thread import LoopThread
+
+T = TypeVar("T")
 
 _lock = threading.Lock()
 _loop: LoopThread | None = None
@@ -27,3 +33,25 @@ def on_language_loop() -> bool:
     except RuntimeError:
         return False
     return _loop is not None and running is _loop.loop
+
+
+def submit(pool: Executor, work: Callable[..., T], *arguments: Any) -> Future[T]:
+    """`work` on a thread of `pool`, for a loop to wait for. A StopIteration is a RuntimeError, as in coroutines: a
+    loop's future cannot hold it, and who waits would wait for ever."""
+
+    def run() -> T:
+        try:
+            return work(*arguments)
+        except StopIteration as error:
+            raise RuntimeError("StopIteration was raised: catch it, or give next() a default") from error
+
+    return pool.submit(run)
+
+
+def _after_fork() -> None:
+    """The thread stayed in the process that was forked; this one starts a loop of its own."""
+    global _lock, _loop
+    _lock, _loop = threading.Lock(), None
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -129,6 +129,10 @@ class OpenAI(RemoteBackend):
             return (await self._client.models.list(timeout=10.0)).data
         except openai.APIConnectionError as error:
             raise EngineUnavailableError(f"no server answers at {self._client.base_url}: {error}") from None
+        except openai.AuthenticationError as error:
+            raise InvalidRequestError(
+                f"the server at {self._client.base_url} refuses this API key, give api_key=...: {error.message}"
+            ) from None
         except openai.APIError:
             return []
 
@@ -144,8 +148,9 @@ class OpenAI(RemoteBackend):
             await super().cache_prefix(prefix)
         sampling = SamplingParams(max_tokens=1, temperature=0.0)
         request = CallRequest(prompt=prefix.text, chat=prefix.chat, sampling=sampling)
-        async for _ in self._ask(request):
-            pass
+        with self._under_way():
+            async for _ in self._ask(request):
+                pass
 
     async def _ask(self, request: CallRequest) -> AsyncGenerator[TextDelta, None]:
         import openai
@@ -210,14 +215,14 @@ class OpenAI(RemoteBackend):
             return await super().score_choices(prompt, choices, alone=alone, slo=slo, program=program, keep_s=keep_s)
         from superinfer.lang.server_wire import SelectAnswer
 
-        self._check_open()
         self._check_chat(prompt.chat)
         asked: dict[str, Any] = {"model": self.model, "choices": list(choices), "alone": alone}
         asked |= {"prompt": prompt.chat.plain} if prompt.chat.plain is not None else chat_fields(prompt.chat)
         asked |= self._marks(slo, program, "")
         if keep_s is not None:
             asked["hints"] = {"keep_s": keep_s}
-        answer = await self._wire.ask("/select", asked, SelectAnswer)
+        with self._under_way():
+            answer = await self._wire.ask("/select", asked, SelectAnswer)
         scored = ScoredChoices([[token.score() for token in choice.tokens] for choice in answer.choices])
         if alone:
             scored.alone = [[token.score() for token in choice.alone or ()] for choice in answer.choices]
@@ -252,12 +257,12 @@ class OpenAI(RemoteBackend):
         await self._client.close()
 
 
-def server_backend(url: str, timeout: float) -> OpenAI:
-    """The model that a superinfer server at `url` serves. Raises InvalidRequestError where another server answers."""
+def server_backend(url: str, api_key: str | None, timeout: float) -> OpenAI:
+    """The model that a superinfer server at `url` serves. Raises InvalidRequestError where another server answers, or
+    one that asks for another key."""
     base = url.rstrip("/")
-    backend = OpenAI(
-        "", base_url=base if base.endswith("/v1") else f"{base}/v1", timeout=max(timeout, 600.0), max_retries=0
-    )
+    base_url = base if base.endswith("/v1") else f"{base}/v1"
+    backend = OpenAI("", base_url=base_url, api_key=api_key, timeout=max(timeout, 600.0), max_retries=0)
     if not backend.ours:
         backend.close()
         raise InvalidRequestError(f"{url} is no superinfer server; use OpenAI(model, base_url={base + '/v1'!r})")

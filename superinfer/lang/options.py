@@ -19,6 +19,8 @@ SAMPLING_OPTIONS = (
     "presence_penalty", "ignore_eos", "return_logprob", "logprob_start_len", "top_logprobs_num",
     "return_text_in_logprobs", "stop_regex",
 )  # fmt: skip
+# A program may have an argument of that name, which is then its own: say it in gen() there.
+SAMPLING_UNLESS_OWN = ("n", "min_tokens")
 # use_thread is taken for SGLang's sake and changes nothing: a program is never made to wait for its calls here.
 TAKEN_NAMES = (*SAMPLING_OPTIONS, "backend", "stream", "use_thread")
 # What SGLang's frontend does not have: an argument of that name is the program's own, and the option is set elsewhere.
@@ -47,7 +49,8 @@ class RunOptions:
         session = ours.get("session")
         if session is not None and not isinstance(session, Conversation):
             raise InvalidRequestError(f"session={session!r:.80} is not a Session")
-        given = {name: arguments.pop(name) for name in SAMPLING_OPTIONS if name in arguments}
+        sampling = [*SAMPLING_OPTIONS, *(name for name in SAMPLING_UNLESS_OWN if name not in own)]
+        given = {name: arguments.pop(name) for name in sampling if name in arguments}
         if "max_new_tokens" in given:
             given["max_tokens"] = given.pop("max_new_tokens")
         return cls(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 from typing import Generic, TypeAlias, TypeVar, cast
 
@@ -103,3 +104,12 @@ def _wake(waiter: _Waiter) -> None:
 def _arrived(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():  # else its task was cancelled
         waiter.set_result(None)
+
+
+def _after_fork() -> None:
+    """Whoever held the lock when this process was forked is not in it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

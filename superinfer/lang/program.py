@@ -18,7 +18,7 @@ from superinfer.lang.backend import Backend, resolve_backend
 from superinfer.lang.batch import as_tasks, check_at_once, check_items, in_threads
 from superinfer.lang.callgraph import CallGraph
 from superinfer.lang.history import History
-from superinfer.lang.loop import language_loop
+from superinfer.lang.loop import language_loop, on_language_loop, submit
 from superinfer.lang.options import TAKEN_NAMES, RunOptions
 from superinfer.lang.plan import ProgramPlan, plan
 from superinfer.lang.planner import Planner
@@ -52,7 +52,8 @@ class Function:
         bound: Mapping[str, Any] | None = None,
         backend: Backend | None = None,
     ) -> None:
-        """Raises InvalidRequestError for a function without a state argument, or with one named like a run option."""
+        """Raises InvalidRequestError for a function without a state argument, with one named like a run option, or with
+        a `yield`."""
         self.func = func
         self.name = getattr(func, "__name__", repr(func))
         self.__name__, self.__doc__ = self.name, func.__doc__
@@ -64,6 +65,11 @@ class Function:
         self.bound = dict(bound or {})
         self.backend = backend
         self.is_async = inspect.iscoroutinefunction(func)
+        if inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
+            raise InvalidRequestError(
+                f"program {self.name} has a `yield`, so that calling it runs nothing; return a value, or read the text "
+                "as it comes with run(stream=True) or astream()"
+            )
         self._last: Ledger | None = None
         self.signature = inspect.signature(func)
         parameters = list(self.signature.parameters)
@@ -148,8 +154,10 @@ class Function:
         """Run to the end; with stream=True return at once, to read with `text_iter` or `text_async_iter`.
 
         Raises what the program raises. A call that fails raises where its variable is read; one that is never read
-        leaves its error in `state.error()` and a warning.
+        leaves its error in `state.error()` and a warning. Raises RuntimeError within an `async def` program: await
+        `arun` there.
         """
+        self._check_may_wait("run", stream)
         options = RunOptions.take(kwargs, self.arg_names)
         arguments = self._arguments(args, kwargs)
         state = self._new_state(options, stream=stream)
@@ -186,6 +194,14 @@ class Function:
         async with contextlib.aclosing(chunks):  # type: ignore[type-var]
             async for chunk in chunks:
                 yield chunk
+
+    def _check_may_wait(self, method: str, stream: bool = False) -> None:
+        """Raises RuntimeError on the language's loop, where waiting for a program would wait for itself."""
+        if not stream and on_language_loop():
+            raise RuntimeError(
+                f"{method}() of {self.name} would block the event loop that its calls run on; use a{method}() within "
+                "an async program"
+            )
 
     def _arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
         """Raises InvalidRequestError for arguments that the program does not take."""
@@ -262,7 +278,7 @@ class Function:
         if self.is_async:
             await self._abody(state, arguments)
             return
-        body = _threads().submit(self._body, state, arguments)
+        body = submit(_threads(), self._body, state, arguments)
         try:
             await asyncio.wrap_future(body)
         except asyncio.CancelledError:
@@ -311,8 +327,10 @@ class Function:
         An item that fails keeps its error in its state (`error()`; reading a variable raises it) and harms no other.
         num_threads: programs at a time, "auto" for at most 96 (for `async def` programs, which need no threads: all).
         generator_style: an iterator that yields each state as soon as it and those before it are done.
-        Raises InvalidRequestError for arguments that the program does not take, before anything is run.
+        Raises InvalidRequestError for arguments that the program does not take, before anything is run, and
+        RuntimeError within an `async def` program: use `arun_batch` there.
         """
+        self._check_may_wait("run_batch")
         items, chosen = self._items(batch_kwargs, options)
         states = self._batch(items, chosen, check_at_once(num_threads))
         if progress_bar:
@@ -436,3 +454,12 @@ def _threads() -> ThreadPoolExecutor:
         if _pool is None:
             _pool = ThreadPoolExecutor(96, "superinfer-program")
         return _pool
+
+
+def _after_fork() -> None:
+    """The threads stayed in the process that was forked."""
+    global _pool, _pool_lock
+    _pool, _pool_lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

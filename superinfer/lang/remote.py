@@ -6,9 +6,10 @@ here.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -53,6 +54,7 @@ class RemoteBackend(Backend):
         self.model = model
         self.abilities = abilities
         self._closed = False
+        self._waiting: set[asyncio.Task[Any]] = set()  # those whose calls are under way
 
     def _ask(self, request: CallRequest) -> AsyncGenerator[TextDelta, None]:
         """Send it. The last delta of each continuation has a finish_reason."""
@@ -65,14 +67,32 @@ class RemoteBackend(Backend):
         if self._closed:
             raise RequestCancelledError("the backend is closed; make a new one")
 
-    async def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
+    @contextlib.contextmanager
+    def _under_way(self) -> Iterator[None]:
+        """A call of this task. Raises RequestCancelledError where the backend is closed, before or meanwhile: a closed
+        connection does not wake who reads from it."""
         self._check_open()
+        task = asyncio.current_task()
+        assert task is not None
+        self._waiting.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if task in self._waiting:
+                raise
+            task.uncancel()  # it was `close`
+            raise RequestCancelledError("the backend was closed") from None
+        finally:
+            self._waiting.discard(task)
+
+    async def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
         assert isinstance(request, CallRequest)
         self._check(request)
         slo = None if self.abilities.slo else request.slo
-        async with contextlib.aclosing(in_time(self._ask(request), slo, request.sampling.n)) as deltas:
-            async for delta in deltas:
-                yield delta
+        with self._under_way():
+            async with contextlib.aclosing(in_time(self._ask(request), slo, request.sampling.n)) as deltas:
+                async for delta in deltas:
+                    yield delta
 
     def _check(self, request: CallRequest) -> None:
         for name in SamplingParams.__struct_fields__:
@@ -145,7 +165,12 @@ class RemoteBackend(Backend):
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            language_loop().run(self._close())
+            language_loop().run(self._end())
+
+    async def _end(self) -> None:
+        while self._waiting:
+            self._waiting.pop().cancel()
+        await self._close()
 
 
 class Answering:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from types import NoneType
 from typing import Any
 
 import msgspec
@@ -48,6 +49,12 @@ class Sampling:
                 f"logprob_start_len={self.logprob_start_len!r}: log probabilities of the prompt are not given out; "
                 "leave it out, or use select() to compare texts"
             )
+        for name, given in (("stop", self.stop), ("stop_regex", self.stop_regex)):
+            if not isinstance(given, (str, Sequence, NoneType)):
+                raise InvalidRequestError(f"{name}={given!r:.80} must be a text or a list of texts")
+        ids = self.stop_token_ids
+        if ids is not None and (isinstance(ids, str) or not isinstance(ids, Sequence) or not all(map(_is_id, ids))):
+            raise InvalidRequestError(f"stop_token_ids={ids!r:.80} must be a list of token ids")
         for stop in self.stop_strings:
             if not isinstance(stop, str) or not stop:
                 raise InvalidRequestError(f"stop={stop!r} must be a string of at least one character")
@@ -105,6 +112,10 @@ class Sampling:
             stop_token_ids=tuple(self.stop_token_ids or ()),
             **given,
         )
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 NO_SAMPLING = Sampling()

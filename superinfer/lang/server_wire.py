@@ -175,7 +175,9 @@ class ServerWire:
         except TimeoutError as error:
             raise DeadlineMissedError(f"the service did not answer in time: {error}") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise EngineUnavailableError(f"the service does not answer: {error!r}") from error
+            raise EngineUnavailableError(
+                f"the server at {self._base} does not answer: {error or repr(error)}"
+            ) from error
 
     async def _answered(self, path: str, body: bytes) -> aiohttp.ClientResponse:
         """The answer's beginning, after as many tries as are allowed. Raises SuperinferError for one that is none."""

@@ -13,6 +13,7 @@ from superinfer.lang.api import assistant, gen, tool, user
 from superinfer.lang.backend import Backend, resolve_backend
 from superinfer.lang.conversation import Conversation
 from superinfer.lang.history import History
+from superinfer.lang.ir import Expr
 from superinfer.lang.loop import language_loop
 from superinfer.lang.program import Function
 from superinfer.lang.promise import check_pause
@@ -89,7 +90,7 @@ class Session(Conversation):
         self.say(messages, self.toolbox.schemas)
         self._turn = self._make_turn()
 
-    def ask(self, text: str, **options: Any) -> Reply:
+    def ask(self, text: str | Expr, **options: Any) -> Reply:
         """One turn: say `text`, let the model call tools until it answers in words, and return that.
 
         options: as of `Function.run` (max_new_tokens, temperature, deadline, slo, backend, ...).
@@ -98,15 +99,19 @@ class Session(Conversation):
         """
         return language_loop().run(self.aask(text, **options))
 
-    async def aask(self, text: str, **options: Any) -> Reply:
+    async def aask(self, text: str | Expr, **options: Any) -> Reply:
         """Async twin of `ask`. Cancelling the task cancels the turn's requests on the engine and its `async def`
         tools."""
+        if not isinstance(text, (str, Expr)):
+            raise InvalidRequestError(f"ask({text!r:.80}): give the text that the user says")
+        if options.get("n", 1) != 1:
+            raise InvalidRequestError(f"n={options['n']!r}: a turn of a session has one answer; leave it out")
         results: list[ToolResult] = []
         state = await self._turn.arun(text, results, session=self, **options)
         return Reply(text=state.ret_value, tools=tuple(results), state=state)
 
     def _make_turn(self) -> Function:
-        async def turn(s: ProgramState, text: str, results: list[ToolResult]) -> str:
+        async def turn(s: ProgramState, text: str | Expr, results: list[ToolResult]) -> str:
             s += user(text)
             for _ in range(self.max_rounds):
                 s += assistant(gen("reply"))

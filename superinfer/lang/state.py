@@ -184,11 +184,12 @@ class ProgramState:
         return self.stream_executor.run.ledger.report()
 
     def text_iter(self, var_name: str | None = None) -> Iterator[str]:
-        """Text as it comes: a variable's, or all of it. Raises what made the state fail.
+        """Text as it comes: a variable's, or all of it (within the program: up to here). Raises what made the state
+        fail, and KeyError for a variable that is not there, unless a program with stream=True may yet make it.
 
         Leaving the loop early, from outside the program, cancels a program that was started with stream=True.
         """
-        if var_name is None and not self.stream_executor.run.stream:
+        if var_name is None and self._has_whole_text():
             yield self.text()
             return
         for chunk in read(self._feed(var_name), self._abandoned()):
@@ -203,7 +204,7 @@ class ProgramState:
         """Async twin of `text_iter`. return_meta_data: yield (text, what is known of the call by then)."""
         if return_meta_data and var_name is None:
             raise InvalidRequestError("return_meta_data=True needs the name of a variable")
-        if var_name is None and not self.stream_executor.run.stream:
+        if var_name is None and self._has_whole_text():
             await self.drain()
             yield self.text()
             return
@@ -215,8 +216,13 @@ class ProgramState:
             yield "", meta
 
     def _feed(self, name: str | None) -> Any:
-        executor = self.stream_executor
-        return executor.text_feed if name is None else executor.expect(name).feed
+        return self.stream_executor.text_feed if name is None else self._variable(name).feed
+
+    def _has_whole_text(self) -> bool:
+        """Whether `text` is all that there is to read: nothing is streamed, or the reader is the program itself, which
+        would wait for its own end."""
+        run = self.stream_executor.run
+        return not run.stream or inside_run.get() is run
 
     def _abandoned(self) -> Callable[[], object]:
         run = self.stream_executor.run

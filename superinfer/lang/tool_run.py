@@ -10,6 +10,7 @@ import contextvars
 import functools
 import inspect
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import msgspec
 
 from superinfer.errors import InvalidRequestError, OutputError
-from superinfer.lang.loop import language_loop
+from superinfer.lang.loop import language_loop, submit
 from superinfer.lang.tools import ToolCall, tool_schema
 
 Tool = Callable[..., Any]
@@ -50,6 +51,8 @@ class Toolbox:
     def __init__(self, tools: Iterable[Tool]) -> None:
         self._tools: dict[str, Tool] = {}
         self._signatures: dict[str, inspect.Signature] = {}
+        if not isinstance(tools, Iterable):
+            raise InvalidRequestError(f"tools={tools!r:.80} must be a list of functions")
         self.schemas: list[dict[str, Any]] = []
         for tool in tools:
             if not callable(tool):
@@ -84,7 +87,7 @@ class Toolbox:
             async with asyncio.timeout(timeout):
                 value = await self._invoke(call)
             text = told(value)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit() in a tool ends the tool
             if isinstance(error, TimeoutError) and not str(error):
                 error = TimeoutError(f"{call.name} took longer than {timeout} s")
             if on_error == "raise":
@@ -105,7 +108,7 @@ class Toolbox:
             return await tool(**call.arguments)
         context = contextvars.copy_context()
         invoke = functools.partial(context.run, tool, **call.arguments)
-        value = await asyncio.get_running_loop().run_in_executor(_threads(), invoke)
+        value = await asyncio.wrap_future(submit(_threads(), invoke))
         return await value if inspect.isawaitable(value) else value
 
 
@@ -165,3 +168,12 @@ def _threads() -> ThreadPoolExecutor:
         if _pool is None:
             _pool = ThreadPoolExecutor(MAX_TOOL_THREADS, "superinfer-tool")
         return _pool
+
+
+def _after_fork() -> None:
+    """The threads stayed in the process that was forked."""
+    global _pool, _pool_lock
+    _pool, _pool_lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

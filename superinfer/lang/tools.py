@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,10 +40,13 @@ def tool_schema(tool: Callable[..., Any] | dict[str, Any]) -> dict[str, Any]:
     properties, required = {}, []
     for parameter in inspect.signature(tool).parameters.values():
         kind = hints.get(parameter.name, str)
-        json_type = _JSON_TYPES.get(typing.get_origin(kind) or kind)
-        if json_type is None or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise InvalidRequestError(f"parameter {parameter.name!r} of tool {name} has no JSON type; give its schema")
-        properties[parameter.name] = {"type": json_type}
+        schema = _schema_of(kind)
+        if schema is None or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise InvalidRequestError(
+                f"parameter {parameter.name!r} of tool {name} has no JSON type; annotate it as str, int, float, bool, "
+                "list, dict, a Literal, or one of these or None"
+            )
+        properties[parameter.name] = schema
         if parameter.default is parameter.empty:
             required.append(parameter.name)
     function = {
@@ -51,6 +55,27 @@ def tool_schema(tool: Callable[..., Any] | dict[str, Any]) -> dict[str, Any]:
         "parameters": {"type": "object", "properties": properties, "required": required},
     }
     return {"type": "function", "function": function}
+
+
+def _schema_of(kind: Any) -> dict[str, Any] | None:
+    """JSON schema of an annotation; None: it has none."""
+    if kind is Any:
+        return {}
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        kinds = {type(value) for value in arguments}
+        named = {"type": _JSON_TYPES[kinds.pop()]} if len(kinds) == 1 and kinds <= _JSON_TYPES.keys() else {}
+        return {**named, "enum": list(arguments)}
+    if origin in (typing.Union, types.UnionType):
+        options = [{"type": "null"} if one is type(None) else _schema_of(one) for one in arguments]
+        return None if None in options else {"anyOf": options}
+    json_type = _JSON_TYPES.get(origin or kind)
+    if json_type is None:
+        return None
+    if origin is list:
+        items = _schema_of(arguments[0])
+        return None if items is None else {"type": json_type, "items": items}
+    return {"type": json_type}
 
 
 def tool_calls(text: str) -> list[ToolCall]:

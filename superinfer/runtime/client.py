@@ -250,14 +250,14 @@ class AsyncEngineClient:
         """Ask the engine process to end. Requests that are not finished fail."""
         await self._send(Shutdown())
 
-    async def close(self) -> None:
-        """Disconnect. Waiting calls raise RequestCancelledError; the engine cancels their requests."""
+    async def close(self, reason: str = "the client was closed") -> None:
+        """Disconnect. Waiting calls raise RequestCancelledError(reason); the engine cancels their requests."""
         if self._closed:
             return
         self._closed = True
         for request_id in self._streams:
             self._send_soon(Cancel(request_id=request_id))
-        self._fail(RequestCancelledError("the client was closed"))
+        self._fail(RequestCancelledError(reason))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -44,6 +44,7 @@ class EngineProcess:
         self._process = process
         self._lifeline = lifeline
         self._folder = folder
+        self._owner = os.getpid()
         self.address = ""
         atexit.register(self.close)
 
@@ -62,6 +63,8 @@ class EngineProcess:
         if self._lifeline >= 0:
             os.close(self._lifeline)
             self._lifeline = -1
+        if os.getpid() != self._owner:
+            return  # we were forked from the process whose engine it is
         try:
             self._process.wait(timeout)
         except subprocess.TimeoutExpired:

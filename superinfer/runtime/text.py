@@ -211,9 +211,9 @@ class TextClient:
             )
         )
 
-    async def close(self) -> None:
-        """Close the connection; the engine lives on."""
-        await self.client.close()
+    async def close(self, reason: str = "the client was closed") -> None:
+        """Close the connection; the engine lives on. Waiting calls raise RequestCancelledError(reason)."""
+        await self.client.close(reason)
 
     async def __aenter__(self) -> TextClient:
         return self

@@ -49,9 +49,10 @@ def test_version(run: Run) -> None:
     assert status == 0 and out.startswith("superinfer 0.")
 
 
-def error_of(result: tuple[int, str, str]) -> str:
+def error_of(result: tuple[int, str, str], expected: int = 2) -> str:
+    """The one line; 2 is the status of a wrong value, 1 that of all that is no argument's fault."""
     status, _, err = result
-    assert status == 1, result
+    assert status == expected, result
     assert "Traceback" not in err
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     return line
@@ -68,6 +69,8 @@ def test_a_value_out_of_range_is_named(run: Run) -> None:
     assert "kv_tokens=0" in error_of(run("engine", "--kv-tokens", "0"))
     assert "port=70000" in error_of(run("serve", "--port", "70000"))
     assert "temperature=-1.0" in error_of(run("chat", "--temperature", "-1"))
+    assert "'gold=ttft_ms:soon'" in error_of(run("serve", "--slo-class", "gold=ttft_ms:soon"))
+    assert "its fields are ttft_ms" in error_of(run("serve", "--slo-class", "gold=ttft:5"))
 
 
 def test_an_unknown_policy_is_named_with_the_known_ones(run: Run) -> None:
@@ -76,7 +79,7 @@ def test_an_unknown_policy_is_named_with_the_known_ones(run: Run) -> None:
 
 
 def test_a_missing_model_is_named(run: Run, tmp_path: Path) -> None:
-    assert str(tmp_path / "nowhere") in error_of(run("chat", "--model", str(tmp_path / "nowhere")))
+    assert str(tmp_path / "nowhere") in error_of(run("chat", "--model", str(tmp_path / "nowhere")), 1)
 
 
 def test_a_corrupted_checkpoint_is_named(run: Run, random_llama: Path, tmp_path: Path, start: Any) -> None:
@@ -87,7 +90,7 @@ def test_a_corrupted_checkpoint_is_named(run: Run, random_llama: Path, tmp_path:
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     command = start("serve", "--port", "0", "--model", str(broken))
-    line = error_of(command.end())
+    line = error_of(command.end(), 1)
     assert str(broken) in line or "model.safetensors" in line
     assert command.left_behind() == []
 
@@ -101,7 +104,7 @@ def test_an_engine_that_is_not_there_is_named(
     with pytest.raises(SystemExit) as ended:
         main(["chat", "--engine", address])
     shown = capsys.readouterr()
-    line = error_of((int(ended.value.code or 0), shown.out, shown.err))
+    line = error_of((int(ended.value.code or 0), shown.out, shown.err), 1)
     assert address in line and "within 0.2 s" in line
     assert "'nonsense'" in error_of(run("serve", "--port", "0", "--engine", "nonsense"))
 
@@ -122,8 +125,14 @@ def test_an_engine_address_in_use_is_named(run: Run, tiny_checkpoint: Path) -> N
         )
 
 
+def test_a_port_that_no_machine_has_is_named(run: Run, tiny_checkpoint: Path) -> None:
+    arguments = ("--address", "tcp://127.0.0.1:70000", "--model", str(tiny_checkpoint), "--load-format", "dummy")
+    line = error_of(run("engine", *arguments))  # and not another port, which ZMQ would make of it
+    assert "tcp://127.0.0.1:70000" in line and "65535" in line
+
+
 def test_a_url_where_nothing_answers_is_named(run: Run) -> None:
-    assert "http://127.0.0.1:9/v1" in error_of(run("chat", "--url", "http://127.0.0.1:9/v1", stdin="hello\n"))
+    assert "http://127.0.0.1:9/v1" in error_of(run("chat", "--url", "http://127.0.0.1:9/v1", stdin="hello\n"), 1)
 
 
 def test_engine_and_url_exclude_each_other(run: Run) -> None:

@@ -100,4 +100,4 @@ def test_options_that_cannot_be_are_refused_before_anything_runs(run: Run, tmp_p
         (("--picture", str(tmp_path / "nowhere" / "x.svg")), "nowhere"),
     ):
         status, _, err = run("demo", *arguments)
-        assert status == 1 and named in err and "Traceback" not in err
+        assert status == 2 and named in err and "Traceback" not in err

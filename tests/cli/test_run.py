@@ -35,7 +35,7 @@ def test_a_program_runs_as_main_with_its_arguments(run: Run, tiny_engine: Any, t
 
 def test_a_missing_file_is_named(run: Run, tmp_path: Path) -> None:
     status, _, err = run("run", str(tmp_path / "none.py"))
-    assert status == 1 and "none.py" in err and "Traceback" not in err
+    assert status == 2 and "none.py" in err and "Traceback" not in err
 
 
 def test_a_programs_own_error_keeps_its_traceback(run: Run, tiny_engine: Any, tmp_path: Path) -> None:

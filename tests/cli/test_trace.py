@@ -104,7 +104,7 @@ def test_what_cannot_be_drawn_is_one_clear_line(
     rotated: tuple[Path, int], run: Run, options: tuple[str, ...], says: str
 ) -> None:
     status, _, err = run("trace", "plot", str(rotated[0]), *options)
-    assert status == 1 and says in err and "Traceback" not in err
+    assert status == 2 and says in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", "{}", '[{"ph":"M","name":"process_name","args":{"name":"lang"}}]'])

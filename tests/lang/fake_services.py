@@ -13,7 +13,7 @@ from typing import Any
 
 class Service(ThreadingHTTPServer):
     """Answers with `words`, one chunk each, `word_s` seconds apart; a first message with `calls` of tools, if there
-    are any. Keeps what it was asked."""
+    are any. Keeps what it was asked. `owner`: of its model; `key`: it asks for this one."""
 
     daemon_threads = True
 
@@ -23,6 +23,8 @@ class Service(ThreadingHTTPServer):
         self.word_s = 0.0
         self.calls: list[tuple[str, str]] = []
         self.status = 200
+        self.owner = "someone"
+        self.key: str | None = None
         self.asked: list[dict[str, Any]] = []
         self.gone = 0
 
@@ -40,12 +42,20 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing on stderr."""
 
     def do_GET(self) -> None:
-        self._json(
-            200, {"object": "list", "data": [{"id": "m", "object": "model", "owned_by": "someone", "created": 1}]}
-        )
+        if self._may_come_in():
+            card = {"id": "m", "object": "model", "owned_by": self.server.owner, "created": 1}
+            self._json(200, {"object": "list", "data": [card]})
+
+    def _may_come_in(self) -> bool:
+        if self.server.key is None or self.headers["Authorization"] == f"Bearer {self.server.key}":
+            return True
+        self._json(401, {"error": {"message": "no such key", "type": "x", "code": "invalid_api_key"}})
+        return False
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self._may_come_in():
+            return
         self.server.asked.append({"path": self.path, **body})
         if self.server.status != 200:
             return self._json(self.server.status, {"error": {"message": "no", "type": "x", "code": "x"}})

@@ -428,6 +428,39 @@ def test_nobody_at_the_address_is_said_so() -> None:
             make()
 
 
+@pytest.mark.parametrize("kind", ["OpenAI", "Anthropic", "ours"])
+def test_closing_a_backend_ends_the_calls_that_are_under_way(service: Service, kind: str) -> None:
+    service.words, service.word_s = ["w "] * 500, 0.02
+    service.owner = "superinfer" if kind == "ours" else "someone"
+    backend = backends(service)[kind == "Anthropic"] if kind != "ours" else si.RuntimeEndpoint(service.url)
+
+    @si.function
+    def program(s):
+        s += si.user("u") + si.assistant(si.gen("x"))
+
+    state = program.run(backend=backend, stream=True)
+    chunks = state.text_iter("x")
+    assert next(chunks).startswith("w")
+    backend.close()
+    started = time.monotonic()
+    error = state.error()
+    assert isinstance(error, si.RequestCancelledError) and "the backend was closed" in str(error)
+    assert time.monotonic() - started < 5  # the text would have gone on for 10
+    with pytest.raises(si.RequestCancelledError), pytest.warns(RuntimeWarning):
+        program.run(backend=backend)["x"]
+
+
+def test_a_server_that_asks_for_a_key_is_given_it_or_says_so(service: Service) -> None:
+    service.owner, service.key = "superinfer", "secret"
+    with pytest.raises(si.InvalidRequestError, match=r"refuses this API key, give api_key"):
+        si.RuntimeEndpoint(service.url)
+    for endpoint in (si.RuntimeEndpoint(service.url, "secret"), si.RuntimeEndpoint(service.url, api_key="secret")):
+        with endpoint:
+            assert chat.run("hi", backend=endpoint)["answer"] == "so it is"
+    with pytest.raises(si.InvalidRequestError, match="asks for no key"):
+        si.RuntimeEndpoint("ipc:///tmp/none.sock", api_key="secret")
+
+
 def test_a_server_that_is_not_ours_is_no_runtime_endpoint(service: Service) -> None:
     with pytest.raises(si.InvalidRequestError, match="no superinfer server; use OpenAI"):
         si.RuntimeEndpoint(service.url)

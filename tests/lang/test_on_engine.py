@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -29,6 +30,36 @@ def chat(s, question, tokens=8):
     forks += lambda i: si.user(str(i)) + si.assistant(si.gen("more", max_tokens=4, temperature=0, ignore_eos=True))
     forks.join()
     s += si.user("Which?") + si.assistant(si.select("choice", ["yes", "no"]))
+
+
+def test_a_forked_process_runs_programs_on_backends_of_its_own(endpoint: RuntimeEndpoint) -> None:
+    chat.run("hello")  # the language's thread is there, and a fork has none of it
+
+    def child() -> str:
+        with pytest.raises(si.InvalidRequestError, match=r"was made in process .* forked"):
+            chat.run("hello")
+        with si.RuntimeEndpoint(endpoint.address) as backend:
+            return str(chat.run("hello", backend=backend)["answer"])
+
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    process = context.Process(target=lambda: answers.put(child()))
+    process.start()
+    process.join(20)
+    hung = process.is_alive()
+    process.kill()
+    assert not hung and process.exitcode == 0
+    assert answers.get() == chat.run("hello")["answer"]
+
+
+def test_a_forked_process_that_ends_leaves_the_engine_alone(talking_engine: EngineProcess) -> None:
+    pid = os.fork()
+    if pid == 0:
+        talking_engine.close()  # as the interpreter does at its end
+        os._exit(0)
+    os.waitpid(pid, 0)
+    with si.RuntimeEndpoint(talking_engine.address, timeout=5.0):
+        assert talking_engine.alive
 
 
 def test_a_program_runs_the_same_twice_and_reports_its_calls(endpoint: RuntimeEndpoint) -> None:

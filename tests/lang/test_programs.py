@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 import time
 
 import pytest
@@ -195,6 +197,27 @@ def test_what_gen_leaves_open_is_taken_from_run(model: ScriptedClient) -> None:
     assert model.requests[-1].sampling.temperature == 1.0
 
 
+def test_run_takes_n_and_min_tokens_unless_they_are_the_programs_own(model: ScriptedClient) -> None:
+    @si.function
+    def program(s):
+        s += si.gen("x") + si.gen("y", n=1, min_tokens=1)
+
+    state = program.run(n=2, min_tokens=2)
+    assert (state["x"], state["y"]) == (["ok", "ok"], "ok")
+    assert [request.sampling.min_tokens for request in model.requests] == [2, 1]
+    (state,) = program.run_batch([()], n=3)
+    assert state["x"] == ["ok"] * 3
+    late = program.run(n=2, deadline=1e-9, slo=si.SLO(on_miss="truncate"))
+    assert (late["x"], late["y"]) == (["", ""], "")
+
+    @si.function
+    def shots(s, n, min_tokens=0):
+        s += f"{n} {min_tokens} " + si.gen("x")
+
+    assert shots.run(n=3, min_tokens=4)["x"] == "ok"
+    assert model.requests[-1].prompt == "3 4 "
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -217,6 +240,11 @@ def test_what_cannot_be_honoured_is_refused_by_name_when_the_expression_is_made(
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"temperature": -1}, "temperature=-1"),
         ({"stop": ""}, "stop=''"),
+        ({"stop": 5}, "stop=5"),
+        ({"stop_regex": 5}, "stop_regex=5"),
+        ({"stop_token_ids": 5}, "stop_token_ids=5"),
+        ({"stop_token_ids": ["x"]}, r"stop_token_ids=\['x'\]"),
+        ({"stop_token_ids": "12"}, "stop_token_ids='12'"),
         ({"slo": 5}, "slo=5"),
         ({"choices": []}, "choices"),
         ({"choices": ["a", ""]}, "choice ''"),
@@ -440,6 +468,24 @@ async def test_blocking_inside_an_async_program_is_an_error_that_names_the_twin(
     assert (await program.arun()).ret_value == "ok"
 
 
+def test_a_program_that_would_wait_for_the_loop_it_runs_on_says_so(model: ScriptedClient) -> None:
+    model.token_s = 0.01
+
+    @si.function
+    def inner(s):
+        s += si.gen("x")
+
+    @si.function
+    async def outer(s):
+        with pytest.raises(RuntimeError, match=r"run\(\) of inner would block .* arun\(\)"):
+            inner.run()
+        with pytest.raises(RuntimeError, match=r"run_batch\(\) of inner would block .* arun_batch\(\)"):
+            inner.run_batch([()])
+        return (await inner.arun())["x"]
+
+    assert outer.run().ret_value == "ok"
+
+
 async def test_arun_takes_ordinary_programs_too_and_leaves_the_loop_free(model: ScriptedClient) -> None:
     turns = 0
     model.may_begin = lambda: turns > 5
@@ -477,6 +523,30 @@ def test_an_exception_of_a_tool_propagates_and_cancels_what_runs(model: Scripted
     while model.open and time.monotonic() < deadline:
         time.sleep(0.005)
     assert len(model.cancelled) == 1 and model.given[0] < 1000
+
+
+def test_a_program_may_exit_or_run_out_of_items_and_others_run_on(model: ScriptedClient) -> None:
+    def exits(s):
+        sys.exit(3)
+
+    async def aexits(s):
+        sys.exit(3)
+
+    def runs_out(s):
+        next(iter([]))
+
+    for function in (exits, aexits):
+        with pytest.raises(SystemExit, match="3"):
+            si.function(function).run()
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        asyncio.run(asyncio.wait_for(si.function(runs_out).arun(), 10))
+
+    @si.function
+    async def program(s):
+        s += si.gen("x")
+        return await s.get("x")
+
+    assert program.run().ret_value == "ok"
 
 
 def test_an_error_nobody_read_stays_in_the_state_with_a_warning(model: ScriptedClient) -> None:
@@ -522,6 +592,18 @@ def test_arguments_are_checked_before_anything_runs(model: ScriptedClient) -> No
         program.bind(c=1)
     with pytest.raises(si.InvalidRequestError, match=r"'temperature'.*rename"):
         si.function(lambda s, temperature: None)
+
+
+def test_a_function_that_yields_is_no_program() -> None:
+    def program(s):
+        yield s
+
+    async def aprogram(s):
+        yield s
+
+    for function in (program, aprogram):
+        with pytest.raises(si.InvalidRequestError, match=f"program {function.__name__} has a `yield`"):
+            si.function(function)
 
 
 def test_arguments_named_like_options_that_sglang_lacks_are_the_programs_own(model: ScriptedClient) -> None:

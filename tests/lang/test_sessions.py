@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 
@@ -209,11 +210,22 @@ def test_a_fork_begins_with_what_was_said_and_goes_its_own_way(model: ScriptedCl
         ({"deadline": 0}, "deadline=0"),
         ({"on_tool_error": "ignore"}, "on_error='ignore'"),
         ({"max_rounds": 0}, "max_rounds=0"),
+        ({"history": 5}, "history=5"),
+        ({"tools": price}, "tools=.*must be a list of functions"),
     ],
 )
 def test_wrong_values_are_refused_by_name(arguments, shown: str) -> None:
     with pytest.raises(si.InvalidRequestError, match=shown):
         si.Session(**arguments)
+
+
+def test_a_turn_says_text_and_has_one_answer(model: ScriptedClient) -> None:
+    session = si.Session()
+    with pytest.raises(si.InvalidRequestError, match=r"ask\(None\)"):
+        session.ask(None)  # type: ignore[arg-type]
+    with pytest.raises(si.InvalidRequestError, match="n=2"):
+        session.ask("hi", n=2)
+    assert model.requests == [] and session.ask("hi").text == "ok"
 
 
 # ------------------------------------------------------------------------------------------------ tools
@@ -274,6 +286,37 @@ def test_what_goes_wrong_is_told_to_the_model_or_raised(model: ScriptedClient, m
     assert message["content"].startswith(told.replace("(item: str)", "(item: 'str')")) or told in message["content"]
     with pytest.raises((si.OutputError, KeyError)):
         si.Session(tools=[price], on_tool_error="raise").ask("x")
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_tool_that_stops_iterating_or_exits_has_failed_and_no_more(model: ScriptedClient, asynchronous: bool) -> None:
+    def first(item: str) -> str:
+        """The first item."""
+        return next(iter(item))
+
+    async def afirst(item: str) -> str:
+        """The first item."""
+        return next(iter(item))
+
+    def leave() -> None:
+        """Leaves."""
+        sys.exit("usage")
+
+    async def aleave() -> None:
+        """Leaves."""
+        sys.exit("usage")
+
+    tools = [afirst, aleave] if asynchronous else [first, leave]
+    made = call(tools[0].__name__, item="") + call(tools[1].__name__)
+    model.answer = lambda prompt: "sorry" if "<tool>" in prompt else made
+    reply = asyncio.run(asyncio.wait_for(si.Session(tools=tools).aask("x", max_new_tokens=999), 10))
+    assert reply.text == "sorry" and [type(result.error) for result in reply.tools] == [RuntimeError, SystemExit]
+    assert reply.tools[1].text == "error: SystemExit: usage"
+    with pytest.raises(SystemExit, match="usage"):
+        si.call_tools([si.ToolCall(tools[1].__name__, {})], tools, on_error="raise")
+    assert (
+        si.Session(tools=tools).ask("x", max_new_tokens=999).text == "sorry"
+    )  # what all programs of the process run on lives on
 
 
 async def test_a_tool_that_takes_too_long_is_given_up(model: ScriptedClient) -> None:

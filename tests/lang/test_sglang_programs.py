@@ -345,3 +345,23 @@ def test_an_engine_answers_prompts_without_a_program(talking_llama) -> None:
         assert len(engine.generate(input_ids=[5, 6], sampling_params={**params, "n": 2})) == 2
         with pytest.raises(sgl.UnsupportedError, match="spaces_between"):
             engine.generate("x", {"spaces_between": True})
+        for wrong, named in (
+            ({"regex": "("}, r"regex='\('"),
+            ({"regex": "a", "json_schema": "{}"}, "regex and json_schema"),
+            ({"repetition_penalty": -1}, "repetition_penalty=-1"),
+            ({"skip_special_tokens": False}, "skip_special_tokens=False"),
+            (5, "sampling_params=5"),
+        ):
+            with pytest.raises(sgl.InvalidRequestError, match=named):
+                engine.generate("x", wrong)
+        with pytest.raises(sgl.InvalidRequestError, match="prompt=5"):
+            engine.generate(5)
+
+
+@pytest.mark.slow
+def test_an_engine_takes_what_sglangs_users_say_of_the_output(talking_llama) -> None:
+    with sgl.Engine(model_path=str(talking_llama), kv_tokens=1024, threads=1) as engine:
+        shaped = {"regex": "[ab]{3}x", "repetition_penalty": 1.1, "skip_special_tokens": True, "max_new_tokens": 9}
+        assert re.fullmatch("[ab]{3}x", engine.generate("x", shaped)["text"])
+        truth = engine.generate("x", {"json_schema": '{"type": "boolean"}', "max_new_tokens": 9})["text"]
+        assert truth in ("true", "false")

@@ -134,6 +134,30 @@ def test_a_program_may_stop_looking_at_its_own_stream(model: ScriptedClient) -> 
     assert model.cancelled == []
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_program_that_reads_on_does_not_wait_for_its_own_end(model: ScriptedClient, stream: bool) -> None:
+    @si.function
+    def program(s):
+        s += "a" + si.gen("x")
+        (fork,) = s.fork(1)
+        fork += "b" + si.gen("y")
+        for state, absent in ((s, "y"), (fork, "z")):  # what nobody has begun to make will not come meanwhile
+            with pytest.raises(KeyError, match=f"{absent!r} is not a variable"):
+                list(state.text_iter(absent))
+        return "".join(s.text_iter()), "".join(fork.text_iter()), "".join(fork.text_iter("y"))
+
+    @si.function
+    async def aprogram(s):
+        s += "a" + si.gen("x")
+        with pytest.raises(KeyError, match="'y' is not a variable"):
+            [chunk async for chunk in s.text_async_iter("y")]
+        return "".join([chunk async for chunk in s.text_async_iter()])
+
+    for one, expected in ((program, ("aok", "aokbok", "ok")), (aprogram, "aok")):
+        state = one.run(stream=stream)
+        assert await asyncio.to_thread(wait_until, lambda: state.ret_value == expected), state.error()  # noqa: B023
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 async def test_closing_astream_cancels_the_program(model: ScriptedClient, asynchronous: bool) -> None:
     model.token_s, model.answer = 0.01, lambda prompt: "x" * 500

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import pytest
 
 import superinfer as si
@@ -13,7 +15,6 @@ def test_a_function_becomes_its_openai_schema() -> None:
         """Order something."""
         return ""
 
-    order.__annotations__["tags"] = list[str]
     assert tool_schema(order) == {
         "type": "function",
         "function": {
@@ -25,7 +26,7 @@ def test_a_function_becomes_its_openai_schema() -> None:
                     "item": {"type": "string"},
                     "count": {"type": "integer"},
                     "price": {"type": "number"},
-                    "tags": {"type": "array"},
+                    "tags": {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]},
                 },
                 "required": ["item", "count"],
             },
@@ -33,12 +34,36 @@ def test_a_function_becomes_its_openai_schema() -> None:
     }
 
 
+def test_choices_options_and_anything_have_schemas() -> None:
+    def order(
+        size: Literal["s", "m"],
+        colour: str | None,
+        count: int | None = None,
+        more: Any = None,
+        rest: dict[str, int] = {},  # noqa: B006
+    ) -> None: ...
+
+    properties = tool_schema(order)["function"]["parameters"]["properties"]
+    assert properties == {
+        "size": {"type": "string", "enum": ["s", "m"]},
+        "colour": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "count": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+        "more": {},
+        "rest": {"type": "object"},
+    }
+
+
 def test_a_parameter_without_a_json_type_is_refused() -> None:
     def strange(value: bytes) -> str:
         return ""
 
+    def stranger(values: list[bytes] | None = None) -> str:
+        return ""
+
     with pytest.raises(si.InvalidRequestError, match="'value' of tool strange"):
         si.tools([strange])
+    with pytest.raises(si.InvalidRequestError, match="'values' of tool stranger"):
+        si.tools([stranger])
     with pytest.raises(si.InvalidRequestError, match="neither a function"):
         si.tools([5])  # type: ignore[list-item]
 

@@ -156,6 +156,9 @@ def _bind(socket: zmq.Socket[bytes], address: str) -> str:
     """Bind and return the endpoint with wildcards resolved."""
     if address.startswith("ipc://"):
         _check_ipc(address)
+    port = address.rpartition(":")[2]
+    if address.startswith("tcp://") and port.isdigit() and int(port) > 65535:  # ZMQ would take what is left over
+        raise InvalidRequestError(f"the engine cannot listen at {address!r}: ports go from 0 to 65535; choose another")
     wanted = address[:-1] + "*" if address.startswith("tcp://") and address.endswith(":0") else address
     try:
         socket.bind(wanted)

@@ -139,9 +139,9 @@ def _text_of(where: str, content: str | list[dict[str, Any]] | None) -> str:
 
 
 def _arguments(where: str, function: FunctionCall) -> dict[str, Any]:
-    """Templates want the object, not the string: they would quote a string once more."""
+    """Templates want the object, not the string: they would quote a string once more. An empty one says nothing."""
     try:
-        arguments = json.loads(function.arguments)
+        arguments = json.loads(function.arguments or "{}")
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):

@@ -33,6 +33,8 @@ def sampling_of(
         ]
         if getattr(request, name) is not None
     }
+    if request.top_k == -1:  # off, as vLLM has it
+        given["top_k"] = 0
     return SamplingParams(
         max_tokens=max_tokens,
         logprobs=logprobs,

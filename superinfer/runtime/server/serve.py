@@ -25,6 +25,7 @@ from superinfer.runtime.server.settings import ServerSettings
 from superinfer.runtime.text import TextClient
 
 CONNECT_TIMEOUT_S = 5.0
+STOPPING = "the server is stopping; send the request again, to another one or later"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -156,6 +157,7 @@ async def _serve(
         finally:
             watcher.cancel()
             viewers.cancel()
+            await text.close(STOPPING)
 
 
 def _spare_the_collector() -> None:
@@ -188,4 +190,4 @@ async def _end_streams(stop: asyncio.Event, text: TextClient, grace: float) -> N
     """After the grace, answers that still run end with an error their clients can read, rather than a cut line."""
     await stop.wait()
     await asyncio.sleep(grace)
-    await text.close()
+    await text.close(STOPPING)

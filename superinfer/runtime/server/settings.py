@@ -82,6 +82,16 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 raise InvalidRequestError(f"{name}={getattr(self, name)} must be at least {low}")
         if not self.write_timeout_s > 0:
             raise InvalidRequestError(f"write_timeout_s={self.write_timeout_s} must be above 0")
+        if not self.grace_s >= 0:
+            raise InvalidRequestError(f"grace_s={self.grace_s} must be at least 0")
+        if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise InvalidRequestError(f"otlp_endpoint={self.otlp_endpoint!r} must be a URL: http://HOST:PORT/v1/traces")
+        if not all(
+            key.strip() for key in (*self.api_keys, *(k for c in self.slo_classes.values() for k in c.api_keys))
+        ):
+            raise InvalidRequestError(
+                "an API key is empty: everybody who sends none would be let in; give a text, or no key at all"
+            )
         if bool(self.tls_cert) != bool(self.tls_key):
             raise InvalidRequestError("tls_cert and tls_key belong together; give both or none")
         for name, found in self.slo_classes.items():
@@ -145,6 +155,11 @@ def parse_slo_class(text: str) -> tuple[str, dict[str, Any]]:
         fields[key.strip()] = value.strip()
     if not equals or not name:
         raise InvalidRequestError(f"slo class {text!r} is not of the form name=ttft_ms:500,tbt_ms:50")
+    try:
+        msgspec.convert(fields, SloClass, strict=False)
+    except msgspec.ValidationError as error:
+        known = ", ".join(field.name for field in msgspec.structs.fields(SloClass) if field.name != "api_keys")
+        raise InvalidRequestError(f"slo class {text!r}: {error}; its fields are {known}") from None
     return name, fields
 
 

@@ -23,7 +23,9 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     messages: list[Message] | None = None
     tools: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
 
@@ -60,7 +62,9 @@ def tokenize(request: TokenizeRequest, tokenizer: Tokenizer, info: ModelInfo) ->
             model="",
             messages=request.messages or [],
             tools=request.tools,
+            add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
+            chat_template_kwargs=request.chat_template_kwargs,
         )
         ids = prompt_of(chat, tool_plan(chat), tokenizer, constrained=False).ids
     pieces = [tokenizer.decode([token_id], skip_special=False) for token_id in ids]

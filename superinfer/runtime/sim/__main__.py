@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import typer
 
-from superinfer.errors import SuperinferError
+from superinfer.errors import InvalidRequestError, SuperinferError
 from superinfer.runtime.sim.command import simulate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 1 for an error, said in one line on stderr; 2 for wrong usage; 130 for Ctrl-C."""
+    """Exit status: 0; 1 for an error, in one line on stderr; 2 for wrong usage or a wrong value; 130 for Ctrl-C."""
     app = typer.Typer(
         pretty_exceptions_enable=False, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]}
     )
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app(args=list(arguments) if arguments is not None else None, prog_name="superinfer.runtime.sim")
     except SuperinferError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, InvalidRequestError) else 1
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     return 0

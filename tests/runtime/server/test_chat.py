@@ -111,6 +111,7 @@ def test_sampling_parameters_reach_the_engine(client: openai.OpenAI) -> None:
     assert ask(client, seed=8).choices[0].message.content != whole
     greedy = ask(client, temperature=0).choices[0].message.content
     assert ask(client, extra_body={"top_k": 1}).choices[0].message.content == greedy
+    assert ask(client, temperature=0, extra_body={"top_k": -1}).choices[0].message.content == greedy
     assert ask(client, top_p=1e-6).choices[0].message.content == greedy
     assert ask(client, extra_body={"min_p": 1.0}).choices[0].message.content == greedy
     tame = ask(client, temperature=0, max_tokens=60, presence_penalty=2.0, frequency_penalty=2.0)
@@ -129,6 +130,19 @@ def test_every_role_and_text_parts_are_rendered(client: openai.OpenAI) -> None:
     turns = ["system\nbe brief", "user\nhow is\nOslo?", "assistant\nOslo", "tool\nrain"]
     expected = sum(1 + len(turn) + 2 for turn in turns) + 1 + len("assistant\n")
     assert ask(client, messages=messages).usage.prompt_tokens == expected
+
+
+def test_a_call_without_arguments_may_leave_their_text_empty(client: openai.OpenAI) -> None:
+    def prompt_tokens(arguments: str) -> int:
+        call = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": arguments}}
+        messages = [*HELLO, {"role": "assistant", "content": "so:", "tool_calls": [call]}]
+        return int(
+            ask(
+                client, messages=[*messages, {"role": "tool", "content": "9", "tool_call_id": "c1"}]
+            ).usage.prompt_tokens
+        )
+
+    assert prompt_tokens("") == prompt_tokens("{}")
 
 
 def test_a_final_assistant_message_can_be_continued(client: openai.OpenAI) -> None:

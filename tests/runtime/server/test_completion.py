@@ -92,5 +92,8 @@ def test_text_and_tokens_turn_into_each_other(http: httpx.Client) -> None:
     assert http.post("/detokenize", json={"tokens": made["tokens"]}).json() == {"prompt": "once"}
     chat = http.post("/tokenize", json={"messages": [{"role": "user", "content": "hi"}]}).json()
     assert http.post("/detokenize", json={"tokens": chat["tokens"]}).json()["prompt"].startswith("<|im_start|>user\nhi")
+    rendered = {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"enable_thinking": False}}
+    bare = http.post("/tokenize", json=rendered | {"add_generation_prompt": False}).json()
+    assert chat["tokens"][: bare["count"]] == bare["tokens"] and bare["count"] < chat["count"]
     assert http.post("/tokenize", json={}).status_code == 400
     assert http.post("/detokenize", json={"tokens": [10**6]}).json()["error"]["param"] == "tokens"

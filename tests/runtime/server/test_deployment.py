@@ -96,7 +96,7 @@ def test_tls_files_that_cannot_be_used_are_named(
     start: Callable[..., Any], tiny_engine: EngineProcess, flags: list[str], says: str
 ) -> None:
     status, out, err = start("serve", "--port", "0", "--engine", tiny_engine.address, *flags).end()
-    assert status == 1 and says in err and "serving" not in out and "Traceback" not in err
+    assert status == 2 and says in err and "serving" not in out and "Traceback" not in err
 
 
 # ---------------------------------------------------------------------------- traces
@@ -260,6 +260,7 @@ def test_a_second_signal_ends_the_server_at_once(start: Callable[..., Any], tiny
         command.process.send_signal(signal.SIGTERM)
         rest = list(lines)
     assert "event: error" in rest and "data: [DONE]" not in rest, rest[-4:]
+    assert "the server is stopping" in rest[rest.index("event: error") + 1]
     assert command.end(30)[0] == 0
 
 

@@ -291,6 +291,10 @@ def test_flags_win_over_the_environment_and_this_over_the_file(tmp_path: Path) -
         ("max_total_body_bytes = 5", "max_total_body_bytes=5"),
         ("[slo_classes.gold]\nttft_ms = -1", "ttft"),
         ("tls_cert = 'a'", "tls_key"),
+        ("grace_s = -1", "grace_s=-1"),
+        ("otlp_endpoint = 'collector'", "otlp_endpoint='collector'"),
+        ("api_keys = ['a', '']", "an API key is empty"),
+        ("[slo_classes.gold]\napi_keys = [' ']", "an API key is empty"),
         ("= 3", "not TOML"),
     ],
 )

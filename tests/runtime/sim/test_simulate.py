@@ -277,7 +277,7 @@ def test_json_on_stdout_is_all_there_is(capsys):
     ],
 )
 def test_wrong_input_is_said_in_one_line(arguments, message, capsys):
-    assert main([*SMALL, *arguments]) == 1
+    assert main([*SMALL, *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
