@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from superinfer.errors import InvalidRequestError
+from superinfer.runtime.collector import spared_collector
 from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
 from superinfer.runtime.kv.duplex import build_cache
 from superinfer.runtime.kv.link import VirtualLink
@@ -197,9 +198,11 @@ def simulate(
     link = _link(profile, tier.block_bytes) if tier else None
     executor = SimExecutor(rates, limits, depth=config.depth, tier=tier, link=link)
     run = _Run(scheduler, executor, StepCost(rates), config, on_end)
-    started = time.perf_counter()
-    run.all(jobs)
-    return run.result(config.policy, time.perf_counter() - started)
+    with spared_collector():  # as in the engine
+        started = time.perf_counter()
+        run.all(jobs)
+        wall_s = time.perf_counter() - started
+    return run.result(config.policy, wall_s)
 
 
 def _tier(config: SimConfig, profile: HardwareProfile, shape: ModelShape) -> TierLimits | None:
