@@ -246,7 +246,7 @@ class Standing:
             return demand
         output = self.outputs.below(ahead.most)
         stream, end = ahead.at + ahead.ttft, ahead.at + ahead.deadline - output * self.step_s
-        token_s, held = self._costs(ahead.prompt + output / 2)
+        token_s, held = self._costs(ahead.context + output / 2)
         count = len(demand.due)
         prefill_s = self.units.prefill_s(ahead.prompt)
         # Who is let in for want of others, and let go when they come after all, has been computed for nothing.
