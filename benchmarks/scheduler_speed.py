@@ -3,8 +3,8 @@
 Decoding steps of a full batch, alone and behind a long queue, of which nobody is late yet; tokens are published to four
 clients, up to the frames that would be sent. Then the simulator, with about 4,000 and 16,000 requests live. CPU time of
 the thread, as other processes of the machine are no part of it; a busy machine still makes it longer, so a loop of
-fixed work is timed beside it (`unit_ms`: 1,500 additions). Garbage is collected as seldom as in a serving engine
-(runtime/server/serve.py). `looks`: the slices of RotaSched's look at everybody (runtime/scheduler/standing.py), one by
+fixed work is timed beside it (`unit_ms`: 1,500 additions). Garbage is collected as in a serving engine
+(runtime/collector.py). `looks`: the slices of RotaSched's look at everybody (runtime/scheduler/standing.py), one by
 one, in the same steps.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import gc
 import os
 import random
 import statistics
@@ -24,6 +23,7 @@ import numpy as np
 from record import write
 
 from superinfer.runtime import protocol
+from superinfer.runtime.collector import spare_the_collector
 from superinfer.runtime.engine.loop import EngineLoop
 from superinfer.runtime.kv.duplex import build_cache
 from superinfer.runtime.scheduler.base import SchedulerLimits
@@ -211,9 +211,7 @@ def main() -> None:
     policies = arguments.policies.split(",")
     resident = 256
     steps: list[dict[str, Any]] = []
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 50)
+    spare_the_collector()
     for policy in policies:
         for waiting, blocked, dram in CASES:
             times = step_times(policy, resident, waiting, arguments.steps, blocked, dram)

@@ -10,6 +10,7 @@ has an eighth of each prompt's tokens, every block of 512 being one of 64: then 
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,18 @@ def run(jobs: list[Job], policy: str, **settings: Any) -> SimResult:
     return simulate(jobs, H100, LLAMA, config)
 
 
+def _shared_jobs(name: str, rate: float, arguments: argparse.Namespace, seed: int) -> list[Job]:
+    if name == "agents":
+        return agents(rate, arguments.duration, seed)
+    slo = SLO(ttft=5.0, tbt=0.1) if name == "mooncake" else STREAM
+    jobs = make_jobs(
+        "mooncake", rate=rate, duration=arguments.duration, seed=seed, trace=arguments.mooncake, slos=[(1.0, slo)]
+    )
+    if name == "mooncake/8":
+        return [job._replace(prompt_length=max(1, job.prompt_length // 8), block=64) for job in jobs]
+    return jobs
+
+
 def _rates(text: str) -> list[float]:
     return [float(rate) for rate in text.split(",") if rate]
 
@@ -61,6 +74,7 @@ def main() -> None:
     parser.add_argument("--agent-rates", default="30,40,60")
     parser.add_argument("--mooncake-rates", default="2,3")
     parser.add_argument("--scaled-rates", default="20,30")
+    parser.add_argument("--scaled-seeds", type=int, default=5, help="of mooncake/8: as few requests as these vary")
     parser.add_argument("--name", default="sim-classes", help="of the result file")
     parser.add_argument("--duration", type=float, default=60.0)
     arguments = parser.parse_args()
@@ -82,26 +96,22 @@ def main() -> None:
     }
     for name, rates in workloads.items():
         for rate in _rates(rates):
-            if name == "agents":
-                jobs = agents(rate, arguments.duration, seed=0)
-            else:
-                jobs = make_jobs(
-                    "mooncake", rate=rate, duration=arguments.duration, seed=0, trace=arguments.mooncake,
-                    slos=[(1.0, SLO(ttft=5.0, tbt=0.1) if name == "mooncake" else STREAM)],
-                )  # fmt: skip
-                if name == "mooncake/8":
-                    jobs = [job._replace(prompt_length=max(1, job.prompt_length // 8), block=64) for job in jobs]
+            seeds = arguments.scaled_seeds if name == "mooncake/8" else 1
+            all_jobs = [_shared_jobs(name, rate, arguments, seed) for seed in range(seeds)]
             for policy, aware in (("rota", True), ("rota", False), ("fcfs", True)):
-                result = run(jobs, policy, prefix_aware=aware)
-                row = {"workload": name, "rate": rate, "policy": policy, "prefix_aware": aware, "met": result.met}
-                shared.append(row | {"goodput": result.goodput, "cached": result.cached, "ttft_met": result.ttft_met})
-                print(shared[-1], flush=True)
+                runs = [run(jobs, policy, prefix_aware=aware) for jobs in all_jobs]
+                row = {"workload": name, "rate": rate, "policy": policy, "prefix_aware": aware, "seeds": seeds}
+                for figure in ("met", "goodput", "cached", "ttft_met"):
+                    row[figure] = statistics.mean(getattr(result, figure) for result in runs)
+                row["goodput_by_seed"] = [result.goodput for result in runs]
+                shared.append(row)
+                print(row, flush=True)
     out = write(
         arguments.name,
         f"python benchmarks/sim_classes.py azure_conv_2023.csv mooncake_conversation.jsonl --mixed-rates "
         f"{arguments.mixed_rates!r} --agent-rates {arguments.agent_rates!r} "
         f"--mooncake-rates {arguments.mooncake_rates!r} --scaled-rates {arguments.scaled_rates!r} "
-        f"--name {arguments.name}",
+        f"--scaled-seeds {arguments.scaled_seeds} --name {arguments.name}",
         {"simulated": True, "hardware": H100.name, "model": LLAMA.name, "mixed": mixed, "shared_prefixes": shared},
     )
     print(f"written to {out}")

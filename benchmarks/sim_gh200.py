@@ -49,12 +49,16 @@ def main() -> None:
     )
     parser.add_argument("--azure", type=Path, help="azure_conv_2023.csv")
     parser.add_argument("--batch", type=int, default=1024, help="sequences in one step")
-    parser.add_argument("--keep", action="store_true", help="keep the file's rows of other cells")
+    parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument("--keep", action="store_true", help="keep the file's rows of other cells and policies")
     arguments = parser.parse_args()
     profile = profile_of("gh200-144")
     cells = [cell for cell in _cells(arguments.only) if cell[1] != "azure" or arguments.azure]
-    anew = {(model, workload, rate) for model, workload, rates in cells for rate in rates}
-    rows = kept_rows("sim-gh200", ("model", "workload", "rate"), anew) if arguments.keep else []
+    policies = arguments.policies.split(",")
+    anew = {
+        (model, workload, rate, policy) for model, workload, rates in cells for rate in rates for policy in policies
+    }
+    rows = kept_rows("sim-gh200", ("model", "workload", "rate", "policy"), anew) if arguments.keep else []
     for model, workload, rates in cells:
         shape = shape_of(model)
         for rate in rates:
@@ -62,7 +66,7 @@ def main() -> None:
                 workload, rate=rate, duration=arguments.duration, seed=arguments.seed, slos=[(1.0, STREAM)],
                 trace=arguments.azure,
             )  # fmt: skip
-            for policy in POLICIES:
+            for policy in policies:
                 config = SimConfig(
                     policy=policy,
                     dram_tokens=int(DRAM_BYTES / shape.kv_bytes_per_token),
@@ -85,7 +89,9 @@ def _cells(only: list[str]) -> list[tuple[str, str, tuple[float, ...]]]:
 
 
 def _write(arguments: argparse.Namespace, hardware: str, rows: list[dict[str, Any]]) -> None:
+    rows.sort(key=lambda row: (row["model"], row["workload"], row["rate"], POLICIES.index(row["policy"])))
     only = f" --only {' '.join(arguments.only)}" if arguments.only else ""
+    only += f" --policies {arguments.policies}" if arguments.policies != ",".join(POLICIES) else ""
     trace = " --azure azure_conv_2023.csv" if arguments.azure else ""
     command = f"python benchmarks/sim_gh200.py --duration {arguments.duration:g} --seed {arguments.seed} "
     out = write(

@@ -13,6 +13,7 @@ import time
 import msgspec
 
 from superinfer.errors import SuperinferError
+from superinfer.runtime.collector import spare_the_collector
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine.frontdoor import FrontDoor
 from superinfer.runtime.engine.intake import Intake
@@ -46,6 +47,7 @@ def main() -> int:
         raise
     signal.signal(signal.SIGTERM, lambda *_: loop.stop("it was terminated"))
     reporter.say(StartReport(address=address))
+    spare_the_collector()
     try:
         loop.run()
     finally:

@@ -184,6 +184,22 @@ class Cohort:
         slots = [slot for slot in self.members if self._joined_at[slot] < self.committed]
         self._timelines.give_all(slots, [self.members[slot].own_timeline for slot in slots])
 
+    def lengths(self) -> np.ndarray:
+        """[members] int64: `Sequence.length` of each, in the order of `members`."""
+        self._list_members()
+        return self._starts + (self.planned + 1)
+
+    def late(self) -> list[Sequence]:
+        """Members whose `Sequence.is_late` is true."""
+        if self._late_at != self.committed:
+            self._late_at, self._late = self.committed, self._timelines.late()
+        late, joined_at, committed = self._late, self._joined_at, self.committed
+        return [
+            s
+            for slot, s in self.members.items()
+            if s.own_timeline.is_late or (late[slot] and joined_at[slot] < committed)
+        ]
+
     def is_late(self, sequence: Sequence) -> bool:
         """Whether a token of a member that the cohort has seen came late."""
         if self._late_at != self.committed:
@@ -202,12 +218,7 @@ class Cohort:
     def plan(self, begun: Iterable[Sequence], works: dict[Sequence, SlotWork]) -> CohortStep:
         """A step of all members. begun: of those that were due, who has got a block."""
         at, page_size = self.planned, self._page_size
-        if self._changed:
-            self._changed = False
-            self._slots = np.fromiter(self.members, dtype=np.int64, count=len(self.members))
-            self._sequences = list(self.members.values())
-            self._starts = self._offsets[self._slots]
-            self._stops = self._stop_ids[: self._stop_width, self._slots]
+        self._list_members()
         step = CohortStep(self, at, self._slots, self._starts + at, self._sequences, self._stops, works)
         step.joined, self._new = self._new, []
         later = self._fills.setdefault(at + page_size - 1, {})
@@ -219,6 +230,14 @@ class Cohort:
         self.planned = at + 1
         self._under_way.append(step)
         return step
+
+    def _list_members(self) -> None:
+        if self._changed:
+            self._changed = False
+            self._slots = np.fromiter(self.members, dtype=np.int64, count=len(self.members))
+            self._sequences = list(self.members.values())
+            self._starts = self._offsets[self._slots]
+            self._stops = self._stop_ids[: self._stop_width, self._slots]
 
     def commit(self, step: CohortStep, tokens: np.ndarray, now: float) -> list[Sequence]:
         """The oldest step under way is done. tokens: [members] int64. Returns whose block is full now."""

@@ -17,11 +17,16 @@ for weights or for the tensor cores; the other terms run one after another on th
 forgetting factor and a weak prior that keeps a factor near 1 while nothing tells it apart. Rows are divided by the
 predicted time, so that it is relative errors that are squared. Outliers (a first call that compiles, a pause of the
 host) get Huber's weight w = c/|error| beyond c = 3 times the median error.
+
+CHANGED outliers in a row, all of them too long or all too short, are none: the machine has become slower, or quicker,
+as when others begin to use it, or its clocks change. What was learnt is then learnt anew at once: b and the prior are
+multiplied by the median of took / predicted of these steps, which does the same to all factors.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from operator import mul
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -42,6 +47,8 @@ OUTLIER = 3.0  # median errors beyond which an observation counts less
 LEAST_OUTLIER = 0.02  # relative error that is never an outlier
 SOLVE_EVERY = 8  # observations, after the first: solving takes as long as planning
 WINDOW = 512  # observations the reported error is over
+CHANGED = 16  # steps: 0.2 s of a GPU, 1 to 2 s of a CPU
+SETTLED = 64  # observations before that: a seed that is wrong is wrong in one term, and is learnt term by term
 
 
 Amount = TypeVar("Amount", float, np.ndarray)
@@ -193,6 +200,7 @@ class StepCost:
         self._scale = LEAST_OUTLIER
         # Steps not in the sums yet: terms, 1 / predicted, took / predicted, weight.
         self._seen: list[tuple[list[float], float, float, float]] = []
+        self._strays: list[float] = []  # took / predicted of the last outliers, as long as they come one after another
 
     def units(self) -> UnitCosts:
         """What each unit of a step's load costs by now."""
@@ -221,11 +229,33 @@ class StepCost:
         predicted = max(self._predicted(row), 1e-9)
         error = abs(elapsed - predicted)
         self._errors.append(error / elapsed)
-        self._seen.append((row, 1.0 / predicted, elapsed / predicted, self._weight(error / predicted)))
+        weight = self._weight(error / predicted)
+        if self._has_changed(elapsed / predicted, weight < 1.0):
+            return
+        self._seen.append((row, 1.0 / predicted, elapsed / predicted, weight))
         if len(self._errors) < SOLVE_EVERY or len(self._seen) >= SOLVE_EVERY:
             self._take_in()
             self.factors = self._solve()
             self._known_factors = self.factors.tolist()
+
+    def _has_changed(self, ratio: float, is_outlier: bool) -> bool:
+        """Whether with this step the machine is seen to have become slower or quicker; it is learnt anew then."""
+        strays = self._strays
+        if strays and (not is_outlier or (ratio > 1.0) is not (strays[-1] > 1.0)):
+            strays.clear()
+        if not is_outlier:
+            return False
+        strays.append(ratio)
+        if len(strays) < CHANGED or len(self._errors) < SETTLED:
+            return False
+        times = statistics.median(strays)
+        self._seen.clear()  # most of it these very steps
+        strays.clear()
+        self._moment = self._moment * times
+        self._prior = self._prior * times
+        self.factors = self._solve()
+        self._known_factors = self.factors.tolist()
+        return True
 
     def error(self) -> CostError:
         """How far off the last predictions were; zeros before the first."""

@@ -16,7 +16,9 @@ LEAST_S = 1.0  # seconds to have seen before anything is foreseen
 
 
 class Foreseen(NamedTuple):
-    """Requests to come. times: how many each entry stands for. at: seconds from now. prompt: tokens; most: max_tokens.
+    """Requests to come. times: how many each entry stands for. at: seconds from now. most: max_tokens.
+
+    context: tokens of the prompt, all of which a decode reads; prompt: of these, to compute, as the others are cached.
 
     recent: how many came in the last seconds, from which `times` is taken.
     ttft, pace, deadline: as promised, inf where nothing is. weight: of each. rest, rest_s: as in `Hints`.
@@ -25,6 +27,7 @@ class Foreseen(NamedTuple):
     times: float
     recent: int
     at: np.ndarray
+    context: np.ndarray
     prompt: np.ndarray
     most: np.ndarray
     ttft: np.ndarray
@@ -39,7 +42,7 @@ class Forecast:
     """The last REMEMBERED requests that had a promise."""
 
     def __init__(self) -> None:
-        self._seen = np.zeros((REMEMBERED, 9))  # arrival, and what is Foreseen of it from `prompt` on
+        self._seen = np.zeros((REMEMBERED, 10))  # arrival, and what is Foreseen of it from `context` on
         self._count = 0
         self._since = 0.0
 
@@ -55,7 +58,7 @@ class Forecast:
         promised = [np.inf if value is None else value for value in (slo.ttft, slo.tbt, slo.deadline)]
         hints = sequence.hints
         rest = (hints.rest_tokens, hints.rest_s) if hints is not None else (0.0, 0.0)
-        told = (sequence.arrival, prompt, sequence.max_tokens, *promised, slo.weight, *rest)
+        told = (sequence.arrival, sequence.num_prompt, prompt, sequence.max_tokens, *promised, slo.weight, *rest)
         self._seen[self._count % REMEMBERED] = told
         self._count += 1
 

@@ -140,17 +140,19 @@ class Roster:
         sequence.row = -1
 
     def update(self, sequences: list[Sequence]) -> np.ndarray:
-        """Note how far sequences that run have come; returns their rows."""
-        rows = self.rows_of(sequences)
-        lengths = np.array([s.length for s in sequences], dtype=float)
-        self.context[rows] = lengths
-        self.produced[rows] = lengths - self.prompt[rows]
+        """Note how far all sequences that run have come; returns their rows. Those of a cohort are read together."""
+        loose = [s for s in sequences if s.cohort is None]
+        cohorts = {s.cohort for s in sequences if s.cohort is not None} if len(loose) < len(sequences) else ()
+        lengths = [np.array([s.length for s in loose]), *(cohort.lengths() for cohort in cohorts)]
+        rows = self.rows_of([*loose, *(s for cohort in cohorts for s in cohort.members.values())])
+        self.context[rows] = known = np.concatenate(lengths)
+        self.produced[rows] = known - self.prompt[rows]
         self.prefill[rows] = self.load[rows] = 0.0
-        for sequence in [s for s in sequences if s.cohort is None and s.scheduled < s.resume_at]:
+        for sequence in [s for s in loose if s.scheduled < s.resume_at]:
             self.prefill[sequence.row] = sequence.resume_at - sequence.scheduled
-        late = [s.row for s in sequences if s.is_late]
+        late = [s for s in loose if s.is_late] + [s for cohort in cohorts for s in cohort.late()]
         if late:
-            self.give_up(np.array(late))
+            self.give_up(self.rows_of(late))
         if self._untimed:
             self._time([s for s in sequences if s.row in self._untimed])
         return rows

@@ -45,7 +45,8 @@ class Standing:
 
     programs: what callers said of calls that are part of one.
     units: what work costs now. verdicts: of the last triage. step_s: of a step, smoothed. promised: kept sequences, and
-    kept_s the machine time that all of them still ask for. tightest: pace of the kept residents that promise most.
+    kept_s the machine time that all of them still ask for.
+    tightest: pace of the kept residents that promise most; of all residents, where no kept one has a pace.
     asked: prompt tokens that the kept are still to compute.
     outputs: how long answers will be, of all kinds together.
     next_return: when the first of the kept that are rotated out has to be let in.
@@ -162,9 +163,11 @@ class Standing:
         self._age(now)
         runs = np.flatnonzero(mine & here)
         self._ahead, self._victims = (rows[runs], seen.id[runs], due[runs]), None
+        running = roster.rows_of(residents)
         self.tightest = float(pace[runs].min(initial=math.inf))
-        kept = roster.kept[roster.rows_of(residents)].tolist()
-        for sequence, is_kept in zip(residents, kept, strict=True):
+        if self.tightest == math.inf:  # late as they are, somebody reads them
+            self.tightest = float(roster.pace[running].min(initial=math.inf))
+        for sequence, is_kept in zip(residents, roster.kept[running].tolist(), strict=True):
             sequence.kept = is_kept
 
         yield Slice("who is next", 55 + len(rows) / 20 + len(roster.live) / 80)
@@ -243,7 +246,7 @@ class Standing:
             return demand
         output = self.outputs.below(ahead.most)
         stream, end = ahead.at + ahead.ttft, ahead.at + ahead.deadline - output * self.step_s
-        token_s, held = self._costs(ahead.prompt + output / 2)
+        token_s, held = self._costs(ahead.context + output / 2)
         count = len(demand.due)
         prefill_s = self.units.prefill_s(ahead.prompt)
         # Who is let in for want of others, and let go when they come after all, has been computed for nothing.

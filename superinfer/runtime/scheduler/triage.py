@@ -156,10 +156,14 @@ def triage_in_slices(demand: Demand, supply: float) -> Generator[Slice, None, Ve
     count = len(demand.due)
     if not count:
         return NOTHING
+    price: np.ndarray | None = None  # only where somebody may have to go
+    if count > MOST:
+        yield Slice("price", 35 + count / 25)
+        price = _price(demand)
     yield Slice("entries", 35 + count / 30)
     entries, is_ordered = _entries(demand), False
-    if count > MOST:
-        entries = entries.take(np.argpartition(_price(demand), -2 * MOST)[-2 * MOST :])
+    if price is not None:
+        entries = entries.take(np.argpartition(price, -2 * MOST)[-2 * MOST :])
     has_link = bool(demand.link_s.any())
     for begin in range(0, len(HORIZONS), TOGETHER):
         horizons = HORIZONS[begin : begin + TOGETHER]
@@ -169,7 +173,8 @@ def triage_in_slices(demand: Demand, supply: float) -> Generator[Slice, None, Ve
             if _fit(entries, horizons, supply, has_link):
                 continue
             yield Slice("order", 60 + len(entries.which) / 12)
-            is_ordered, entries = True, entries.take(np.argsort(_price(demand)[entries.which]))
+            price = _price(demand) if price is None else price
+            is_ordered, entries = True, entries.take(np.argsort(price[entries.which]))
             yield Slice("let go", 60 + len(entries.which) / 15)
         for at, horizon in enumerate(horizons.tolist(), begin):
             entries = _let_go(entries, entries.works[at], supply * horizon)
@@ -182,7 +187,8 @@ def triage_in_slices(demand: Demand, supply: float) -> Generator[Slice, None, Ve
     gone = ~verdicts.prefills & (demand.prefill_s > 0.0)
     if not gone.any():
         return verdicts
-    return verdicts._replace(cut=float(_price(demand)[count:][gone].max()))
+    price = _price(demand) if price is None else price
+    return verdicts._replace(cut=float(price[count:][gone].max()))
 
 
 def _entries(demand: Demand) -> _Entries:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,8 @@ class SimExecutor:
     Steps are timed by `rates`, one after another; copies by `link`, as docs/duplexkv.md orders them: a plan's copies
     start when the steps before it are done, its work when those it waits for are over. It has no clock of its own:
     `now` is set by who submits. free_at: when the last step submitted ends.
+
+    paces: (seconds, factor), in order: steps that begin from then on take so many times as long as `rates` say.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class SimExecutor:
         depth: int = 1,
         tier: TierLimits | None = None,
         link: VirtualLink | None = None,
+        paces: Sequence[tuple[float, float]] = (),
     ) -> None:
         self.rates = rates
         self.limits = limits
@@ -49,6 +53,7 @@ class SimExecutor:
         self.now = 0.0
         self.last = SimStep(StepLoad(0, 0, 0, 0.0), 0.0, 0.0)
         self._link = link
+        self._paces = paces
         self.free_at = 0.0
         self._slots: set[int] = set()
         self._done: deque[tuple[StepResult, SimStep]] = deque()
@@ -65,7 +70,8 @@ class SimExecutor:
         start = max(self.free_at, self.now)
         begin = self._wait(plan, start)
         load = StepLoad.of(plan)
-        compute_s = self.rates.seconds(load) if plan.has_work else 0.0
+        pace = next((factor for at, factor in reversed(self._paces) if begin >= at), 1.0)
+        compute_s = self.rates.seconds(load) * pace if plan.has_work else 0.0
         self.free_at = end = begin + compute_s
         copied, use = self._copied(end, stall_s=begin - start if plan.has_work else 0.0)
         decoded = np.full(len(decoding), DUMMY_TOKEN)

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from superinfer.errors import InvalidRequestError
+from superinfer.runtime.collector import spared_collector
 from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
 from superinfer.runtime.kv.duplex import build_cache
 from superinfer.runtime.kv.link import VirtualLink
@@ -49,6 +50,8 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
         tell it came when messages were read before.
     give_up_s: seconds after the last request was sent, when all that are left are given up. None: never.
     leave_at: seconds, when the clients of all that are under way leave, while others still come. None: never.
+    paces: (seconds, factor), in order: from then on steps take so many times as long as the profile says, of which the
+        scheduler is told nothing.
     """
 
     policy: str = "fcfs"
@@ -65,6 +68,7 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     way_s: float | None = None
     give_up_s: float | None = None
     leave_at: float | None = None
+    paces: tuple[tuple[float, float], ...] = ()
 
 
 class Quantiles(msgspec.Struct, frozen=True):
@@ -198,11 +202,13 @@ def simulate(
     if isinstance(scheduler, Rota):
         scheduler.prefix_aware = config.prefix_aware
     link = _link(profile, tier.block_bytes) if tier else None
-    executor = SimExecutor(rates, limits, depth=config.depth, tier=tier, link=link)
+    executor = SimExecutor(rates, limits, depth=config.depth, tier=tier, link=link, paces=config.paces)
     run = _Run(scheduler, executor, StepCost(rates), config, on_end)
-    started = time.perf_counter()
-    run.all(jobs)
-    return run.result(config.policy, time.perf_counter() - started)
+    with spared_collector():  # as in the engine
+        started = time.perf_counter()
+        run.all(jobs)
+        wall_s = time.perf_counter() - started
+    return run.result(config.policy, wall_s)
 
 
 def _tier(config: SimConfig, profile: HardwareProfile, shape: ModelShape) -> TierLimits | None:

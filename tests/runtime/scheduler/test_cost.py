@@ -115,6 +115,27 @@ def test_it_follows_a_machine_that_slows_down():
     assert cost.seconds(decode(128, 609)) == pytest.approx(1.5 * RATES.seconds(decode(128, 609)), rel=0.05)
 
 
+@pytest.mark.parametrize("factor", [2.0, 0.5, 1.2])
+def test_a_machine_that_becomes_slower_or_quicker_at_once_is_known_within_twenty_steps(factor):
+    rng = np.random.default_rng(1)
+    cost = StepCost(RATES)
+    for pace, steps in ((1.0, 500), (factor, 20)):
+        for _ in range(steps):
+            load = random_load(rng)
+            cost.observe(load, RATES.seconds(load) * pace * rng.normal(1.0, 0.02))
+    for load in (decode(128, 609), prefill(2048, 2048)):
+        assert cost.seconds(load) == pytest.approx(factor * RATES.seconds(load), rel=0.05)
+
+
+def test_a_few_slow_steps_one_after_another_are_no_slower_machine():
+    rng = np.random.default_rng(3)
+    cost = StepCost(RATES)
+    for number in range(800):
+        load = random_load(rng)
+        cost.observe(load, RATES.seconds(load) * (5.0 if number % 100 < 8 else rng.normal(1.0, 0.02)))
+    assert cost.seconds(decode(128, 609)) == pytest.approx(RATES.seconds(decode(128, 609)), rel=0.1)
+
+
 def test_a_pause_of_the_host_or_a_compiling_first_step_hardly_moves_it():
     rng = np.random.default_rng(2)
     cost = StepCost(RATES)

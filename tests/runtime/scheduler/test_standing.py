@@ -39,3 +39,19 @@ def test_the_fewer_came_the_more_is_reserved_of_what_is_expected():
     assert few.expected[0] == pytest.approx(1.0 / (1.0 + 5**-0.5), rel=0.1)  # 4 or 5 came
     assert many.expected[0] == pytest.approx(1.0 / (1.0 + 100**-0.5), rel=0.02)
     assert float(few.prefill_s.sum() / (few.prefill_s * few.expected).sum()) > 1.4
+
+
+def test_decodes_of_who_is_foreseen_read_the_whole_prompt_though_little_of_it_is_to_be_computed():
+    def foreseen(cached: int) -> Demand:
+        cost = StepCost(StepRates.seed(profile_of("h100-pcie5"), shape_of("llama-3-8b")))
+        standing = Standing(KVCache(100_000, 16), SchedulerLimits(1024, 8192, 32_768), cost)
+        for at in np.arange(0.0, 5.0, 0.1).tolist():
+            sequence = Sequence(id=0, prompt=[1] * 2000, max_tokens=200, arrival=at, slo=SLO(ttft=1.0, tbt=0.1))
+            standing.forecast.saw(sequence, 2000 - cached)
+        nobody = Demand(*(np.zeros(0) for _ in Demand._fields[:-2]))
+        return standing._with_foreseen(nobody, 5.0)
+
+    fresh, cached = foreseen(0), foreseen(1900)
+    assert (cached.token_s * cached.expected).sum() == pytest.approx((fresh.token_s * fresh.expected).sum())
+    assert cached.held == pytest.approx(fresh.held)
+    assert cached.prefill_s.sum() < fresh.prefill_s.sum() / 5

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import msgspec
+import numpy as np
 import pytest
 
 from superinfer.errors import InvalidRequestError, UnsupportedError
@@ -24,7 +25,7 @@ from superinfer.runtime.sim.hardware import PROFILES, profile_of
 from superinfer.runtime.sim.report import Point, plot
 from superinfer.runtime.sim.shapes import SHAPES, shape_of
 from superinfer.runtime.sim.simulate import SimConfig, kv_room, simulate
-from superinfer.runtime.sim.workload import Job, make_jobs
+from superinfer.runtime.sim.workload import Job, lognormal, make_jobs
 from superinfer.runtime.slo import SLO
 
 H100, LLAMA = profile_of("h100-pcie5"), shape_of("llama-3-8b")
@@ -313,3 +314,41 @@ def test_plots_are_written(tmp_path):
     result = simulate([job(0.0, 10, 3, slo=SLO(ttft=1.0))], H100, LLAMA, SimConfig())
     paths = plot([Point(1.0, result), Point(2.0, result)], tmp_path, "x")
     assert all(path.stat().st_size > 1000 for path in paths)
+
+
+def chat(rate: float, seconds: float) -> list[Job]:
+    """Poisson arrivals of prompts of 1,000 tokens and answers of 200, with a first token and a pace to keep."""
+    rng = np.random.default_rng(0)
+    count = int(rate * seconds)
+    times = np.cumsum(rng.exponential(1 / rate, count))
+    lengths = zip(lognormal(rng, 1000, 800, count), lognormal(rng, 200, 150, count), strict=True)
+    return [
+        job(float(at), int(prompt), int(output), number, SLO(ttft=1.0, tbt=0.1))
+        for number, (at, (prompt, output)) in enumerate(zip(times, lengths, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("paces", [((8.0, 2.0),), ((8.0, 2.0), (16.0, 1.0))])
+def test_when_the_machine_becomes_slower_streams_keep_their_pace_and_few_are_let_go(paces):
+    config = SimConfig(policy="rota", kv_tokens=100_000, dram_tokens=400_000, paces=paces)
+    result = simulate(chat(20, 25), H100, LLAMA, config)
+    assert result.met is not None and result.met > 0.9
+    assert result.tbt.p99 < 0.1
+
+
+def test_steps_take_as_long_as_the_machine_is_slow():
+    usual = simulate([job(0.0, 100, 51)], H100, LLAMA, SimConfig())
+    half = usual.duration / 2
+    slower = simulate([job(0.0, 100, 51)], H100, LLAMA, SimConfig(paces=((half, 3.0),)))
+    assert slower.duration == pytest.approx(half * 4, rel=0.05)
+
+
+def test_who_is_late_gets_tokens_at_the_promised_pace_though_nobody_else_is_promised_anything():
+    jobs = [job(0.0, 1500, 20 + number * 37 % 400, number, SLO(ttft=1.0, tbt=0.1)) for number in range(200)]
+    gaps = []
+    config = SimConfig(policy="rota", kv_tokens=153_600, dram_tokens=300_000)
+    simulate(
+        jobs, H100, LLAMA, config, lambda s: gaps.append(0.0 if s.rotations + s.preemptions else s.timeline.max_tbt)
+    )
+    assert sum(gap > 0.0 for gap in gaps) > 100
+    assert max(gaps) < 0.1
