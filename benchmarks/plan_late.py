@@ -1,6 +1,7 @@
 """Planning steps late against at once (`EngineConfig.plan_late`), in real time.
 
-The real loop, scheduler and sockets around a device that does nothing but take as long as a GPU would, give or take 2 %.
+The real loop, scheduler and sockets around a device that does nothing but take as long as a GPU would, give or take
+2 %.
 
 Steps of 6 ms and 20 us a prompt token, Poisson arrivals of 100 to 900 tokens in and 30 to 300 out, `fcfs`, by turns.
 idle: the share of time that the device had nothing to do while somebody waited for it.
