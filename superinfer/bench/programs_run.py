@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from superinfer.bench.program_texts import OPTIONS, SHAPES, SIZES, Sizes, Texts, Tokens, scaled
-from superinfer.errors import InvalidRequestError, SuperinferError
+from superinfer.errors import EngineUnavailableError, InvalidRequestError, SuperinferError
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -137,7 +137,7 @@ class OpenAIArm(Arm):
         try:
             cards = (await self._client.models.list()).data
         except openai.OpenAIError as error:
-            raise InvalidRequestError(f"no OpenAI server answers at {self._base}: {error}") from None
+            raise EngineUnavailableError(f"no OpenAI server answers at {self._base}: {error}") from None
         served = [card.id for card in cards]
         model = self._model or served[0]
         if model not in served:

@@ -57,4 +57,4 @@ def test_an_output_that_breaks_its_schema_is_found(tiny_checkpoint: Path):
 )
 def test_what_cannot_be_measured_is_refused(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str):
     status, _, err = run(capsys, *arguments)
-    assert status == 1 and said in err
+    assert status == 2 and said in err
