@@ -37,6 +37,7 @@ GRID = {
     ("mixtral-8x7b", "azure"): (5, 10, 15, 20),
 }
 POLICIES = ("fcfs", "lvf-time", "rota")
+KEY = ("model", "workload", "rate", "policy")
 
 
 def main() -> None:
@@ -55,10 +56,7 @@ def main() -> None:
     profile = profile_of("gh200-144")
     cells = [cell for cell in _cells(arguments.only) if cell[1] != "azure" or arguments.azure]
     policies = arguments.policies.split(",")
-    anew = {
-        (model, workload, rate, policy) for model, workload, rates in cells for rate in rates for policy in policies
-    }
-    rows = kept_rows("sim-gh200", ("model", "workload", "rate", "policy"), anew) if arguments.keep else []
+    rows = kept_rows("sim-gh200", KEY, set()) if arguments.keep else []
     for model, workload, rates in cells:
         shape = shape_of(model)
         for rate in rates:
@@ -74,7 +72,7 @@ def main() -> None:
                 )
                 result = simulate(jobs, profile, shape, config)
                 cell = {"model": model, "workload": workload, "rate": rate, "policy": policy, "commit": commit()}
-                rows.append(cell | _columns(result))
+                rows = [row for row in rows if any(row[name] != cell[name] for name in KEY)] + [cell | _columns(result)]
                 print(_line(rows[-1]), flush=True)
             _write(arguments, profile.name, rows)  # what there is so far: the whole grid takes hours
         mine = [row for row in rows if (row["model"], row["workload"]) == (model, workload)]
