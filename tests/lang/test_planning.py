@@ -32,10 +32,11 @@ def fresh(program: si.Function) -> si.Function:
 
 
 def is_part_of_what_is_left(model: ScriptedClient, at: int, began: float, part: float, deadline: float = 10.0) -> bool:
-    """Whether the deadline of call `at` is `part` of what its program, which `began` then, had left when it was sent:
-    no less than when the call came, and no more than when the one before it had come."""
-    before = model.came[at - 1] if at else began
-    least, most = deadline - (model.came[at] - began), deadline - (before - began)
+    """Whether the deadline of call `at` is `part` of what its program had left when it was sent: no less than when the
+    call came, and no more than when the one before it had come. The program started somewhen between `began` and when
+    its first call came."""
+    first, before = model.came[0], model.came[max(at - 1, 0)]
+    least, most = deadline - (model.came[at] - began), deadline - (before - first)
     return part * least <= model.requests[at].slo.deadline <= part * most * (1 + 1e-9)
 
 
