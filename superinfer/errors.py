@@ -1,6 +1,7 @@
 """Every error superinfer raises on purpose. Each says what was wrong, with which value, and what to do.
 
 `code` is the name an error carries on the wire and in HTTP answers; `error_from_code` turns it back into the class.
+`exit_status` is what a command ends with: 2 where an argument is wrong, 1 for all else.
 """
 
 from __future__ import annotations
@@ -10,18 +11,21 @@ class SuperinferError(Exception):
     """Base of all errors raised on purpose by superinfer."""
 
     code = "internal_error"
+    exit_status = 1
 
 
 class InvalidRequestError(SuperinferError, ValueError):
     """The caller's input is wrong: an argument, a prompt, an SLO, a template."""
 
     code = "invalid_request"
+    exit_status = 2
 
 
 class UnsupportedError(InvalidRequestError):
     """The argument is known, but this backend or model cannot honour it."""
 
     code = "unsupported"
+    exit_status = 1  # the argument is a right one elsewhere
 
 
 class NothingToExtendError(InvalidRequestError):

@@ -16,7 +16,7 @@ from superinfer.bench.commands import app as bench
 from superinfer.cli.options import EngineAddress, with_engine_options
 from superinfer.cli.server_options import with_server_options
 from superinfer.cli.trace import app as trace
-from superinfer.errors import InvalidRequestError, SuperinferError, UnsupportedError
+from superinfer.errors import InvalidRequestError, SuperinferError
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.server.settings import ServerSettings
 from superinfer.runtime.sim.command import simulate
@@ -25,21 +25,15 @@ from superinfer.runtime.sim.command import simulate
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
-def status_of(error: SuperinferError) -> int:
-    """Exit status: 2 where an argument is wrong; 1 for all else, also for what this machine or model cannot do."""
-    return 2 if isinstance(error, InvalidRequestError) and not isinstance(error, UnsupportedError) else 1
-
-
 class _Group(TyperGroup):
-    """Errors raised on purpose are one line for a person, with `status_of` as exit status; Ctrl-C is 130, as shells
-    expect."""
+    """Errors raised on purpose are one line for a person, with their exit status; Ctrl-C is 130, as shells expect."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except SuperinferError as error:
             print_error(str(error))
-            raise typer.Exit(status_of(error)) from None
+            raise typer.Exit(error.exit_status) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 

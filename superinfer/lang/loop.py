@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from superinfer.runtime.loop_thread import LoopThread
@@ -35,17 +35,33 @@ def on_language_loop() -> bool:
     return _loop is not None and running is _loop.loop
 
 
-def submit(pool: Executor, work: Callable[..., T], *arguments: Any) -> Future[T]:
-    """`work` on a thread of `pool`, for a loop to wait for. A StopIteration is a RuntimeError, as in coroutines: a
-    loop's future cannot hold it, and who waits would wait for ever."""
+class Threads:
+    """Threads of the whole process, started as they are wanted, whose work a loop waits for."""
 
-    def run() -> T:
-        try:
-            return work(*arguments)
-        except StopIteration as error:
-            raise RuntimeError("StopIteration was raised: catch it, or give next() a default") from error
+    def __init__(self, most: int, name: str) -> None:
+        self._most, self._name = most, name
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+        os.register_at_fork(after_in_child=self._forget)
 
-    return pool.submit(run)
+    def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
+        """A StopIteration is a RuntimeError, as in coroutines: a loop's future cannot hold it, and who waits would wait
+        for ever."""
+
+        def run() -> T:
+            try:
+                return work(*arguments)
+            except StopIteration as error:
+                raise RuntimeError("StopIteration was raised: catch it, or give next() a default") from error
+
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._most, self._name)
+            return self._pool.submit(run)
+
+    def _forget(self) -> None:
+        """In a child that was forked: the threads stayed in its parent."""
+        self._pool, self._lock = None, threading.Lock()
 
 
 def _after_fork() -> None:

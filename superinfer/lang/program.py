@@ -10,7 +10,6 @@ import threading
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, overload
 
 from superinfer.errors import InvalidRequestError, UnsupportedError
@@ -18,7 +17,7 @@ from superinfer.lang.backend import Backend, resolve_backend
 from superinfer.lang.batch import as_tasks, check_at_once, check_items, in_threads
 from superinfer.lang.callgraph import CallGraph
 from superinfer.lang.history import History
-from superinfer.lang.loop import language_loop, on_language_loop, submit
+from superinfer.lang.loop import Threads, language_loop, on_language_loop
 from superinfer.lang.options import TAKEN_NAMES, RunOptions
 from superinfer.lang.plan import ProgramPlan, plan
 from superinfer.lang.planner import Planner
@@ -29,6 +28,9 @@ from superinfer.lang.state import ProgramState, inside_run
 from superinfer.lang.trace import ProgramTrace
 from superinfer.lang.tracing import constant_prefix, trace
 from superinfer.runtime.slo import SLO
+
+# Where `arun` runs programs that are no `async def`; apart from the loop's default threads, which they could fill up.
+_THREADS = Threads(96, "superinfer-program")
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -278,7 +280,7 @@ class Function:
         if self.is_async:
             await self._abody(state, arguments)
             return
-        body = submit(_threads(), self._body, state, arguments)
+        body = _THREADS.submit(self._body, state, arguments)
         try:
             await asyncio.wrap_future(body)
         except asyncio.CancelledError:
@@ -441,25 +443,3 @@ def _warn_of_error(name: str, state: ProgramState) -> None:
         warnings.warn(
             f"program {name} failed: {type(error).__name__}: {error} (see state.error())", RuntimeWarning, stacklevel=3
         )
-
-
-_pool: ThreadPoolExecutor | None = None
-_pool_lock = threading.Lock()
-
-
-def _threads() -> ThreadPoolExecutor:
-    """Where `arun` runs programs that are no `async def`; apart from the default pool, which they could fill up."""
-    global _pool
-    with _pool_lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(96, "superinfer-program")
-        return _pool
-
-
-def _after_fork() -> None:
-    """The threads stayed in the process that was forked."""
-    global _pool, _pool_lock
-    _pool, _pool_lock = None, threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -10,24 +10,22 @@ import contextvars
 import functools
 import inspect
 import json
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
 
 from superinfer.errors import InvalidRequestError, OutputError
-from superinfer.lang.loop import language_loop, submit
+from superinfer.lang.loop import Threads, language_loop
 from superinfer.lang.tools import ToolCall, tool_schema
 
 Tool = Callable[..., Any]
 OnToolError = Literal["tell", "raise"]
 
 MAX_TOOL_THREADS = 64  # in which `def` tools run, of the whole process
+_THREADS = Threads(MAX_TOOL_THREADS, "superinfer-tool")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +106,7 @@ class Toolbox:
             return await tool(**call.arguments)
         context = contextvars.copy_context()
         invoke = functools.partial(context.run, tool, **call.arguments)
-        value = await asyncio.wrap_future(submit(_threads(), invoke))
+        value = await asyncio.wrap_future(_THREADS.submit(invoke))
         return await value if inspect.isawaitable(value) else value
 
 
@@ -156,24 +154,3 @@ def check_on_error(on_error: object) -> None:
     """Raises InvalidRequestError for a value that it cannot have."""
     if on_error not in ("tell", "raise"):
         raise InvalidRequestError(f"on_error={on_error!r} must be 'tell' or 'raise'")
-
-
-_pool: ThreadPoolExecutor | None = None
-_pool_lock = threading.Lock()
-
-
-def _threads() -> ThreadPoolExecutor:
-    global _pool
-    with _pool_lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(MAX_TOOL_THREADS, "superinfer-tool")
-        return _pool
-
-
-def _after_fork() -> None:
-    """The threads stayed in the process that was forked."""
-    global _pool, _pool_lock
-    _pool, _pool_lock = None, threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)

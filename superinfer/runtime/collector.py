@@ -16,11 +16,11 @@ from contextlib import contextmanager
 THRESHOLDS = (1_000, 2, 100_000)
 
 
-def spare_the_collector() -> None:
+def spare_the_collector(thresholds: tuple[int, int, int] = THRESHOLDS) -> None:
     """From now on, to the end of the process. What is there now need never be looked at again."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(*THRESHOLDS)
+    gc.set_threshold(*thresholds)
 
 
 @contextmanager

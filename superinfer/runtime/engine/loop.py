@@ -105,11 +105,14 @@ class EngineLoop:
         return self._stop_reason
 
     def _turn(self) -> None:
-        wait_ms = self._poll_ms()
-        came = None if wait_ms else self._read
-        for client, message in self._door.receive(wait_ms):
-            self._handle(client, message, came)
+        for client, message in self._door.receive(0):
+            self._handle(client, message, self._read)
         self._read = time.monotonic()
+        wait_ms = self._poll_ms()
+        if wait_ms:
+            for client, message in self._door.receive(wait_ms):
+                self._handle(client, message, None)
+            self._read = time.monotonic()
         if self._door.orphaned:
             self.stop("the process that started it ended")
         self._see_to_clients()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import signal
 import socket
 import ssl
@@ -16,6 +15,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from superinfer.errors import InvalidRequestError
+from superinfer.runtime.collector import spare_the_collector
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.file_limit import raise_file_limit
 from superinfer.runtime.launch import Progress, launch_engine
@@ -26,6 +26,8 @@ from superinfer.runtime.text import TextClient
 
 CONNECT_TIMEOUT_S = 5.0
 STOPPING = "the server is stopping; send the request again, to another one or later"
+# Of garbage: the libraries alone take 100 ms to be looked at, in which no stream goes on; requests leave few cycles.
+COLLECTIONS = (10_000, 20, 50)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -149,7 +151,7 @@ async def _serve(
         running = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started and not running.done():
             await asyncio.sleep(0.01)
-        _spare_the_collector()
+        spare_the_collector(COLLECTIONS)
         if server.started and on_ready is not None:
             on_ready(url)
         try:
@@ -158,14 +160,6 @@ async def _serve(
             watcher.cancel()
             viewers.cancel()
             await text.close(STOPPING)
-
-
-def _spare_the_collector() -> None:
-    """A full collection looks at all there is: 100 ms for the libraries alone, in which no stream goes on. What is
-    there now stays until the end, so that it need not be looked at, and requests leave few cycles behind."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 50)
 
 
 def _on_signals(server: uvicorn.Server, stop: asyncio.Event) -> None:

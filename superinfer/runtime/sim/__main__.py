@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from superinfer.errors import InvalidRequestError, SuperinferError
+from superinfer.errors import SuperinferError
 from superinfer.runtime.sim.command import simulate
 
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app(args=list(arguments) if arguments is not None else None, prog_name="superinfer.runtime.sim")
     except SuperinferError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, InvalidRequestError) else 1
+        return error.exit_status
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     return 0

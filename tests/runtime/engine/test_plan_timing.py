@@ -145,6 +145,27 @@ def test_steps_quicker_than_foreseen_are_soon_planned_in_time(monkeypatch):
     assert sum(device.idle_s[1:]) == 0.0
 
 
+@pytest.mark.parametrize("late", [True, False])
+def test_a_request_never_counts_from_later_than_it_came(monkeypatch, late):
+    """Also where the host was busy when it came, and sleeps when it is read."""
+    rng = random.Random(3)
+    came = sorted(rng.uniform(1.0, 3.5) for _ in range(60))
+    seen: dict[str, float] = {}
+
+    class Recording(Intake):
+        def sequences(self, client: bytes, request: Any, arrival: float) -> Any:
+            seen[request.request_id] = arrival
+            return super().sequences(client, request, arrival)
+
+    monkeypatch.setitem(globals(), "Intake", Recording)
+    short = SamplingParams(max_tokens=2, ignore_eos=True)
+    arrivals = [(at, Generate(request_id=str(at), prompt=[1], sampling=short)) for at in came]
+    device = run(monkeypatch, [(0.0, asked("first")), *arrivals], late=late, submit_s=0.004)
+    assert len(seen) == 61 and len(device.plans) > 100
+    for at in came:
+        assert at - 0.025 <= seen[str(at)] <= at + 1e-9  # nor from long before: messages are read once a step at least
+
+
 def follow(timing: PlanTiming, took: list[float], foreseen: list[float], host_s: list[float]) -> tuple[float, float]:
     """Two steps under way. Returns the device's idle share and the share of time that planning was put off."""
     now = free_at = idle = put_off = 0.0
