@@ -226,7 +226,7 @@ def test_a_client_that_reads_nothing_is_cut_off_and_its_request_cancelled(
         slow.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         assert slow.recv(1)
         deadline = time.monotonic() + 60
-        while http.get("/health").json()["running"]:
+        while http.get("/health").json().get("running", 1):  # 503 where a busy machine keeps the engine from answering
             assert time.monotonic() < deadline
             time.sleep(0.05)
         counted = http.get("/metrics").text
