@@ -39,18 +39,19 @@ class HostStage:
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         """A copy of `array` on the device, valid for work that is given to the stream from now on."""
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        array = np.ascontiguousarray(array)
+        tensor = torch.from_numpy(array)
         if not self._parts:
             return tensor
         size = tensor.nbytes
+        if not size:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
         if self._used + size > PART_BYTES:  # the copy engine's queue, rather than waiting for memory
             return tensor.pin_memory().to(self._device, non_blocking=True)
         from superinfer.kernels import host_memory  # needs triton, which comes with CUDA builds of torch
 
         held = self._parts[self._at][self._used : self._used + size]
-        held.numpy()[:] = (
-            tensor.view(-1).view(torch.uint8).numpy()
-        )  # torch would wake its threads for a mask's megabyte
+        held.numpy()[:] = array.reshape(-1).view(np.uint8)  # torch would wake its threads for a mask's megabyte
         self._used += -(-size // ALIGNMENT) * ALIGNMENT
         out = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
         host_memory.copy(out, held)
