@@ -7,12 +7,15 @@ travel on a stream of their own, while the step before still runs, into staging 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 from flashinfer.decode import fast_decode_plan
+from flashinfer.jit.attention import gen_batch_prefill_module
 
 from superinfer.kernels import host_memory
 from superinfer.kernels.paged import PagedBatch
@@ -20,6 +23,7 @@ from superinfer.kernels.paged import PagedBatch
 # Plans are lists of tiles: 20 bytes for each of at most some thousand tiles.
 PLAN_BYTES = 1 << 20
 PACKED_ROWS = 16  # query rows of a decode tile, the heads that share a KV head, padded
+FILES = 8  # of a module that compile for long: as many modules at once as there are cores for
 STAGES = 2  # steps that may be under way
 
 
@@ -28,6 +32,21 @@ def workspace_bytes(max_batch: int, heads: int, head_dim: int, multiprocessors: 
     tiles = max(max_batch, 2 * multiprocessors // kv_heads)
     split = heads * tiles * PACKED_ROWS * (head_dim + 1) * 4
     return max(256 << 20, split + (16 << 20))
+
+
+def compile_modules(backends: Collection[str], windows: Collection[int | None], dtype: torch.dtype, dim: int) -> None:
+    """Compile what calls will want and what no earlier start has left in FlashInfer's cache: side by side, for a module
+    alone, of ten files or so, does not keep a machine busy. backends: "fa2" for decodes, and that of chunks."""
+    wanted = [
+        gen_batch_prefill_module(backend, dtype, dtype, dtype, torch.int32, dim, dim, 0, windowed, False, False)
+        for backend in sorted(set(backends))
+        for windowed in sorted({window is not None for window in windows})
+    ]
+    missing = [module for module in wanted if not module.is_compiled]
+    if missing:
+        at_once = max(1, (os.cpu_count() or 1) // FILES)
+        with ThreadPoolExecutor(min(at_once, len(missing))) as pool:
+            list(pool.map(lambda module: module.build(verbose=False), missing))
 
 
 def _window_left(window: int | None) -> int:

@@ -98,13 +98,14 @@ def make_attention(
     needed = flashinfer.workspace_bytes(
         config.max_batch_size, shape.num_heads, shape.head_dim, multiprocessors, sizes[1]
     )
+    backend = choice.prefill.removeprefix("flashinfer-")
+    flashinfer.compile_modules(("fa2", backend), shape.windows, dtype, shape.head_dim)
     workspace = torch.zeros(needed, dtype=torch.uint8, device=device)
     # Decodes and chunks of one step are all planned before any runs: each window's plans have places of their own.
     uploads = torch.cuda.Stream(device)
     windows = list(dict.fromkeys(shape.windows))
     plans = {window: torch.zeros(flashinfer.PLAN_BYTES, dtype=torch.uint8, device=device) for window in windows}
     decode_stages = {window: flashinfer.PlanStage(device, uploads) for window in windows}
-    backend = choice.prefill.removeprefix("flashinfer-")
 
     def prefill(window: int | None) -> AttentionCall:
         stage = flashinfer.PlanStage(device, uploads)

@@ -23,8 +23,16 @@ from superinfer.kernels.paged import AttentionCall, PagedBatch
 from superinfer.kernels.sampling import token_logprobs
 from superinfer.runtime.engine.constraints import split_forced
 from superinfer.runtime.engine.cuda_batch import ChunkBatch, DecodeBatch, MixedBatch, decode_buckets
-from superinfer.runtime.engine.cuda_mixed import CapturedChunks, DecodeRows, MixedGraph, MixedGraphs, graph_rows
+from superinfer.runtime.engine.cuda_mixed import (
+    CapturedChunks,
+    DecodeRows,
+    MixedGraph,
+    MixedGraphs,
+    attended_rows,
+    graph_rows,
+)
 from superinfer.runtime.engine.cuda_pieces import MixedBuffers, Pieces, mixed_rows
+from superinfer.runtime.engine.cuda_tails import Tails, tail_rows
 from superinfer.runtime.engine.executor import Duplex, ExecutorLimits, TierLimits
 from superinfer.runtime.engine.grammar import GrammarCompiler
 from superinfer.runtime.engine.marker import Marker
@@ -38,6 +46,8 @@ from superinfer.runtime.scheduler.plan import Decodes, SlotWork, StepPlan, StepR
 
 # Pairs of marks in use by turns: those of the steps under way, and of two before, which pinned memory may wait for.
 MARKS = 4
+# Prompts that may end in a step whose end is a graph: as many as attention of chunks takes at once.
+MOST_ENDING = 64
 # Makes the attention of decodes for one bucket, whose buffers it is given.
 DecodeAttention = Callable[[PagedBatch], AttentionCall]
 
@@ -148,12 +158,14 @@ class CudaExecutor:
         self._mixed_graphs: MixedGraphs | None = None
         sizes = mixed_rows(most_rows) if captured_chunks is None else graph_rows(most_rows)
         self.captured_tokens = sizes[-1] if graphs else 0  # of the largest step with chunks that graphs replay
+        attended = sizes[-1] if captured_chunks is None else attended_rows(most_rows, self._buckets[-1].size)
+        self._tails = Tails(model, attended, tail_rows(limits.num_slots, MOST_ENDING))
         if captured_chunks is not None:
             batch = MixedBatch(limits, graph_rows(most_rows)[-1], self._tables, self._device)
             beside = [DecodeRows(bucket.size, bucket.attention) for bucket in self._buckets]
             self._mixed_graphs = MixedGraphs(
                 model, self._views, batch, self._decodes, beside, captured_chunks, most_rows, self._last_tokens,
-                self._stage,
+                self._stage, self._tails,
             )  # fmt: skip
         if graphs:
             pool = torch.cuda.graph_pool_handle()  # shared: one step runs at a time
@@ -161,6 +173,8 @@ class CudaExecutor:
                 self._capture_pieces(most_rows, on_progress)
             else:
                 self._mixed_graphs.capture(pool, on_progress)
+            with torch.inference_mode():
+                self._tails.capture(pool)
             self._capture(pool, on_progress)
 
     def add_tier(self, duplex: Duplex, tier: TierLimits) -> None:
@@ -303,8 +317,8 @@ class CudaExecutor:
         decode_step.keep_largest(logits, rows.slots, self._last_tokens, self._tokens, self._decodes.turn)
 
     def _mixed_step(self, decodes: Decodes, chunks: list[SlotWork], pending: Pending) -> None:
-        """Rows: the decodes of a bucket with their padding, the chunks' tokens, padding to a size that is captured.
-        Where no graph takes them, those that are not wanted end with the last layer's attention."""
+        """Rows: the decodes of a bucket with their padding, the chunks' tokens, padding to a size that is captured. The
+        last layer's second half has those alone that are wanted."""
         if self._mixed_graphs is not None:
             graph = self._mixed_graphs.find(len(decodes), chunks)
             if graph is not None:
@@ -334,7 +348,8 @@ class CudaExecutor:
             hidden = self._model(ids, positions, self._attention(places, calls), wanted_ids)
         else:
             self._mixed.fill(ids, positions, places, pieces.rows, self._padding_place)
-            hidden = pieces.run(calls).index_select(0, wanted_ids)
+            pieces.run(calls)
+            hidden = self._tails.run(wanted_ids)
         self._finish_mixed(hidden, wanted, slots, chunks, pending)
 
     def _replay_mixed(
@@ -347,9 +362,9 @@ class CudaExecutor:
     ) -> None:
         graphs.prepare(graph, decodes.slots, decodes.positions, chunks)
         self._sent.record()
-        hidden = graphs.run(graph, pending.ended)
+        graphs.run(graph, pending.ended)
         wanted = _wanted(len(decodes), len(decodes), chunks)
-        hidden = hidden.index_select(0, self._to_device(wanted.rows))
+        hidden = self._tails.run(self._to_device(wanted.rows))
         self._finish_mixed(hidden, wanted, decodes.slots, chunks, pending)
 
     def _finish_mixed(
@@ -425,7 +440,7 @@ class CudaExecutor:
     @torch.inference_mode()
     def _capture_pieces(self, most_rows: int, on_progress: Progress | None) -> None:
         sizes = mixed_rows(most_rows)
-        self._mixed = MixedBuffers(sizes[-1], self._model.config, self._logits.dtype, self._device)
+        self._mixed = MixedBuffers(sizes[-1], self._model.config, self._tails)
         self._mixed.places.fill_(self._padding_place)
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
         for done, rows in enumerate(reversed(sizes)):

@@ -18,6 +18,7 @@ import torch
 from superinfer.kernels import fused
 from superinfer.kernels.paged import AttentionCall
 from superinfer.runtime.engine.cuda_batch import DecodeBatch, MixedBatch
+from superinfer.runtime.engine.cuda_tails import Tails
 from superinfer.runtime.engine.marker import Marker
 from superinfer.runtime.engine.staging import HostStage
 from superinfer.runtime.models.decoder import CausalLM
@@ -41,6 +42,11 @@ class CapturedChunks(NamedTuple):
 def graph_rows(most: int) -> list[int]:
     """The numbers of rows to capture where no step has more than `most`."""
     return [rows for rows in GRAPH_ROWS if rows < most] + [rows for rows in GRAPH_ROWS if rows >= most][:1]
+
+
+def attended_rows(most: int, slots: int) -> int:
+    """Rows that attention may answer in a graph: attention of decodes answers all slots'. most: as in `graph_rows`."""
+    return max(graph_rows(most)[-1], slots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +73,11 @@ class MixedGraphs:
     def __init__(
         self, model: CausalLM, views: list[torch.Tensor], batch: MixedBatch, decode_batch: DecodeBatch,
         buckets: Sequence[DecodeRows], chunks: CapturedChunks, most_rows: int, last_tokens: torch.Tensor,
-        stage: HostStage,
+        stage: HostStage, tails: Tails,
     ) -> None:  # fmt: skip
         """views: the cache by layer. buckets: attention of decodes, smallest first; the last has all slots. most_rows:
-        of any step. last_tokens: [slots + 1] int64, the token sampled last in each slot. stage: of the executor."""
+        of any step. last_tokens: [slots + 1] int64, the token sampled last in each slot. stage: of the executor. tails:
+        with room for `attended_rows`."""
         self._stage = stage
         self._model, self._views = model, views
         self._batch, self._decode_batch = batch, decode_batch
@@ -78,10 +85,9 @@ class MixedGraphs:
         self._last_tokens = last_tokens
         sizes = graph_rows(most_rows)
         weight, config = model.lm_head.weight, model.config
-        most = max(sizes[-1], buckets[-1].size)
-        heads = most, config.num_heads, config.head_dim
-        self._q, self._attended = torch.zeros(2, *heads, dtype=weight.dtype, device=weight.device).unbind()
-        self._hidden = torch.zeros(sizes[-1], config.hidden_size, dtype=weight.dtype, device=weight.device)
+        heads = attended_rows(most_rows, buckets[-1].size), config.num_heads, config.head_dim
+        self._q = torch.zeros(heads, dtype=weight.dtype, device=weight.device)
+        self._attended, self._residual = tails.attended.view(heads), tails.residual
         self._graphs = []
         for rows in sizes:
             attention = chunks.make(rows, batch.rows(rows)[3])
@@ -125,16 +131,15 @@ class MixedGraphs:
         batch = self._decode_batch.fill(slots, positions, decodes.size, self._stage, attention, attention.skips_empty)
         attention.plan(batch)
 
-    def run(self, mixed: MixedGraph, ended: Marker) -> torch.Tensor:
-        """[rows, hidden] of what was prepared: decodes, chunks, padding; valid until the next run. ended: will be set
-        behind the step."""
+    def run(self, mixed: MixedGraph, ended: Marker) -> None:
+        """What was prepared, up to the last layer's attention; `tails` has the rows then: decodes, chunks, padding.
+        ended: will be set behind the step."""
         if mixed.graph is None:
             self._forward(mixed)
         else:
             mixed.graph.replay()
         if mixed.decodes is not None:
             self._decode_batch.over(ended)
-        return self._hidden[: mixed.rows]
 
     def _forward(self, mixed: MixedGraph) -> None:
         if mixed.decodes is not None:
@@ -142,8 +147,8 @@ class MixedGraphs:
         sources, positions, places, _ = self._batch.rows(mixed.rows)
         last = self._last_tokens.index_select(0, (-1 - sources).clamp_(min=0))
         ids = torch.where(sources < 0, last, sources.long())
-        hidden = self._model(ids, positions, _Both(self, mixed, places))
-        self._hidden[: mixed.rows].copy_(hidden)
+        _, residual = self._model.begin(ids, positions, _Both(self, mixed, places))
+        self._residual[: mixed.rows].copy_(residual)
 
 
 class _Both:

@@ -14,6 +14,7 @@ import torch
 
 from superinfer.kernels import fused, host_memory
 from superinfer.kernels.paged import AttentionCall
+from superinfer.runtime.engine.cuda_tails import Tails
 from superinfer.runtime.models.config import ModelConfig
 from superinfer.runtime.models.decoder import CausalLM
 
@@ -29,12 +30,14 @@ def mixed_rows(most: int) -> list[int]:
 
 class MixedBuffers:
     """What the graphs of all sizes read and write: ids, positions, places: [rows] int32; q: [rows, heads, head_dim];
-    attended: [rows, heads · head_dim]."""
+    attended, residual: see Tails."""
 
-    def __init__(self, rows: int, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, rows: int, config: ModelConfig, tails: Tails) -> None:
+        """tails: with room for as many rows."""
+        dtype, device = tails.attended.dtype, tails.attended.device
         self.ids, self.positions, self.places = torch.zeros(3, rows, dtype=torch.int32, device=device).unbind()
         self.q = torch.zeros(rows, config.num_heads, config.head_dim, dtype=dtype, device=device)
-        self.attended = torch.zeros(rows, config.num_heads * config.head_dim, dtype=dtype, device=device)
+        self.attended, self.residual = tails.attended[:rows], tails.residual
 
     def fill(
         self, ids: torch.Tensor, positions: torch.Tensor, places: torch.Tensor, rows: int, padding_place: int
@@ -47,8 +50,8 @@ class MixedBuffers:
 
 
 class Pieces:
-    """The model's forward pass over `rows` rows: a graph up to the first layer's attention, one from each layer's
-    attention to the next one's, and one to the end. `hidden`: where the last leaves [rows, hidden]."""
+    """The model's forward pass over `rows` rows: a graph up to the first layer's attention, and one from each layer's
+    attention to the next one's. `buffers` has the rows then, for who finishes them."""
 
     def __init__(
         self, model: CausalLM, views: list[torch.Tensor], buffers: MixedBuffers, rows: int, stream: torch.cuda.Stream,
@@ -62,16 +65,17 @@ class Pieces:
         inputs = buffers.ids[:rows], buffers.positions[:rows]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            model(*inputs, _Cut(self, None))  # loads kernels and libraries, which a capture must not
+            model.begin(*inputs, _Cut(self, None))  # loads kernels and libraries, which a capture must not
             stream.synchronize()
             cut = _Cut(self, pool)
             cut.begin()
-            self.hidden = model(*inputs, cut)
+            _, residual = model.begin(*inputs, cut)
+            buffers.residual[:rows].copy_(residual)
             cut.end()
         torch.cuda.current_stream().wait_stream(stream)
 
-    def run(self, calls: Calls) -> torch.Tensor:
-        """Replay, with the attention of `calls` in between; rows beyond theirs are padding. Returns `hidden`."""
+    def run(self, calls: Calls) -> None:
+        """Replay, with the attention of `calls` in between; rows beyond theirs are padding."""
         q, attended = self._buffers.q, self._buffers.attended.view(self._buffers.q.shape)
         places, start = [], 0
         for rows, call in calls:
@@ -81,8 +85,7 @@ class Pieces:
             self._graphs[layer].replay()
             for call, part, out in places:
                 call.run(part, view, layer, out)
-        self._graphs[-1].replay()
-        return self.hidden
+        self._graphs[-1].replay()  # keeps the residual stream
 
 
 class _Cut:
