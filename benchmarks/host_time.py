@@ -29,6 +29,7 @@ from record import write
 
 from superinfer.bench.shapes import CONFIGS
 from superinfer.kernels.paged import PagedBatch
+from superinfer.runtime.engine.cuda_attention import StepAttention
 from superinfer.runtime.engine.cuda_executor import CudaExecutor
 from superinfer.runtime.engine.cuda_tier import SWITCH_S
 from superinfer.runtime.engine.executor import ExecutorLimits
@@ -88,8 +89,7 @@ def executor_of(batch: int, context: int, model: CausalLM) -> CudaExecutor:
     executor = CudaExecutor(
         model,
         limits,
-        lambda _: NoAttention(),
-        NoAttention(),
+        StepAttention(lambda _: NoAttention(), NoAttention()),
         max_batch_tokens=max(batch, 512),
         model_name="",
         path="",

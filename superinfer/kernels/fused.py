@@ -111,12 +111,12 @@ def _whole(at, inside, part_step, element: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens"])
 def _rope_and_store(
-    qkv, cos, sin, places, q_out, cache, tokens, page, qkv_row, block_step, value_step, offset_step, part_step,
-    SHARED: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS_2: tl.constexpr, HALF_2: tl.constexpr,
-    TOKENS: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    qkv, cos, sin, places, q_out, cache, rows_out, tokens, page, qkv_row, block_step, value_step, offset_step,
+    part_step, SHARED: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS_2: tl.constexpr,
+    HALF_2: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens and one KV head with the SHARED query heads that belong to it. *_2: padded to powers of two. PARTS:
-    of qkv, to be added up."""
+    of qkv, to be added up. KEEP: keys and values are written to `rows_out`, too."""
     begin(PDL)
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     group = tl.program_id(1)
@@ -148,11 +148,22 @@ def _rope_and_store(
     key = qkv + token[:, None] * qkv_row + (KV_HEADS * SHARED + group) * HEAD_DIM + d[None, :]
     k_1 = _whole(key, inside, part_step, element, PARTS).to(tl.float32)
     k_2 = _whole(key + HALF, inside, part_step, element, PARTS).to(tl.float32)
-    tl.store(target, (k_1 * cos_1 + k_2 * sin_1).to(element), mask=inside)
-    tl.store(target + HALF, (k_2 * cos_2 + k_1 * sin_2).to(element), mask=inside)
+    rotated_1 = (k_1 * cos_1 + k_2 * sin_1).to(element)
+    rotated_2 = (k_2 * cos_2 + k_1 * sin_2).to(element)
+    tl.store(target, rotated_1, mask=inside)
+    tl.store(target + HALF, rotated_2, mask=inside)
     value = key + KV_HEADS * HEAD_DIM
-    tl.store(target + value_step, _whole(value, inside, part_step, element, PARTS), mask=inside)
-    tl.store(target + value_step + HALF, _whole(value + HALF, inside, part_step, element, PARTS), mask=inside)
+    v_1 = _whole(value, inside, part_step, element, PARTS)
+    v_2 = _whole(value + HALF, inside, part_step, element, PARTS)
+    tl.store(target + value_step, v_1, mask=inside)
+    tl.store(target + value_step + HALF, v_2, mask=inside)
+    if KEEP:
+        kept = rows_out + (token[:, None] * KV_HEADS + group) * HEAD_DIM + d[None, :]
+        values = kept + tokens.to(tl.int64) * KV_HEADS * HEAD_DIM
+        tl.store(kept, rotated_1, mask=inside)
+        tl.store(kept + HALF, rotated_2, mask=inside)
+        tl.store(values, v_1, mask=inside)
+        tl.store(values + HALF, v_2, mask=inside)
 
 
 def rope_tile(tokens: int) -> tuple[int, int]:
@@ -162,15 +173,16 @@ def rope_tile(tokens: int) -> tuple[int, int]:
 
 def rope_and_store(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: torch.Tensor, kv: torch.Tensor, kv_heads: int,
-    out: torch.Tensor | None = None,
+    out: torch.Tensor | None = None, kept: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Rotate queries and keys, and write keys and values to where the cache keeps them.
 
     qkv: [tokens, heads + 2 · kv_heads, head_dim], heads and dimensions contiguous; or contiguous float32
     [parts, tokens, heads + 2 · kv_heads, head_dim], their sum. cos, sin: [tokens, 1, head_dim] from `rope_angles`.
     places: [tokens] int32, block · page + offset. kv: one layer's view of a block-first cache, [blocks, 2, page,
-    kv_heads, head_dim], any block stride. Returns the queries, [tokens, heads, head_dim], in kv's dtype; in
-    `out` where that is given.
+    kv_heads, head_dim], any block stride. kept: contiguous [2, tokens, kv_heads, head_dim], for the same keys and
+    values in the order of the tokens. Returns the queries, [tokens, heads, head_dim], in kv's dtype; in `out` where
+    that is given.
     """
     tokens, all_heads, head_dim = qkv.shape[-3:]
     parts = len(qkv) if qkv.dim() == 4 else 1
@@ -180,8 +192,9 @@ def rope_and_store(
         shared = heads // kv_heads
         together, warps = rope_tile(tokens)
         _rope_and_store[(triton.cdiv(tokens, together), kv_heads)](
-            qkv, cos, sin, places, q, kv, tokens, kv.shape[2], qkv.stride(-3), kv.stride(0), kv.stride(1), kv.stride(2),
-            qkv.stride(0), PARTS=parts, TOKENS=together, **overlap(qkv),
+            qkv, cos, sin, places, q, kv, kv if kept is None else kept, tokens, kv.shape[2], qkv.stride(-3),
+            kv.stride(0), kv.stride(1), kv.stride(2), qkv.stride(0), PARTS=parts, TOKENS=together,
+            KEEP=kept is not None, **overlap(qkv),
             SHARED=shared, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
             HEADS_2=triton.next_power_of_2(shared), HALF_2=triton.next_power_of_2(head_dim // 2), num_warps=warps,
         )  # fmt: skip

@@ -68,12 +68,14 @@ def test_rope_and_store_rotates_and_writes_one_layer_of_a_block_first_cache(dtyp
     cache = torch.full((blocks, layers, 2, page, kv_heads, head_dim), float("nan"), device=DEVICE, dtype=dtype)
     places = torch.tensor([5, 6, 7, 20, 0], dtype=torch.int32, device=DEVICE)
 
-    q = fused.rope_and_store(qkv, cos, sin, places, cache[:, layer], kv_heads)
+    kept = torch.full((2, tokens, kv_heads, head_dim), float("nan"), device=DEVICE, dtype=dtype)
+    q = fused.rope_and_store(qkv, cos, sin, places, cache[:, layer], kv_heads, kept=kept)
     rotated = rope.apply_rope(qkv[:, : heads + kv_heads].float(), cos.float(), sin.float())
     torch.testing.assert_close(q.float(), rotated[:, :heads], **tolerance(dtype))
     keys, values = cache[:, layer].transpose(0, 1).flatten(1, 2)
     torch.testing.assert_close(keys[places.long()].float(), rotated[:, heads:], **tolerance(dtype))
     assert torch.equal(values[places.long()], qkv[:, heads + kv_heads :])
+    assert torch.equal(kept[0], keys[places.long()]) and torch.equal(kept[1], values[places.long()])
     written = torch.zeros(blocks * page, dtype=torch.bool, device=DEVICE)
     written[places.long()] = True
     assert keys[~written].isnan().all() and cache[:, [0, 2]].isnan().all()

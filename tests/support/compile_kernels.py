@@ -45,7 +45,7 @@ def kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     chosen = {**pointers("fp32", "scaled", "out"), "top_k": "*i64", "top_p": "*fp64"}
     chosen |= numbers("vocab", "top_k_step", "top_p_step")
     pdl = kind == "bf16"  # as launch.overlap has it on an Ampere and a Hopper
-    in_parts = {**rope, "qkv": "*fp32"}, dict(heads, HALF_2=64, TOKENS=1, PARTS=2, PDL=pdl)
+    in_parts = {**rope, "qkv": "*fp32"}, dict(heads, HALF_2=64, TOKENS=1, PARTS=2, KEEP=False, PDL=pdl)
     receive = {**pointers(INT, "host", "there", "table", "turn"), **numbers("half", "inputs", "changes")}
     describe = pointers(INT, "positions", "slots", "places", "last_page_len", "indptr", "indices", "table", "turn")
     describe |= numbers("sequences", "padding_slot", "width", "page")
@@ -60,8 +60,8 @@ def kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
         (fused._rms_norm, {**norm, "x": "*fp32"}, dict(ADD=True, PARTS=4, BLOCK=4096, PDL=pdl)),
         (fused._rms_norm, norm, dict(ADD=False, PARTS=0, BLOCK=128, PDL=pdl)),
         (fused._silu_and_mul, gate, dict(BLOCK=2048, PDL=pdl)),
-        (fused._rope_and_store, rope, dict(heads, HALF_2=64, TOKENS=1, PARTS=1, PDL=pdl)),
-        (fused._rope_and_store, rope, dict(heads, HALF_2=64, TOKENS=8, PARTS=1, PDL=pdl)),
+        (fused._rope_and_store, rope, dict(heads, HALF_2=64, TOKENS=1, PARTS=1, KEEP=False, PDL=pdl)),
+        (fused._rope_and_store, rope, dict(heads, HALF_2=64, TOKENS=8, PARTS=1, KEEP=True, PDL=pdl)),
         (fused._rope_and_store, *in_parts),
         (paged_triton._paged_attention, paged, dict(heads, DIM_2=128, QUERIES=4, KEYS=32)),
         (paged_triton._paged_attention, paged, dict(chunks, QUERIES=16, KEYS=32)),

@@ -21,13 +21,17 @@ def rope_and_store(
     kv: torch.Tensor,
     kv_heads: int,
     out: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See fused.rope_and_store."""
     whole = qkv.sum(0).to(kv.dtype) if qkv.dim() == 4 else qkv
     q, k, v = whole.split((whole.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
     blocks, offsets = places.long() // kv.shape[2], places.long() % kv.shape[2]
-    kv[blocks, 0, offsets] = apply_rope(k, cos, sin)
+    k = apply_rope(k, cos, sin)
+    kv[blocks, 0, offsets] = k
     kv[blocks, 1, offsets] = v
+    if kept is not None:
+        kept[0], kept[1] = k, v
     rotated = apply_rope(q, cos, sin)
     return rotated if out is None else out.copy_(rotated)
 

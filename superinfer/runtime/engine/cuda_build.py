@@ -17,7 +17,8 @@ from superinfer.kernels.paged import (
     choose_attention,
 )
 from superinfer.runtime.config import EngineConfig
-from superinfer.runtime.engine.cuda_executor import CudaExecutor, DecodeAttention
+from superinfer.runtime.engine.cuda_attention import StepAttention
+from superinfer.runtime.engine.cuda_executor import CudaExecutor
 from superinfer.runtime.engine.cuda_mixed import CapturedChunks, graph_rows
 from superinfer.runtime.engine.cuda_tier import add_cuda_tier
 from superinfer.runtime.engine.cuda_tuning import tune_linears
@@ -48,12 +49,12 @@ def build_cuda_executor(
     log.info("attention: %s for decodes, %s for prefill: %s", *choice)
     if on_progress is not None:
         on_progress("preparing attention kernels", 0.0)
-    decode_attention, chunk_attention, captured_chunks = make_attention(choice, config, model)
+    attention = make_attention(choice, config, model)
     if config.tune_products:
         tune_linears(model, config.max_batch_size + config.max_batch_tokens, on_progress)
     pool_tokens = config.kv_tokens
     if pool_tokens is None:
-        captured = 0 if captured_chunks is None else graph_rows(config.max_batch_size + config.max_batch_tokens)[-1]
+        captured = 0 if attention.captured is None else graph_rows(config.max_batch_size + config.max_batch_tokens)[-1]
         pool_tokens = _kv_bytes(config, model, captured) // shape.kv_bytes_per_token(dtype)
         if pool_tokens < config.page_size:
             raise ModelLoadError(
@@ -64,12 +65,10 @@ def build_cuda_executor(
     executor = CudaExecutor(
         model,
         limits,
-        decode_attention,
-        chunk_attention,
+        attention,
         max_batch_tokens=config.max_batch_tokens,
         model_name=config.model,
         path=path,
-        captured_chunks=captured_chunks,
         on_progress=on_progress,
     )
     if config.dram_tokens:
@@ -77,11 +76,8 @@ def build_cuda_executor(
     return executor
 
 
-def make_attention(
-    choice: Choice, config: EngineConfig, model: CausalLM
-) -> tuple[DecodeAttention, AttentionCall, CapturedChunks | None]:
-    """What `choice` names: a maker of decode attention by bucket, and the attention of prefill chunks, for any batch
-    and, where there is such, for capture."""
+def make_attention(choice: Choice, config: EngineConfig, model: CausalLM) -> StepAttention:
+    """What `choice` names."""
     shape, device, dtype = model.config, model.lm_head.weight.device, model.lm_head.weight.dtype
     scale = shape.head_dim**-0.5
     if choice.decode == "triton":
@@ -90,7 +86,7 @@ def make_attention(
         def triton_attention(_: PagedBatch | None = None) -> AttentionCall:
             return AttentionByLayer(shape.windows, lambda window: TritonAttention(scale, window))
 
-        return triton_attention, triton_attention(), None
+        return StepAttention(triton_attention, triton_attention())
     from superinfer.kernels import paged_flashinfer as flashinfer
 
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -124,11 +120,16 @@ def make_attention(
 
         return AttentionByLayer(shape.windows, of)
 
-    captured = None
+    def fresh(window: int | None) -> AttentionCall:
+        stage = flashinfer.PlanStage(device, uploads)
+        return flashinfer.FlashInferFresh(workspace, stage, backend, *sizes[:3], scale, dtype, window)
+
+    attention = StepAttention(decode, AttentionByLayer(shape.windows, prefill))
     if backend == "fa3":
         rows = graph_rows(config.max_batch_size + config.max_batch_tokens)[-1]
         captured = _captured_chunks(rows, workspace, uploads, sizes, model)
-    return decode, AttentionByLayer(shape.windows, prefill), captured
+        attention = attention._replace(fresh=AttentionByLayer(shape.windows, fresh), captured=captured)
+    return attention
 
 
 def _captured_chunks(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,19 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from superinfer.kernels import decode_step, fused
-from superinfer.kernels.paged import AttentionCall, PagedBatch
+from superinfer.kernels import decode_step
+from superinfer.kernels.paged import AttentionCall
 from superinfer.kernels.sampling import token_logprobs
 from superinfer.runtime.engine.constraints import split_forced
+from superinfer.runtime.engine.cuda_attention import Part, SplitAttention, StepAttention
 from superinfer.runtime.engine.cuda_batch import ChunkBatch, DecodeBatch, MixedBatch, decode_buckets
-from superinfer.runtime.engine.cuda_mixed import (
-    CapturedChunks,
-    DecodeRows,
-    MixedGraph,
-    MixedGraphs,
-    attended_rows,
-    graph_rows,
-)
+from superinfer.runtime.engine.cuda_mixed import DecodeRows, MixedGraph, MixedGraphs, attended_rows, graph_rows
 from superinfer.runtime.engine.cuda_pieces import MixedBuffers, Pieces, mixed_rows
 from superinfer.runtime.engine.cuda_tails import Tails, tail_rows
 from superinfer.runtime.engine.executor import Duplex, ExecutorLimits, TierLimits
@@ -48,35 +42,6 @@ from superinfer.runtime.scheduler.plan import Decodes, SlotWork, StepPlan, StepR
 MARKS = 4
 # Prompts that may end in a step whose end is a graph: as many as attention of chunks takes at once.
 MOST_ENDING = 64
-# Makes the attention of decodes for one bucket, whose buffers it is given.
-DecodeAttention = Callable[[PagedBatch], AttentionCall]
-
-
-class SplitAttention:
-    """One step's attention for the model: rotation and KV writes of all rows, then decodes and chunks apart."""
-
-    def __init__(
-        self, views: list[torch.Tensor], places: torch.Tensor, kv_heads: int, calls: list[tuple[int, AttentionCall]]
-    ) -> None:
-        """views: the cache by layer. calls: in the order of the rows, with how many rows each answers."""
-        self._views = views
-        self._places = places
-        self._kv_heads = kv_heads
-        self._calls = calls
-
-    def rotate_and_attend(
-        self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """See AttentionBackend. `scale` is the model's, which the calls were made with."""
-        kv = self._views[layer]
-        q = fused.rope_and_store(qkv, cos, sin, self._places, kv, self._kv_heads)
-        if len(self._calls) == 1:
-            return self._calls[0][1].run(q, kv, layer).flatten(1)
-        out = torch.empty_like(q)
-        sizes = [rows for rows, _ in self._calls]
-        for part, place, (_, call) in zip(q.split(sizes), out.split(sizes), self._calls, strict=True):
-            call.run(part, kv, layer, place)
-        return out.flatten(1)
 
 
 @dataclass(slots=True)
@@ -99,17 +64,15 @@ class CudaExecutor:
         self,
         model: CausalLM,
         limits: ExecutorLimits,
-        decode_attention: DecodeAttention,
-        chunk_attention: AttentionCall,
+        attention: StepAttention,
         *,
         max_batch_tokens: int,
         model_name: str,
         path: str,
-        captured_chunks: CapturedChunks | None = None,
         graphs: bool = True,
         on_progress: Progress | None = None,
     ) -> None:
-        """captured_chunks: where there is such attention. graphs: capture CUDA graphs now."""
+        """graphs: capture CUDA graphs now."""
         weight, config = model.lm_head.weight, model.config
         self.limits = limits
         self.tier: TierLimits | None = None
@@ -132,7 +95,8 @@ class CudaExecutor:
         blocks_per_slot = -(-limits.max_model_len // limits.page_size)
         self._tables = BlockTables(limits.num_slots, blocks_per_slot, limits.num_blocks, limits.page_size, True)
         self._decodes = DecodeBatch(limits, self._tables, self._device)
-        self._chunks = ChunkBatch(limits, max_batch_tokens, self._tables, self._device)
+        self._attention = attention
+        self._chunks, self._fresh = (ChunkBatch(limits, max_batch_tokens, self._tables, self._device) for _ in range(2))
         self.grammars = GrammarCompiler(path, config.vocab_size, config.eos_token_ids)
         self._stage = HostStage(self._device)
         self._to_device = self._stage.to_device
@@ -144,27 +108,26 @@ class CudaExecutor:
         self._tokens = torch.zeros(2, limits.num_slots, dtype=torch.int64, pin_memory=on_gpu)
         # Shared by all buckets: of their own, they would keep 1 GB for a vocabulary of 128,000.
         self._logits = torch.zeros(limits.num_slots, config.vocab_size, dtype=weight.dtype, device=self._device)
-        self._chunk_attention = chunk_attention
         self._sent = Marker(self._device)
         self._marks = deque((Marker(self._device), Marker(self._device)) for _ in range(MARKS))
         self._pending: deque[Pending | Exception] = deque()
         self._buckets = [
-            Bucket(size, decode_attention(self._decodes.paged(size))) for size in decode_buckets(limits.num_slots)
+            Bucket(size, attention.decodes(self._decodes.paged(size))) for size in decode_buckets(limits.num_slots)
         ]
         self._pieces: list[Pieces] = []
         self._mixed: MixedBuffers
         self._padding_place = limits.num_blocks * limits.page_size
         most_rows = self._buckets[-1].size + max_batch_tokens
         self._mixed_graphs: MixedGraphs | None = None
-        sizes = mixed_rows(most_rows) if captured_chunks is None else graph_rows(most_rows)
+        sizes = mixed_rows(most_rows) if attention.captured is None else graph_rows(most_rows)
         self.captured_tokens = sizes[-1] if graphs else 0  # of the largest step with chunks that graphs replay
-        attended = sizes[-1] if captured_chunks is None else attended_rows(most_rows, self._buckets[-1].size)
+        attended = sizes[-1] if attention.captured is None else attended_rows(most_rows, self._buckets[-1].size)
         self._tails = Tails(model, attended, tail_rows(limits.num_slots, MOST_ENDING))
-        if captured_chunks is not None:
+        if attention.captured is not None:
             batch = MixedBatch(limits, graph_rows(most_rows)[-1], self._tables, self._device)
             beside = [DecodeRows(bucket.size, bucket.attention) for bucket in self._buckets]
             self._mixed_graphs = MixedGraphs(
-                model, self._views, batch, self._decodes, beside, captured_chunks, most_rows, self._last_tokens,
+                model, self._views, batch, self._decodes, beside, attention.captured, most_rows, self._last_tokens,
                 self._stage, self._tails,
             )  # fmt: skip
         if graphs:
@@ -310,7 +273,7 @@ class CudaExecutor:
         self._decodes.receive(bucket.size)
         rows = self._decodes.rows(bucket.size)
         assert rows.slots is not None
-        attention = self._attention(rows.places, [(bucket.size, bucket.attention)])
+        attention = self._split(rows.places, [Part(bucket.size, bucket.attention)])
         hidden = self._model(self._last_tokens.index_select(0, rows.slots), rows.positions, attention)
         logits = self._logits[: bucket.size]
         torch.matmul(hidden, self._model.lm_head.weight.t(), out=logits)
@@ -323,12 +286,7 @@ class CudaExecutor:
             graph = self._mixed_graphs.find(len(decodes), chunks)
             if graph is not None:
                 return self._replay_mixed(self._mixed_graphs, graph, decodes, chunks, pending)
-        rows, batch = self._chunks.fill(chunks)
-        self._chunk_attention.plan(batch)
-        ids, positions, places = rows.ids, rows.positions, rows.places
-        assert ids is not None
-        calls = [(len(ids), self._chunk_attention)]
-        padded = 0
+        parts, inputs, padded = [], [], 0
         slots = np.empty(0, dtype=np.int64)
         if len(decodes):
             bucket, slots = self._fill_decodes(decodes)
@@ -337,20 +295,40 @@ class CudaExecutor:
             self._decodes.over(pending.ended)
             head = self._decodes.rows(padded)
             assert head.slots is not None
-            ids = torch.cat((self._last_tokens.index_select(0, head.slots).int(), ids))
-            positions, places = torch.cat((head.positions, positions)), torch.cat((head.places, places))
-            calls.insert(0, (padded, bucket.attention))
+            last = self._last_tokens.index_select(0, head.slots).int()
+            inputs.append((last, head.positions, head.places))
+            parts.append(Part(padded, bucket.attention))
+        fresh_call = self._attention.fresh
+        fresh = [] if fresh_call is None else [work for work in chunks if not work.start]
+        chunks = [*(work for work in chunks if work.start or fresh_call is None), *fresh]
+        if len(fresh) < len(chunks):
+            parts.append(self._fill_chunks(self._chunks, chunks[: len(chunks) - len(fresh)], inputs))
+        if fresh:
+            parts.append(self._fill_chunks(self._fresh, fresh, inputs))
         self._sent.record()
+        ids, positions, places = (torch.cat(given) for given in zip(*inputs, strict=True))
         pieces = next((pieces for pieces in self._pieces if pieces.rows >= len(ids)), None)
         wanted = _wanted(len(slots), padded, chunks)
         wanted_ids = self._to_device(wanted.rows)
         if pieces is None:
-            hidden = self._model(ids, positions, self._attention(places, calls), wanted_ids)
+            hidden = self._model(ids, positions, self._split(places, parts), wanted_ids)
         else:
             self._mixed.fill(ids, positions, places, pieces.rows, self._padding_place)
-            pieces.run(calls)
+            pieces.run([(part.rows, part.call) for part in parts])
             hidden = self._tails.run(wanted_ids)
         self._finish_mixed(hidden, wanted, slots, chunks, pending)
+
+    def _fill_chunks(
+        self, batch: ChunkBatch, chunks: list[SlotWork], inputs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    ) -> Part:
+        """Send them and plan their attention. inputs: ids, positions and places of the step so far, to be added to."""
+        call = self._attention.fresh if batch is self._fresh else self._attention.chunks
+        assert call is not None
+        rows, paged = batch.fill(chunks)
+        assert rows.ids is not None
+        call.plan(paged)
+        inputs.append((rows.ids, rows.positions, rows.places))
+        return Part(len(rows.ids), call, batch is self._fresh)
 
     def _replay_mixed(
         self,
@@ -415,8 +393,8 @@ class CudaExecutor:
             parts.append(token_logprobs(logits, self._to_device(tokens[piece]), 0)[0])
         return torch.cat(parts)
 
-    def _attention(self, places: torch.Tensor, calls: list[tuple[int, AttentionCall]]) -> SplitAttention:
-        return SplitAttention(self._views, places, self._model.config.num_kv_heads, calls)
+    def _split(self, places: torch.Tensor, parts: list[Part]) -> SplitAttention:
+        return SplitAttention(self._views, places, self._model.config.num_kv_heads, parts)
 
     # ------------------------------------------------------------------ graphs
 

@@ -17,6 +17,7 @@ from plain_kernels import use_plain_kernels
 from stream_double import LateSubmitter, StreamDouble
 
 from superinfer.kernels.paged import TorchAttention
+from superinfer.runtime.engine.cuda_attention import StepAttention
 from superinfer.runtime.engine.cuda_executor import CudaExecutor
 from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
 from superinfer.runtime.kv.copy_batches import Places
@@ -72,8 +73,7 @@ class Rig:
         self.executor = CudaExecutor(
             model,
             limits,
-            lambda _: TorchAttention(scale),
-            self.chunk_attention,
+            StepAttention(lambda _: TorchAttention(scale), self.chunk_attention),
             max_batch_tokens=32,
             model_name="",
             path="",
@@ -155,7 +155,7 @@ def test_copies_that_fail_cost_time_and_no_token(llama):
 def test_a_step_that_fails_has_started_its_copies_and_later_results_report_them(llama):
     folder, prompts, expected = llama
     rig = Rig(folder, lazy=0.9)
-    attention, failed = rig.executor._attention, []
+    attention, failed = rig.executor._split, []
 
     def fails_beside_copies(places, calls):
         if not failed and len(rig.duplex._under_way[1]) > 2:
@@ -163,7 +163,7 @@ def test_a_step_that_fails_has_started_its_copies_and_later_results_report_them(
             raise RuntimeError("planted failure")
         return attention(places, calls)
 
-    rig.executor._attention = fails_beside_copies
+    rig.executor._split = fails_beside_copies
     outputs = rig.serve(prompts)
     assert failed and 0 < len(rig.lost) < len(prompts)
     for id, wanted in enumerate(expected):

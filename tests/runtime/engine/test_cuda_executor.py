@@ -5,6 +5,7 @@ What a GPU adds, FlashInfer, graphs and real overlap, is tested in tests/gpu.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import random
 
@@ -18,7 +19,8 @@ from checkpoints import generate, logprobs, make_checkpoint
 from plain_kernels import use_plain_kernels
 from stepper import Stepper
 
-from superinfer.kernels.paged import TorchAttention, choose_attention
+from superinfer.kernels.paged import PagedBatch, TorchAttention, choose_attention
+from superinfer.runtime.engine.cuda_attention import StepAttention
 from superinfer.runtime.engine.cuda_batch import decode_buckets
 from superinfer.runtime.engine.cuda_executor import CudaExecutor
 from superinfer.runtime.engine.cuda_mixed import CapturedChunks
@@ -35,23 +37,40 @@ def prompts_of(lengths: list[int], vocab: int = 211) -> list[list[int]]:
     return [[rng.randrange(vocab) for _ in range(length)] for length in lengths]
 
 
-def executor_of(folder, page: int = 4, slots: int = 6, blocks: int = 200, most_chunks: int = 0) -> CudaExecutor:
-    """most_chunks: that steps made for graphs take, whose kernels are run here as they would be captured; 0: none."""
+class TorchFresh(TorchAttention):
+    """Over the step's own keys and values, as if they were a cache of one token a block."""
+
+    def plan(self, batch: PagedBatch) -> None:
+        starts = batch.host_qo_indptr
+        rows, ends = torch.arange(int(starts[-1]), dtype=torch.int32), torch.ones_like(batch.host_last_page_len)
+        super().plan(
+            dataclasses.replace(
+                batch, kv_indices=rows, host_kv_indptr=starts, last_page_len=ends, host_last_page_len=ends
+            )
+        )
+
+    def run(self, q, kv, layer=0, out=None):
+        return super().run(q, kv.transpose(0, 1)[:, :, None], layer, out)
+
+
+def executor_of(
+    folder, page: int = 4, slots: int = 6, blocks: int = 200, most_chunks: int = 0, fresh: bool = False
+) -> CudaExecutor:
+    """most_chunks: that steps made for graphs take, whose kernels are run here as they would be captured; 0: none.
+    fresh: prompts that begin are attended apart."""
     model = load_model(folder)
     limits = ExecutorLimits(blocks, page, slots, 256, model.config.vocab_size)
     scale = model.config.head_dim**-0.5
-    attention = TorchAttention(scale)  # its Triton twin is compared with it in tests/kernels
     captured = CapturedChunks(lambda rows, indices: TorchAttention(scale), most_chunks)
-    return CudaExecutor(
-        model,
-        limits,
+    # TorchAttention's Triton twin is compared with it in tests/kernels.
+    attention = StepAttention(
         lambda _: TorchAttention(scale),
-        attention,
-        max_batch_tokens=512,
-        model_name=str(folder),
-        path=str(folder),
-        captured_chunks=captured if most_chunks else None,
-        graphs=False,
+        TorchAttention(scale),
+        TorchFresh(scale) if fresh else None,
+        captured if most_chunks else None,
+    )
+    return CudaExecutor(
+        model, limits, attention, max_batch_tokens=512, model_name=str(folder), path=str(folder), graphs=False
     )
 
 
@@ -88,6 +107,24 @@ def test_greedy_tokens_equal_transformers_in_mixed_batches(tmp_path, most_chunks
 @pytest.mark.parametrize("variant", ["qwen2", "qwen3"])
 def test_greedy_tokens_equal_transformers_for_every_architecture(tmp_path, plain_kernels, variant, most_chunks):
     check_mixed_batches(tmp_path, make_checkpoint(tmp_path, variant), most_chunks)
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-7-heads-per-kv-head"])
+def test_prompts_that_begin_are_attended_over_what_the_step_itself_made(tmp_path, variant):
+    """In the same step as decodes and chunks that go on, and without reading the cache: its blocks are not a number."""
+    model = make_checkpoint(tmp_path, variant)
+    executor = executor_of(tmp_path, fresh=True)
+    executor.cache.fill_(float("nan"))
+    stepper = Stepper(executor)
+    prompts = prompts_of([9, 17, 1, 30, 3])
+    batch = [stepper.add(prompt) for prompt in prompts]
+    first, second, third, fourth, fifth = batch
+    stepper.step((first, stepper.prefill(first)), (second, stepper.prefill(second, 5)))
+    stepper.step((third, stepper.prefill(third)), (second, stepper.prefill(second, 5)), (first, stepper.decode(first)))
+    stepper.step((fourth, stepper.prefill(fourth, 20)), (second, stepper.prefill(second)))
+    stepper.step((fifth, stepper.prefill(fifth)), (fourth, stepper.prefill(fourth)))
+    stepper.run(batch, 6)
+    assert [s.output for s in batch] == [generate(model, prompt, 6) for prompt in prompts]
 
 
 @pytest.mark.parametrize("most_chunks", [0, 3])

@@ -258,6 +258,7 @@ def test_the_cuda_executor_gives_the_same_outputs_with_steps_under_way(
     from plain_kernels import use_plain_kernels
 
     from superinfer.kernels.paged import TorchAttention
+    from superinfer.runtime.engine.cuda_attention import StepAttention
     from superinfer.runtime.engine.cuda_executor import CudaExecutor
     from superinfer.runtime.models.loader import load_model
 
@@ -267,8 +268,7 @@ def test_the_cuda_executor_gives_the_same_outputs_with_steps_under_way(
     cuda = CudaExecutor(
         model,
         executor.limits,
-        lambda _: TorchAttention(scale),
-        TorchAttention(scale),
+        StepAttention(lambda _: TorchAttention(scale), TorchAttention(scale)),
         max_batch_tokens=256,
         model_name="tiny",
         path=str(small_checkpoint),

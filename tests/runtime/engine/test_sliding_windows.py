@@ -74,6 +74,7 @@ def test_the_cuda_executor_attends_by_layer(tmp_path, variant, monkeypatch):
     from plain_kernels import use_plain_kernels
 
     from superinfer.kernels.paged import AttentionByLayer, TorchAttention
+    from superinfer.runtime.engine.cuda_attention import StepAttention
     from superinfer.runtime.engine.cuda_executor import CudaExecutor
 
     use_plain_kernels(monkeypatch)
@@ -86,7 +87,7 @@ def test_the_cuda_executor_attends_by_layer(tmp_path, variant, monkeypatch):
 
     limits = ExecutorLimits(64, 4, 4, 128, config.vocab_size)
     executor = CudaExecutor(
-        model, limits, attention, attention(), max_batch_tokens=128, model_name="", path="", graphs=False
+        model, limits, StepAttention(attention, attention()), max_batch_tokens=128, model_name="", path="", graphs=False
     )
     stepper = Stepper(executor)
     prompts = prompts_of([3, 30])
