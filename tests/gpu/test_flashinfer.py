@@ -105,6 +105,29 @@ def test_prefill_chunks_with_a_computed_past_equal_dense_attention(buffers, back
 
 
 @pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("backend", ["fa2", "fa3"])
+def test_prompts_that_begin_are_attended_over_their_own_keys_and_values(buffers, backend, window):
+    """As a step has them: queries and keys are a part of its rows, others lie before and behind."""
+    if backend == "fa3" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("fa3 needs a Hopper GPU")
+    from superinfer.kernels.paged_flashinfer import FlashInferFresh
+
+    lengths, before = (1, 200, 33, 900), 5
+    case = make_batch(lengths, lengths, HEADS, KV_HEADS, HEAD_DIM, PAGE, torch.bfloat16, CUDA, seed=6)
+    rows = sum(lengths)
+    kept = torch.full((2, before + rows + 7, KV_HEADS, HEAD_DIM), float("nan"), dtype=torch.bfloat16, device=CUDA)
+    kept[:, before : before + rows] = torch.cat(case.dense, dim=1).to(CUDA)
+    out = torch.full((before + rows + 7, HEADS, HEAD_DIM), float("nan"), dtype=torch.bfloat16, device=CUDA)
+    here = slice(before, before + rows)
+    call = FlashInferFresh(*buffers[1], backend, HEADS, KV_HEADS, HEAD_DIM, SCALE, torch.bfloat16, window)
+    for _ in range(2):
+        call.plan(case.batch)
+        call.run(case.q, kept[:, here], 0, out[here])
+        close(out[here], dense_answer(case, SCALE, window))
+        assert out[:before].isnan().all() and out[before + rows :].isnan().all()
+
+
+@pytest.mark.parametrize("window", [None, 40])
 def test_captured_chunks_equal_dense_attention_whatever_the_batch(buffers, window):
     """One graph, fed by `plan` alone: other chunks, more of them, other places, none at all."""
     if torch.cuda.get_device_capability()[0] != 9:
