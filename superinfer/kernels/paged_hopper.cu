@@ -51,9 +51,21 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
   } while (!done);
 }
 
-__device__ __forceinline__ void bulk_copy(u32 to, const u16* from, u32 bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier) : "memory");
+// Everything that kernels in front have written is there from here on.
+__device__ __forceinline__ void wait_for_kernels_in_front() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Of bytes that are read once: the second-level cache need not keep them.
+__device__ __forceinline__ u64 read_once_policy() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ void bulk_copy(u32 to, const u16* from, u32 bytes, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
 
 __device__ __forceinline__ void load_matrices(u32 (&a)[4], u32 address) {
@@ -220,14 +232,30 @@ struct Part {
 
 constexpr int PART = (STEPS + 1) * 32;  // float4 of a part
 
-__device__ void produce(const u16* kv, const int* kv_indices, u32 memory, int first, int end, u64 block_step,
-                        u64 value_step, u64 token_step, int lane) {
+// The sequence that has tile `first`: the last that begins there or before. 32 are looked at at once, for each look is
+// a trip to memory.
+__device__ int sequence_of(const int* kv_indptr, int sequences, int first, int lane) {
+  int low = 0, high = sequences;
+  while (high - low > 1) {
+    int step = (high - low + 31) / 32, at = low + lane * step;
+    bool begun = at < high && kv_indptr[at] * TILES_PER_PAGE <= first;
+    low += (__popc(__ballot_sync(~0u, begun)) - 1) * step;
+    high = min(high, low + step);
+  }
+  return low;
+}
+
+// settled: the first tile that the kernel in front may still write to.
+__device__ void produce(const u16* kv, const int* kv_indices, u32 memory, int first, int end, int settled,
+                        u64 block_step, u64 value_step, u64 token_step, int lane) {
   int row = lane % TILE;
   const u16* mine = kv + (lane / TILE) * value_step + row * token_step + blockIdx.y * (HEADS * HEAD_DIM);
   u32 to = memory + BARRIERS + lane * ROW;
   auto block_of = [&](int tile) { return tile < end ? kv_indices[tile / TILES_PER_PAGE] : 0; };
+  u64 policy = read_once_policy();
   int blocks = 0, ahead = block_of(first + lane);
   for (int tile = first, i = 0; tile < end; ++tile, ++i) {
+    if (tile == settled) wait_for_kernels_in_front();
     if (i % 32 == 0) blocks = ahead, ahead = block_of(tile + 32 + lane);
     u64 block = __shfl_sync(~0u, blocks, i % 32);
     int stage = i % STAGES;
@@ -236,14 +264,18 @@ __device__ void produce(const u16* kv, const int* kv_indices, u32 memory, int fi
     if (lane == 0) barrier_expect(full, 2 * TILE * ROW_BYTES);
     __syncwarp();
     bulk_copy(to + stage * STAGE, mine + block * block_step + tile % TILES_PER_PAGE * (TILE * token_step), ROW_BYTES,
-              full);
+              full, policy);
   }
+  if (settled >= end) wait_for_kernels_in_front();  // all do, so that who comes behind need not
 }
 
 // q, out: [sequences, QUERY_HEADS, HEAD_DIM]. kv: a layer's keys of block 0; steps in elements: between blocks, from
 // keys to values, between tokens. kv_indptr [sequences + 1], kv_indices, last_page_len [sequences]: as in PagedBatch.
 // parts: [2 gridDim.x, KV_HEADS, PART]. arrived: [sequences, KV_HEADS], zero, and left so. scale: of scores, in powers
 // of two. Grid: (spans, KV_HEADS / HEADS); HEADS + 1 warps; BARRIERS + STAGES x STAGE bytes of shared memory.
+//
+// kv_indptr, kv_indices and last_page_len, and of the cache all but each sequence's last block, were there before the
+// kernel in front of this one began: they are read before it is over.
 extern "C" __global__ void __launch_bounds__(32 * (HEADS + 1))
     decode_attention(const u16* q, const u16* kv, u16* out, const int* kv_indptr, const int* kv_indices,
                      const int* last_page_len, float4* parts, u32* arrived, u64 block_step, u64 value_step,
@@ -260,26 +292,25 @@ extern "C" __global__ void __launch_bounds__(32 * (HEADS + 1))
   }
   __syncthreads();
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
 
   int tiles = kv_indptr[sequences] * TILES_PER_PAGE;
   int span = max((tiles + int(gridDim.x) - 1) / int(gridDim.x), MIN_TILES);
   int first = blockIdx.x * span, end = min(tiles, first + span);
-  if (first >= end) return;
+  if (first >= end) {
+    wait_for_kernels_in_front();
+    return;
+  }
+  int begun = sequence_of(kv_indptr, sequences, first, lane);
   if (warp == HEADS) {
-    produce(kv, kv_indices, memory, first, end, block_step, value_step, token_step, lane);
+    int settled = max(first, (kv_indptr[begun + 1] - 1) * TILES_PER_PAGE);
+    produce(kv, kv_indices, memory, first, end, settled, block_step, value_step, token_step, lane);
     return;
   }
 
   int head = blockIdx.y * HEADS + warp;
-  int low = 0, high = sequences;  // the sequence that has the first tile is in [low, high)
-  while (high - low > 1) {
-    int middle = (low + high) / 2;
-    if (kv_indptr[middle] * TILES_PER_PAGE <= first) low = middle;
-    else high = middle;
-  }
   Part part;
-  for (int sequence = low, tile = first, i = 0; tile < end; ++sequence) {
+  wait_for_kernels_in_front();
+  for (int sequence = begun, tile = first, i = 0; tile < end; ++sequence) {
     int pages = kv_indptr[sequence], begin = pages * TILES_PER_PAGE;
     pages = kv_indptr[sequence + 1] - pages;
     int stop = begin + pages * TILES_PER_PAGE, until = min(stop, end);
