@@ -214,10 +214,11 @@ def _attention(s: Setting, q: torch.Tensor, kv: torch.Tensor, batch: PagedBatch,
 
 
 def _hopper(s: Setting, q: torch.Tensor, kv: torch.Tensor, batch: PagedBatch, scale: float) -> Run:
-    from superinfer.kernels.paged_hopper import HopperDecode, HopperKernel
+    from superinfer.kernels.paged_hopper import HopperDecode, HopperKernel, geometry_for
 
     sizes = s.shape.heads, s.shape.kv_heads, s.shape.head_dim
-    call = HopperDecode(HopperKernel(*sizes, PAGE, scale, s.dtype, batch.sequences, s.device))
+    geometry = geometry_for(batch.sequences, *sizes[1:])
+    call = HopperDecode(HopperKernel(*sizes, PAGE, scale, s.dtype, batch.sequences, s.device, geometry))
     call.plan(batch)
     return lambda: call.run(q, kv)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,14 +18,45 @@ from superinfer.kernels.paged import PagedBatch
 
 SOURCE = Path(__file__).with_name("paged_hopper.cu")
 TILE = 16  # tokens; pages are multiples
-# KV heads of one program, and its tiles in flight: of 8 x 3, 4 x 3, 4 x 6, 2 x 6 and 1 x 3 the quickest on an H100 for
-# most of 1-256 sequences of 512-8,192 tokens.
-MOST_HEADS = 4
-STAGES = 6
-MIN_TILES = 4  # shortest span of tiles that is worth a program
 LOG2_E = 1.4426950408889634
 _SHARED_BYTES = 227 << 10  # of a multiprocessor that one program may have
 _RESERVED = 1 << 10  # of them, by the driver for each program
+
+
+class Geometry(NamedTuple):
+    """How the work is cut.
+
+    most_heads: KV heads of a program, at most. stages: its tiles under way. min_tiles: of the shortest span that is
+    worth a program. shared_part: one tile in so many is for whoever is done first, where programs have `least_shared`
+    tiles or more; 0: none is. unit_part, least_unit: such a piece is the unit_part-th of a program's share, and so many
+    tiles at least.
+    """
+
+    most_heads: int
+    stages: int
+    min_tiles: int = 4
+    shared_part: int = 0
+    least_shared: int = 16
+    unit_part: int = 16
+    least_unit: int = 2
+
+    @property
+    def most_units(self) -> int:
+        """For each program, whatever its share."""
+        return self.unit_part // self.shared_part + 2 if self.shared_part else 0
+
+
+# Copies of 1 KB, a token of 4 heads, take a multiprocessor as long as the memory has for them; with copies of 2 KB the
+# memory alone is the limit, which some multiprocessors get more of than others (docs/performance.md).
+FEW = Geometry(most_heads=4, stages=6)
+MANY = Geometry(most_heads=8, stages=2, shared_part=8)
+MANY_SEQUENCES, MANY_ROW = 64, 2048  # from so many sequences on, where copies have so many bytes
+
+
+def geometry_for(sequences: int, kv_heads: int, head_dim: int) -> Geometry:
+    """The quickest for so many sequences on an H200."""
+    long_copies = kv_heads % MANY.most_heads == 0 and MANY.most_heads * head_dim * 2 >= MANY_ROW
+    return MANY if long_copies and sequences >= MANY_SEQUENCES else FEW
 
 
 class CudaFailure(RuntimeError):
@@ -63,21 +94,23 @@ class HopperKernel:
 
     def __init__(
         self, heads: int, kv_heads: int, head_dim: int, page: int, scale: float, dtype: torch.dtype,
-        max_sequences: int, device: torch.device, stages: int = STAGES, min_tiles: int = MIN_TILES,
-        most_heads: int = MOST_HEADS,
+        max_sequences: int, device: torch.device, geometry: Geometry = FEW,
     ) -> None:  # fmt: skip
         """max_sequences: of one call. Raises CudaFailure where the kernel cannot be compiled or loaded."""
         self._sizes = heads, head_dim
-        together = next(n for n in range(min(most_heads, kv_heads), 0, -1) if kv_heads % n == 0)
+        together = next(n for n in range(min(geometry.most_heads, kv_heads), 0, -1) if kv_heads % n == 0)
+        stages = geometry.stages
         constants = dict(
             HEAD_DIM=head_dim, GROUP=heads // kv_heads, KV_HEADS=kv_heads, HEADS=together, PAGE=page, STAGES=stages,
-            MIN_TILES=min_tiles, HALF=int(dtype == torch.float16),
+            MIN_TILES=geometry.min_tiles, HALF=int(dtype == torch.float16), SHARED_PART=geometry.shared_part,
+            LEAST_SHARED=geometry.least_shared, UNIT_PART=geometry.unit_part, LEAST_UNIT=geometry.least_unit,
         )  # fmt: skip
         torch.cuda.current_stream(device)  # the device's context exists from here on
         code = np.frombuffer(_compiled("sm_90a", tuple(constants.items())), dtype=np.uint8)
         self._module = _checked(driver.cuModuleLoadData(code.ctypes.data))
         self._function = _checked(driver.cuModuleGetFunction(self._module, b"decode_attention"))
-        self._shared_bytes = 128 + stages * 2 * TILE * (together * head_dim * 2 + 16)
+        barriers = -(-16 * (2 * stages + 2) // 128) * 128
+        self._shared_bytes = barriers + stages * 2 * TILE * (together * head_dim * 2 + 16)
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(self._function, limit, self._shared_bytes))
         together_on_one = max(1, _SHARED_BYTES // (self._shared_bytes + _RESERVED))
@@ -85,13 +118,15 @@ class HopperKernel:
         self._grid = max(1, programs * together // kv_heads), kv_heads // together
         self._threads = 32 * (together + 1)
         part = (head_dim // 16 + 1) * 32 * 4
-        self._parts = torch.empty(2 * self._grid[0] * kv_heads * part, dtype=torch.float32, device=device)
-        self._arrived = torch.zeros(max_sequences * kv_heads, dtype=torch.int32, device=device)
+        pieces = self._grid[0] * (1 + geometry.most_units)
+        self._parts = torch.empty(2 * pieces * kv_heads * part, dtype=torch.float32, device=device)
+        counters = self._grid[1] + max_sequences * kv_heads
+        self._counters = torch.zeros(counters, dtype=torch.int32, device=device)
         self._max_sequences = max_sequences
         self._config = self._launch_config()
         # The kernel's arguments, 8 bytes each, of which it takes the lower 4 where it wants no more.
         self._arguments = np.zeros(13, dtype=np.uint64)
-        self._arguments[6:8] = self._parts.data_ptr(), self._arrived.data_ptr()
+        self._arguments[6:8] = self._parts.data_ptr(), self._counters.data_ptr()
         self._arguments[12:].view(np.float32)[0] = scale * LOG2_E
         self._places = self._arguments.ctypes.data + 8 * np.arange(13, dtype=np.uint64)
 

@@ -11,6 +11,16 @@ from paged_batches import Case, dense_answer, make_batch
 SCALE = 0.1
 CUDA = torch.device("cuda")
 MIXED = (1, 16, 700, 33, 15, 17, 2000, 256)
+# Heads, stages, shortest span, one tile in how many is shared from which share on, units of a share, tiles of a unit.
+GEOMETRIES = [
+    (4, 6, 1),
+    (4, 6),
+    (4, 6, 50),
+    (8, 2, 4, 8),
+    (8, 2, 1, 2, 2, 8, 1),
+    (8, 3, 1, 4, 4, 64, 1),
+    (1, 12, 1, 3, 6, 6, 1),
+]
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="the kernel is for Hopper"
@@ -31,6 +41,12 @@ def make_kernel(sizes: tuple[int, int, int], page=16, dtype=torch.bfloat16, sequ
     from superinfer.kernels.paged_hopper import HopperDecode, HopperKernel
 
     return HopperDecode(HopperKernel(*sizes, page, SCALE, dtype, sequences, CUDA, **kwargs))
+
+
+def geometry_of(*numbers: int):
+    from superinfer.kernels.paged_hopper import Geometry
+
+    return Geometry(*numbers)
 
 
 def answer(call, case: Case) -> torch.Tensor:
@@ -54,11 +70,11 @@ def test_is_dense_attention(sizes, dtype, page):
     close(answer(make_kernel(sizes, page, dtype), case), dense_answer(case, SCALE))
 
 
-@pytest.mark.parametrize("min_tiles", [1, 4, 50])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("contexts", [(1,), (20_000,), (1,) * 200, (5000, *(3,) * 40, 1234), tuple(range(1, 129))])
-def test_spans_that_share_a_sequence_add_up(contexts, min_tiles):
+def test_pieces_that_share_a_sequence_add_up(contexts, geometry):
     sizes = 8, 2, 128
-    call = make_kernel(sizes, min_tiles=min_tiles)
+    call = make_kernel(sizes, geometry=geometry_of(*geometry))
     for seed in range(2):  # what the first call counted is not in the way of the second
         case = decode_case(contexts, sizes, seed=seed)
         close(answer(call, case), dense_answer(case, SCALE))
@@ -70,9 +86,43 @@ def test_scores_far_apart_do_not_overflow():
     close(answer(make_kernel((8, 2, 128)), case), dense_answer(case, SCALE))
 
 
-def test_same_batch_same_bits():
+@pytest.mark.parametrize("many", [False, True])
+def test_tokens_that_the_kernel_in_front_writes_are_read(many):
+    """The kernel waits for them and for no more of the cache: in a graph, where it starts while that one runs."""
+    from superinfer.kernels import fused
+    from superinfer.kernels.paged_hopper import FEW, MANY
+
+    sizes = 32, 8, 128
+    case = decode_case((*range(1, 60), 500, 16, 17, 900), sizes)
+    call, view = make_kernel(sizes, geometry=MANY if many else FEW), case.cache[:, case.layer]
+    call.plan(case.batch)
+    batch = case.batch
+    places = (batch.kv_indices[batch.kv_indptr[1:].long() - 1] * 16 + batch.last_page_len - 1).int()
+    newest = torch.stack([kv[:, -1] for kv in case.dense], dim=1).to(CUDA)  # keys and values
+    qkv = torch.cat((case.q, *newest), dim=1)
+    cos, sin = torch.ones(len(qkv), 1, sizes[2], dtype=qkv.dtype, device=CUDA), torch.zeros_like(qkv[:, :1])
+    out, blocks, offsets = torch.empty_like(case.q), places.long() // 16, places.long() % 16
+
+    def step() -> None:
+        for _ in range(8):
+            view[blocks, :, offsets] = float("nan")
+            q = fused.rope_and_store(qkv, cos, sin, places, view, sizes[1])
+            call.run(q, view, case.layer, out)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(10):
+        out.fill_(float("nan"))
+        graph.replay()
+        close(out, dense_answer(case, SCALE))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_same_batch_same_bits(geometry):
     case = decode_case(tuple(range(40, 1500, 37)), (32, 8, 128))
-    call = make_kernel((32, 8, 128))
+    call = make_kernel((32, 8, 128), geometry=geometry_of(*geometry))
     first = answer(call, case)
     for _ in range(20):
         assert torch.equal(answer(call, case), first)

@@ -27,7 +27,7 @@ from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.loader import Progress
 
 if TYPE_CHECKING:
-    from superinfer.kernels.paged_hopper import HopperKernel
+    from superinfer.kernels.paged_hopper import Geometry, HopperKernel
 
 log = logging.getLogger("superinfer.engine")
 
@@ -107,14 +107,17 @@ def make_attention(choice: Choice, config: EngineConfig, model: CausalLM) -> Ste
         stage = flashinfer.PlanStage(device, uploads)
         return flashinfer.FlashInferPrefill(workspace, stage, backend, *sizes, scale, dtype, window)
 
-    kernel = _hopper_kernel(config, model) if choice.decode == "hopper" else None
+    kernels: dict[Geometry, HopperKernel] = {}
 
     def decode(batch: PagedBatch) -> AttentionCall:
         def of(window: int | None) -> AttentionCall:
-            if kernel is not None and window is None and batch.sequences >= HOPPER_LEAST_SEQUENCES:
-                from superinfer.kernels.paged_hopper import HopperDecode
+            if choice.decode == "hopper" and window is None and batch.sequences >= HOPPER_LEAST_SEQUENCES:
+                from superinfer.kernels.paged_hopper import HopperDecode, geometry_for
 
-                return HopperDecode(kernel)
+                geometry = geometry_for(batch.sequences, shape.num_kv_heads, shape.head_dim)
+                if geometry not in kernels:
+                    kernels[geometry] = _hopper_kernel(config, model, geometry)
+                return HopperDecode(kernels[geometry])
             places = workspace, plans[window], decode_stages[window]
             return flashinfer.FlashInferDecode(*places, batch, *sizes, scale, dtype, window)
 
@@ -153,13 +156,13 @@ def _captured_chunks(
     return CapturedChunks(make, chunks.MOST_CHUNKS)
 
 
-def _hopper_kernel(config: EngineConfig, model: CausalLM) -> HopperKernel:
+def _hopper_kernel(config: EngineConfig, model: CausalLM, geometry: Geometry) -> HopperKernel:
     from superinfer.kernels.paged_hopper import HopperKernel
 
     shape, weight = model.config, model.lm_head.weight
     return HopperKernel(
         shape.num_heads, shape.num_kv_heads, shape.head_dim, config.page_size, shape.head_dim**-0.5, weight.dtype,
-        config.max_batch_size, weight.device,
+        config.max_batch_size, weight.device, geometry,
     )  # fmt: skip
 
 
