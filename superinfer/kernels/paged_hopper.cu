@@ -2,9 +2,9 @@
 //
 // Decode attention is a read of the whole cache: what counts is how many bytes are on their way. A producer warp keeps
 // STAGES tiles of 16 tokens in flight, keys and values of HEADS KV heads each, one bulk copy a token; one warp a KV
-// head computes. No host plan: all tiles of all sequences, in the order of kv_indices, are cut into pieces (`Cut`), and
-// whoever finishes a sequence that several pieces share adds up its parts ("stream-K" of matrix products, Osama et al.
-// 2023; parts merged as in FlashDecoding, Dao et al. 2023).
+// head computes. No host plan: all tiles of all sequences, in the order of kv_indices, are cut into as many equal spans
+// as there are programs, and whoever finishes a sequence that several spans share adds up its parts ("stream-K" of
+// matrix products, Osama et al. 2023; parts merged as in FlashDecoding, Dao et al. 2023).
 //
 // Products are transposed, tokens x heads and dims x heads, so that the heads that share a KV head are the short side
 // of the tensor core's tile (8) and not the long one (16): S = K q, O += V^T P. Layouts of fragments: PTX ISA,
@@ -12,8 +12,7 @@
 //
 // Constants, given by the compiler's command line: HEAD_DIM (multiple of 16), GROUP (query heads per KV head, at most 8),
 // KV_HEADS, HEADS (KV heads of a program, a divisor of KV_HEADS), PAGE (multiple of 16), STAGES, MIN_TILES (shortest
-// span), HALF (1: float16, 0: bfloat16); SHARED_PART (one in how many tiles is shared; 0: none), LEAST_SHARED (shortest
-// share of a program of which some is), UNIT_PART (how many units make a share), LEAST_UNIT (tiles of a unit).
+// span), HALF (1: float16, 0: bfloat16).
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -24,9 +23,7 @@ constexpr int STEPS = HEAD_DIM / 16;              // of the tensor core along a 
 constexpr int ROW_BYTES = HEADS * HEAD_DIM * 2;   // of one token's keys or values
 constexpr int ROW = ROW_BYTES + 16;               // in shared memory: eight rows then lie in different banks
 constexpr int STAGE = 2 * TILE * ROW;
-constexpr int RING = STAGES + 2;                  // units that may be told and not done: no tile is told after them
-constexpr int UNITS = 16 * STAGES;                // behind the barriers of stages: a barrier and a number each
-constexpr int BARRIERS = (UNITS + 16 * RING + 127) / 128 * 128;  // bytes before the first stage
+constexpr int BARRIERS = 128;                     // bytes before the first stage
 constexpr int TILES_PER_PAGE = PAGE / TILE;
 constexpr int QUERY_HEADS = KV_HEADS * GROUP;
 constexpr int AHEAD = 4;                          // parts of a sequence that are read at once
@@ -235,103 +232,53 @@ struct Part {
 
 constexpr int PART = (STEPS + 1) * 32;  // float4 of a part
 
-// How the tiles of all sequences, `tiles`, are cut into pieces: first a span for each program, then, where spans are
-// long, smaller units for whoever is done first. Multiprocessors do not read equally fast (on an H200 one in eight is a
-// fifth faster than the rest), and cutting is not free: each part of a sequence is written and read once more.
-struct Cut {
-  int programs, tiles, span, unit, spans;  // spans: tiles that lie in spans
-
-  __device__ Cut(int programs, int tiles) : programs(programs), tiles(tiles) {
-    int share = (tiles + programs - 1) / programs;
-    bool shares = SHARED_PART > 0 && share >= LEAST_SHARED;
-    span = shares ? share - share / max(SHARED_PART, 1) : max(share, MIN_TILES);
-    unit = max(LEAST_UNIT, share / UNIT_PART);
-    spans = min(tiles, programs * span);
-  }
-
-  __device__ int units() const { return (tiles - spans + unit - 1) / unit; }
-  __device__ int piece_of(int tile) const { return tile < spans ? tile / span : programs + (tile - spans) / unit; }
-  __device__ int begin(int piece) const { return piece < programs ? piece * span : spans + (piece - programs) * unit; }
-  __device__ int end(int piece) const {
-    return piece < programs ? min(spans, begin(piece) + span) : min(tiles, begin(piece) + unit);
-  }
-};
-
-// The sequence that has a tile: the last that begins there or before. 32 are looked at at once, for each look is a trip
-// to memory.
-__device__ int sequence_of(int tile, const int* kv_indptr, int sequences, int lane) {
+// The sequence that has tile `first`: the last that begins there or before. 32 are looked at at once, for each look is
+// a trip to memory.
+__device__ int sequence_of(const int* kv_indptr, int sequences, int first, int lane) {
   int low = 0, high = sequences;
   while (high - low > 1) {
     int step = (high - low + 31) / 32, at = low + lane * step;
-    bool begun = at < high && kv_indptr[at] * TILES_PER_PAGE <= tile;
+    bool begun = at < high && kv_indptr[at] * TILES_PER_PAGE <= first;
     low += (__popc(__ballot_sync(~0u, begun)) - 1) * step;
     high = min(high, low + step);
   }
   return low;
 }
 
-struct Source {
-  const u16* kv;
-  const int* kv_indices;
-  u64 block_step, value_step, token_step;
-};
-
-// Copies tiles of this program's span, then of units that it claims from `next`, and tells the other warps of each unit.
-// settled: the first tile of the span that the kernel in front may still write to.
-__device__ void produce(const Source& source, const Cut& cut, u32 memory, int settled, u32* next, int lane) {
+// settled: the first tile that the kernel in front may still write to.
+__device__ void produce(const u16* kv, const int* kv_indices, u32 memory, int first, int end, int settled,
+                        u64 block_step, u64 value_step, u64 token_step, int lane) {
   int row = lane % TILE;
-  const u16* mine =
-      source.kv + (lane / TILE) * source.value_step + row * source.token_step + blockIdx.y * (HEADS * HEAD_DIM);
+  const u16* mine = kv + (lane / TILE) * value_step + row * token_step + blockIdx.y * (HEADS * HEAD_DIM);
   u32 to = memory + BARRIERS + lane * ROW;
+  auto block_of = [&](int tile) { return tile < end ? kv_indices[tile / TILES_PER_PAGE] : 0; };
   u64 policy = read_once_policy();
-  bool waited = false;
-  int piece = blockIdx.x;
-  for (int told = 0, i = 0;; ++told) {
-    int first = cut.begin(piece), end = cut.end(piece), blocks = 0;
-    auto block_of = [&](int tile) { return tile < end ? source.kv_indices[tile / TILES_PER_PAGE] : 0; };
-    int ahead = block_of(first + lane);
-    for (int tile = first; tile < end; ++tile, ++i) {
-      if (!waited && tile >= settled) wait_for_kernels_in_front(), waited = true;
-      int at = (tile - first) % 32;
-      if (at == 0) blocks = ahead, ahead = block_of(tile + 32 + lane);
-      u64 block = __shfl_sync(~0u, blocks, at);
-      int stage = i % STAGES;
-      u32 full = memory + 8 * stage;
-      if (i >= STAGES) barrier_wait(full + 8 * STAGES, (i / STAGES - 1) & 1);
-      if (lane == 0) barrier_expect(full, 2 * TILE * ROW_BYTES);
-      __syncwarp();
-      const u16* from = mine + block * source.block_step + tile % TILES_PER_PAGE * (TILE * source.token_step);
-      bulk_copy(to + stage * STAGE, from, ROW_BYTES, full, policy);
-    }
-    if (!waited) wait_for_kernels_in_front(), waited = true;  // before it counts, and before it ends
-    if (!cut.units()) return;
-    int claimed = 0;
-    if (lane == 0) claimed = atomicAdd(next, 1);
-    claimed = __shfl_sync(~0u, claimed, 0);
-    bool none = claimed >= cut.units();
-    piece = cut.programs + claimed;
-    if (lane == 0) {
-      // Each program claims in vain once: the last to do so leaves the counter as the next launch wants it.
-      if (claimed == cut.units() + cut.programs - 1) *next = 0;
-      u32 slot = memory + UNITS + 16 * (told % RING);
-      asm volatile("st.shared.s32 [%0], %1;" ::"r"(slot + 8), "r"(none ? -1 : piece) : "memory");
-      barrier_arrive(slot);
-    }
-    if (none) return;
+  int blocks = 0, ahead = block_of(first + lane);
+  for (int tile = first, i = 0; tile < end; ++tile, ++i) {
+    if (tile == settled) wait_for_kernels_in_front();
+    if (i % 32 == 0) blocks = ahead, ahead = block_of(tile + 32 + lane);
+    u64 block = __shfl_sync(~0u, blocks, i % 32);
+    int stage = i % STAGES;
+    u32 full = memory + 8 * stage;
+    if (i >= STAGES) barrier_wait(full + 8 * STAGES, (i / STAGES - 1) & 1);
+    if (lane == 0) barrier_expect(full, 2 * TILE * ROW_BYTES);
+    __syncwarp();
+    bulk_copy(to + stage * STAGE, mine + block * block_step + tile % TILES_PER_PAGE * (TILE * token_step), ROW_BYTES,
+              full, policy);
   }
+  if (settled >= end) wait_for_kernels_in_front();  // all do, so that who comes behind need not
 }
 
 // q, out: [sequences, QUERY_HEADS, HEAD_DIM]. kv: a layer's keys of block 0; steps in elements: between blocks, from
 // keys to values, between tokens. kv_indptr [sequences + 1], kv_indices, last_page_len [sequences]: as in PagedBatch.
-// parts: [2 pieces, KV_HEADS, PART], for the most pieces of a cut. counters: [gridDim.y + sequences x KV_HEADS], zero, and
-// left so. scale: of scores, in powers of two. Grid: (programs, KV_HEADS / HEADS); HEADS + 1 warps; BARRIERS + STAGES x
-// STAGE bytes of shared memory.
+// parts: [2 gridDim.x, KV_HEADS, PART]. arrived: [sequences, KV_HEADS], zero, and left so. scale: of scores, in powers
+// of two. Grid: (spans, KV_HEADS / HEADS); HEADS + 1 warps; BARRIERS + STAGES x STAGE bytes of shared memory.
 //
 // kv_indptr, kv_indices and last_page_len, and of the cache all but each sequence's last block, were there before the
 // kernel in front of this one began: they are read before it is over.
 extern "C" __global__ void __launch_bounds__(32 * (HEADS + 1))
     decode_attention(const u16* q, const u16* kv, u16* out, const int* kv_indptr, const int* kv_indices,
-                     const int* last_page_len, float4* parts, u32* counters, u64 block_step, u64 value_step,
+                     const int* last_page_len, float4* parts, u32* arrived, u64 block_step, u64 value_step,
                      u64 token_step, int sequences, float scale) {
   extern __shared__ __align__(128) unsigned char shared[];
   u32 memory = static_cast<u32>(__cvta_generic_to_shared(shared));
@@ -341,96 +288,86 @@ extern "C" __global__ void __launch_bounds__(32 * (HEADS + 1))
       barrier_init(memory + 8 * i, 1);
       barrier_init(memory + 8 * (STAGES + i), HEADS);
     }
-    for (int i = 0; i < RING; ++i) barrier_init(memory + UNITS + 16 * i, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 
-  Cut cut(gridDim.x, kv_indptr[sequences] * TILES_PER_PAGE);
-  u32* arrived = counters + gridDim.y;  // by sequence and head: how many of its parts are there
-  int first = cut.begin(blockIdx.x);
-  if (first >= cut.tiles) {
-    wait_for_kernels_in_front();  // all do, so that who comes behind need not
+  int tiles = kv_indptr[sequences] * TILES_PER_PAGE;
+  int span = max((tiles + int(gridDim.x) - 1) / int(gridDim.x), MIN_TILES);
+  int first = blockIdx.x * span, end = min(tiles, first + span);
+  if (first >= end) {
+    wait_for_kernels_in_front();
     return;
   }
-  int sequence = sequence_of(first, kv_indptr, sequences, lane);
+  int begun = sequence_of(kv_indptr, sequences, first, lane);
   if (warp == HEADS) {
-    int settled = (kv_indptr[sequence + 1] - 1) * TILES_PER_PAGE;
-    produce({kv, kv_indices, block_step, value_step, token_step}, cut, memory, settled, counters + blockIdx.y, lane);
+    int settled = max(first, (kv_indptr[begun + 1] - 1) * TILES_PER_PAGE);
+    produce(kv, kv_indices, memory, first, end, settled, block_step, value_step, token_step, lane);
     return;
   }
 
-  int head = blockIdx.y * HEADS + warp, piece = blockIdx.x;
+  int head = blockIdx.y * HEADS + warp;
   Part part;
   wait_for_kernels_in_front();
-  for (int told = 0, i = 0;; ++told) {
-    int end = cut.end(piece);
-    for (int tile = cut.begin(piece); tile < end; ++sequence) {
-      int pages = kv_indptr[sequence], begin = pages * TILES_PER_PAGE;
-      pages = kv_indptr[sequence + 1] - pages;
-      int stop = begin + pages * TILES_PER_PAGE, until = min(stop, end);
-      int context = (pages - 1) * PAGE + last_page_len[sequence];
-      bool whole = tile == begin && until == stop;
-      int slot = 2 * piece + (tile == begin);
-      const u16* asked = q + (u64(sequence) * QUERY_HEADS + head * GROUP + lane / 4) * HEAD_DIM + lane % 4 * 2;
-      u32 query[STEPS][2];
+  for (int sequence = begun, tile = first, i = 0; tile < end; ++sequence) {
+    int pages = kv_indptr[sequence], begin = pages * TILES_PER_PAGE;
+    pages = kv_indptr[sequence + 1] - pages;
+    int stop = begin + pages * TILES_PER_PAGE, until = min(stop, end);
+    int context = (pages - 1) * PAGE + last_page_len[sequence];
+    bool whole = tile == begin && until == stop;
+    int slot = 2 * blockIdx.x + (tile == begin);
+    const u16* asked = q + (u64(sequence) * QUERY_HEADS + head * GROUP + lane / 4) * HEAD_DIM + lane % 4 * 2;
+    u32 query[STEPS][2];
 #pragma unroll
-      for (int k = 0; k < STEPS; ++k) {
-        query[k][0] = lane / 4 < GROUP ? *reinterpret_cast<const u32*>(asked + k * 16) : 0;
-        query[k][1] = lane / 4 < GROUP ? *reinterpret_cast<const u32*>(asked + k * 16 + 8) : 0;
-      }
-      part.clear();
-      for (; tile < until; ++tile, ++i) {
-        int stage = i % STAGES, known = context - (tile - begin) * TILE;
-        u32 full = memory + 8 * stage, keys = memory + BARRIERS + stage * STAGE + warp * (HEAD_DIM * 2);
-        u32 values = keys + TILE * ROW;
-        barrier_wait(full, (i / STAGES) & 1);
-        if (known < TILE) {  // what lies behind the last token may be anything, and 0 x NaN is NaN
-          for (int at = max(known, 0) * (HEAD_DIM / 8) + lane; at < TILE * (HEAD_DIM / 8); at += 32) {
-            u32 to = values + at / (HEAD_DIM / 8) * ROW + at % (HEAD_DIM / 8) * 16;
-            asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
-          }
-          asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-          __syncwarp();
-        }
-        part.attend(query, keys, values, known, scale, lane);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(full + 8 * STAGES);
-      }
-      part.finish();
-      u16* to = out + (u64(sequence) * QUERY_HEADS + head * GROUP) * HEAD_DIM;
-      if (whole) {
-        part.answer(to, lane);
-        continue;
-      }
-      part.leave(parts + (u64(slot) * KV_HEADS + head) * PART, lane);
-      __threadfence();
-      __syncwarp();
-      int from = cut.piece_of(begin), last = cut.piece_of(stop - 1);
-      u32 before = 0;
-      if (lane == 0) before = atomicAdd(&arrived[sequence * KV_HEADS + head], 1);
-      before = __shfl_sync(~0u, before, 0);
-      if (before != u32(last - from)) continue;
-      __threadfence();
-      part.clear();  // and in the pieces' order, whoever comes last, so that the same batch gives the same bits
-      for (int other = from; other <= last; other += AHEAD) {
-        const float4* at[AHEAD];
-#pragma unroll
-        for (int n = 0; n < AHEAD; ++n) {
-          int one = min(other + n, last);
-          at[n] = parts + (u64(2 * one + (one == from)) * KV_HEADS + head) * PART;
-        }
-        part.add(at, last - other + 1, lane);
-      }
-      part.answer(to, lane);
-      if (lane == 0) arrived[sequence * KV_HEADS + head] = 0;
+    for (int k = 0; k < STEPS; ++k) {
+      query[k][0] = lane / 4 < GROUP ? *reinterpret_cast<const u32*>(asked + k * 16) : 0;
+      query[k][1] = lane / 4 < GROUP ? *reinterpret_cast<const u32*>(asked + k * 16 + 8) : 0;
     }
-    if (!cut.units()) return;
-    u32 unit = memory + UNITS + 16 * (told % RING);
-    barrier_wait(unit, (told / RING) & 1);
-    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(piece) : "r"(unit + 8) : "memory");
-    if (piece < 0) return;
-    sequence = sequence_of(cut.begin(piece), kv_indptr, sequences, lane);
+    part.clear();
+    for (; tile < until; ++tile, ++i) {
+      int stage = i % STAGES, known = context - (tile - begin) * TILE;
+      u32 full = memory + 8 * stage, keys = memory + BARRIERS + stage * STAGE + warp * (HEAD_DIM * 2);
+      u32 values = keys + TILE * ROW;
+      barrier_wait(full, (i / STAGES) & 1);
+      if (known < TILE) {  // what lies behind the last token may be anything, and 0 x NaN is NaN
+        for (int at = max(known, 0) * (HEAD_DIM / 8) + lane; at < TILE * (HEAD_DIM / 8); at += 32) {
+          u32 to = values + at / (HEAD_DIM / 8) * ROW + at % (HEAD_DIM / 8) * 16;
+          asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
+        }
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncwarp();
+      }
+      part.attend(query, keys, values, known, scale, lane);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(full + 8 * STAGES);
+    }
+    part.finish();
+    u16* to = out + (u64(sequence) * QUERY_HEADS + head * GROUP) * HEAD_DIM;
+    if (whole) {
+      part.answer(to, lane);
+      continue;
+    }
+    part.leave(parts + (u64(slot) * KV_HEADS + head) * PART, lane);
+    __threadfence();
+    __syncwarp();
+    int from = begin / span, last = (stop - 1) / span;
+    u32 before = 0;
+    if (lane == 0) before = atomicAdd(&arrived[sequence * KV_HEADS + head], 1);
+    before = __shfl_sync(~0u, before, 0);
+    if (before != u32(last - from)) continue;
+    __threadfence();
+    part.clear();  // and in the spans' order, whoever comes last, so that the same batch gives the same bits
+    for (int other = from; other <= last; other += AHEAD) {
+      const float4* at[AHEAD];
+#pragma unroll
+      for (int n = 0; n < AHEAD; ++n) {
+        int one = min(other + n, last);
+        at[n] = parts + (u64(2 * one + (one == from)) * KV_HEADS + head) * PART;
+      }
+      part.add(at, last - other + 1, lane);
+    }
+    part.answer(to, lane);
+    if (lane == 0) arrived[sequence * KV_HEADS + head] = 0;
   }
 }

@@ -24,37 +24,23 @@ _RESERVED = 1 << 10  # of them, by the driver for each program
 
 
 class Geometry(NamedTuple):
-    """How the work is cut.
-
-    most_heads: KV heads of a program, at most. stages: its tiles under way. min_tiles: of the shortest span that is
-    worth a program. shared_part: one tile in so many is for whoever is done first, where programs have `least_shared`
-    tiles or more; 0: none is. unit_part, least_unit: such a piece is the unit_part-th of a program's share, and so many
-    tiles at least.
-    """
+    """most_heads: KV heads of a program, at most. stages: its tiles under way. min_tiles: shortest span of tiles that is
+    worth a program."""
 
     most_heads: int
     stages: int
     min_tiles: int = 4
-    shared_part: int = 0
-    least_shared: int = 16
-    unit_part: int = 16
-    least_unit: int = 2
-
-    @property
-    def most_units(self) -> int:
-        """For each program, whatever its share."""
-        return self.unit_part // self.shared_part + 2 if self.shared_part else 0
 
 
-# Copies of 1 KB, a token of 4 heads, take a multiprocessor as long as the memory has for them; with copies of 2 KB the
-# memory alone is the limit, which some multiprocessors get more of than others (docs/performance.md).
+# Copies of 1 KB, a token of 4 heads, take a multiprocessor's copy engine as long as the memory has for them; where copies
+# are of 2 KB the memory alone is the limit, but spans are fewer and their ends longer.
 FEW = Geometry(most_heads=4, stages=6)
-MANY = Geometry(most_heads=8, stages=2, shared_part=8)
-MANY_SEQUENCES, MANY_ROW = 64, 2048  # from so many sequences on, where copies have so many bytes
+MANY = Geometry(most_heads=8, stages=2)
+MANY_SEQUENCES, MANY_ROW = 80, 2048  # from so many sequences on, where copies have so many bytes
 
 
 def geometry_for(sequences: int, kv_heads: int, head_dim: int) -> Geometry:
-    """The quickest for so many sequences on an H200."""
+    """The quickest for so many sequences on an H200 (docs/performance.md)."""
     long_copies = kv_heads % MANY.most_heads == 0 and MANY.most_heads * head_dim * 2 >= MANY_ROW
     return MANY if long_copies and sequences >= MANY_SEQUENCES else FEW
 
@@ -99,18 +85,15 @@ class HopperKernel:
         """max_sequences: of one call. Raises CudaFailure where the kernel cannot be compiled or loaded."""
         self._sizes = heads, head_dim
         together = next(n for n in range(min(geometry.most_heads, kv_heads), 0, -1) if kv_heads % n == 0)
-        stages = geometry.stages
         constants = dict(
-            HEAD_DIM=head_dim, GROUP=heads // kv_heads, KV_HEADS=kv_heads, HEADS=together, PAGE=page, STAGES=stages,
-            MIN_TILES=geometry.min_tiles, HALF=int(dtype == torch.float16), SHARED_PART=geometry.shared_part,
-            LEAST_SHARED=geometry.least_shared, UNIT_PART=geometry.unit_part, LEAST_UNIT=geometry.least_unit,
+            HEAD_DIM=head_dim, GROUP=heads // kv_heads, KV_HEADS=kv_heads, HEADS=together, PAGE=page, STAGES=geometry.stages,
+            MIN_TILES=geometry.min_tiles, HALF=int(dtype == torch.float16),
         )  # fmt: skip
         torch.cuda.current_stream(device)  # the device's context exists from here on
         code = np.frombuffer(_compiled("sm_90a", tuple(constants.items())), dtype=np.uint8)
         self._module = _checked(driver.cuModuleLoadData(code.ctypes.data))
         self._function = _checked(driver.cuModuleGetFunction(self._module, b"decode_attention"))
-        barriers = -(-16 * (2 * stages + 2) // 128) * 128
-        self._shared_bytes = barriers + stages * 2 * TILE * (together * head_dim * 2 + 16)
+        self._shared_bytes = 128 + geometry.stages * 2 * TILE * (together * head_dim * 2 + 16)
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(self._function, limit, self._shared_bytes))
         together_on_one = max(1, _SHARED_BYTES // (self._shared_bytes + _RESERVED))
@@ -118,15 +101,13 @@ class HopperKernel:
         self._grid = max(1, programs * together // kv_heads), kv_heads // together
         self._threads = 32 * (together + 1)
         part = (head_dim // 16 + 1) * 32 * 4
-        pieces = self._grid[0] * (1 + geometry.most_units)
-        self._parts = torch.empty(2 * pieces * kv_heads * part, dtype=torch.float32, device=device)
-        counters = self._grid[1] + max_sequences * kv_heads
-        self._counters = torch.zeros(counters, dtype=torch.int32, device=device)
+        self._parts = torch.empty(2 * self._grid[0] * kv_heads * part, dtype=torch.float32, device=device)
+        self._arrived = torch.zeros(max_sequences * kv_heads, dtype=torch.int32, device=device)
         self._max_sequences = max_sequences
         self._config = self._launch_config()
         # The kernel's arguments, 8 bytes each, of which it takes the lower 4 where it wants no more.
         self._arguments = np.zeros(13, dtype=np.uint64)
-        self._arguments[6:8] = self._parts.data_ptr(), self._counters.data_ptr()
+        self._arguments[6:8] = self._parts.data_ptr(), self._arrived.data_ptr()
         self._arguments[12:].view(np.float32)[0] = scale * LOG2_E
         self._places = self._arguments.ctypes.data + 8 * np.arange(13, dtype=np.uint64)
 

@@ -11,16 +11,7 @@ from paged_batches import Case, dense_answer, make_batch
 SCALE = 0.1
 CUDA = torch.device("cuda")
 MIXED = (1, 16, 700, 33, 15, 17, 2000, 256)
-# Heads, stages, shortest span, one tile in how many is shared from which share on, units of a share, tiles of a unit.
-GEOMETRIES = [
-    (4, 6, 1),
-    (4, 6),
-    (4, 6, 50),
-    (8, 2, 4, 8),
-    (8, 2, 1, 2, 2, 8, 1),
-    (8, 3, 1, 4, 4, 64, 1),
-    (1, 12, 1, 3, 6, 6, 1),
-]
+GEOMETRIES = [(4, 6, 1), (4, 6, 4), (4, 6, 50), (8, 2, 4), (8, 3, 1), (1, 8, 1)]  # heads, stages, shortest span
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="the kernel is for Hopper"
@@ -72,7 +63,7 @@ def test_is_dense_attention(sizes, dtype, page):
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("contexts", [(1,), (20_000,), (1,) * 200, (5000, *(3,) * 40, 1234), tuple(range(1, 129))])
-def test_pieces_that_share_a_sequence_add_up(contexts, geometry):
+def test_spans_that_share_a_sequence_add_up(contexts, geometry):
     sizes = 8, 2, 128
     call = make_kernel(sizes, geometry=geometry_of(*geometry))
     for seed in range(2):  # what the first call counted is not in the way of the second
