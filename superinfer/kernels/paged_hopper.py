@@ -24,7 +24,7 @@ _RESERVED = 1 << 10  # of them, by the driver for each program
 
 
 class Geometry(NamedTuple):
-    """most_heads: KV heads of a program, at most. stages: its tiles under way. min_tiles: shortest span of tiles that is
+    """most_heads: KV heads of a program, at most. stages: its tiles under way. min_tiles: of the shortest span that is
     worth a program."""
 
     most_heads: int
@@ -32,8 +32,8 @@ class Geometry(NamedTuple):
     min_tiles: int = 4
 
 
-# Copies of 1 KB, a token of 4 heads, take a multiprocessor's copy engine as long as the memory has for them; where copies
-# are of 2 KB the memory alone is the limit, but spans are fewer and their ends longer.
+# Copies of 1 KB, a token of 4 heads, take a multiprocessor's copy engine as long as the memory has for them; where
+# copies are of 2 KB the memory alone is the limit, but spans are fewer and their ends longer.
 FEW = Geometry(most_heads=4, stages=6)
 MANY = Geometry(most_heads=8, stages=2)
 MANY_SEQUENCES, MANY_ROW = 80, 2048  # from so many sequences on, where copies have so many bytes
@@ -86,8 +86,8 @@ class HopperKernel:
         self._sizes = heads, head_dim
         together = next(n for n in range(min(geometry.most_heads, kv_heads), 0, -1) if kv_heads % n == 0)
         constants = dict(
-            HEAD_DIM=head_dim, GROUP=heads // kv_heads, KV_HEADS=kv_heads, HEADS=together, PAGE=page, STAGES=geometry.stages,
-            MIN_TILES=geometry.min_tiles, HALF=int(dtype == torch.float16),
+            HEAD_DIM=head_dim, GROUP=heads // kv_heads, KV_HEADS=kv_heads, HEADS=together, PAGE=page,
+            STAGES=geometry.stages, MIN_TILES=geometry.min_tiles, HALF=int(dtype == torch.float16),
         )  # fmt: skip
         torch.cuda.current_stream(device)  # the device's context exists from here on
         code = np.frombuffer(_compiled("sm_90a", tuple(constants.items())), dtype=np.uint8)

@@ -21,6 +21,9 @@ from superinfer.runtime.scheduler.sequence import Sequence, Status
 
 # Waiting sequences looked at in one step: a long queue behind one prefix that is being computed costs no more.
 MAX_LOOKED_AT = 256
+# A prompt that one step can take whole is not begun in what is left of a step, if that is less than this share of it:
+# steps take as long as they have tokens, so that those in front end sooner and it ends no later.
+LEAST_LEFT = 0.25
 LEAST_COHORT = 32  # decodes, of which arrays are quicker than each for itself, even where some come and go
 
 
@@ -271,6 +274,7 @@ class BatchScheduler(Results):
         """Let waiting sequences in, in order, while slots, blocks and the token budget last."""
         draft = self._draft
         admitted: list[Sequence] = []
+        whole = self._limits.max_batch_tokens - draft.decodes
         for sequence in islice(self._candidates(), MAX_LOOKED_AT):
             if draft.budget <= 0 or not self._free_slots:
                 break
@@ -279,6 +283,8 @@ class BatchScheduler(Results):
             path = self._cached_path(sequence)
             if sequence.table is None and self._kv.is_being_computed(sequence.tokens, sequence.salt, path):
                 continue  # its next block is on its way: share it rather than compute it twice
+            if draft.budget < LEAST_LEFT * whole and draft.budget < self._missing(sequence, path) <= whole:
+                break
             if not self._leaves_room(sequence, path) or not self._reserve(sequence, path):
                 break
             admitted.append(sequence)
@@ -302,6 +308,11 @@ class BatchScheduler(Results):
         limit = len(sequence.tokens) - 1 if sequence.score_start is None else sequence.score_start - 1
         path = self._kv.match(sequence.tokens, sequence.salt, limit)
         return path if self._rotation is None else self._rotation.worth_loading(path)
+
+    def _missing(self, sequence: Sequence, path: list[Node]) -> int:
+        """Tokens that are to be computed before the next one is sampled. path: of its prefix, where it has no table."""
+        there = sequence.scheduled if sequence.table is not None else len(path) * self._kv.page_size
+        return sequence.compute_length - there
 
     def _leaves_room(self, sequence: Sequence, path: list[Node]) -> bool:
         """Whether those that run can still grow once a sequence is let in. Who must go for want of room is computed

@@ -192,6 +192,28 @@ def test_decodes_go_on_while_a_long_prompt_is_computed_in_chunks():
     assert first.num_output == before + 8
 
 
+def chunks_of(bench: Bench) -> list[list[int]]:
+    """Lengths of the prefill chunks of each step that has any, in order of arrival."""
+    steps = [[work.length for work in plan.work if work.tokens] for plan in bench.plans]
+    return [lengths for lengths in steps if lengths]
+
+
+def test_a_prompt_that_one_step_can_take_whole_is_not_begun_in_the_little_that_is_left_of_another():
+    bench = Bench(blocks=400, slots=8, batch_tokens=100)
+    for start in range(3):  # no common prefix
+        bench.add(range(start, start + 90), 1)
+    bench.run()
+    assert chunks_of(bench) == [[90], [90], [90]]
+
+
+def test_a_prompt_is_begun_where_much_is_left_or_no_step_can_take_it_whole():
+    bench = Bench(blocks=400, slots=8, batch_tokens=100)
+    for start, length in enumerate((70, 60, 95, 150)):
+        bench.add(range(start, start + length), 1)
+    bench.run()
+    assert chunks_of(bench) == [[70, 30], [30, 70], [25, 75], [75]]
+
+
 def test_the_latest_arrival_gives_way_when_blocks_run_out_and_still_ends_right():
     bench = Bench(blocks=6, slots=4, batch_tokens=32)
     first, second = bench.add([1] * 7, 14), bench.add([2] * 7, 14)
