@@ -48,9 +48,9 @@ _TURNS = Step("turns", 75)
 SCHEDULES: dict[str, tuple[Lane, ...]] = {
     # Room for all: TPOT, prefill, offline and online.
     "ample": (Lane((Run("vllm", _SPEED),)), Lane((Run("ours", _SPEED),))),
-    # The same, and conversations on our lane while vLLM starts.
+    # The same, and conversations on a tenth of their working set; ours while vLLM starts, its servers both at once.
     "ample-turns": (
-        Lane((Run("vllm", _SPEED),)),
+        Lane((Run("vllm", _SPEED), Run("vllm-turns-offload", (_TURNS,))), together=2),
         Lane((Run("ours-turns-tiers", (_TURNS,)), Run("ours-turns", (_TURNS,)), Run("ours", _SPEED)), together=2),
     ),
     # A pool of 153,600 tokens under load with promises.
