@@ -54,6 +54,11 @@ class Device(SimExecutor):
         self.rates = RATES._replace(dense_s=RATES.dense_s * off, token_s=RATES.token_s * off)
         super().submit(plan)
 
+    @property
+    def busy(self) -> bool:
+        """See Executor."""
+        return time.monotonic() < self.free_at
+
     def collect(self) -> StepResult:
         """See Executor."""
         result = super().collect()

@@ -172,6 +172,12 @@ class CudaExecutor:
             result.copied, result.failed_copies, result.link = self._duplex.report()
         return result
 
+    @property
+    def busy(self) -> bool:
+        """See Executor."""
+        last = self._pending[-1] if self._pending else None
+        return isinstance(last, Pending) and not last.ended.reached
+
     def close(self) -> None:
         """Results not collected are dropped; the executor cannot be used afterwards."""
         self.grammars.close()

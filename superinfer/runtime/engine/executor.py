@@ -64,7 +64,7 @@ class Executor(Protocol):
     be submitted and not yet collected. An error of either is the end of that step alone. With a second tier it also
     starts a plan's copies and orders them as docs/duplexkv.md says; without one (`tier` is None) plans bring no copies.
     `grammars` compiles what requests constrain their output by, before they are planned. `waited_s`: how long `submit`
-    has waited for the device by now, all calls together.
+    has waited for the device by now, all calls together. `busy`: whether it has work that is not done.
     """
 
     limits: ExecutorLimits
@@ -72,6 +72,9 @@ class Executor(Protocol):
     depth: int
     waited_s: float
     grammars: GrammarCompiler
+
+    @property
+    def busy(self) -> bool: ...
 
     def submit(self, plan: StepPlan) -> None: ...
 

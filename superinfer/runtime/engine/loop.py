@@ -47,6 +47,7 @@ from superinfer.runtime.tracing import TraceRecorder
 log = logging.getLogger("superinfer.engine")
 
 IDLE_POLL_MS = 200
+LOOK_S = 2e-3  # how often it is seen, while planning is put off, whether the device is done sooner than foreseen
 COMPILING_POLL_MS = 2  # while nothing computes and a grammar is being compiled
 NOTHING: Mapping[bytes, list[SequenceDelta]] = MappingProxyType({})
 PULSE_S = 1.0  # how long the requests of a client that has gone may go on at most
@@ -135,10 +136,12 @@ class EngineLoop:
         return round(self._put_off_s(time.monotonic()) * 1e3) if self._num_live else IDLE_POLL_MS
 
     def _put_off_s(self, now: float) -> float:
-        """How long planning the next step can wait, because the device is busy until then."""
+        """How long to wait for messages before it is looked again whether the next step is to be planned, because the
+        device is busy until then."""
         if not 0 < len(self._in_flight) < self._executor.depth:
             return 0.0
-        return self._timing.wait_s(now)
+        wait_s = self._timing.wait_s(now)
+        return min(wait_s, LOOK_S) if wait_s and self._executor.busy else 0.0
 
     def _start_step(self, now: float) -> bool:
         """Plan and submit a step; False when there is nothing to compute."""

@@ -110,6 +110,11 @@ class ModelExecutor:
             raise result
         return result
 
+    @property
+    def busy(self) -> bool:
+        """See Executor: a step is done when it has been submitted."""
+        return False
+
     def close(self) -> None:
         """Results not collected are dropped; the executor cannot be used afterwards."""
         self.grammars.close()

@@ -4,19 +4,39 @@ Steps overlap: a step is planned while the one before it runs, so that the devic
 soon as that one begins, the next step would be without all that come while it runs, and they would wait for it to end
 as well. So the host sleeps until just before the device runs out of work. Just before is the time that planning and
 submitting take, and what the cost model may be wrong by: the 98th percentiles of both over the last `WINDOW` steps, so
-that where steps cannot be foreseen they are planned at once. docs/architecture.md says what that is worth.
+that where steps cannot be foreseen they are planned at once. Steps of a kind are those that are expected to take about
+as long, within a factor of two: a model that is right about decodes may be wrong about long prompts. What that is worth
+is in docs/architecture.md.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from dataclasses import dataclass, field
 
-WINDOW = 128  # steps that are remembered
-LEAST = 32  # steps to have seen before any is put off
+WINDOW = 128  # steps of a kind that are remembered
+LEAST = 32  # steps of a kind to have seen before planning behind one is put off
 RARE = 64  # one step in so many may be wrong by more, or take the host longer, than what is allowed for
 LOOK_EVERY = 8  # steps: sorting takes the host 10 us
 SLACK_S = 3e-4  # for waking up, and for telling that a step has ended
 TICK_S = 1e-3  # a poll waits for whole milliseconds
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Steps of one kind. errors: how much sooner than expected each ended, as a share of that; error: what they rarely
+    exceed."""
+
+    seen: int = 0
+    error: float = 0.0
+    errors: deque[float] = field(default_factory=lambda: deque([0.0], maxlen=WINDOW))
+
+    def ended(self, error: float) -> None:
+        self.errors.append(error)
+        self.seen += 1
+        if self.seen % LOOK_EVERY == 0:
+            self.error = _rarely_above(self.errors)
 
 
 class PlanTiming:
@@ -28,17 +48,22 @@ class PlanTiming:
         self._running: deque[float] = deque()  # expected durations of the steps given to the device, oldest first
         self._began = 0.0  # the oldest
         self._put_off_to: float | None = None
-        self._errors: deque[float] = deque([0.0], maxlen=WINDOW)  # how much sooner than expected, as a share of that
+        self._kinds: dict[int, _Kind] = {}
         self._delays: deque[float] = deque(maxlen=WINDOW)
-        self._error = self._delay = 0.0
+        self._delay = 0.0
         self._ended = 0
 
     def wait_s(self, now: float) -> float:
         """How long to put off planning the next step: a whole number of `TICK_S`, 0.0 for not at all."""
-        if not self._late or not self._running or self._ended < LEAST:
+        if not self._late or not self._running:
             return 0.0
-        expected = sum(self._running)
-        spare = self._began + expected * (1.0 - self._error) - self._delay - SLACK_S - now
+        least = 0.0  # that the device has to do
+        for expected in self._running:
+            kind = self._kind(expected)
+            if kind.seen < LEAST:
+                return 0.0
+            least += expected * (1.0 - kind.error)
+        spare = self._began + least - self._delay - SLACK_S - now
         ticks = int(spare / TICK_S)
         if ticks <= 0:
             return 0.0
@@ -59,10 +84,13 @@ class PlanTiming:
         expected = self._running.popleft()
         self._began, self._put_off_to = now, None
         if took_s is not None and expected > 0.0:
-            self._errors.append(max(0.0, 1.0 - took_s / expected))
+            self._kind(expected).ended(max(0.0, 1.0 - took_s / expected))
         self._ended += 1
         if self._ended % LOOK_EVERY == 0:
-            self._error, self._delay = _rarely_above(self._errors), _rarely_above(self._delays)
+            self._delay = _rarely_above(self._delays)
+
+    def _kind(self, expected_s: float) -> _Kind:
+        return self._kinds.setdefault(math.frexp(expected_s)[1], _Kind())
 
 
 def _rarely_above(seen: deque[float]) -> float:

@@ -83,6 +83,11 @@ class SimExecutor:
         result, self.last = self._done.popleft()
         return result
 
+    @property
+    def busy(self) -> bool:
+        """See Executor; at `now`."""
+        return self.now < self.free_at
+
     def close(self) -> None:
         """Nothing to give back."""
 
