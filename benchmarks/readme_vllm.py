@@ -32,7 +32,7 @@ def _phase(record: dict[str, Any], arm: str, phase: str) -> dict[str, Any] | Non
 
 
 def _speed(gpu: str) -> str:
-    schedule = next((name for name in ("ample", "ample-turns") if _read(gpu, name)), "")
+    schedule = next((name for name in ("whole", "ample", "ample-turns") if _read(gpu, name)), "")
     record = _read(gpu, schedule)
     if record is None:
         return ""

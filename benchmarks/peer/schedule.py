@@ -53,6 +53,11 @@ SCHEDULES: dict[str, tuple[Lane, ...]] = {
         Lane((Run("vllm", _SPEED), Run("vllm-turns-offload", (_TURNS,))), together=2),
         Lane((Run("ours-turns-tiers", (_TURNS,)), Run("ours-turns", (_TURNS,)), Run("ours", _SPEED)), together=2),
     ),
+    # `ample` and `slo` in one, with TPOT where steps are planned at once.
+    "whole": (
+        Lane((Run("vllm", _SPEED), Run("vllm-tight", (_ALL,))), together=2),
+        Lane((Run("ours", _SPEED), Run("ours-rota", (_ALL,)), Run("ours-at-once", (Step("tpot", 45),))), together=2),
+    ),
     # A pool of 153,600 tokens under load with promises.
     "slo": (
         Lane((Run("vllm-tight", (_ALL,)), Run("vllm-edf", (_REST,))), together=2),
