@@ -59,7 +59,8 @@ def _speed(gpu: str) -> str:
     if not rows:
         return ""
     starts = record["arms"]["ours"]["start_s"], record["arms"]["vllm"]["start_s"]
-    rows.append(_row("start to ready, s (kernels compiled by an earlier start)", *starts, 0))
+    beside = "two servers on one GPU at once, ours with a second tier; " if schedule == "whole" else ""
+    rows.append(_row(f"start to ready, s ({beside}kernels compiled by an earlier start)", *starts, 0))
     version = record["arms"]["vllm"]["version"]
     return f"""
 Llama-3-8B's shape, random weights, bf16, {record["device"]["gpu"]}, beside vLLM {version} in one run, over HTTP
