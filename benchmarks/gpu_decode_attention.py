@@ -1,0 +1,111 @@
+"""Our decode attention as it lies in a step: a layer's rotation, attention and output projection, by how work is cut.
+
+Llama-3-8B's shape, bf16, random blocks of a pool of tens of gigabytes, 32 layers in one CUDA graph: microseconds a
+layer, with attention and without, the median of seven replays. Beside them what reading alone reaches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from record import write
+
+from superinfer.kernels import fused
+from superinfer.kernels.paged import PagedBatch
+from superinfer.kernels.paged_hopper import FEW, MANY, HopperKernel
+
+HEADS, KV_HEADS, HEAD_DIM, PAGE, LAYERS = 32, 8, 128, 16, 32
+BLOCKS = 26_000
+SHAPES = ((8, 600), (32, 1024), (64, 520), (64, 2000), (128, 520), (128, 1024), (256, 520), (256, 1000), (400, 800))
+HIDDEN = HEADS * HEAD_DIM
+CUDA = torch.device("cuda")
+
+
+def timed(step: Callable[[], None], replays: int = 7) -> float:
+    """Microseconds a layer."""
+    graph = torch.cuda.CUDAGraph()
+    step()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        step()
+    taken = []
+    for _ in range(replays + 2):
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        taken.append(begun.elapsed_time(ended) * 1e3 / LAYERS)
+    return statistics.median(taken[2:])
+
+
+def batch_of(sequences: int, tokens: int) -> PagedBatch:
+    """On blocks in random order. The host's half is not read."""
+    pages = -(-tokens // PAGE)
+    indices = torch.randperm(BLOCKS, device=CUDA)[: sequences * pages].int()
+    ends = torch.arange(sequences + 1, dtype=torch.int32, device=CUDA)
+    last = torch.full((sequences,), (tokens - 1) % PAGE + 1, dtype=torch.int32, device=CUDA)
+    unread = torch.zeros(1, dtype=torch.int32)
+    return PagedBatch(ends, ends * pages, indices, last, unread, unread, unread, unread, 1)
+
+
+def measure(
+    cache: torch.Tensor, weights: list[torch.Tensor], kernel: HopperKernel | None, shape: tuple[int, int]
+) -> float:
+    """kernel: None leaves attention out."""
+    sequences, tokens = shape
+    batch = batch_of(*shape)
+    last = batch.kv_indices.view(sequences, -1)[:, -1]
+    places = (last * PAGE + (tokens - 1) % PAGE).int().contiguous()
+    qkv = torch.randn(sequences, HEADS + 2 * KV_HEADS, HEAD_DIM, device=CUDA, dtype=torch.bfloat16)
+    angle = torch.randn(sequences, 1, HEAD_DIM, device=CUDA, dtype=torch.bfloat16)
+    q, out = torch.empty(2, sequences, HEADS, HEAD_DIM, device=CUDA, dtype=torch.bfloat16).unbind()
+
+    def step() -> None:
+        for layer, weight in enumerate(weights):
+            fused.rope_and_store(qkv, angle, angle, places, cache[:, layer], KV_HEADS, out=q)
+            if kernel is not None:
+                kernel.launch(q, cache[:, layer], out, batch)
+            torch.matmul(out.view(sequences, HIDDEN), weight.t())
+
+    return timed(step)
+
+
+def reading_tb_s() -> float:
+    """What adding 4 GB up reaches."""
+    numbers = torch.empty(1 << 30, device=CUDA)
+
+    def step() -> None:
+        torch.sum(numbers)
+
+    return numbers.nbytes / (timed(step) * LAYERS) / 1e6
+
+
+def main() -> None:
+    """Measure, print, write results/<name>.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", default="h200-decode-attention")
+    given = parser.parse_args()
+    reading = reading_tb_s()
+    cache = torch.empty(BLOCKS, LAYERS, 2, PAGE, KV_HEADS, HEAD_DIM, device=CUDA, dtype=torch.bfloat16).normal_()
+    weights = [torch.randn(HIDDEN, HIDDEN, device=CUDA, dtype=torch.bfloat16) * 0.02 for _ in range(LAYERS)]
+    sizes = HEADS, KV_HEADS, HEAD_DIM, PAGE, HEAD_DIM**-0.5, torch.bfloat16, 512, CUDA
+    kernels = {"without": None, "few": HopperKernel(*sizes, FEW), "many": HopperKernel(*sizes, MANY)}
+    rows: list[dict[str, Any]] = []
+    for shape in SHAPES:
+        row = {name: round(measure(cache, weights, kernel, shape), 1) for name, kernel in kernels.items()}
+        rows.append({"sequences": shape[0], "tokens": shape[1], "us": row})
+        print(
+            f"{shape[0]:4d} x {shape[1]:5,d}  " + "  ".join(f"{name} {us:6.1f}" for name, us in row.items()), flush=True
+        )
+    command = f"python benchmarks/gpu_decode_attention.py --name {given.name}"
+    cuts = {"few": FEW._asdict(), "many": MANY._asdict()}
+    write(given.name, command, {"reading_tb_s": reading, "geometries": cuts, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
