@@ -17,6 +17,7 @@ import msgspec
 from superinfer.errors import InvalidRequestError
 from superinfer.runtime.kv.tiers import TierTable
 from superinfer.runtime.scheduler.base import SchedulerCounts
+from superinfer.runtime.scheduler.cost import StepLoad
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 from superinfer.runtime.scheduler.sequence import Sequence
 from superinfer.runtime.scheduler.stages import ROTATED
@@ -35,9 +36,10 @@ _NAMES = {
 
 
 class _Step(NamedTuple):
-    """A step under way. begun: when it was handed to the executor."""
+    """A step under way. begun: when it was handed to the executor. load: as the cost model has it."""
 
     begun: float
+    load: StepLoad
     tokens: int
     decodes: int
     prefill_tokens: int
@@ -99,10 +101,15 @@ class TraceRecorder:
         self._slice(SCHEDULER, "plan", begin, end, {"step": plan.step})
         decodes = len(plan.decodes) + sum(work.is_decode for work in plan.others)
         tokens = plan.num_tokens
-        self._steps[plan.step] = _Step(end, tokens, decodes, tokens - decodes, len(plan.waits))
+        self._steps[plan.step] = _Step(end, StepLoad.of(plan), tokens, decodes, tokens - decodes, len(plan.waits))
         for copy in plan.copies:
             self._copies[copy.id] = (copy.out, end)
             self._last_copy = copy.id
+
+    def submitted(self, step: int, begin: float, end: float) -> None:
+        """The host gave a planned step to the device from `begin` to `end`."""
+        if step in self._steps:
+            self._slice(SCHEDULER, "submit", begin, end, {"step": step})
 
     def finished(self, result: StepResult, now: float, committed: float) -> None:
         """A step's result came at `now` and was taken in until `committed`."""
@@ -115,6 +122,8 @@ class TraceRecorder:
             "tokens": step.tokens,
             "decodes": step.decodes,
             "prefill_tokens": step.prefill_tokens,
+            "kv_read": step.load.kv_read,
+            "pairs": step.load.pairs,
             "executor_ms": result.elapsed * 1e3,
             "waited_for_copies": step.waits,
             "stall_ms": result.link.stall_s * 1e3,
