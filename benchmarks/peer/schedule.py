@@ -59,8 +59,8 @@ SCHEDULES: dict[str, tuple[Lane, ...]] = {
         Lane((Run("vllm-tight", (_ALL,)), Run("vllm-edf", (_REST,))), together=2),
         Lane((Run("ours-rota", (_ALL,)), Run("ours-fcfs", (_ALL,))), together=2),
     ),
-    # What the simulator is held against, ours alone: on each GPU a run that its step times are fitted to, then runs that
-    # it is to foretell, with two sizes of the pool.
+    # What the simulator is held against, ours alone: on each GPU a run that its step times are fitted to, then runs
+    # that it is to foretell, with two sizes of the pool.
     "truth": (
         Lane((Run("ours-rota", (_CALIBRATION, _ALL)), Run("ours-rota-half", (_ALL,))), together=2),
         Lane((Run("ours-fcfs", (_CALIBRATION, _ALL)), Run("ours-fcfs-half", (_ALL,))), together=2),

@@ -57,7 +57,7 @@ def test_with_two_steps_in_flight_time_is_the_same_for_one_request():
 def test_a_step_planned_late_has_who_came_meanwhile():
     jobs = [job(0.0, 500, 200), job(0.5001, 500, 20, 1)]
     at_once, late = (
-        simulate(jobs, H100, LLAMA, SimConfig(depth=2, way_s=0.0, ready_s=ready_s)) for ready_s in (None, 1e-4)
+        simulate(jobs, H100, LLAMA, SimConfig(depth=2, way_s=0.0, plan_late=late)) for late in (False, True)
     )
     assert late.ttft.p99 < at_once.ttft.p99 - 0.5 * RATES.seconds(StepLoad(1, 1, 500, 0.0))
 
