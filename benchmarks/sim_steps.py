@@ -3,8 +3,8 @@
 python benchmarks/sim_steps.py FOLDER [--name sim-steps]
 
 FOLDER is the --out of `benchmarks/peer/run.py truth --trace`, with ARM.trace of each of our servers. The first run of a
-trace is the calibration: its steps are kept and fitted to. The others are held out: of them it is only said how long they
-took beside what the fit says. sim_truth.py takes the result as --steps.
+trace is the calibration: its steps are kept and fitted to. The others are held out: of them it is only said how long
+they took beside what the fit says. sim_truth.py takes the result as --steps.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from superinfer.runtime.sim.shapes import ModelShape, shape_of
 from superinfer.runtime.tracing import SCHEDULER, STEPS
 
 IDLE_S, LEAST_STEPS = 1.0, 500  # a run: so many steps without such a pause
+DECODE_S = 1e-6
 DRAWN_TO_SEED = 1.0  # what the seed weighs, in observed steps
 HOST = ("plan_s", "submit_s", "commit_s")
 OUTLIER = 0.2  # relative error beyond which a step counts less: a pause of the host
 
 
 class Step(NamedTuple):
-    """One step of a trace. at: when it was told, s. took_s: on the device, less waiting for copies; told_s: from when the
-    one before it was told, or it was submitted. plan_s, submit_s, commit_s: of the host; 0.0 where not traced."""
+    """One step of a trace. at: when it was told, s. took_s: on the device, less waiting for copies. told_s: from when
+    the one before it was told, or it was submitted. plan_s, submit_s, commit_s: of the host; 0.0 where not traced."""
 
     at: float
     load: StepLoad
@@ -85,9 +86,10 @@ def runs_of(steps: list[Step]) -> Iterator[list[Step]]:
 
 
 def seed_of(profile: HardwareProfile, shape: ModelShape) -> StepRates:
-    """The profile's rates; where it says nothing of launches, LAUNCH_S, so that they can be fitted."""
+    """The profile's rates; where it has nothing for a launch or a decode, something, so that they can be fitted."""
     rates = StepRates.seed(profile, shape)
-    return rates._replace(pieces_s=max(rates.pieces_s, LAUNCH_S), eager_s=max(rates.eager_s, LAUNCH_S))
+    launches = {"pieces_s": max(rates.pieces_s, LAUNCH_S), "eager_s": max(rates.eager_s, LAUNCH_S)}
+    return rates._replace(decode_s=max(rates.decode_s, DECODE_S), **launches)
 
 
 def fit(seed: StepRates, observed: list[tuple[StepLoad, float]]) -> np.ndarray:

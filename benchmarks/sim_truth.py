@@ -2,11 +2,11 @@
 
 python benchmarks/sim_truth.py azure_conv_2023.csv [--measured h200-vs-vllm-slo] [--arms ours-fcfs,ours-rota]
 
-The measured runs are this engine behind its HTTP server (benchmarks/peer/run.py slo, or truth), one rate after another on
-one server; so are the simulated ones, and what an engine has learnt in one it knows in the next. Nothing in the profile
-was fitted to them: sim_calibrate.py says what it was fitted to. --steps: what sim_steps.py has fitted to another run on
-the very GPUs; the scheduler starts from the profile all the same, as it does in service. Times are the client's: from
-when a request was due. A prediction is the mean of --seeds runs, whose step times are drawn anew.
+The measured runs are this engine behind its HTTP server (benchmarks/peer/run.py slo, or truth), one rate after another
+on one server; so are the simulated ones, and what an engine has learnt in one it knows in the next. Nothing in the
+profile was fitted to them: sim_calibrate.py says what it was fitted to. --steps: what sim_steps.py has fitted to
+another run on the very GPUs; the scheduler starts from the profile all the same, as it does in service. Times are the
+client's: from when a request was due. A prediction is the mean of --seeds runs, whose step times are drawn anew.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ STEP_BYTES = 4e9  # activations, workspaces and the CUDA context, bytes
 class HostTimes(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds for which the engine's thread is busy with a step.
 
-    plan_s: planning it. decodes_s, chunks_s: submitting it, without and with prefill chunks, until the device can begin.
+    plan_s: planning it. decodes_s, chunks_s: submitting it, without and with prefill chunks, until the device begins.
     eager_s: launching the rest of one with more tokens than graphs take (`StepRates.captured`), while the device works.
     commit_s: taking in what came of it, and telling it.
     """
@@ -207,7 +207,8 @@ def simulate(
 ) -> SimResult:
     """Run the jobs to their end. on_end: told of each sequence that ended; its id is its place in `jobs`.
 
-    believed: what the scheduler expects of the machine before it has seen a step; None: what it is. Raises InvalidRequestError if the model does not fit the machine, and for an unknown policy.
+    believed: what the scheduler expects of the machine before it has seen a step; None: what it is.
+    Raises InvalidRequestError if the model does not fit the machine, and for an unknown policy.
     """
     rates = StepRates.seed(profile, shape)
     kv_tokens = config.kv_tokens if config.kv_tokens is not None else kv_room(profile, shape)
@@ -418,7 +419,7 @@ class _Run:
         return submitted
 
     def _finish_step(self, now: float) -> float:
-        """Collect the oldest step: when it ended, or now if it was over before. Returns when the host is done with it."""
+        """Collect the oldest step: when it ended, or now if it was over. Returns when the host is done with it."""
         result, step = self._executor.collect(), self._executor.last
         self._under_way -= 1
         now = max(now, step.end)
