@@ -7,6 +7,9 @@ on one server; so are the simulated ones, and what an engine has learnt in one i
 profile was fitted to them: sim_calibrate.py says what it was fitted to. --steps: what sim_steps.py has fitted to
 another run on the very GPUs; the scheduler starts from the profile all the same, as it does in service. Times are the
 client's: from when a request was due. A prediction is the mean of --seeds runs, whose step times are drawn anew.
+
+GPUs of one kind differ by more than the bounds. --paced: all step times are scaled by one factor for each GPU, with
+which the mean TPOT of another run on it, `online` of the same record, comes out as measured.
 """
 
 from __future__ import annotations
@@ -26,10 +29,12 @@ from superinfer.runtime.sim.simulate import HostTimes, Passed, SimConfig, simula
 from superinfer.runtime.sim.workload import Job, make_jobs
 from superinfer.runtime.slo import SLO
 
+SHAPE = shape_of("llama-3-8b")
 PLAN_S = 4e-4  # results/scheduler-speed.json: rota, 256 decoding
 SPREAD = 0.05  # of steps around their fit: 4 % of decodes, 5 % of others (results/sim-calibration-h200.json)
+PACES = 0.8, 1.25  # among which a GPU's is looked for
 APART_S = 1.0  # from what was given up to the next rate
-POLICIES = {"ours-fcfs": "fcfs", "ours-rota": "rota", "ours-edf": "edf"}
+POLICIES = {"ours": "fcfs", "ours-fcfs": "fcfs", "ours-rota": "rota", "ours-edf": "edf"}
 APART = 10**6  # ids of prompts' blocks between one run and the next; those of jobs count down from -1
 HALF = "-half"  # of an arm's name: the same policy with half of the pool
 # The issue's bounds: points of attainment, else relative.
@@ -195,11 +200,13 @@ def compared(name: str, drawn: list[float | None], measured: float | None) -> di
 
 
 class Machine(NamedTuple):
-    """What is simulated of a GPU and its host. spread: of its steps' times around what the profile says."""
+    """What is simulated of a GPU and its host. spread: of its steps' times around what the profile says. pace: times
+    which they take that."""
 
     profile: HardwareProfile
     host: HostTimes
     spread: float
+    pace: float = 1.0
 
 
 def host_of(profile_steps: dict[str, Any] | None) -> HostTimes:
@@ -232,6 +239,49 @@ def machine_of(hardware: str, steps: str, arm: str) -> Machine:
     return Machine(profile._replace(efficiency=Efficiency(**found["efficiency"])), host_of(found), spread)
 
 
+def config_of(arm: dict[str, Any], settings: dict[str, Any], machine: Machine, late: bool, way_s: float) -> SimConfig:
+    """The engine of a measured arm on a machine. late: it plans steps late."""
+    sizes = settings["sizes"]
+    return SimConfig(
+        policy=POLICIES[arm["arm"].removesuffix(HALF)],
+        kv_tokens=arm["pool_tokens"],
+        dram_tokens=arm["dram_bytes"] // (16 * SHAPE.kv_bytes_per_token) * 16,
+        max_batch_size=sizes["max_seqs"],
+        max_batch_tokens=sizes["batch_tokens"],
+        max_model_len=sizes["max_model_len"],
+        depth=2,
+        plan_late=late,
+        host=machine.host,
+        spread=machine.spread,
+        paces=((0.0, machine.pace),),
+        way_s=way_s,
+        give_up_s=settings["drain_s"],
+    )
+
+
+def paced(
+    machine: Machine, record: dict[str, Any], arm: str, trace: Path, late: bool, way_s: float
+) -> tuple[Machine, str]:
+    """With the pace of the arm's GPU, and by which arm's `online` run it was found. Raises RuntimeError without one."""
+    gpu = record["arms"][arm]["gpu"]
+    found = (record["arms"].get(name) for name in (arm, arm.removesuffix(HALF), "ours"))
+    known = next(
+        (one for one in found if one and one["gpu"] == gpu and "runs" in one["phases"].get("online", {})), None
+    )
+    if known is None:
+        raise RuntimeError(f"no run `online` on GPU {gpu} of {arm}, by which it could be paced")
+    run, believed = known["phases"]["online"]["runs"][0], machine.profile
+    jobs, wanted = _jobs(run, record["settings"], trace), run["report"]["tpot"]["mean"]
+    least, most = PACES
+    for _ in range(8):
+        tried = machine._replace(pace=(least + most) / 2)
+        config = config_of(known, record["settings"], tried, late, way_s)
+        ((figures, _),) = session([jobs], machine.profile, SHAPE, config, believed)
+        assert figures["tpot_s"] is not None
+        least, most = (tried.pace, most) if figures["tpot_s"] < wanted else (least, tried.pace)
+    return machine._replace(pace=(least + most) / 2), known["arm"]
+
+
 def main() -> None:
     """Simulate, print beside the measured, write results/<name>.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -240,6 +290,7 @@ def main() -> None:
     parser.add_argument("--arms", default="ours-fcfs,ours-rota")
     parser.add_argument("--hardware", default="h200-pcie5")
     parser.add_argument("--steps", default="", help="of sim_steps.py, a file of results/ without .json")
+    parser.add_argument("--paced", action="store_true", help="scale step times by another run on the same GPU")
     parser.add_argument("--at-once", action="store_true", help="the measured engine planned each step at once")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--name", default="sim-truth-h200", help="of the result")
@@ -247,36 +298,28 @@ def main() -> None:
     measured = Path(given.measured) if given.measured.endswith(".json") else RESULTS / f"{given.measured}.json"
     record = json.loads(measured.read_text())
     way_s = json.loads((RESULTS / "sim-calibration-h200.json").read_text())["way_s"]
-    settings = record["settings"]
-    sizes, slo = settings["sizes"], SLO(ttft=settings["slo"]["ttft"], tbt=settings["slo"]["tbt"])
-    believed, shape = profile_of(given.hardware), shape_of("llama-3-8b")
+    settings, believed, late = record["settings"], profile_of(given.hardware), not given.at_once
     rows: list[dict[str, Any]] = []
     machines: dict[str, Any] = {}
     for arm in given.arms.split(","):
         measured_arm = record["arms"][arm]
         machine = machine_of(given.hardware, given.steps, arm)
+        by = ""
+        if given.paced:
+            machine, by = paced(machine, record, arm, given.trace, late, way_s)
+            print(f"{arm}: steps take {machine.pace:.3f} times what the profile says, by `online` of {by}", flush=True)
         machines[arm] = {
-            "efficiency": machine.profile.efficiency._asdict(), "host": msgspec.to_builtins(machine.host),
+            "efficiency": machine.profile.efficiency._asdict(),
+            "host": msgspec.to_builtins(machine.host),
             "spread": machine.spread,
-        }  # fmt: skip
-        config = SimConfig(
-            policy=POLICIES[arm.removesuffix(HALF)],
-            kv_tokens=measured_arm["pool_tokens"],
-            dram_tokens=measured_arm["dram_bytes"] // (16 * shape.kv_bytes_per_token) * 16,
-            max_batch_size=sizes["max_seqs"],
-            max_batch_tokens=sizes["batch_tokens"],
-            max_model_len=sizes["max_model_len"],
-            depth=2,
-            plan_late=not given.at_once,
-            host=machine.host,
-            spread=machine.spread,
-            way_s=way_s,
-            give_up_s=settings["drain_s"],
-        )
+            "pace": machine.pace,
+            "paced_by": by,
+        }
+        config = config_of(measured_arm, settings, machine, late, way_s)
         runs = measured_arm["phases"]["slo"]["runs"]
-        jobs = [_jobs(run, settings, slo, given.trace) for run in runs]
+        jobs = [_jobs(run, settings, given.trace) for run in runs]
         seeds = [
-            session(jobs, machine.profile, shape, msgspec.structs.replace(config, spread_seed=seed), believed)
+            session(jobs, machine.profile, SHAPE, msgspec.structs.replace(config, spread_seed=seed), believed)
             for seed in range(given.seeds)
         ]
         for number, run in enumerate(runs):
@@ -287,7 +330,7 @@ def main() -> None:
             _show(arm, run["rate"], errors)
     judged = [f for row in rows for f in row["figures"].values() if f is not None and "bound" in f]
     print(f"{sum(f['within'] for f in judged)} of {len(judged)} figures within their bounds")
-    options = f" --steps {given.steps}" * bool(given.steps) + " --at-once" * given.at_once
+    options = " --paced" * given.paced + f" --steps {given.steps}" * bool(given.steps) + " --at-once" * given.at_once
     out = write(
         given.name,
         f"python benchmarks/sim_truth.py {given.trace.name} --measured {measured.name} --arms {given.arms}"
@@ -307,8 +350,9 @@ def main() -> None:
     print(f"written to {out}")
 
 
-def _jobs(run: dict[str, Any], settings: dict[str, Any], slo: SLO, trace: Path) -> list[Job]:
+def _jobs(run: dict[str, Any], settings: dict[str, Any], trace: Path) -> list[Job]:
     """Those that were measured. Raises RuntimeError where they are others."""
+    slo = SLO(ttft=settings["slo"]["ttft"], tbt=settings["slo"]["tbt"])
     jobs = make_jobs(
         "azure", rate=run["rate"], duration=run["duration_s"], seed=settings["seed"], trace=trace, slos=[(1.0, slo)]
     )
