@@ -26,7 +26,7 @@ from superinfer.runtime.sim.hardware import Efficiency, HardwareProfile, profile
 from superinfer.runtime.sim.shapes import ModelShape, shape_of
 from superinfer.runtime.tracing import SCHEDULER, STEPS
 
-IDLE_S, LEAST_STEPS = 1.0, 500  # a run: so many steps without such a pause
+IDLE_S, LEAST_STEPS = 0.2, 500  # a run: so many steps without such a pause
 DECODE_S = 1e-6
 DRAWN_TO_SEED = 1.0  # what the seed weighs, in observed steps
 HOST = ("plan_s", "submit_s", "commit_s")
