@@ -126,7 +126,7 @@ def back_after(
     return None
 
 
-def run(policy: str, dram: int, jobs: list[Job], leave_at: float | None) -> tuple[SimResult, list[Sequence]]:
+def run(policy: str, dram: int, jobs: list[Job], leave_at: tuple[float, ...]) -> tuple[SimResult, list[Sequence]]:
     """One simulation, and what finished or was given up in it."""
     done: list[Sequence] = []
     config = SimConfig(policy=policy, kv_tokens=KV_TOKENS, dram_tokens=dram, leave_at=leave_at)
@@ -137,12 +137,12 @@ def measure(policy: str, dram: int, trace: Path, seed: int) -> dict[str, dict[st
     """Both endings, of one seed."""
     stretches = Stretches()
     end, until = stretches.end, stretches.end + stretches.after_s
-    result, done = run(policy, dram, jobs_of(stretches, trace, seed, overload=False), None)
+    result, done = run(policy, dram, jobs_of(stretches, trace, seed, overload=False), ())
     control = windows_of(done, result, until)
     rows = {}
     for ending in ENDINGS:
         jobs = jobs_of(stretches, trace, seed, overload=True)
-        result, done = run(policy, dram, jobs, end if ending == "left" else None)
+        result, done = run(policy, dram, jobs, (end,) if ending == "left" else ())
         windows = windows_of(done, result, until)
         calm = [window for window in windows if WARM_S <= window.begin <= stretches.before_s - WINDOW_S]
         waits = [(sample.at, sample.waiting + sample.rotated) for sample in result.residency]

@@ -1,9 +1,15 @@
 """The simulator held against an H200: the very jobs of the overload runs, simulated, beside what was measured.
 
-python benchmarks/sim_truth.py azure_conv_2023.csv [--measured h200-vs-vllm-slo-before] [--arms ours-fcfs,ours-rota]
+python benchmarks/sim_truth.py azure_conv_2023.csv [--measured h200-vs-vllm-slo] [--arms ours-fcfs,ours-rota]
 
-The measured runs are this engine behind its HTTP server (benchmarks/peer/run.py slo). Nothing in the profile was fitted
-to them: sim_calibrate.py says what it was fitted to. Times are the client's: from when a request was due.
+The measured runs are this engine behind its HTTP server (benchmarks/peer/run.py slo, or truth), one rate after another
+on one server; so are the simulated ones, and what an engine has learnt in one it knows in the next. Nothing in the
+profile was fitted to them: sim_calibrate.py says what it was fitted to. --steps: what sim_steps.py has fitted to
+another run on the very GPUs; the scheduler starts from the profile all the same, as it does in service. Times are the
+client's: from when a request was due. A prediction is the mean of --seeds runs, whose step times are drawn anew.
+
+GPUs of one kind differ by more than the bounds. --paced: all step times are scaled by one factor for each GPU, with
+which the mean TPOT of another run on it, `online` of the same record, comes out as measured.
 """
 
 from __future__ import annotations
@@ -13,16 +19,24 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 from record import RESULTS, write
 
 from superinfer.runtime.scheduler.sequence import Sequence
-from superinfer.runtime.sim.hardware import HardwareProfile, profile_of
+from superinfer.runtime.sim.hardware import Efficiency, HardwareProfile, profile_of
 from superinfer.runtime.sim.shapes import ModelShape, shape_of
-from superinfer.runtime.sim.simulate import SimConfig, simulate
+from superinfer.runtime.sim.simulate import HostTimes, Passed, SimConfig, simulate
 from superinfer.runtime.sim.workload import Job, make_jobs
 from superinfer.runtime.slo import SLO
 
-POLICIES = {"ours-fcfs": "fcfs", "ours-rota": "rota", "ours-edf": "edf"}
+SHAPE = shape_of("llama-3-8b")
+PLAN_S = 4e-4  # results/scheduler-speed.json: rota, 256 decoding
+SPREAD = 0.05  # of steps around their fit: 4 % of decodes, 5 % of others (results/sim-calibration-h200.json)
+PACES = 0.8, 1.25  # among which a GPU's is looked for
+APART_S = 1.0  # from what was given up to the next rate
+POLICIES = {"ours": "fcfs", "ours-fcfs": "fcfs", "ours-rota": "rota", "ours-edf": "edf"}
+APART = 10**6  # ids of prompts' blocks between one run and the next; those of jobs count down from -1
+HALF = "-half"  # of an arm's name: the same policy with half of the pool
 # The issue's bounds: points of attainment, else relative.
 BOUNDS = {
     "ttft_met": 0.05, "met": 0.05, "tpot_s": 0.05, "e2e_s": 0.05, "ttft_s": 0.10, "tokens_per_s": 0.02,
@@ -64,33 +78,83 @@ def asked(sequence: Sequence, job: Job, way_s: float) -> Asked:
 def simulated(
     jobs: list[Job], profile: HardwareProfile, shape: ModelShape, config: SimConfig
 ) -> tuple[dict[str, float | None], list[Asked]]:
-    """The figures of BOUNDS, by the definitions of superinfer/bench/load_report.py. Also each request."""
+    """The figures of BOUNDS, by the definitions of superinfer/bench/load_report.py, of an engine that has just started.
+    Also each request."""
+    ((figures, found),) = session([jobs], profile, shape, config)
+    return figures, found
+
+
+def session(
+    runs: list[list[Job]],
+    profile: HardwareProfile,
+    shape: ModelShape,
+    config: SimConfig,
+    believed: HardwareProfile | None = None,
+) -> list[tuple[dict[str, float | None], list[Asked]]]:
+    """The same of several runs on one engine, one after another: what is left `give_up_s` after the last request of one
+    is given up."""
     found: dict[int, Asked] = {}
-    way_s = config.way_s or 0.0
+    way_s, give_up_s = config.way_s or 0.0, config.give_up_s
+    begins, leave_at, jobs = [0.0], [], []
+    for number, run in enumerate(runs):
+        jobs += [_moved(job, begins[-1], number) for job in run]
+        leave_at.append(jobs[-1].at + (give_up_s or 0.0))
+        begins.append(leave_at[-1] + APART_S)
+    config = msgspec.structs.replace(config, leave_at=tuple(leave_at[:-1]))
 
     def ended(sequence: Sequence) -> None:
         found[sequence.id] = asked(sequence, jobs[sequence.id], way_s)
 
-    run = simulate(jobs, profile, shape, config, ended)
-    done = [one for one in found.values() if one.completed]
-    seen = [(jobs[at].at + one.last, one) for at, one in found.items() if one.last is not None]
-    duration = max(at for at, _ in seen) - jobs[0].at
-    moved = run.moved
+    whole = simulate(jobs, profile, shape, config, ended, believed)
+    moved = whole.moved
+    rotations, moved_bytes = (
+        (moved.rotations_in + moved.rotations_out, moved.bytes_in + moved.bytes_out) if moved else (0, 0)
+    )
+    passed = [Passed(0, 0, 0, 0), *whole.passed, Passed(whole.steps, whole.preemptions, rotations, moved_bytes)]
+    figures, first = [], 0
+    for number, run in enumerate(runs):
+        ids = range(first, first + len(run))
+        one = figures_of([(jobs[id], found[id]) for id in ids if id in found])
+        before, after = passed[number], passed[number + 1]
+        one |= {
+            "steps": float(after.steps - before.steps),
+            "preemptions": float(after.preemptions - before.preemptions),
+        }
+        if moved:
+            one["link_bytes"] = float(after.moved_bytes - before.moved_bytes)
+            one["rotations"] = float(after.rotations - before.rotations)
+        figures.append((one, [found[id] for id in ids if id in found]))
+        first += len(run)
+    return figures
+
+
+def _moved(job: Job, begin: float, number: int) -> Job:
+    """Later, and with a prompt that no other run has."""
+    return job._replace(at=job.at + begin, blocks=tuple(block - number * APART for block in job.blocks))
+
+
+def figures_of(run: list[tuple[Job, Asked]]) -> dict[str, float | None]:
+    """Those of one run that its requests tell."""
+    every = [one for _, one in run]
+    done = [one for one in every if one.completed]
+    seen = [(job.at + one.last, one) for job, one in run if one.last is not None]
+    first = [o.first for o in done if o.first is not None]
+    duration = max(at for at, _ in seen) - min(job.at for job, _ in run)
     return {
-        "ttft_met": mean([one.ttft_met for one in found.values()]),
-        "met": mean([one.met for one in found.values()]),
+        "ttft_met": mean([one.ttft_met for one in every]),
+        "met": mean([one.met for one in every]),
         "tpot_s": mean([(o.last - o.first) / (o.tokens - 1) for o in done if o.tokens > 1 and o.first and o.last]),
         "e2e_s": mean([one.last for one in done if one.last is not None]),
-        "ttft_s": mean([one.first for one in done if one.first is not None]),
+        "ttft_s": mean(first),
         "tokens_per_s": sum(one.tokens for _, one in seen) / duration,
-        "link_bytes": float(moved.bytes_in + moved.bytes_out) if moved else None,
-        "rotations": float(moved.rotations_in + moved.rotations_out) if moved else None,
+        "link_bytes": None,
+        "rotations": None,
         "completed": float(len(done)),
-        "steps": float(run.steps),
-        "preemptions": float(run.preemptions),
-        "ttft_p50_s": _quantile([o.first for o in done if o.first is not None], 0.5),
-        "ttft_p99_s": _quantile([o.first for o in done if o.first is not None], 0.99),
-    }, list(found.values())
+        "steps": None,
+        "preemptions": None,
+        "ttft_p50_s": _quantile(first, 0.5),
+        "ttft_p99_s": _quantile(first, 0.99),
+    }
 
 
 def _quantile(values: list[float], share: float) -> float | None:
@@ -118,8 +182,11 @@ def real(run: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def compared(name: str, predicted: float | None, measured: float | None) -> dict[str, Any] | None:
-    """One figure's error beside its bound; None where it was not measured or cannot be. A share of 0 has no error."""
+def compared(name: str, drawn: list[float | None], measured: float | None) -> dict[str, Any] | None:
+    """One figure's error beside its bound, of the mean of what was simulated; None where it was not measured or cannot
+    be. A share of 0 has no error."""
+    values = [value for value in drawn if value is not None]
+    predicted = mean(values)
     if predicted is None or measured is None:
         return None
     if name in SHARES:
@@ -127,68 +194,172 @@ def compared(name: str, predicted: float | None, measured: float | None) -> dict
     else:
         error = predicted / measured - 1.0 if measured else (0.0 if predicted == measured else None)
     bound = BOUNDS.get(name)
-    found: dict[str, Any] = {"predicted": predicted, "measured": measured, "error": error}
+    found: dict[str, Any] = {"predicted": predicted, "least": min(values), "most": max(values), "measured": measured}
+    found["error"] = error
     return found if bound is None else found | {"bound": bound, "within": error is not None and abs(error) <= bound}
+
+
+class Machine(NamedTuple):
+    """What is simulated of a GPU and its host. spread: of its steps' times around what the profile says. pace: times
+    which they take that."""
+
+    profile: HardwareProfile
+    host: HostTimes
+    spread: float
+    pace: float = 1.0
+
+
+def host_of(profile_steps: dict[str, Any] | None) -> HostTimes:
+    """What steps cost the host: as a calibration's trace has it, else as h200-mixed-steps and h200-host-time do."""
+    if profile_steps is not None:
+        run = profile_steps["runs"][0]
+        plan_s, decodes_s, commit_s = (run["decodes"][name]["p50"] for name in ("plan_s", "submit_s", "commit_s"))
+        chunks_s = run["chunks"]["submit_s"]["p50"]
+        eager_s = max(0.0, run["long"]["submit_s"]["p50"] - chunks_s) if "long" in run else 0.0
+        return HostTimes(plan_s=plan_s, decodes_s=decodes_s, chunks_s=chunks_s, eager_s=eager_s, commit_s=commit_s)
+    steps = json.loads((RESULTS / "h200-mixed-steps.json").read_text())["results"]
+    host = json.loads((RESULTS / "h200-host-time.json").read_text())["results"]
+    commit_ms = next(row for row in host if row["batch"] == 128 and row["temperature"] == 0.0)["median_ms"]["commit"]
+    decodes, chunks, longer = (steps[name]["host_ms"]["submit"] for name in ("128 decodes", "128 + 1200", "128 + 4000"))
+    return HostTimes(
+        plan_s=PLAN_S, decodes_s=decodes / 1e3, chunks_s=chunks / 1e3, eager_s=(longer - chunks) / 1e3,
+        commit_s=commit_ms / 1e3,
+    )  # fmt: skip
+
+
+def machine_of(hardware: str, steps: str, arm: str) -> Machine:
+    """The profile, or what was fitted to the calibration of the arm's GPU."""
+    profile = profile_of(hardware)
+    if not steps:
+        return Machine(profile, host_of(None), SPREAD)
+    found = json.loads((RESULTS / f"{steps}.json").read_text())["arms"][arm.removesuffix(HALF)]
+    run = found["runs"][0]
+    kinds = [run[kind] for kind in ("decodes", "chunks", "long") if kind in run]
+    spread = sum(kind["spread"] * kind["steps"] for kind in kinds) / sum(kind["steps"] for kind in kinds)
+    return Machine(profile._replace(efficiency=Efficiency(**found["efficiency"])), host_of(found), spread)
+
+
+def config_of(arm: dict[str, Any], settings: dict[str, Any], machine: Machine, late: bool, way_s: float) -> SimConfig:
+    """The engine of a measured arm on a machine. late: it plans steps late."""
+    sizes = settings["sizes"]
+    return SimConfig(
+        policy=POLICIES[arm["arm"].removesuffix(HALF)],
+        kv_tokens=arm["pool_tokens"],
+        dram_tokens=arm["dram_bytes"] // (16 * SHAPE.kv_bytes_per_token) * 16,
+        max_batch_size=sizes["max_seqs"],
+        max_batch_tokens=sizes["batch_tokens"],
+        max_model_len=sizes["max_model_len"],
+        depth=2,
+        plan_late=late,
+        host=machine.host,
+        spread=machine.spread,
+        paces=((0.0, machine.pace),),
+        way_s=way_s,
+        give_up_s=settings["drain_s"],
+    )
+
+
+def paced(
+    machine: Machine, record: dict[str, Any], arm: str, trace: Path, late: bool, way_s: float
+) -> tuple[Machine, str]:
+    """With the pace of the arm's GPU, and by which arm's `online` run it was found. Raises RuntimeError without one."""
+    gpu = record["arms"][arm]["gpu"]
+    found = (record["arms"].get(name) for name in (arm, arm.removesuffix(HALF), "ours"))
+    known = next(
+        (one for one in found if one and one["gpu"] == gpu and "runs" in one["phases"].get("online", {})), None
+    )
+    if known is None:
+        raise RuntimeError(f"no run `online` on GPU {gpu} of {arm}, by which it could be paced")
+    run, believed = known["phases"]["online"]["runs"][0], machine.profile
+    jobs, wanted = _jobs(run, record["settings"], trace), run["report"]["tpot"]["mean"]
+    least, most = PACES
+    for _ in range(8):
+        tried = machine._replace(pace=(least + most) / 2)
+        config = config_of(known, record["settings"], tried, late, way_s)
+        ((figures, _),) = session([jobs], machine.profile, SHAPE, config, believed)
+        assert figures["tpot_s"] is not None
+        least, most = (tried.pace, most) if figures["tpot_s"] < wanted else (least, tried.pace)
+    return machine._replace(pace=(least + most) / 2), known["arm"]
 
 
 def main() -> None:
     """Simulate, print beside the measured, write results/<name>.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path, help="azure_conv_2023.csv")
-    parser.add_argument("--measured", default="h200-vs-vllm-slo-before", help="a file of results/, without .json")
+    parser.add_argument("--measured", default="h200-vs-vllm-slo", help="a file of results/ without .json, or a path")
     parser.add_argument("--arms", default="ours-fcfs,ours-rota")
     parser.add_argument("--hardware", default="h200-pcie5")
+    parser.add_argument("--steps", default="", help="of sim_steps.py, a file of results/ without .json")
+    parser.add_argument("--paced", action="store_true", help="scale step times by another run on the same GPU")
+    parser.add_argument("--at-once", action="store_true", help="the measured engine planned each step at once")
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--name", default="sim-truth-h200", help="of the result")
     given = parser.parse_args()
-    record = json.loads((RESULTS / f"{given.measured}.json").read_text())
+    measured = Path(given.measured) if given.measured.endswith(".json") else RESULTS / f"{given.measured}.json"
+    record = json.loads(measured.read_text())
     way_s = json.loads((RESULTS / "sim-calibration-h200.json").read_text())["way_s"]
-    settings = record["settings"]
-    sizes, slo = settings["sizes"], SLO(ttft=settings["slo"]["ttft"], tbt=settings["slo"]["tbt"])
-    profile, shape = profile_of(given.hardware), shape_of("llama-3-8b")
+    settings, believed, late = record["settings"], profile_of(given.hardware), not given.at_once
     rows: list[dict[str, Any]] = []
+    machines: dict[str, Any] = {}
     for arm in given.arms.split(","):
         measured_arm = record["arms"][arm]
-        tokens = measured_arm["dram_bytes"] // (16 * shape.kv_bytes_per_token) * 16
-        config = SimConfig(
-            policy=POLICIES[arm],
-            kv_tokens=measured_arm["pool_tokens"],
-            dram_tokens=tokens,
-            max_batch_size=sizes["max_seqs"],
-            max_batch_tokens=sizes["batch_tokens"],
-            max_model_len=sizes["max_model_len"],
-            depth=2,
-            way_s=way_s,
-            give_up_s=settings["drain_s"],
-        )
-        for run in measured_arm["phases"]["slo"]["runs"]:
-            jobs = make_jobs(
-                "azure", rate=run["rate"], duration=run["duration_s"], seed=settings["seed"], trace=given.trace,
-                slos=[(1.0, slo)],
-            )  # fmt: skip
-            jobs = [job for job in jobs if job.prompt_length + job.output_length <= sizes["max_model_len"]]
-            _check_same(jobs, run)
-            figures, _ = simulated(jobs, profile, shape, config)
-            there = real(run)
-            errors = {name: compared(name, figures[name], there[name]) for name in figures}
-            rows.append({"arm": arm, "rate": run["rate"], "figures": errors})
+        machine = machine_of(given.hardware, given.steps, arm)
+        by = ""
+        if given.paced:
+            machine, by = paced(machine, record, arm, given.trace, late, way_s)
+            print(f"{arm}: steps take {machine.pace:.3f} times what the profile says, by `online` of {by}", flush=True)
+        machines[arm] = {
+            "efficiency": machine.profile.efficiency._asdict(),
+            "host": msgspec.to_builtins(machine.host),
+            "spread": machine.spread,
+            "pace": machine.pace,
+            "paced_by": by,
+        }
+        config = config_of(measured_arm, settings, machine, late, way_s)
+        runs = measured_arm["phases"]["slo"]["runs"]
+        jobs = [_jobs(run, settings, given.trace) for run in runs]
+        seeds = [
+            session(jobs, machine.profile, SHAPE, msgspec.structs.replace(config, spread_seed=seed), believed)
+            for seed in range(given.seeds)
+        ]
+        for number, run in enumerate(runs):
+            there, drawn = real(run), [seed[number][0] for seed in seeds]
+            errors = {name: compared(name, [figures[name] for figures in drawn], there[name]) for name in there}
+            pool = measured_arm["pool_tokens"]
+            rows.append({"arm": arm, "pool_tokens": pool, "rate": run["rate"], "figures": errors})
             _show(arm, run["rate"], errors)
     judged = [f for row in rows for f in row["figures"].values() if f is not None and "bound" in f]
     print(f"{sum(f['within'] for f in judged)} of {len(judged)} figures within their bounds")
+    options = " --paced" * given.paced + f" --steps {given.steps}" * bool(given.steps) + " --at-once" * given.at_once
     out = write(
         given.name,
-        f"python benchmarks/sim_truth.py {given.trace.name} --measured {given.measured} --arms {given.arms}",
+        f"python benchmarks/sim_truth.py {given.trace.name} --measured {measured.name} --arms {given.arms}"
+        f"{options} --seeds {given.seeds}",
         {
-            "hardware": profile.name,
-            "efficiency": profile.efficiency._asdict(),
+            "hardware": given.hardware,
+            "machines": machines,
             "way_s": way_s,
-            "measured": f"{given.measured}.json",
+            "measured": measured.name,
             "measured_at": record["date"],
+            "measured_commit": record["commit"],
             "within": sum(f["within"] for f in judged),
             "judged": len(judged),
             "runs": rows,
         },
     )
     print(f"written to {out}")
+
+
+def _jobs(run: dict[str, Any], settings: dict[str, Any], trace: Path) -> list[Job]:
+    """Those that were measured. Raises RuntimeError where they are others."""
+    slo = SLO(ttft=settings["slo"]["ttft"], tbt=settings["slo"]["tbt"])
+    jobs = make_jobs(
+        "azure", rate=run["rate"], duration=run["duration_s"], seed=settings["seed"], trace=trace, slos=[(1.0, slo)]
+    )
+    longest = settings["sizes"]["max_model_len"]
+    jobs = [job for job in jobs if job.prompt_length + job.output_length <= longest]
+    _check_same(jobs, run)
+    return jobs
 
 
 def _check_same(jobs: list[Job], run: dict[str, Any]) -> None:
@@ -209,9 +380,8 @@ def _show(arm: str, rate: float, errors: dict[str, dict[str, Any] | None]) -> No
             continue
         error = "" if found["error"] is None else f"{found['error'] * 100:+7.1f} {'points' if name in SHARES else '%'}"
         verdict = "" if "bound" not in found else "  within" if found["within"] else f"  MISSED ({found['bound']:.0%})"
-        print(
-            f"  {name:13} predicted {found['predicted']:16,.4f}  measured {found['measured']:16,.4f} {error}{verdict}"
-        )
+        told = f"{found['predicted']:16,.4f} ({found['least']:,.4f} to {found['most']:,.4f})"
+        print(f"  {name:13} predicted {told:60} measured {found['measured']:16,.4f} {error}{verdict}")
 
 
 if __name__ == "__main__":

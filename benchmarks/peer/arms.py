@@ -20,14 +20,16 @@ PAGE = 16  # tokens in a KV block, ours and vLLM's default
 class Sizes:
     """What all arms share. Blocks are of PAGE tokens; block_bytes: K and V of all layers of one.
 
-    ample, tight, turns: KV blocks of the three pools that phases ask for. dram_bytes: of the second tier.
+    ample, tight, half, turns: KV blocks of the pools that phases ask for. dram_bytes: of the second tier.
     weight_bytes: of the model. around_bytes: what a server holds of a GPU besides weights and blocks, at most.
+    traced: our servers write `ARM.trace` in their folder (docs/tracing.md).
     """
 
     model: str
     block_bytes: int = 2 << 20
     ample: int = 24_000
     tight: int = 9_600
+    half: int = 4_800
     turns: int = 4_096
     dram_bytes: int = 64 << 30
     weight_bytes: int = 16_060_522_496
@@ -37,6 +39,7 @@ class Sizes:
     batch_tokens: int = 8192
     dummy: bool = True
     own_flags: tuple[str, ...] = ()
+    traced: bool = False
 
     def blocks(self, pool: str) -> int:
         """KV blocks of a pool by name."""
@@ -80,6 +83,8 @@ def known_arms() -> dict[str, Arm]:
         Arm("ours-fcfs", "superinfer", "tight", ("--policy", "fcfs")),
         Arm("ours-edf", "superinfer", "tight", ("--policy", "edf"), send_slo=True),
         Arm("ours-rota", "superinfer", "tight", ("--policy", "rota"), dram=True, send_slo=True),
+        Arm("ours-fcfs-half", "superinfer", "half", ("--policy", "fcfs")),
+        Arm("ours-rota-half", "superinfer", "half", ("--policy", "rota"), dram=True, send_slo=True),
         Arm("ours-turns", "superinfer", "turns", ("--policy", "fcfs")),
         Arm("ours-turns-tiers", "superinfer", "turns", ("--policy", "rota"), dram=True),
     ]
@@ -96,6 +101,7 @@ def command_of(arm: Arm, sizes: Sizes, port: int, engine: str, stand_in: bool = 
 
 def _superinfer(arm: Arm, sizes: Sizes, port: int, engine: str) -> list[str]:
     tier = ["--dram-tokens", str(sizes.dram_bytes // sizes.block_bytes * PAGE)] if arm.dram else []
+    trace = ["--trace", f"{arm.name}.trace"] if sizes.traced else []
     return [
         sys.executable, "-m", "superinfer", "serve", "--model", sizes.model, "--model-name", "m",
         "--host", "127.0.0.1", "--port", str(port), "--engine-address", engine, "--no-page", "--no-access-log",
@@ -103,7 +109,7 @@ def _superinfer(arm: Arm, sizes: Sizes, port: int, engine: str) -> list[str]:
         "--kv-tokens", str(sizes.blocks(arm.pool) * PAGE), "--page-size", str(PAGE),
         "--max-model-len", str(sizes.max_model_len), "--max-batch-size", str(sizes.max_seqs),
         "--max-batch-tokens", str(sizes.batch_tokens),
-        *sizes.own_flags, *tier, *(arm.flags if arm.engine == "superinfer" else ()),
+        *sizes.own_flags, *tier, *trace, *(arm.flags if arm.engine == "superinfer" else ()),
     ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--traces", type=Path, default=ROOT.parent / "shared" / "traces")
     parser.add_argument("--clients", type=int, default=4, help="client processes of each lane")
     parser.add_argument("--own-flags", default="", help="more flags for our server")
+    parser.add_argument("--trace", action="store_true", help="our servers write ARM.trace into --out")
     parser.add_argument("--port", type=int, default=8100, help="of the first server; each lane takes ten")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-ceilings", action="store_true", help="do not measure what the GPUs can do")
@@ -98,7 +100,7 @@ def sizes_and_plan(given: argparse.Namespace) -> tuple[Sizes, Plan]:
     if given.small:
         sizes = Sizes(
             model="embedded", block_bytes=1 << 14, ample=600, tight=60, turns=40, dram_bytes=4 << 20, max_model_len=512,
-            max_seqs=32, batch_tokens=256, dummy=False, own_flags=("--threads", "1", *own),
+            max_seqs=32, batch_tokens=256, dummy=False, own_flags=("--threads", "1", *own), half=40, traced=given.trace,
         )  # fmt: skip
         return sizes, replace(Plan.small(*traces), seed=given.seed)
     from superinfer.bench.shapes import write_shape
@@ -111,7 +113,7 @@ def sizes_and_plan(given: argparse.Namespace) -> tuple[Sizes, Plan]:
         plan = replace(plan, slo_rates=tuple(float(part) for part in _parts(given.rates)))
     if given.online_rates:
         plan = replace(plan, online_rates=tuple(float(part) for part in _parts(given.online_rates)))
-    return Sizes(model=str(folder), own_flags=own), plan
+    return Sizes(model=str(folder), own_flags=own, traced=given.trace), plan
 
 
 class Command:
@@ -274,6 +276,9 @@ class Command:
         path.with_suffix(".new").replace(path)
 
     def _report(self) -> int:
+        for name in self.given.schedules:
+            for trace in self._folder(name).glob("*.trace"):
+                shutil.copy(trace, self.given.out / trace.name)
         with tarfile.open(self.given.out / "logs.tgz", "w:gz") as kept:
             for name in self.given.schedules:
                 for log in self._folder(name).glob("*.log"):

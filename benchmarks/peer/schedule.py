@@ -44,6 +44,7 @@ _STEADY = (Step("tpot", 75), Step("online", 45))
 _ALL = Step("slo", 65)
 _REST = Step("slo", 65, RATES_OF_THE_REST)
 _TURNS = Step("turns", 75)
+_CALIBRATION = Step("online", 45, (20.0,))
 
 SCHEDULES: dict[str, tuple[Lane, ...]] = {
     # Room for all: TPOT, prefill, offline and online.
@@ -62,6 +63,12 @@ SCHEDULES: dict[str, tuple[Lane, ...]] = {
     "slo": (
         Lane((Run("vllm-tight", (_ALL,)), Run("vllm-edf", (_REST,))), together=2),
         Lane((Run("ours-rota", (_ALL,)), Run("ours-fcfs", (_ALL,))), together=2),
+    ),
+    # What the simulator is held against, ours alone: on each GPU a run that its step times are fitted to, then runs
+    # that it is to foretell, with two sizes of the pool.
+    "truth": (
+        Lane((Run("ours-rota", (_CALIBRATION, _ALL)), Run("ours-rota-half", (_ALL,))), together=2),
+        Lane((Run("ours-fcfs", (_CALIBRATION, _ALL)), Run("ours-fcfs-half", (_ALL,))), together=2),
     ),
     # Second tiers: vLLM's own offload under the same load, and conversations with a tenth of their working set in HBM.
     "tiers": (

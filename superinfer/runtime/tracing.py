@@ -17,6 +17,7 @@ import msgspec
 from superinfer.errors import InvalidRequestError
 from superinfer.runtime.kv.tiers import TierTable
 from superinfer.runtime.scheduler.base import SchedulerCounts
+from superinfer.runtime.scheduler.cost import StepLoad
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 from superinfer.runtime.scheduler.sequence import Sequence
 from superinfer.runtime.scheduler.stages import ROTATED
@@ -35,12 +36,10 @@ _NAMES = {
 
 
 class _Step(NamedTuple):
-    """A step under way. begun: when it was handed to the executor."""
+    """A step under way. begun: when it was handed to the executor. load: as the cost model has it."""
 
     begun: float
-    tokens: int
-    decodes: int
-    prefill_tokens: int
+    load: StepLoad
     waits: int
 
 
@@ -97,29 +96,35 @@ class TraceRecorder:
         if plan is None or self._left <= 0:
             return
         self._slice(SCHEDULER, "plan", begin, end, {"step": plan.step})
-        decodes = len(plan.decodes) + sum(work.is_decode for work in plan.others)
-        tokens = plan.num_tokens
-        self._steps[plan.step] = _Step(end, tokens, decodes, tokens - decodes, len(plan.waits))
+        self._steps[plan.step] = _Step(end, StepLoad.of(plan), len(plan.waits))
         for copy in plan.copies:
             self._copies[copy.id] = (copy.out, end)
             self._last_copy = copy.id
+
+    def submitted(self, step: int, begin: float, end: float) -> None:
+        """The host gave a planned step to the device from `begin` to `end`."""
+        if step in self._steps:
+            self._slice(SCHEDULER, "submit", begin, end, {"step": step})
 
     def finished(self, result: StepResult, now: float, committed: float) -> None:
         """A step's result came at `now` and was taken in until `committed`."""
         step = self._steps.pop(result.step, None)
         if step is None or self._left <= 0:
             return
-        kind = "mixed" if step.decodes and step.prefill_tokens else "decode" if step.decodes else "prefill"
+        load, prefill_tokens = step.load, step.load.tokens - step.load.decodes
+        kind = "mixed" if load.decodes and prefill_tokens else "decode" if load.decodes else "prefill"
         told = {
             "step": result.step,
-            "tokens": step.tokens,
-            "decodes": step.decodes,
-            "prefill_tokens": step.prefill_tokens,
+            "tokens": load.tokens,
+            "decodes": load.decodes,
+            "prefill_tokens": prefill_tokens,
+            "kv_read": load.kv_read,
+            "pairs": load.pairs,
             "executor_ms": result.elapsed * 1e3,
             "waited_for_copies": step.waits,
             "stall_ms": result.link.stall_s * 1e3,
         }
-        self._in_turn(STEPS, kind if step.tokens else "copies only", step.begun, now, told)
+        self._in_turn(STEPS, kind if load.tokens else "copies only", step.begun, now, told)
         self._copies_over(result, now)
         self._slice(SCHEDULER, "commit", now, committed, {"step": result.step})
 
@@ -127,7 +132,7 @@ class TraceRecorder:
         """A step failed."""
         known = self._steps.pop(step, None)
         if known is not None:
-            self._in_turn(STEPS, "failed", known.begun, now, {"step": step, "tokens": known.tokens})
+            self._in_turn(STEPS, "failed", known.begun, now, {"step": step, "tokens": known.load.tokens})
 
     def gauges(self, counts: SchedulerCounts, now: float) -> None:
         """Draw the counts as lines over time."""

@@ -34,7 +34,7 @@ def test_all_arms_of_a_pool_have_the_same_bytes_of_kv():
     from arms import Sizes, command_of, known_arms
 
     sizes = Sizes(model="m")
-    for pool, blocks in (("ample", 24_000), ("tight", 9_600), ("turns", 4_096)):
+    for pool, blocks in (("ample", 24_000), ("tight", 9_600), ("half", 4_800), ("turns", 4_096)):
         for arm in (arm for arm in known_arms().values() if arm.pool == pool):
             command = command_of(arm, sizes, 1, "")
             tokens = blocks if arm.engine == "vllm" else blocks * 16
@@ -154,6 +154,26 @@ def test_a_trace_that_is_not_there_is_said_before_anything_starts(tmp_path: Path
         command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60
     )
     assert done.returncode == 2 and "mooncake_conversation.jsonl" in done.stderr and "azure" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_servers_trace_their_steps_where_asked_and_a_second_pool_is_measured(tmp_path: Path):
+    from superinfer.cli.trace_file import read_trace
+    from superinfer.runtime.tracing import STEPS
+
+    out = tmp_path / "out"
+    command = [sys.executable, str(PEER / "run.py"), "truth", "--small", "--gpus", "", "--lanes", "0", "--trace"]
+    command += ["--arms", "ours-rota-half", "--clients", "1", "--traces", str(ten_requests(tmp_path))]
+    command += ["--out", str(out), "--scratch", str(tmp_path / "s"), "--port", "8160"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    arm = json.loads(next(out.glob("*-vs-vllm-truth.json")).read_text())["arms"]["ours-rota-half"]
+    assert arm["pool_tokens"] == 40 * 16 and len(arm["phases"]["slo"]["runs"]) == 2
+    steps = [span.args for span in read_trace(out / "ours-rota-half.trace").tracks[STEPS]]
+    counted = sum(run["counters"]["superinfer:engine_steps_total"] for run in arm["phases"]["slo"]["runs"])
+    assert len(steps) >= counted > 0 and all(step["kv_read"] >= step["decodes"] for step in steps)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from superinfer.runtime.kv.duplex import DuplexCache
 from superinfer.runtime.launch import launch_engine
 from superinfer.runtime.protocol import Generate, SamplingParams
 from superinfer.runtime.scheduler.base import SchedulerLimits
+from superinfer.runtime.scheduler.cost import StepLoad
 from superinfer.runtime.scheduler.registry import build_scheduler
 from superinfer.runtime.scheduler.sequence import Sequence
 from superinfer.runtime.tracing import TraceRecorder
@@ -44,6 +45,7 @@ def play(path: Path, prompts: list[list[int]], **recorder: Any) -> tuple[list[Se
         plans.append(plan)
         trace.planned(plan, now, now + 0.001)
         executor.submit(plan)
+        trace.submitted(plan.step, now + 0.001, now + 0.002)
         now += 0.01
         result = executor.collect()
         scheduler.commit(result, now)
@@ -102,6 +104,9 @@ def test_a_trace_holds_every_step_copy_and_stage(tmp_path, prompts):
     steps = [e for e in slices if "executor_ms" in e["args"]]
     assert [e["args"]["step"] for e in steps] == [plan.step for plan in plans]
     assert [e["args"]["tokens"] for e in steps] == [plan.num_tokens for plan in plans]
+    loads = [StepLoad.of(plan) for plan in plans]  # so that a cost model can be fitted to a trace
+    assert [(e["args"]["kv_read"], e["args"]["pairs"]) for e in steps] == [(one.kv_read, one.pairs) for one in loads]
+    assert [e["args"]["step"] for e in slices if e["name"] == "submit"] == [plan.step for plan in plans]
     copied = sum(e["args"]["blocks"] for e in slices if e["name"] == "copy")
     assert copied == sum(len(plan.copies) for plan in plans) - _unreported(events, plans)
 
@@ -144,4 +149,4 @@ def test_an_engine_writes_a_trace_of_its_requests(random_llama, tmp_path):
     check_tracks(events)
     assert len(check_nesting(events)) == 2
     names = {e["name"] for e in events}
-    assert {"plan", "commit", "prefill", "decode", "sequences", "DRAM blocks"} <= names
+    assert {"plan", "submit", "commit", "prefill", "decode", "sequences", "DRAM blocks"} <= names

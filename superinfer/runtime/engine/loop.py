@@ -159,8 +159,10 @@ class EngineLoop:
             self._lose(plan.step, error)
         else:
             self._in_flight.append(plan.step)
-            waited_s = self._executor.waited_s - waited_s
-            self._timing.submitted(self._scheduler.expected_s(plan.step), now, time.monotonic(), waited_s)
+            waited_s, submitted = self._executor.waited_s - waited_s, time.monotonic()
+            self._timing.submitted(self._scheduler.expected_s(plan.step), now, submitted, waited_s)
+            if self._trace is not None:
+                self._trace.submitted(plan.step, planned, submitted)
             self._counters.prefill_tokens += plan.num_prefill_tokens
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -33,6 +34,7 @@ class SimExecutor:
     `now` is set by who submits. free_at: when the last step submitted ends.
 
     paces: (seconds, factor), in order: steps that begin from then on take so many times as long as `rates` say.
+    spread: standard deviation of a step's time as a share of that, drawn from `seed`.
     """
 
     def __init__(
@@ -44,6 +46,8 @@ class SimExecutor:
         tier: TierLimits | None = None,
         link: VirtualLink | None = None,
         paces: Sequence[tuple[float, float]] = (),
+        spread: float = 0.0,
+        seed: int = 0,
     ) -> None:
         self.rates = rates
         self.limits = limits
@@ -54,6 +58,7 @@ class SimExecutor:
         self.last = SimStep(StepLoad(0, 0, 0, 0.0), 0.0, 0.0)
         self._link = link
         self._paces = paces
+        self._spread, self._random = spread, np.random.default_rng(seed)
         self.free_at = 0.0
         self._slots: set[int] = set()
         self._done: deque[tuple[StepResult, SimStep]] = deque()
@@ -71,7 +76,7 @@ class SimExecutor:
         begin = self._wait(plan, start)
         load = StepLoad.of(plan)
         pace = next((factor for at, factor in reversed(self._paces) if begin >= at), 1.0)
-        compute_s = self.rates.seconds(load) * pace if plan.has_work else 0.0
+        compute_s = self.rates.seconds(load) * pace * self._drawn() if plan.has_work else 0.0
         self.free_at = end = begin + compute_s
         copied, use = self._copied(end, stall_s=begin - start if plan.has_work else 0.0)
         decoded = np.full(len(decoding), DUMMY_TOKEN)
@@ -90,6 +95,13 @@ class SimExecutor:
 
     def close(self) -> None:
         """Nothing to give back."""
+
+    def _drawn(self) -> float:
+        """How many times as long as on average the next step takes: log-normal, with a mean of 1."""
+        if not self._spread:
+            return 1.0
+        sigma = math.sqrt(math.log1p(self._spread**2))
+        return float(self._random.lognormal(-(sigma**2) / 2, sigma))
 
     def _wait(self, plan: StepPlan, start: float) -> float:
         """Start the plan's copies; when those its work waits for are over."""

@@ -52,16 +52,15 @@ HOPPER = Efficiency(
 )  # fmt: skip
 
 # From an H200 under this engine, what benchmarks/sim_calibrate.py prints (results/sim-calibration-h200.json), over the
-# datasheet's 4.8 TB/s and 989 TFLOP/s. No run under overload went into it.
-# kv         attention of 128 decodes of 1,100 tokens, in steps in turn with chunks of 1,200 tokens: 3.03 TB/s.
-# weights, matmul, attention, step_s, decode_s, eager_s: least squares over steps in turn of decodes and of decodes
-#            beside chunks of 256 to 4,000 tokens, such chunks alone, prefill of 2,048 and 8,000 tokens, TPOT at batch 1
-#            and 32.
-# pieces_s   1.1 ms by the same, and what then makes the mean TPOT of 20 requests/s, with a pool that does not bind, the
-#            measured one: 2 ms, of which padding to the sizes of graphs is at most a third.
+# datasheet's 4.8 TB/s and 989 TFLOP/s. No run behind a server went into it.
+# weights    of a product of few rows; what a step with prefill chunks costs is then told from what one without does.
+# others     least squares over 915 steps of an engine under load, each with its very rows (h200-online-steps.json),
+#            and, as many as 20 steps each, TPOT at batch 1 and 32 and prefill of 2,048 and 8,000 tokens.
+# decode_s   0: what a decode costs grows with its context.
+# pieces_s, eager_s: with padding to the sizes of graphs, and what the device waits for the host.
 HOPPER_H200 = Efficiency(
-    weights=0.844, kv=0.631, matmul=0.735, attention=0.312, step_s=0.845e-3, decode_s=1.53e-6, pieces_s=3.12e-3,
-    eager_s=0.0, captured=2048,
+    weights=0.844, kv=0.583, matmul=0.724, attention=0.473, step_s=0.731e-3, decode_s=0.0, pieces_s=2.60e-3,
+    eager_s=7.51e-3, captured=2048,
 )  # fmt: skip
 
 

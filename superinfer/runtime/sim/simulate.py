@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
@@ -15,12 +16,13 @@ import numpy as np
 from superinfer.errors import InvalidRequestError
 from superinfer.runtime.collector import spared_collector
 from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
+from superinfer.runtime.engine.plan_timing import PlanTiming
 from superinfer.runtime.kv.duplex import build_cache
 from superinfer.runtime.kv.link import VirtualLink
 from superinfer.runtime.kv.link_profile import LinkProfile
 from superinfer.runtime.protocol import SamplingParams
 from superinfer.runtime.scheduler.base import Scheduler, SchedulerLimits
-from superinfer.runtime.scheduler.cost import CostError, StepCost, StepRates
+from superinfer.runtime.scheduler.cost import CostError, StepCost, StepLoad, StepRates
 from superinfer.runtime.scheduler.registry import build_scheduler
 from superinfer.runtime.scheduler.rota import Rota
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate
@@ -36,20 +38,36 @@ SAMPLE_S = 0.5
 STEP_BYTES = 4e9  # activations, workspaces and the CUDA context, bytes
 
 
+class HostTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds for which the engine's thread is busy with a step.
+
+    plan_s: planning it. decodes_s, chunks_s: submitting it, without and with prefill chunks, until the device begins.
+    eager_s: launching the rest of one with more tokens than graphs take (`StepRates.captured`), while the device works.
+    commit_s: taking in what came of it, and telling it.
+    """
+
+    plan_s: float = 0.0
+    decodes_s: float = 0.0
+    chunks_s: float = 0.0
+    eager_s: float = 0.0
+    commit_s: float = 0.0
+
+
 class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The simulated engine. Defaults of the batch are vLLM's for a server on an H100-class GPU (8,192 and 1,024).
 
     kv_tokens: size of the KV pool; None: what the weights leave. dram_tokens: of a second tier behind the profile's
     link; 0: none. prefix_aware: whether policy "rota" decides by what of a prompt is cached; off only to measure what
-    that is worth. depth: steps planned ahead of the results, as in the engine: 1 waits for each. The time `plan` itself
-    takes is measured, not simulated.
-    ready_s: with depth 2, a step is planned so many seconds before the one before it ends (`EngineConfig.plan_late`);
-        None: as soon as that begins.
+    that is worth. depth: steps planned ahead of the results, as in the engine: 1 waits for each.
+    plan_late: with depth 2, a step is planned just before the one before it ends (`EngineConfig.plan_late`), else as
+        soon as that begins. host: what steps cost the host; what it takes here is measured, and not simulated.
+    spread: standard deviation of a step's time, as a share of what the profile says, of which the scheduler is not
+        told. spread_seed: of its draws.
     way_s: from the client to the engine. None: a request arrives when its client sends it. Else it arrives when the
         engine, between two steps, comes to read it, `way_s` after it was sent at the earliest; as far as the engine can
         tell it came when messages were read before.
     give_up_s: seconds after the last request was sent, when all that are left are given up. None: never.
-    leave_at: seconds, when the clients of all that are under way leave, while others still come. None: never.
+    leave_at: seconds, in order, when the clients of all that are under way leave, while others still come.
     paces: (seconds, factor), in order: from then on steps take so many times as long as the profile says, of which the
         scheduler is told nothing.
     """
@@ -64,10 +82,13 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: bool = True
     prefix_aware: bool = True
     depth: int = 1
-    ready_s: float | None = None
+    plan_late: bool = False
+    host: HostTimes = HostTimes()
+    spread: float = 0.0
+    spread_seed: int = 0
     way_s: float | None = None
     give_up_s: float | None = None
-    leave_at: float | None = None
+    leave_at: tuple[float, ...] = ()
     paces: tuple[tuple[float, float], ...] = ()
 
 
@@ -122,6 +143,15 @@ class Residency(msgspec.Struct, frozen=True, array_like=True):
     tokens: int = 0
 
 
+class Passed(msgspec.Struct, frozen=True, array_like=True):
+    """What there had been by a moment of `SimConfig.leave_at`: counts, and bytes copied both ways."""
+
+    steps: int
+    preemptions: int
+    rotations: int
+    moved_bytes: int
+
+
 class SimResult(msgspec.Struct, frozen=True, kw_only=True):
     """What came of one run. Seconds of simulated time, unless a name says otherwise.
 
@@ -135,7 +165,7 @@ class SimResult(msgspec.Struct, frozen=True, kw_only=True):
     plan_ms: CPU time of `plan`, milliseconds. wall_s: of the run.
     requests_per_wall_s: requests simulated in one second of wall time.
     cost_error: of the cost model's predictions against the simulated steps.
-    moved: None with one tier. residency: who was where, every SAMPLE_S seconds.
+    moved: None with one tier. residency: who was where, every SAMPLE_S seconds. passed: by each `SimConfig.leave_at`.
     """
 
     policy: str
@@ -164,6 +194,7 @@ class SimResult(msgspec.Struct, frozen=True, kw_only=True):
     moved: Movement | None = None
     residency: list[Residency] = []
     given_up: int = 0
+    passed: list[Passed] = []
 
 
 def simulate(
@@ -172,9 +203,11 @@ def simulate(
     shape: ModelShape,
     config: SimConfig,
     on_end: Callable[[Sequence], None] | None = None,
+    believed: HardwareProfile | None = None,
 ) -> SimResult:
     """Run the jobs to their end. on_end: told of each sequence that ended; its id is its place in `jobs`.
 
+    believed: what the scheduler expects of the machine before it has seen a step; None: what it is.
     Raises InvalidRequestError if the model does not fit the machine, and for an unknown policy.
     """
     rates = StepRates.seed(profile, shape)
@@ -198,11 +231,15 @@ def simulate(
         link=tier.link if tier else None,
     )
     batch = SchedulerLimits(limits.num_slots, config.max_batch_tokens, limits.max_model_len)
-    scheduler = build_scheduler(config.policy, kv, batch, StepCost(rates))
+    expected = StepCost(StepRates.seed(believed, shape) if believed is not None else rates)
+    scheduler = build_scheduler(config.policy, kv, batch, expected)
     if isinstance(scheduler, Rota):
         scheduler.prefix_aware = config.prefix_aware
     link = _link(profile, tier.block_bytes) if tier else None
-    executor = SimExecutor(rates, limits, depth=config.depth, tier=tier, link=link, paces=config.paces)
+    executor = SimExecutor(
+        rates, limits, depth=config.depth, tier=tier, link=link, paces=config.paces, spread=config.spread,
+        seed=config.spread_seed,
+    )  # fmt: skip
     run = _Run(scheduler, executor, StepCost(rates), config, on_end)
     with spared_collector():  # as in the engine
         started = time.perf_counter()
@@ -256,6 +293,7 @@ class _Tally:
     gaps: array[float] = field(default_factory=lambda: array("f"))
     finished: list[Sequence] = field(default_factory=list)
     given_up: list[Sequence] = field(default_factory=list)
+    passed: list[Passed] = field(default_factory=list)
     last_token: dict[int, float] = field(default_factory=dict)
     residency: list[Residency] = field(default_factory=list)
     dram_peak: float = 0.0
@@ -276,7 +314,8 @@ class _Run:
         self._executor = executor
         self._cost = cost
         self._way_s = config.way_s
-        self._ready_s = config.ready_s
+        self._timing = PlanTiming(late=config.plan_late)
+        self._host = config.host
         self._give_up_s = config.give_up_s
         self._leave_at = config.leave_at
         self._on_end = on_end
@@ -285,30 +324,34 @@ class _Run:
         self._under_way = 0
 
     def all(self, jobs: Many[Job]) -> None:
-        """The event loop. An event is an arrival or the end of a step; between two, time passes and nothing else."""
-        now, at, tally, way_s, read = 0.0, 0, self._tally, self._way_s or 0.0, 0.0
+        """The event loop: an arrival, the end of a step, the host done with something; between two, time passes and
+        nothing else."""
+        now, at, tally, way_s, read, slept = 0.0, 0, self._tally, self._way_s or 0.0, 0.0, False
         until = jobs[-1].at + self._give_up_s if jobs and self._give_up_s is not None else math.inf
-        leave_at = self._leave_at if self._leave_at is not None else math.inf
+        leaving = deque(self._leave_at)
         while True:
             while at < len(jobs) and jobs[at].at + way_s <= now:
-                came = read if self._under_way else now
+                came = now if slept or not self._under_way else read
                 self._arrive(at, jobs[at], jobs[at].at if self._way_s is None else came)
                 at += 1
-            read = now
+            read, slept = now, False
             if now >= until and at == len(jobs):
                 self._give_up(now, math.inf)
-            if now >= leave_at:
-                self._give_up(now, leave_at)
-                leave_at = math.inf
+            while leaving and now >= leaving[0]:
+                self._give_up(now, leaving.popleft())
+                tally.passed.append(self._passed())
             self._record(self._scheduler.expire(now), now)
             self._sample(now)
             if self._under_way < self._executor.depth:
-                later = self._put_off_to(now)
-                if later is not None:
-                    now = min(later, max(now, jobs[at].at + way_s)) if at < len(jobs) else later
+                wait_s = self._timing.wait_s(now) if self._under_way else 0.0
+                if wait_s:
+                    now, slept = min(now + wait_s, jobs[at].at + way_s if at < len(jobs) else math.inf), True
                     continue
-                if self._plan(now):
-                    continue
+                planned = self._plan(now)
+                if planned is not None:
+                    now = planned
+                    if self._under_way < self._executor.depth:
+                        continue  # read what has come, then plan the next one while this one runs
             if self._under_way:
                 now = self._finish_step(now)
             elif at < len(jobs):
@@ -318,12 +361,13 @@ class _Run:
             else:
                 return
 
-    def _put_off_to(self, now: float) -> float | None:
-        """When the next step is to be planned, if that is later: `SimConfig.ready_s`."""
-        if self._ready_s is None or not self._under_way:
-            return None
-        at = self._executor.free_at - self._ready_s
-        return at if at > now else None
+    def _passed(self) -> Passed:
+        counts, tier = self._scheduler.counts(), self._executor.tier
+        if counts.tiers is None or tier is None:
+            return Passed(self._tally.steps, counts.preemptions, 0, 0)
+        totals = counts.tiers.totals
+        rotations, blocks = totals.rotations_in + totals.rotations_out, totals.blocks_in + totals.blocks_out
+        return Passed(self._tally.steps, counts.preemptions, rotations, blocks * tier.block_bytes)
 
     def _give_up(self, now: float, before: float) -> None:
         """The clients of all that arrived before then are gone."""
@@ -357,27 +401,34 @@ class _Run:
         )
         self._scheduler.add(sequence)
 
-    def _plan(self, now: float) -> bool:
+    def _plan(self, now: float) -> float | None:
+        """Plan and submit a step. Returns when the host is done with that; None where there is nothing to compute."""
         started = time.thread_time()  # other processes of the machine are no part of it
         plan = self._scheduler.plan(now)
         self._tally.plan_s.append(time.thread_time() - started)
         if plan is None:
-            return False
-        self._executor.now = now
-        self._executor.submit(plan)
+            return None
+        host, executor = self._host, self._executor
+        load = StepLoad.of(plan)
+        has_chunks, is_captured = load.tokens > load.decodes, load.tokens <= executor.rates.captured
+        executor.now = now + host.plan_s + (host.chunks_s if has_chunks else host.decodes_s)
+        executor.submit(plan)
+        submitted = executor.now + (host.eager_s if has_chunks and not is_captured else 0.0)
+        self._timing.submitted(self._scheduler.expected_s(plan.step), now, submitted)
         self._under_way += 1
-        return True
+        return submitted
 
     def _finish_step(self, now: float) -> float:
-        """Collect the oldest step. Returns when that is: when it ended, or now if it was over before."""
+        """Collect the oldest step: when it ended, or now if it was over. Returns when the host is done with it."""
         result, step = self._executor.collect(), self._executor.last
         self._under_way -= 1
         now = max(now, step.end)
+        self._timing.ended(result.elapsed - result.link.stall_s, now)
         if step.load.tokens:
             self._cost.observe(step.load, step.compute_s)
             self._tally.steps += 1
         self._record(self._scheduler.commit(result, now), now)
-        return now
+        return now + self._host.commit_s
 
     def _sample(self, now: float) -> None:
         """Note who is where, every SAMPLE_S."""
@@ -442,6 +493,7 @@ class _Run:
             moved=self._movement(duration),
             residency=tally.residency,
             given_up=len(tally.given_up),
+            passed=tally.passed,
         )
 
     def _movement(self, duration: float) -> Movement | None:

@@ -51,7 +51,7 @@ def serve(policy: str, dram: int, *, overload: bool, leave: bool) -> tuple[SimRe
     """leave: the clients of what is under way leave when the overload ends."""
     done: list[Sequence] = []
     config = SimConfig(
-        policy=policy, kv_tokens=HBM, dram_tokens=dram, max_batch_size=128, leave_at=END if leave else None
+        policy=policy, kv_tokens=HBM, dram_tokens=dram, max_batch_size=128, leave_at=(END,) if leave else ()
     )  # fmt: skip
     result = simulate(arrivals(overload), profile_of("h100-pcie5"), shape_of("llama-3-8b"), config, done.append)
     return result, done

@@ -24,7 +24,7 @@ from superinfer.runtime.sim.executor import SimExecutor
 from superinfer.runtime.sim.hardware import PROFILES, profile_of
 from superinfer.runtime.sim.report import Point, plot
 from superinfer.runtime.sim.shapes import SHAPES, shape_of
-from superinfer.runtime.sim.simulate import SimConfig, kv_room, simulate
+from superinfer.runtime.sim.simulate import HostTimes, Passed, SimConfig, kv_room, simulate
 from superinfer.runtime.sim.workload import Job, lognormal, make_jobs
 from superinfer.runtime.slo import SLO
 
@@ -57,9 +57,73 @@ def test_with_two_steps_in_flight_time_is_the_same_for_one_request():
 def test_a_step_planned_late_has_who_came_meanwhile():
     jobs = [job(0.0, 500, 200), job(0.5001, 500, 20, 1)]
     at_once, late = (
-        simulate(jobs, H100, LLAMA, SimConfig(depth=2, way_s=0.0, ready_s=ready_s)) for ready_s in (None, 1e-4)
+        simulate(jobs, H100, LLAMA, SimConfig(depth=2, way_s=0.0, plan_late=late)) for late in (False, True)
     )
     assert late.ttft.p99 < at_once.ttft.p99 - 0.5 * RATES.seconds(StepLoad(1, 1, 500, 0.0))
+
+
+def test_while_a_long_step_is_launched_the_tokens_of_the_one_before_it_wait():
+    # Two prompts of more tokens than graphs take: the second comes while the first one decodes.
+    jobs = [job(0.0, 3000, 40), job(0.2, 3000, 2, 1)]
+    quick, slow = (
+        simulate(jobs, H100, LLAMA, SimConfig(depth=2, host=HostTimes(eager_s=eager_s))) for eager_s in (0.0, 0.03)
+    )
+    assert slow.duration == pytest.approx(quick.duration, abs=1e-9)  # the device works meanwhile
+    gap = RATES.seconds(StepLoad(1, 1, 3010, 0.0))
+    assert quick.tbt.p50 == pytest.approx(gap, rel=0.02)
+    assert slow.tbt.p99 < quick.tbt.p99 - 0.004  # told late, so that the next one seems to come sooner
+    late = simulate(jobs, H100, LLAMA, SimConfig(depth=2, host=HostTimes(chunks_s=0.03)))
+    assert late.duration > quick.duration + 0.03  # the first prompt's step could not begin sooner
+    assert late.ttft.mean > quick.ttft.mean + 0.015
+
+
+def test_the_host_is_waited_for_where_a_step_is_shorter_than_what_it_takes():
+    host = HostTimes(plan_s=0.004, decodes_s=0.004, commit_s=0.004)
+    result = simulate([job(0.0, 100, 50)], H100, LLAMA, SimConfig(depth=2, host=host))
+    assert result.tpot.mean == pytest.approx(0.012, rel=0.05)
+    assert RATES.seconds(StepLoad(1, 1, 150, 0.0)) < 0.008
+
+
+def test_who_comes_while_the_host_sleeps_counts_from_then():
+    # Nothing to do but the first one's decodes: the host sleeps in each, and the second comes in one.
+    jobs = [job(0.0, 500, 200), job(0.5001, 500, 20, 1)]
+    arrivals = []
+    config = SimConfig(depth=2, way_s=0.0, plan_late=True)
+    simulate(jobs, H100, LLAMA, config, lambda sequence: arrivals.append((sequence.id, sequence.arrival)))
+    assert dict(arrivals)[1] == pytest.approx(0.5001, abs=1e-9)
+
+
+def test_steps_spread_around_the_profile_and_the_same_seed_draws_the_same():
+    jobs = [job(0.01 * at, 200, 60, at) for at in range(30)]
+    even, one, same, other = (
+        simulate(jobs, H100, LLAMA, SimConfig(depth=2, spread=spread, spread_seed=seed))
+        for spread, seed in ((0.0, 0), (0.05, 0), (0.05, 0), (0.05, 1))
+    )
+    assert one.duration == same.duration != other.duration
+    assert one.duration == pytest.approx(even.duration, rel=0.02)
+    assert even.cost_error.p90 < 1e-9 and 0.02 < one.cost_error.median < 0.06
+
+
+def test_what_the_scheduler_believes_of_a_machine_is_not_what_the_machine_does():
+    slow = H100._replace(efficiency=H100.efficiency._replace(matmul=0.02))
+    rota, promise = SimConfig(policy="rota"), SLO(ttft=1.0, tbt=0.05)
+    known, believed = (simulate([job(0.0, 1000, 50)], H100, LLAMA, rota, None, seen) for seen in (None, slow))
+    assert believed.duration == pytest.approx(known.duration)
+    jobs = [job(0.01 * at, 1000, 50, at, promise) for at in range(20)]
+    known, believed = (simulate(jobs, H100, LLAMA, rota, None, seen) for seen in (None, slow))
+    assert believed.ttft.mean != pytest.approx(known.ttft.mean, rel=0.02)  # prompts are cut otherwise
+
+
+def test_runs_one_after_another_on_one_engine_are_counted_apart():
+    jobs = [job(0.0, 100, 10), job(0.0, 100, 10_000, 1), job(50.0, 100, 10, 2)]
+    ends = {}
+    result = simulate(
+        jobs, H100, LLAMA, SimConfig(leave_at=(1.0, 40.0)), lambda s: ends.update({s.id: s.finish_reason})
+    )
+    assert ends == {0: "length", 1: "cancelled", 2: "length"} and result.given_up == 1
+    first, second = result.passed
+    assert first == second == Passed(first.steps, 0, 0, 0) and first.steps > 10
+    assert result.steps == first.steps + 10
 
 
 def test_time_passes_while_nothing_is_to_do():
