@@ -34,7 +34,7 @@ def kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     norm = {**pointers(kind, "x", "residual", "weight", "out"), "floor": "*fp32"}
     norm |= numbers("heads", "size", "token_step", "head_step", "part_step")
     gate = {**pointers(kind, "gate_up", "out"), **numbers("size")}
-    rope = {**pointers(kind, "qkv", "cos", "sin", "q_out", "cache"), "places": "*i32"}
+    rope = {**pointers(kind, "qkv", "cos", "sin", "q_out", "cache", "rows_out"), "places": "*i32"}
     rope |= numbers("tokens", "page", "qkv_row", "block_step", "value_step", "offset_step", "part_step")
     heads = dict(SHARED=4, KV_HEADS=8, HEAD_DIM=128, HEADS_2=4)
     # In float32, products of 128 are compiled for seconds, and the decodes' have them.

@@ -274,7 +274,6 @@ class BatchScheduler(Results):
         """Let waiting sequences in, in order, while slots, blocks and the token budget last."""
         draft = self._draft
         admitted: list[Sequence] = []
-        whole = self._limits.max_batch_tokens - draft.decodes
         for sequence in islice(self._candidates(), MAX_LOOKED_AT):
             if draft.budget <= 0 or not self._free_slots:
                 break
@@ -283,6 +282,7 @@ class BatchScheduler(Results):
             path = self._cached_path(sequence)
             if sequence.table is None and self._kv.is_being_computed(sequence.tokens, sequence.salt, path):
                 continue  # its next block is on its way: share it rather than compute it twice
+            whole = self._limits.max_batch_tokens - len(self._running)  # what the next step has for prompts at least
             if draft.budget < LEAST_LEFT * whole and draft.budget < self._missing(sequence, path) <= whole:
                 break
             if not self._leaves_room(sequence, path) or not self._reserve(sequence, path):
