@@ -11,9 +11,11 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, TypeVar
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import msgspec
+from yarl import URL
 
 from superinfer.errors import (
     DeadlineMissedError,
@@ -133,11 +135,13 @@ class ServerWire:
         """base_url: up to /v1. timeout: seconds without a byte of an answer. max_retries: of a request that did not
         get through or was refused for the moment. connections: at a time."""
         self._base, self._retries = base_url.rstrip("/"), max_retries
+        proxy, proxy_auth = _proxy_of(self._base)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=connections, keepalive_timeout=_KEPT_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout),
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
-            trust_env=True,
+            proxy=proxy,
+            proxy_auth=proxy_auth,
             read_bufsize=1 << 20,
         )
 
@@ -203,6 +207,18 @@ class ServerWire:
     async def close(self) -> None:
         """Close all connections."""
         await self._session.close()
+
+
+def _proxy_of(base_url: str) -> tuple[URL | None, aiohttp.BasicAuth | None]:
+    """The proxy that the environment names for a server, and what it asks for. Looked up once: `trust_env` has aiohttp
+    do so for each request, on a thread, and read ~/.netrc on another."""
+    server = URL(base_url)
+    found = getproxies().get(server.scheme)
+    if found is None or proxy_bypass(server.host or ""):
+        return None, None
+    proxy = URL(found)
+    auth = aiohttp.BasicAuth(proxy.user, proxy.password or "") if proxy.user else None
+    return proxy.with_user(None), auth
 
 
 def _error(status: int, body: bytes) -> SuperinferError:

@@ -20,6 +20,7 @@ _SAFE_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD"}
 _SAFE_SPLITTERS = {"Split", "Digits", "Punctuation", "ByteLevel"}
 
 Encode = Callable[[str], list[int]]
+Known = Callable[[str], "list[int] | None"]
 
 
 class Segments:
@@ -35,8 +36,9 @@ class Segments:
         self._held = 0
         self._lock = threading.Lock()
 
-    def encode(self, text: str, encode: Encode) -> list[int]:
-        """The ids of `text`, by `encode` where a piece is new. Raises what that raises."""
+    def encode(self, text: str, encode: Encode, known: Known | None = None) -> list[int]:
+        """The ids of `text`, by `encode` where a piece is new. known: is asked first, for what stands before a special
+        token at which a piece ends. Raises what `encode` raises."""
         ids: list[int] = []
         at = seen = 0  # where the piece begins; up to where all tokens are found
         for found in self._first.finditer(text):
@@ -45,11 +47,24 @@ class Segments:
                 continue
             seen = begin + len(token)
             if self._tokens[token]:
+                if known is not None and begin > at and (found_ids := known(text[at:begin])) is not None:
+                    ids += found_ids
+                    at = begin
                 ids += self._piece(text[at:seen], encode)
                 at = seen
         if at < len(text):
             ids += self._piece(text[at:], encode)
         return ids
+
+    def rest(self, text: str) -> str | None:
+        """What stands behind the last special token at which a piece ends; None where there is none."""
+        at, seen = None, 0
+        for found in self._first.finditer(text):
+            begin = found.start()
+            if begin >= seen and (token := self._token_at(text, begin)) is not None:
+                seen = begin + len(token)
+                at = seen if self._tokens[token] else at
+        return text[at:] if at is not None else None
 
     def _token_at(self, text: str, begin: int) -> str | None:
         for length in self._lengths:

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 
 from superinfer.errors import InvalidRequestError, ModelLoadError
-from superinfer.runtime.segments import segments_of
+from superinfer.runtime.segments import Known, segments_of
 
 ChatMessage = dict[str, Any]
 
@@ -60,15 +60,20 @@ class Tokenizer:
         """Whether the chat template mentions tools at all; one that does not would drop them in silence."""
         return "tools" in self.chat_template
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
+    def encode(self, text: str, *, special: bool = True, known: Known | None = None) -> list[int]:
         """Token ids of `text`. `special`: add what the model wants around a prompt (a BOS, say); a rendered chat
-        template already holds it, so pass False there."""
+        template already holds it, so pass False there. known: tokens of texts between special tokens, where they are
+        not to be the tokenizer's own; not asked where texts cannot be cut at these."""
         try:
             if self._segments is not None and not special:
-                return self._segments.encode(text, self._plainly)
+                return self._segments.encode(text, self._plainly, known)
             return list(self._backend.encode(text, add_special_tokens=special).ids)
         except (TypeError, UnicodeEncodeError) as error:
             raise InvalidRequestError(f"prompt {text!r:.80} cannot be tokenized: {error}; give valid text") from error
+
+    def after_special(self, text: str) -> str | None:
+        """What stands behind the last special token that a text may be cut at; None where there is none."""
+        return self._segments.rest(text) if self._segments is not None else None
 
     def _plainly(self, text: str) -> list[int]:
         return list(self._backend.encode(text, add_special_tokens=False).ids)

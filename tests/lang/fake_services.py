@@ -27,6 +27,7 @@ class Service(ThreadingHTTPServer):
         self.key: str | None = None
         self.asked: list[dict[str, Any]] = []
         self.gone = 0
+        self.proxy_keys: set[str] = set()  # that it was shown as a proxy
 
     @property
     def url(self) -> str:
@@ -57,6 +58,8 @@ class Handler(BaseHTTPRequestHandler):
         if not self._may_come_in():
             return
         self.server.asked.append({"path": self.path, **body})
+        if (key := self.headers["Proxy-Authorization"]) is not None:
+            self.server.proxy_keys.add(key)
         if self.server.status != 200:
             return self._json(self.server.status, {"error": {"message": "no", "type": "x", "code": "x"}})
         self.send_response(200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from fake_services import Service, serving
 
 import superinfer as si
+from superinfer.lang.loop import language_loop
 from superinfer.runtime.launch import EngineProcess
 
 
@@ -459,6 +461,32 @@ def test_a_server_that_asks_for_a_key_is_given_it_or_says_so(service: Service) -
             assert chat.run("hi", backend=endpoint)["answer"] == "so it is"
     with pytest.raises(si.InvalidRequestError, match="asks for no key"):
         si.RuntimeEndpoint("ipc:///tmp/none.sock", api_key="secret")
+
+
+def test_a_server_is_reached_through_the_proxy_that_the_environment_names(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.owner = "superinfer"
+    for name in ("no_proxy", "NO_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", service.url.replace("//", "//someone:secret@"))
+    with si.RuntimeEndpoint("http://server.invalid:8000") as backend:
+        assert chat.run("hi", backend=backend)["answer"] == "so it is"
+    assert service.asked[0]["path"] == "http://server.invalid:8000/v1/chat/completions"
+    assert service.proxy_keys == {"Basic " + base64.b64encode(b"someone:secret").decode()}
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with si.RuntimeEndpoint(service.url) as backend:
+        assert chat.run("hi", backend=backend)["answer"] == "so it is"
+    assert service.asked[-1]["path"] == "/v1/chat/completions"
+
+
+def test_a_call_of_a_server_waits_for_no_thread(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight calls at once would wait for each other's: they all want the interpreter."""
+    with si.RuntimeEndpoint(server) as backend:
+        given: list[object] = []
+        monkeypatch.setattr(language_loop().loop, "run_in_executor", lambda *work: given.append(work))
+        chat.run("hi", backend=backend).text()
+    assert given == []
 
 
 def test_a_server_that_is_not_ours_is_no_runtime_endpoint(service: Service) -> None:

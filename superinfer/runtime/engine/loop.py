@@ -109,11 +109,7 @@ class EngineLoop:
         for client, message in self._door.receive(0):
             self._handle(client, message, self._read)
         self._read = time.monotonic()
-        wait_ms = self._poll_ms()
-        if wait_ms:
-            for client, message in self._door.receive(wait_ms):
-                self._handle(client, message, None)
-            self._read = time.monotonic()
+        self._wait()
         if self._door.orphaned:
             self.stop("the process that started it ended")
         self._see_to_clients()
@@ -130,10 +126,21 @@ class EngineLoop:
         if self._in_flight:
             self._end_step()
 
-    def _poll_ms(self) -> int:
+    def _wait(self) -> None:
+        """For messages, until there is something to do."""
         if self._compiling and not self._in_flight and self._num_live == len(self._compiling):
-            return COMPILING_POLL_MS
-        return round(self._put_off_s(time.monotonic()) * 1e3) if self._num_live else IDLE_POLL_MS
+            wait_ms = float(COMPILING_POLL_MS)
+        else:
+            wait_ms = self._put_off_s(time.monotonic()) * 1e3 if self._num_live else float(IDLE_POLL_MS)
+        if not wait_ms:
+            return
+        came = None
+        if wait_ms < 1.0:  # a poll waits for whole milliseconds: this is slept, and what comes meanwhile read after it
+            time.sleep(wait_ms / 1e3)
+            came = self._read
+        for client, message in self._door.receive(int(wait_ms)):
+            self._handle(client, message, came)
+        self._read = time.monotonic()
 
     def _put_off_s(self, now: float) -> float:
         """How long to wait for messages before it is looked again whether the next step is to be planned, because the

@@ -32,34 +32,44 @@ class Outgoing:
         self._roll: list[Sequence] = []  # whom `steady` was asked for last
         self._deltas: dict[Sequence, SequenceDelta] = {}  # theirs, but for paced ones'
         self._by_client: dict[bytes, list[SequenceDelta]] = {}  # the same
+        self._kept: list[tuple[int, _Paced]] = []  # the paced of them, by their places in the roll
 
     def steady(
         self, sequences: list[Sequence], tokens: list[int], now: float
     ) -> tuple[dict[bytes, list[SequenceDelta]], list[SequenceUpdate]]:
-        """Deltas by client of one new token for each of `sequences`, and updates of those that are paced.
+        """Deltas by client of one new token for each of `sequences`, and updates of those that are paced and whose
+        interval is over; of the other paced ones it is kept.
 
         They hold until the next call: encode them first. The quicker if `sequences` is the same list as last time.
         """
         if sequences is not self._roll:
             known, self._roll, self._deltas, self._by_client = self._deltas, sequences, {}, {}
-            for sequence in sequences:
-                if self._paced and sequence in self._paced:
+            self._kept = []
+            for at, sequence in enumerate(sequences):
+                if self._paced and (kept := self._paced.get(sequence)) is not None:
+                    self._kept.append((at, kept))
                     continue
                 delta = known.get(sequence)
                 if delta is None:
                     delta = SequenceDelta(request_id=sequence.request_id, index=sequence.index, token_ids=[0])
                 self._deltas[sequence] = delta
                 self._by_client.setdefault(sequence.owner, []).append(delta)
-        if len(self._deltas) == len(sequences):
+        if not self._kept:
             for delta, token in zip(self._deltas.values(), tokens, strict=True):
                 delta.token_ids[0] = token
             return self._by_client, []
+        if self._deltas:
+            for sequence, token in zip(sequences, tokens, strict=True):
+                if (delta := self._deltas.get(sequence)) is not None:
+                    delta.token_ids[0] = token
         paced = []
-        for sequence, token in zip(sequences, tokens, strict=True):
-            if sequence in self._deltas:
-                self._deltas[sequence].token_ids[0] = token
+        for at, kept in self._kept:
+            if kept.told < 0.0:
+                kept.told = now
+            if now - kept.told < kept.interval:
+                kept.token_ids.append(tokens[at])
             else:
-                paced.append(SequenceUpdate(sequence, [token], None, None))
+                paced.append(SequenceUpdate(sequences[at], [tokens[at]], None, None))
         return self._by_client, paced
 
     def pace(self, sequences: Iterable[Sequence], interval_s: float) -> None:

@@ -20,7 +20,7 @@ LEAST = 32  # steps of a kind to have seen before planning behind one is put off
 RARE = 64  # one step in so many may be wrong by more, or take the host longer, than what is allowed for
 LOOK_EVERY = 8  # steps: sorting takes the host 10 us
 SLACK_S = 3e-4  # for waking up, and for telling that a step has ended
-TICK_S = 1e-3  # a poll waits for whole milliseconds
+LEAST_S = 1e-4  # that are worth waiting: waking up takes half of it
 
 
 @dataclass(slots=True)
@@ -54,7 +54,7 @@ class PlanTiming:
         self._ended = 0
 
     def wait_s(self, now: float) -> float:
-        """How long to put off planning the next step: a whole number of `TICK_S`, 0.0 for not at all."""
+        """How long to put off planning the next step; 0.0 for not at all, else at least `LEAST_S`."""
         if not self._late or not self._running:
             return 0.0
         least = 0.0  # that the device has to do
@@ -64,11 +64,10 @@ class PlanTiming:
                 return 0.0
             least += expected * (1.0 - kind.error)
         spare = self._began + least - self._delay - SLACK_S - now
-        ticks = int(spare / TICK_S)
-        if ticks <= 0:
+        if spare < LEAST_S:
             return 0.0
-        self._put_off_to = now + ticks * TICK_S
-        return ticks * TICK_S
+        self._put_off_to = now + spare
+        return spare
 
     def submitted(self, expected_s: float, planned_at: float, now: float, waited_s: float = 0.0) -> None:
         """The device has a step more, which was planned from `planned_at` on. expected_s: what it is to take. waited_s:

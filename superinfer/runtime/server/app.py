@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -25,7 +26,7 @@ from superinfer.runtime.server.gate import Gate
 from superinfer.runtime.server.operations import add_operations, answered
 from superinfer.runtime.server.params import check_length, interval_of
 from superinfer.runtime.server.parsing.pieces import AnswerReader
-from superinfer.runtime.server.relay import ClientGone
+from superinfer.runtime.server.relay import ClientGone, Wrote
 from superinfer.runtime.server.report import Tally
 from superinfer.runtime.server.responses import RESPONSES_PASS, ResponsesRequest, ResponseStore, chat_of, items_of
 from superinfer.runtime.server.responses_answer import ResponsesWriter
@@ -86,9 +87,8 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         service.check_model(request.model)
         chat = await prepare_chat(http, service, request)
         writer = ChatWriter(request, text.tokenizer, chat.tally, chat.readers)
-        return await service.answer(
-            http, [chat.request], writer, stream=bool(request.stream), interval=interval_of(request)
-        )
+        stream, interval = bool(request.stream), interval_of(request)
+        return await service.answer(http, [chat.request], writer, stream=stream, interval=interval, wrote=chat.wrote)
 
     async def completions(http: Request) -> Response:
         request = schema.parse(await http.body(), CompletionRequest, schema.COMPLETION_PASS)
@@ -149,11 +149,12 @@ async def _scored(
 
 
 class Chat(NamedTuple):
-    """A chat request made ready: what to ask the engine, and a reader for each choice."""
+    """A chat request made ready: what to ask the engine, a reader for each choice, and who is told what was written."""
 
     request: TextRequest
     tally: Tally
     readers: list[AnswerReader]
+    wrote: Wrote
 
 
 async def prepare_chat(http: Request, service: Service, request: ChatRequest) -> Chat:
@@ -162,13 +163,14 @@ async def prepare_chat(http: Request, service: Service, request: ChatRequest) ->
     plan = tool_plan(request)
     sampling = sampling_of_chat(request, grammar_of_chat(request, plan))
     constrained = sampling.grammar is not None
-    prompt = await aside(http, prompt_of, request, plan, text.tokenizer, constrained=constrained)
+    prompt = await aside(http, prompt_of, request, plan, text.tokenizer, service.said, constrained=constrained)
     check_length("messages", len(prompt.ids), sampling, text.info)
     promise = service.promise(request, http)
     skip = not service.formats.sees_special(plan.names)
     asked = service.request(request, prompt.ids, sampling, promise, skip_special=skip)
     readers = [service.reader(plan, prompt.end, constrained=constrained) for _ in range(sampling.n)]
-    return Chat(asked, service.tally(http, sampling.n, sampling.n, promise), readers)
+    wrote = partial(service.said.note, asked.cache_salt, prompt.end)
+    return Chat(asked, service.tally(http, sampling.n, sampling.n, promise), readers, wrote)
 
 
 def _add_responses(app: FastAPI, service: Service) -> None:
@@ -188,7 +190,7 @@ def _add_responses(app: FastAPI, service: Service) -> None:
 
         kept = keep if request.store is not False and service.settings.responses_bytes else None
         writer = ResponsesWriter(request, service.text.tokenizer, chat.tally, chat.readers[0], kept)
-        return await service.answer(http, [chat.request], writer, stream=bool(request.stream))
+        return await service.answer(http, [chat.request], writer, stream=bool(request.stream), wrote=chat.wrote)
 
     app.add_route("/v1/responses", create, methods=["POST"])
 

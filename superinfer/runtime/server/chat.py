@@ -9,6 +9,7 @@ from superinfer.errors import UnsupportedError
 from superinfer.runtime.protocol import Grammar, SamplingParams
 from superinfer.runtime.server.errors import bad_request
 from superinfer.runtime.server.params import sampling_of
+from superinfer.runtime.server.said import LOOK_BACK, Said
 from superinfer.runtime.server.schema import ChatRequest, FunctionCall, Message
 from superinfer.runtime.server.structured import ToolPlan
 from superinfer.runtime.tokenization import ChatMessage, Tokenizer
@@ -35,16 +36,20 @@ def sampling_of_chat(request: ChatRequest, grammar: Grammar | None = None) -> Sa
 
 
 class ChatPrompt(NamedTuple):
-    """Token ids of the rendered messages, and the end of their text: it may have opened the reasoning."""
+    """Token ids of the rendered messages, and the end of their text, where the template opens the answer."""
 
     ids: list[int]
     end: str
 
 
-def prompt_of(request: ChatRequest, plan: ToolPlan, tokenizer: Tokenizer, *, constrained: bool) -> ChatPrompt:
-    """The prompt. Raises like `rendered`."""
+def prompt_of(
+    request: ChatRequest, plan: ToolPlan, tokenizer: Tokenizer, said: Said | None, *, constrained: bool
+) -> ChatPrompt:
+    """The prompt. said: what the model answered before; None: all of it in the tokenizer's own tokens. Raises like
+    `rendered`."""
     text = rendered(request, plan, tokenizer, constrained=constrained)
-    return ChatPrompt(tokenizer.encode(text, special=False), text[-32:])
+    ids = said.encode(text, request.cache_salt or "") if said is not None else tokenizer.encode(text, special=False)
+    return ChatPrompt(ids, text[-LOOK_BACK:])
 
 
 def rendered(request: ChatRequest, plan: ToolPlan, tokenizer: Tokenizer, *, constrained: bool) -> str:

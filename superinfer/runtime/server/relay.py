@@ -12,6 +12,7 @@ client is slow go through `get`, so that there is one order and one end.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -23,6 +24,9 @@ from superinfer.runtime.protocol import Generate, SequenceDelta
 from superinfer.runtime.text import SequenceReader, TextClient, TextDelta, TextRequest
 
 MERGE_AT = 64  # deltas held unmerged
+
+# Called with the tokens that a model wrote and the text that the client was given of them.
+Wrote = Callable[[list[int], str], object]
 
 
 class ClientGone(Exception):
@@ -71,25 +75,35 @@ class Feed:
         eager: bool,
         outbox: Outbox | None = None,
         interval: float = 0.0,
+        wrote: Wrote | None = None,
     ) -> None:
         """`eager`: give out deltas as they come, rather than when something has ended. `outbox`: the server's.
-        `interval`: seconds for which they are gathered first; none where there are stop strings to look for."""
+        `interval`: seconds for which they are kept first; none where there are stop strings to look for.
+        `wrote`: called soon after a choice has ended."""
         self._text = text
         self._outbox = outbox or Outbox()
+        stops = any(request.stop for request in requests)
+        self._eager = eager or stops
+        self._interval = 0.0 if stops else interval
         self._wires = [text.wire(request) for request in requests]
+        # What nobody wants yet the engine need not send, step by step. Several continuations it would tell of at
+        # different times: pieces of these are gathered here.
+        if not self._eager or (self._interval and sum(request.sampling.n for request in requests) == 1):
+            kept_s = self._interval if self._eager else math.inf
+            self._wires = [msgspec.structs.replace(wire, interval_s=kept_s) for wire in self._wires]
+            self._interval = 0.0
         self._readers = [reader for request in requests for reader in text.readers(request)]
         self._owner = [at for at, request in enumerate(requests) for _ in range(request.sampling.n)]
         self._first = [self._owner.index(at) for at in range(len(requests))]
         self._open = [request.sampling.n for request in requests]
-        stops = any(request.stop for request in requests)
-        self._eager = eager or stops
-        self._interval = 0.0 if stops else interval
         self._gathering: asyncio.TimerHandle | None = None
         self._is_due = not self._interval  # whether what is pending may go
         self.straight: Straight | None = None
         self._flush_is_due = False
         self._pending: list[tuple[int, SequenceDelta]] = []
         self._merge_at = MERGE_AT
+        self._wrote = wrote
+        self._written: dict[int, tuple[list[int], list[str]]] = {}  # tokens and text of each choice, for `wrote`
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -209,11 +223,22 @@ class Feed:
         reader: SequenceReader = self._readers[choice]
         was_stopped = reader.stopped_by is not None
         out = reader.read(delta)
+        if self._wrote is not None:
+            self._note(choice, delta, out, self._wrote)
         if reader.stopped_by is not None and not was_stopped and delta.finish_reason is None:
             self._text.client.cancel(self._wire_of(choice).request_id, delta.index)  # its last delta has the report
         if out is None or out.index == choice:
             return out
         return TextDelta(choice, out.text, out.token_ids, out.logprobs, out.finish_reason, out.stop, out.report)
+
+    def _note(self, choice: int, delta: SequenceDelta, out: TextDelta | None, wrote: Wrote) -> None:
+        ids, texts = self._written.setdefault(choice, ([], []))
+        ids += delta.token_ids
+        if out is not None:
+            texts.append(out.text)
+        if delta.finish_reason in ("stop", "length"):
+            kept = ids[:-1] if delta.finish_reason == "stop" else ids  # the token that ended it is no part of it
+            asyncio.get_running_loop().call_soon(wrote, kept, "".join(texts))  # the answer goes first
 
     def _wire_of(self, choice: int) -> Generate:
         return self._wires[self._owner[choice]]

@@ -16,8 +16,9 @@ from superinfer.runtime.server.params import check_ids, stop_of
 from superinfer.runtime.server.parsing.families import formats_of
 from superinfer.runtime.server.parsing.pieces import AnswerReader
 from superinfer.runtime.server.promises import Promise, Promised, Promises
-from superinfer.runtime.server.relay import Feed, Outbox
+from superinfer.runtime.server.relay import Feed, Outbox, Wrote
 from superinfer.runtime.server.report import Tally
+from superinfer.runtime.server.said import Said
 from superinfer.runtime.server.schema import Common
 from superinfer.runtime.server.settings import ServerSettings
 from superinfer.runtime.server.stream import EventStream, Writer, collect, watched
@@ -40,6 +41,7 @@ class Service:
         self.model = settings.model_name or text.info.model
         self.promises = Promises(settings)
         self.metrics = Metrics(self.model)
+        self.said = Said(text.tokenizer)
         self._outbox = Outbox()
         self._tracer = tracer_to(settings.otlp_endpoint, self.model) if settings.otlp_endpoint else None
         self.formats = formats_of(
@@ -112,26 +114,33 @@ class Service:
         )
 
     async def answer(
-        self, http: Request, requests: list[TextRequest], writer: Writer, *, stream: bool, interval: float = 0.0
+        self,
+        http: Request,
+        requests: list[TextRequest],
+        writer: Writer,
+        *,
+        stream: bool,
+        interval: float = 0.0,
+        wrote: Wrote | None = None,
     ) -> Response:
-        """Run the requests and answer. An error before the first token has its HTTP status, in a stream too. interval:
-        see Feed."""
+        """Run the requests and answer. An error before the first token has its HTTP status, in a stream too. interval,
+        wrote: see Feed."""
         if not stream:
-            return json_response(writer.whole(await self.results(http, requests)))
-        feed, first = await self.begin(http, requests, interval)
+            return json_response(writer.whole(await self.results(http, requests, wrote)))
+        feed, first = await self.begin(http, requests, interval, wrote)
         return EventStream(feed, first, writer, write_timeout=self.settings.write_timeout_s)
 
-    async def results(self, http: Request, requests: list[TextRequest]) -> list[TextResult]:
+    async def results(self, http: Request, requests: list[TextRequest], wrote: Wrote | None = None) -> list[TextResult]:
         """All choices, finished."""
-        with Feed(self.text, requests, eager=False) as feed, watched(http.scope, http.receive, feed.leave):
+        with Feed(self.text, requests, eager=False, wrote=wrote) as feed, watched(http.scope, http.receive, feed.leave):
             await feed.start()
             return await collect(feed, sum(request.sampling.n for request in requests))
 
     async def begin(
-        self, http: Request, requests: list[TextRequest], interval: float = 0.0
+        self, http: Request, requests: list[TextRequest], interval: float = 0.0, wrote: Wrote | None = None
     ) -> tuple[Feed, list[TextDelta]]:
         """A started feed, and what came first."""
-        feed = Feed(self.text, requests, eager=True, outbox=self._outbox, interval=interval)
+        feed = Feed(self.text, requests, eager=True, outbox=self._outbox, interval=interval, wrote=wrote)
         try:
             with watched(http.scope, http.receive, feed.leave):
                 await feed.start()

@@ -66,7 +66,7 @@ def tokenize(request: TokenizeRequest, tokenizer: Tokenizer, info: ModelInfo) ->
             continue_final_message=request.continue_final_message,
             chat_template_kwargs=request.chat_template_kwargs,
         )
-        ids = prompt_of(chat, tool_plan(chat), tokenizer, constrained=False).ids
+        ids = prompt_of(chat, tool_plan(chat), tokenizer, None, constrained=False).ids
     pieces = [tokenizer.decode([token_id], skip_special=False) for token_id in ids]
     return TokenizeAnswer(len(ids), info.max_model_len, ids, pieces if request.return_token_strs else None)
 

@@ -163,18 +163,19 @@ def test_deltas_that_are_used_again_hold_what_is_new(paced):
     if paced:
         outgoing.pace(sequences[1:2], 5.0)
 
-    def told(whom: list[Sequence], tokens: list[int]) -> tuple[dict, list]:
-        by_client, kept = outgoing.steady(whom, tokens, 0.0)
+    def told(whom: list[Sequence], tokens: list[int], now: float = 0.0) -> tuple[dict, list]:
+        by_client, due = outgoing.steady(whom, tokens, now)
         deltas = {
             client: [(delta.request_id, list(delta.token_ids)) for delta in deltas]
             for client, deltas in by_client.items()
         }
-        return deltas, [(update.sequence.id, update.token_ids) for update in kept]
+        return deltas, [(update.sequence.id, outgoing.all_of(update)[0]) for update in due]
 
     r1 = [] if paced else [("r1", [2])]
     assert told(sequences, [1, 2, 3, 4]) == (
         {b"a": [("r0", [1]), ("r2", [3])], b"b": [*r1, ("r3", [4])]},
-        [(1, [2])] if paced else [],
+        [],
     )
-    assert told(sequences, [5, 6, 7, 8])[0][b"a"] == [("r0", [5]), ("r2", [7])]
-    assert told(sequences[2:], [9, 10]) == ({b"a": [("r2", [9])], b"b": [("r3", [10])]}, [])
+    assert told(sequences, [5, 6, 7, 8], 4.9)[0][b"a"] == [("r0", [5]), ("r2", [7])]
+    assert told(sequences[2:], [9, 10], 4.9) == ({b"a": [("r2", [9])], b"b": [("r3", [10])]}, [])
+    assert told(sequences[:2], [11, 12], 5.0)[1] == ([(1, [2, 6, 12])] if paced else []), "what was kept comes with it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,18 +142,41 @@ async def test_deltas_go_straight_once_the_reader_waits(tokenizer: Tokenizer) ->
 async def test_within_an_interval_pieces_are_gathered_and_the_end_is_not_kept_back(tokenizer: Tokenizer) -> None:
     door = Door()
     text = TextClient(door, tokenizer)  # type: ignore[arg-type]
-    with Feed(text, [TextRequest(prompt=[3])], eager=True, interval=0.02) as feed:
+    two = TextRequest(prompt=[3], sampling=SamplingParams(n=2))
+    with Feed(text, [two], eager=True, interval=0.02) as feed:
         await feed.start()
         for _ in range(3):
             door.say(0, 0, "ab")
             await asyncio.sleep(0)
         assert [d.text for d in await asyncio.wait_for(feed.get(), 10)] == ["ababab"]
-    with Feed(text, [TextRequest(prompt=[3])], eager=True, interval=3600.0) as feed:
+    with Feed(text, [two], eager=True, interval=3600.0) as feed:
         await feed.start()
         door.say(1, 0, "ab")
         door.say(1, 0, "c", last=True)
         assert [d.text for d in await asyncio.wait_for(feed.get(), 10)] == ["abc"]
+        door.say(1, 1, "d", last=True)
+        assert [d.text for d in await asyncio.wait_for(feed.get(), 10)] == ["d"]
         assert await feed.get() == []
+
+
+async def test_the_engine_keeps_back_what_nobody_wants_yet(tokenizer: Tokenizer) -> None:
+    one, two = TextRequest(prompt=[3]), TextRequest(prompt=[3], sampling=SamplingParams(n=2))
+    stopped = TextRequest(prompt=[3], stop=("cd",))
+    wanted: list[tuple[TextRequest, bool, float, float]] = [
+        (one, True, 0.02, 0.02), (one, True, 0.0, 0.0), (one, False, 0.0, math.inf),
+        (two, True, 0.02, 0.0), (two, False, 0.0, math.inf),
+        (stopped, True, 0.02, 0.0), (stopped, False, 0.0, 0.0),
+    ]  # fmt: skip
+    for request, eager, interval, kept in wanted:
+        door = Door()
+        text = TextClient(door, tokenizer)  # type: ignore[arg-type]
+        with Feed(text, [request], eager=eager, interval=interval) as feed:
+            await feed.start()
+            assert door.requests[0][0].interval_s == kept, (request, eager, interval)
+    with Feed(text, [one], eager=True, interval=3600.0) as feed:
+        await feed.start()
+        door.say(1, 0, "ab")  # the engine's interval is over
+        assert [d.text for d in await asyncio.wait_for(feed.get(), 10)] == ["ab"]
 
 
 async def test_what_a_slow_client_has_not_read_is_merged_not_queued(tokenizer: Tokenizer) -> None:
