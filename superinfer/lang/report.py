@@ -20,7 +20,8 @@ class CallReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     planned_s: the deadline that was sent instead, so that what must follow has its time; None: the promised one was.
     started_s: after the program began.
     queue_s, prefill_s, rotated_s, copy_wait_s, preempted_s, decode_s: the engine's own account (see RequestReport).
-    client_s: the rest of e2e_s, spent outside the engine.
+    client_s: the rest of e2e_s, spent outside the engine; 0 where the engine counts more than that, for it counts a
+        request from when it may have come at the earliest.
     met: None where nothing was promised. why: what cost most when late (slo.why_late_at_client), "budget" where nothing
         was left to begin with, "error" where the call failed.
     error: type and text of what ended the call, "" for none.
@@ -194,7 +195,7 @@ class CallWatch:
             max_tbt_s=max(gaps, default=None),
             output_tokens=self._output_tokens(),
             **{field: getattr(engine, field) for _, field in _STAGES[:-1] if engine is not None},
-            client_s=e2e - engine.e2e_s if engine else None,
+            client_s=max(0.0, e2e - engine.e2e_s) if engine else None,
             met=met,
             why=why if met is False else "",
             finish_reason=finish_reason,

@@ -75,7 +75,10 @@ def test_a_program_runs_the_same_twice_and_reports_its_calls(endpoint: RuntimeEn
     assert meta["cached_tokens"] > 0
     report = once.slo_report()
     assert [row.call for row in report.rows] == ["answer", "more", "more", "choice"] and report.met
-    assert all(row.queue_s is not None and row.e2e_s >= row.queue_s + row.prefill_s for row in report.rows)
+    # What waits for the step under way counts from the earliest that it may have come: before it was sent, perhaps.
+    for row in report.rows:
+        assert row.queue_s is not None and row.queue_s >= 0.0 and row.client_s is not None and row.client_s >= 0.0
+        assert row.prefill_s is not None and row.decode_s is not None and row.e2e_s >= row.prefill_s + row.decode_s
 
 
 def test_select_scores_as_the_engine_does(endpoint: RuntimeEndpoint) -> None:
@@ -111,7 +114,8 @@ def test_select_computes_the_shared_prompt_once(
     # Of each choice: its own tokens, what of the prompt fills no block, and for some methods itself without the prompt.
     tails = sum(len(choice) * 2 + page for choice in choices)
     assert length <= computed <= length + tails < 2 * length + tails < now.prompt_tokens - before.prompt_tokens
-    assert now.steps - before.steps <= 2 + len(choices)  # rounds: the prompt, then the choices as they come in
+    # Rounds: the prompt, then the choices, with and without it, as they come in.
+    assert now.steps - before.steps <= 2 + 2 * len(choices)
 
 
 def test_200_programs_at_once_on_one_connection(endpoint: RuntimeEndpoint) -> None:
