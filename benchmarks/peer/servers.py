@@ -16,6 +16,7 @@ from arms import Arm, Sizes, command_of, environment_of
 
 STOP_S = 20.0  # for an orderly end, then it is killed
 _COUNTER = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{[^}]*\})? (\S+)$")
+_GAUGE = re.compile(r"^# TYPE (\S+) gauge$", re.MULTILINE)
 _NO_COUNTS = ("_bucket", "_created", "http_", "python_", "process_")
 
 
@@ -71,14 +72,8 @@ class Server:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def counters(self) -> dict[str, float]:
-        """The server's own counters and gauges, summed over labels. Empty where it tells none."""
-        found: dict[str, float] = {}
-        for line in (self._get("/metrics") or "").splitlines():
-            match = _COUNTER.match(line)
-            if match and not any(part in match[1] for part in _NO_COUNTS):
-                with contextlib.suppress(ValueError):
-                    found[match[1]] = found.get(match[1], 0.0) + float(match[2])
-        return found
+        """The server's own counters, summed over labels. Empty where it tells none."""
+        return counted(self._get("/metrics") or "")
 
     def _get(self, path: str) -> str | None:
         """None: no answer, or not a good one."""
@@ -111,6 +106,19 @@ class Server:
         except ProcessLookupError:
             return False
         return True
+
+
+def counted(metrics: str) -> dict[str, float]:
+    """What metrics in Prometheus' text format have counted, summed over labels. A gauge says nothing of a stretch of
+    time, whose end is not its beginning and something more."""
+    found: dict[str, float] = {}
+    gauges = set(_GAUGE.findall(metrics))
+    for line in metrics.splitlines():
+        match = _COUNTER.match(line)
+        if match and match[1] not in gauges and not any(part in match[1] for part in _NO_COUNTS):
+            with contextlib.suppress(ValueError):
+                found[match[1]] = found.get(match[1], 0.0) + float(match[2])
+    return found
 
 
 def moved(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:

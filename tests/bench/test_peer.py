@@ -43,6 +43,20 @@ def test_all_arms_of_a_pool_have_the_same_bytes_of_kv():
             assert any(tier in part for part in command) == arm.dram, arm.name
 
 
+def test_what_a_server_counts_is_told_and_what_it_gauges_is_not():
+    from servers import counted, moved
+
+    metrics = """# HELP s:steps_total Steps.
+# TYPE s:steps_total counter
+s:steps_total{engine="0"} %d
+s:steps_total{engine="1"} 2
+# TYPE s:step_seconds_mean gauge
+s:step_seconds_mean %f
+"""
+    before, after = counted(metrics % (1, 0.02)), counted(metrics % (5, 0.01))
+    assert before == {"s:steps_total": 3.0} and moved(before, after) == {"s:steps_total": 4.0}
+
+
 def test_servers_share_a_gpu_only_where_its_memory_holds_them():
     from arms import Sizes
     from schedule import SCHEDULES, together
