@@ -27,8 +27,9 @@ from sim_steps import efficiency_of, fit, seed_of
 from superinfer.runtime.scheduler.cost import StepLoad, StepRates
 from superinfer.runtime.scheduler.sequence import Sequence
 from superinfer.runtime.sim.hardware import HardwareProfile, profile_of
+from superinfer.runtime.sim.result import SimResult
 from superinfer.runtime.sim.shapes import shape_of
-from superinfer.runtime.sim.simulate import SimConfig, SimResult, simulate
+from superinfer.runtime.sim.simulate import SimConfig, simulate
 from superinfer.runtime.sim.workload import Job, make_jobs
 
 SHAPE = shape_of("llama-3-8b")

@@ -16,8 +16,9 @@ from sim_rows import commit, draw, kept_rows
 
 from superinfer.runtime.sim.hardware import profile_of
 from superinfer.runtime.sim.report import Point, plot_residency
+from superinfer.runtime.sim.result import SimResult
 from superinfer.runtime.sim.shapes import shape_of
-from superinfer.runtime.sim.simulate import SimConfig, SimResult, simulate
+from superinfer.runtime.sim.simulate import SimConfig, simulate
 from superinfer.runtime.sim.workload import make_jobs
 from superinfer.runtime.slo import SLO
 

@@ -16,8 +16,9 @@ from typing import Any
 from record import write
 
 from superinfer.runtime.sim.hardware import profile_of
+from superinfer.runtime.sim.result import SimResult
 from superinfer.runtime.sim.shapes import shape_of
-from superinfer.runtime.sim.simulate import SimConfig, SimResult, simulate
+from superinfer.runtime.sim.simulate import SimConfig, simulate
 from superinfer.runtime.sim.workload import Job, make_jobs
 from superinfer.runtime.slo import SLO
 

@@ -24,8 +24,9 @@ from record import RESULTS, write
 
 from superinfer.runtime.scheduler.sequence import Sequence
 from superinfer.runtime.sim.hardware import Efficiency, HardwareProfile, profile_of
+from superinfer.runtime.sim.result import Passed
 from superinfer.runtime.sim.shapes import ModelShape, shape_of
-from superinfer.runtime.sim.simulate import HostTimes, Passed, SimConfig, simulate
+from superinfer.runtime.sim.simulate import HostTimes, SimConfig, simulate
 from superinfer.runtime.sim.workload import Job, make_jobs
 from superinfer.runtime.slo import SLO
 

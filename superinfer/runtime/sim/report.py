@@ -11,7 +11,7 @@ import msgspec
 from rich.table import Table
 
 from superinfer.errors import UnsupportedError
-from superinfer.runtime.sim.simulate import Movement, SimResult
+from superinfer.runtime.sim.result import Movement, SimResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,8 +21,9 @@ from superinfer.runtime.launch import launch_engine
 from superinfer.runtime.protocol import Generate, SamplingParams
 from superinfer.runtime.scheduler.sequence import Sequence
 from superinfer.runtime.sim.hardware import profile_of
+from superinfer.runtime.sim.result import SimResult
 from superinfer.runtime.sim.shapes import shape_of
-from superinfer.runtime.sim.simulate import SimConfig, SimResult, simulate
+from superinfer.runtime.sim.simulate import SimConfig, simulate
 from superinfer.runtime.sim.workload import Job, make_jobs
 from superinfer.runtime.slo import SLO
 

@@ -11,8 +11,9 @@ from superinfer.runtime.kv.link_profile import LinkProfile
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.registry import build_scheduler
 from superinfer.runtime.sim.hardware import profile_of
+from superinfer.runtime.sim.result import SimResult
 from superinfer.runtime.sim.shapes import shape_of
-from superinfer.runtime.sim.simulate import SimConfig, SimResult, simulate
+from superinfer.runtime.sim.simulate import SimConfig, simulate
 from superinfer.runtime.sim.workload import Job
 
 LLAMA = shape_of("llama-3-8b")

@@ -22,8 +22,9 @@ from superinfer.runtime.scheduler.plan import StepResult
 from superinfer.runtime.scheduler.registry import build_scheduler
 from superinfer.runtime.scheduler.sequence import Sequence, Status
 from superinfer.runtime.sim.hardware import profile_of
+from superinfer.runtime.sim.result import SimResult
 from superinfer.runtime.sim.shapes import shape_of
-from superinfer.runtime.sim.simulate import SimConfig, SimResult, simulate
+from superinfer.runtime.sim.simulate import SimConfig, simulate
 from superinfer.runtime.sim.workload import Job, lognormal, make_jobs
 from superinfer.runtime.slo import SLO
 

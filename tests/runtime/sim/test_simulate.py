@@ -23,8 +23,9 @@ from superinfer.runtime.sim.command import parse_slos
 from superinfer.runtime.sim.executor import SimExecutor
 from superinfer.runtime.sim.hardware import PROFILES, profile_of
 from superinfer.runtime.sim.report import Point, plot
+from superinfer.runtime.sim.result import Passed
 from superinfer.runtime.sim.shapes import SHAPES, shape_of
-from superinfer.runtime.sim.simulate import HostTimes, Passed, SimConfig, kv_room, simulate
+from superinfer.runtime.sim.simulate import HostTimes, SimConfig, kv_room, simulate
 from superinfer.runtime.sim.workload import Job, lognormal, make_jobs
 from superinfer.runtime.slo import SLO
 
