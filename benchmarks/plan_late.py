@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 from record import write
+from timed_device import TimedDevice
 
 from superinfer.runtime.client import AsyncEngineClient, new_request_id
 from superinfer.runtime.engine.executor import ExecutorLimits
@@ -28,42 +29,26 @@ from superinfer.runtime.kv.duplex import build_cache
 from superinfer.runtime.protocol import Generate, ModelInfo, SamplingParams
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepCost, StepRates
-from superinfer.runtime.scheduler.plan import StepPlan, StepResult
+from superinfer.runtime.scheduler.plan import StepPlan
 from superinfer.runtime.scheduler.registry import build_scheduler
-from superinfer.runtime.sim.executor import SimExecutor
 
 LIMITS = ExecutorLimits(num_blocks=30_000, page_size=16, num_slots=256, max_model_len=8192, vocab_size=100)
 RATES = StepRates(5e-3, 0.0, 0.0, 2e-5, 5e-8, 1e-9, 1e-5, 1e-3)
 
 
-class Device(SimExecutor):
-    """Two steps under way, on this machine's clock."""
+class Device(TimedDevice):
+    """live: requests that are under way. idle_s: for how long it had nothing to do meanwhile."""
 
     def __init__(self) -> None:
-        super().__init__(RATES, LIMITS, depth=2)
+        super().__init__(RATES, LIMITS, spread=0.02)
         self.live = 0
         self.idle_s = 0.0
-        self._rng = random.Random(1)
 
     def submit(self, plan: StepPlan) -> None:
         """See Executor."""
-        self.now = time.monotonic()
         if self.free_at and self.live:
-            self.idle_s += max(0.0, self.now - self.free_at)
-        off = self._rng.gauss(1.0, 0.02)
-        self.rates = RATES._replace(dense_s=RATES.dense_s * off, token_s=RATES.token_s * off)
+            self.idle_s += max(0.0, time.monotonic() - self.free_at)
         super().submit(plan)
-
-    @property
-    def busy(self) -> bool:
-        """See Executor."""
-        return time.monotonic() < self.free_at
-
-    def collect(self) -> StepResult:
-        """See Executor."""
-        result = super().collect()
-        time.sleep(max(0.0, self.last.end - time.monotonic()))
-        return result
 
 
 def measure(late: bool, rate: float, seconds: float) -> dict[str, Any]:

@@ -20,9 +20,7 @@ import asyncio
 import itertools
 import json
 import random
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +30,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from programs_overhead import started
 from record import write
+from timed_device import TimedDevice
 
 from superinfer.bench.program_texts import SIZES, TOOL_S, Texts
 from superinfer.bench.shapes import write_shape
@@ -45,9 +45,8 @@ from superinfer.runtime.kv.duplex import build_cache
 from superinfer.runtime.protocol import Deltas, Generate, Message, ModelInfo, ToEngine
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepCost, StepRates
-from superinfer.runtime.scheduler.plan import StepPlan, StepResult
+from superinfer.runtime.scheduler.plan import StepResult
 from superinfer.runtime.scheduler.registry import build_scheduler
-from superinfer.runtime.sim.executor import SimExecutor
 from superinfer.runtime.sim.hardware import profile_of
 from superinfer.runtime.sim.shapes import SHAPES
 
@@ -60,24 +59,14 @@ WORDS = "10000-100000"  # ids that are words of the benchmarks' tokenizer, whate
 RATES = StepRates.seed(profile_of("h200-pcie5"), SHAPES[MODEL])._replace(pieces_s=1.3e-3)
 
 
-class Device(SimExecutor):
-    """Two steps under way, on this machine's clock, give or take 1 %. It samples by chance.
-
-    busy_s: its time so far.
-    """
+class Device(TimedDevice):
+    """Samples by chance. busy_s: its time so far."""
 
     def __init__(self, ids: str) -> None:
-        super().__init__(RATES, LIMITS, depth=2)
+        super().__init__(RATES, LIMITS, spread=0.01)
         self.busy_s = 0.0
         self._ids = [int(end) for end in ids.split("-")]
         self._rng = np.random.default_rng(1)
-
-    def submit(self, plan: StepPlan) -> None:
-        """See Executor."""
-        self.now = time.monotonic()
-        off = self._rng.normal(1.0, 0.01)
-        self.rates = RATES._replace(dense_s=RATES.dense_s * off, token_s=RATES.token_s * off)
-        super().submit(plan)
 
     def collect(self) -> StepResult:
         """See Executor."""
@@ -85,7 +74,6 @@ class Device(SimExecutor):
         self.busy_s += self.last.compute_s
         for slot in result.tokens:
             result.tokens[slot] = int(self._rng.integers(*self._ids))
-        time.sleep(max(0.0, self.last.end - time.monotonic()))
         return result
 
 
@@ -134,18 +122,6 @@ def engine(checkpoint: str, notes: str, policy: str, ids: str) -> None:
         print(door.address, flush=True)
         spare_the_collector()
         loop.run()
-
-
-def started(stack: ExitStack, command: list[str], says: str) -> str:
-    """What follows `says` in the first lines of a process that ends with the stack."""
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
-    stack.callback(process.wait, 10)
-    stack.callback(process.terminate)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if found := re.search(says + r"(\S+)", line):
-            return found[1]
-    raise RuntimeError(f"{command} ended without saying where it is")
 
 
 async def batch(backend: Any, shape: str, programs: int, seed: str) -> float:
@@ -201,8 +177,8 @@ def main() -> None:
         write_shape(MODEL, folder, tokenizer=True)
         notes = folder / "notes"
         command = [__file__, "--policy", chosen.policy, "--ids", chosen.ids, "--engine", str(folder), str(notes)]
-        address = started(stack, command, "^")
-        url = started(
+        address, _ = started(stack, command, "^")
+        url, _ = started(
             stack, ["-m", "superinfer", "serve", "--engine", address, "--port", "0", "--model-name", "timed"],
             "serving at ",
         )  # fmt: skip
