@@ -179,7 +179,9 @@ class CallWatch:
     ) -> CallReport:
         """The row of this call, as ended now. began: when its program did, on this watch's clock."""
         e2e, engine, lines = self.now(), self.engine, self.timelines
-        met = self._met(e2e, failed=error is not None)
+        # Cut off at its deadline: late, though the engine counts a request from when it may have come at the earliest,
+        # and what it has cut off may be here a little before that.
+        met = self._met(e2e, failed=error is not None or finish_reason == "deadline")
         if met is False and not why:
             why = "error" if error is not None else self._why(e2e)
         firsts = [line.first for line in lines.values() if line.first is not None]

@@ -12,6 +12,7 @@ from scripted_client import ScriptedClient, make_report
 
 import superinfer as si
 from superinfer.lang.promise import SPENT_DEADLINE, Promises
+from superinfer.lang.report import CallWatch
 
 
 def test_the_nearest_slo_wins_field_by_field_and_deadlines_take_the_minimum(model: ScriptedClient) -> None:
@@ -267,3 +268,13 @@ async def test_an_async_program_may_ask_for_its_report_on_the_way(model: Scripte
 
     early = (await program.arun()).ret_value
     assert [row.call for row in early.rows] == ["x"] and not early.program.finished
+
+
+def test_what_the_engine_has_cut_off_at_its_deadline_is_late_however_soon_it_is_here() -> None:
+    """The engine counts a request from when it may have come, which is before it was sent, perhaps."""
+    watch = CallWatch("x", (), si.SLO(deadline=60.0))
+    watch.tokens(0, 3)
+    watch.finished(0, make_report(e2e_s=60.0, met=False, lateness_s=0.0, why="decode"))
+    assert watch.report("stop").met is True
+    row = watch.report("deadline")
+    assert row.met is False and row.why == "decode"
