@@ -6,21 +6,16 @@ copied to the device (docs/performance.md). This one keeps more bytes in flight 
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from cuda.bindings import driver, nvrtc
 
+from superinfer.kernels.nvrtc import RESERVED_BYTES, SHARED_BYTES, Arguments, CudaKernel
 from superinfer.kernels.paged import PagedBatch
 
-SOURCE = Path(__file__).with_name("paged_hopper.cu")
 TILE = 16  # tokens; pages are multiples
 LOG2_E = 1.4426950408889634
-_SHARED_BYTES = 227 << 10  # of a multiprocessor that one program may have
-_RESERVED = 1 << 10  # of them, by the driver for each program
 
 
 class Geometry(NamedTuple):
@@ -45,36 +40,6 @@ def geometry_for(sequences: int, kv_heads: int, head_dim: int) -> Geometry:
     return MANY if long_copies and sequences >= MANY_SEQUENCES else FEW
 
 
-class CudaFailure(RuntimeError):
-    """A call of CUDA's driver or compiler failed."""
-
-
-def _checked(answer: tuple[Any, ...]) -> Any:
-    """What a call of cuda.bindings returned beside its status. Raises CudaFailure."""
-    status, *values = answer
-    if status:
-        raise CudaFailure(f"{type(status).__name__}: {status.name}")
-    return values[0] if len(values) == 1 else values
-
-
-@functools.cache
-def _compiled(architecture: str, constants: tuple[tuple[str, int], ...]) -> bytes:
-    """The kernel's machine code. Raises CudaFailure with the compiler's words."""
-    program = _checked(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, [], []))
-    try:
-        options = [f"--gpu-architecture={architecture}", "-std=c++17", *(f"-D{name}={n}" for name, n in constants)]
-        encoded = [option.encode() for option in options]
-        if nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]:
-            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-            _checked(nvrtc.nvrtcGetProgramLog(program, log))
-            raise CudaFailure(f"{SOURCE.name} does not compile: {log.decode(errors='replace')}")
-        code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-        _checked(nvrtc.nvrtcGetCUBIN(program, code))
-        return code
-    finally:
-        nvrtc.nvrtcDestroyProgram(program)
-
-
 class HopperKernel:
     """The compiled kernel for one model's shape, and the memory its programs share. One stream at a time."""
 
@@ -90,50 +55,33 @@ class HopperKernel:
             STAGES=geometry.stages, MIN_TILES=geometry.min_tiles, HALF=int(dtype == torch.float16),
         )  # fmt: skip
         torch.cuda.current_stream(device)  # the device's context exists from here on
-        code = np.frombuffer(_compiled("sm_90a", tuple(constants.items())), dtype=np.uint8)
-        self._module = _checked(driver.cuModuleLoadData(code.ctypes.data))
-        self._function = _checked(driver.cuModuleGetFunction(self._module, b"decode_attention"))
         self._shared_bytes = 128 + geometry.stages * 2 * TILE * (together * head_dim * 2 + 16)
-        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(driver.cuFuncSetAttribute(self._function, limit, self._shared_bytes))
-        together_on_one = max(1, _SHARED_BYTES // (self._shared_bytes + _RESERVED))
+        threads = 32 * (together + 1)
+        self._kernel = CudaKernel("paged_hopper.cu", "decode_attention", constants, threads, self._shared_bytes)
+        together_on_one = max(1, SHARED_BYTES // (self._shared_bytes + RESERVED_BYTES))
         programs = torch.cuda.get_device_properties(device).multi_processor_count * together_on_one
         self._grid = max(1, programs * together // kv_heads), kv_heads // together
-        self._threads = 32 * (together + 1)
         part = (head_dim // 16 + 1) * 32 * 4
         self._parts = torch.empty(2 * self._grid[0] * kv_heads * part, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(max_sequences * kv_heads, dtype=torch.int32, device=device)
         self._max_sequences = max_sequences
-        self._config = self._launch_config()
-        # The kernel's arguments, 8 bytes each, of which it takes the lower 4 where it wants no more.
-        self._arguments = np.zeros(13, dtype=np.uint64)
-        self._arguments[6:8] = self._parts.data_ptr(), self._arrived.data_ptr()
-        self._arguments[12:].view(np.float32)[0] = scale * LOG2_E
-        self._places = self._arguments.ctypes.data + 8 * np.arange(13, dtype=np.uint64)
-
-    def _launch_config(self) -> Any:
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = *self._grid, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
-        config.sharedMemBytes = self._shared_bytes
-        early = driver.CUlaunchAttribute()  # see `launch.overlap`
-        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        early.value.programmaticStreamSerializationAllowed = 1
-        config.attrs, config.numAttrs = [early], 1
-        return config
+        self._arguments = Arguments(13)
+        words = self._arguments.words
+        words[6:8] = self._parts.data_ptr(), self._arrived.data_ptr()
+        words[12:].view(np.float32)[0] = scale * LOG2_E
 
     def launch(self, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, batch: PagedBatch) -> None:
         """In the current stream; may be captured. q, out: [sequences, heads, head_dim], contiguous. kv: see
         AttentionCall, with the heads of a token one after another."""
         assert (q.shape[1], q.shape[2]) == self._sizes and batch.sequences <= self._max_sequences
         assert q.is_contiguous() and out.is_contiguous() and kv.stride()[3:] == (kv.shape[4], 1)
-        self._arguments[:6] = (
+        words = self._arguments.words
+        words[:6] = (
             q.data_ptr(), kv.data_ptr(), out.data_ptr(), batch.kv_indptr.data_ptr(), batch.kv_indices.data_ptr(),
             batch.last_page_len.data_ptr(),
         )  # fmt: skip
-        self._arguments[8:12] = *kv.stride()[:3], batch.sequences
-        self._config.hStream = torch.cuda.current_stream().cuda_stream
-        _checked(driver.cuLaunchKernelEx(self._config, self._function, self._places.ctypes.data, 0))
+        words[8:12] = *kv.stride()[:3], batch.sequences
+        self._kernel.launch(self._grid, self._shared_bytes, self._arguments.places)
 
 
 class HopperDecode:

@@ -1,0 +1,86 @@
+"""CUDA kernels written in this folder's `.cu` files: compiled at start by NVRTC, launched through the driver."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cuda.bindings import driver, nvrtc
+
+FOLDER = Path(__file__).parent
+SHARED_BYTES = 227 << 10  # of a multiprocessor that one program may have
+RESERVED_BYTES = 1 << 10  # of a multiprocessor's, by the driver for each program
+ARCHITECTURE = "sm_90a"
+
+
+class CudaFailure(RuntimeError):
+    """A call of CUDA's driver or compiler failed."""
+
+
+def checked(answer: tuple[Any, ...]) -> Any:
+    """What a call of cuda.bindings returned beside its status. Raises CudaFailure."""
+    status, *values = answer
+    if status:
+        raise CudaFailure(f"{type(status).__name__}: {status.name}")
+    return values[0] if len(values) == 1 else values
+
+
+@functools.cache
+def compiled(source: str, constants: tuple[tuple[str, int], ...]) -> bytes:
+    """Machine code for ARCHITECTURE of a file of this folder. Raises CudaFailure with the compiler's words."""
+    headers = sorted(FOLDER.glob("*.cuh"))
+    texts, names = [header.read_bytes() for header in headers], [header.name.encode() for header in headers]
+    text = (FOLDER / source).read_bytes()
+    program = checked(nvrtc.nvrtcCreateProgram(text, source.encode(), len(headers), texts, names))
+    try:
+        options = [f"--gpu-architecture={ARCHITECTURE}", "-std=c++17", *(f"-D{name}={n}" for name, n in constants)]
+        encoded = [option.encode() for option in options]
+        if nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]:
+            log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
+            checked(nvrtc.nvrtcGetProgramLog(program, log))
+            raise CudaFailure(f"{source} does not compile: {log.decode(errors='replace')}")
+        code = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+        checked(nvrtc.nvrtcGetCUBIN(program, code))
+        return code
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+class CudaKernel:
+    """A compiled kernel, loaded on the current device. Launches start while the kernel in front runs (see `launch`)."""
+
+    def __init__(self, source: str, name: str, constants: Mapping[str, int], threads: int, most_shared: int) -> None:
+        """most_shared: bytes of a launch, at most. Raises CudaFailure where it cannot be compiled or loaded."""
+        torch.cuda.current_stream()  # the device's context exists from here on
+        code = np.frombuffer(compiled(source, tuple(constants.items())), dtype=np.uint8)
+        self._module = checked(driver.cuModuleLoadData(code.ctypes.data))
+        self._function = checked(driver.cuModuleGetFunction(self._module, name.encode()))
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        checked(driver.cuFuncSetAttribute(self._function, limit, most_shared))
+        config = driver.CUlaunchConfig()
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        early = driver.CUlaunchAttribute()
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [early], 1
+        self._config = config
+
+    def launch(self, grid: tuple[int, int], shared: int, places: int) -> None:
+        """In the current stream; may be captured. shared: bytes. places: address of the addresses of the arguments."""
+        self._config.gridDimX, self._config.gridDimY, self._config.gridDimZ = *grid, 1
+        self._config.sharedMemBytes = shared
+        self._config.hStream = torch.cuda.current_stream().cuda_stream
+        checked(driver.cuLaunchKernelEx(self._config, self._function, places, 0))
+
+
+class Arguments:
+    """A kernel's arguments, 8 bytes each, of which it takes the lower 4 where it wants no more."""
+
+    def __init__(self, count: int) -> None:
+        self.words = np.zeros(count, dtype=np.uint64)
+        self._places = self.words.ctypes.data + 8 * np.arange(count, dtype=np.uint64)
+        self.places: int = self._places.ctypes.data
