@@ -46,7 +46,8 @@ __device__ __forceinline__ float rounded(float x) {
 // Grid: (programs, parts of the depth); WARPS + 1 warps; shared memory: BARRIERS, STAGES x STAGE, WARPS x MOST x SUMS
 // floats, x: rows x (2 slice + 16) bytes.
 extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1))
-    few_rows(const u16* x, const u16* weight, void* out, int rows, int depth, int outputs, int slice) {
+    few_rows(const u16* x, const u16* weight, void* out, int rows, int depth, int outputs, int slice,
+             const unsigned char* ahead, u32 pieces) {
   extern __shared__ __align__(128) unsigned char shared[];
   u32 memory = static_cast<u32>(__cvta_generic_to_shared(shared));
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -81,6 +82,10 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1))
         __syncwarp(0xffff);
         bulk_copy(to + stage * STAGE, row + tile * DEPTH, DEPTH * 2, full, policy);
       }
+    }
+    u32 programs = gridDim.x * gridDim.y;
+    for (u32 piece = (blockIdx.y * gridDim.x + blockIdx.x) + lane * programs; piece < pieces; piece += TILE * programs) {
+      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(ahead + u64(piece) * 4096), "r"(4096));
     }
     return;
   }

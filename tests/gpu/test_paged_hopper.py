@@ -93,10 +93,11 @@ def test_tokens_that_the_kernel_in_front_writes_are_read(many):
     qkv = torch.cat((case.q, *newest), dim=1)
     cos, sin = torch.ones(len(qkv), 1, sizes[2], dtype=qkv.dtype, device=CUDA), torch.zeros_like(qkv[:, :1])
     out, blocks, offsets = torch.empty_like(case.q), places.long() // 16, places.long() % 16
+    nothing = torch.full((), float("nan"), dtype=qkv.dtype, device=CUDA)
 
     def step() -> None:
         for _ in range(8):
-            view[blocks, :, offsets] = float("nan")
+            view[blocks, :, offsets] = nothing
             q = fused.rope_and_store(qkv, cos, sin, places, view, sizes[1])
             call.run(q, view, case.layer, out)
 
