@@ -10,23 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from superinfer.kernels.launch import begin, bring, overlap, pieces
+from superinfer.kernels.launch import begin, overlap
 
 
 @triton.jit
 def _rms_norm(
     x, residual, weight, floor, out, heads, size, token_step, head_step, part_step,
-    ahead, rows, ADD: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-    BRING: tl.constexpr, THREADS: tl.constexpr,
+    ADD: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row. ADD: `residual` is added first, and holds the sum afterwards. PARTS: of x, to be
     added up; 0: it is one piece."""
     row = tl.program_id(0)
-    if BRING:
-        if row >= rows:
-            tl.extra.cuda.gdc_launch_dependents()
-            bring(ahead, row - rows, THREADS)
-            return
     columns = tl.arange(0, BLOCK)
     inside = columns < size
     at = (row // heads).to(tl.int64) * token_step + (row % heads) * head_step + columns
@@ -60,40 +54,30 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor) -> torc
     block = triton.next_power_of_2(size)
     if x.numel():
         _rms_norm[(x.shape[0] * heads,)](
-            x, x, weight, floor, out, heads, size, x.stride(0), head_step, 0, x, 0, ADD=False, PARTS=0, BLOCK=block,
-            BRING=False, THREADS=0, num_warps=_warps(block), **overlap(x),
+            x, x, weight, floor, out, heads, size, x.stride(0), head_step, 0, ADD=False, PARTS=0, BLOCK=block,
+            num_warps=_warps(block), **overlap(x),
         )  # fmt: skip
     return out
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor,
-    ahead: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `norm.add_rms_norm`. x, residual: contiguous [tokens, n]; or x: float32 [parts, tokens, n], their sum."""
     out = torch.empty_like(residual)
     tokens, size = residual.shape
     parts = len(x) if x.dim() == 3 else 0
     block = triton.next_power_of_2(size)
     if tokens:
-        threads = 32 * _warps(block)
-        more = pieces(ahead, "norm", threads)
-        _rms_norm[(tokens + more,)](
-            x, residual, weight, floor, out, 1, size, size, 0, tokens * size, x if ahead is None else ahead, tokens,
-            ADD=True, PARTS=parts, BLOCK=block, BRING=more > 0, THREADS=threads, num_warps=_warps(block), **overlap(x),
+        _rms_norm[(tokens,)](
+            x, residual, weight, floor, out, 1, size, size, 0, tokens * size, ADD=True, PARTS=parts,
+            BLOCK=block, num_warps=_warps(block), **overlap(x),
         )  # fmt: skip
     return out, residual
 
 
 @triton.jit
-def _silu_and_mul(
-    gate_up, out, size, ahead, rows, BLOCK: tl.constexpr, PDL: tl.constexpr, BRING: tl.constexpr
-):  # fmt: skip
-    if BRING:
-        if tl.program_id(0) >= rows:
-            tl.extra.cuda.gdc_launch_dependents()
-            bring(ahead, (tl.program_id(0) - rows) * tl.num_programs(1) + tl.program_id(1), 128)
-            return
+def _silu_and_mul(gate_up, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -104,17 +88,14 @@ def _silu_and_mul(
     tl.store(out + row * size + columns, value.to(out.dtype.element_ty), mask=inside)
 
 
-def silu_and_mul(gate_up: torch.Tensor, ahead: torch.Tensor | None = None) -> torch.Tensor:
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """See `activation.silu_and_mul`. gate_up: contiguous [tokens, 2 n]."""
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(tokens, size)
     if tokens:
         block = min(2048, triton.next_power_of_2(size))
-        across = triton.cdiv(size, block)
-        more = pieces(ahead, "gate", 128) // across
-        _silu_and_mul[(tokens + more, across)](
-            gate_up, out, size, gate_up if ahead is None else ahead, tokens, BLOCK=block, BRING=more > 0, num_warps=4,
-            **overlap(gate_up),
+        _silu_and_mul[(tokens, triton.cdiv(size, block))](
+            gate_up, out, size, BLOCK=block, num_warps=4, **overlap(gate_up)
         )
     return out
 
@@ -131,17 +112,11 @@ def _whole(at, inside, part_step, element: tl.constexpr, PARTS: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens"])
 def _rope_and_store(
     qkv, cos, sin, places, q_out, cache, rows_out, tokens, page, qkv_row, block_step, value_step, offset_step,
-    part_step, ahead, programs, SHARED: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS_2: tl.constexpr,
+    part_step, SHARED: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS_2: tl.constexpr,
     HALF_2: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr,
-    BRING: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens and one KV head with the SHARED query heads that belong to it. *_2: padded to powers of two. PARTS:
     of qkv, to be added up. KEEP: keys and values are written to `rows_out`, too."""
-    if BRING:
-        if tl.program_id(0) >= programs:
-            tl.extra.cuda.gdc_launch_dependents()
-            bring(ahead, (tl.program_id(0) - programs) * KV_HEADS + tl.program_id(1), THREADS)
-            return
     begin(PDL)
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     group = tl.program_id(1)
@@ -198,7 +173,7 @@ def rope_tile(tokens: int) -> tuple[int, int]:
 
 def rope_and_store(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: torch.Tensor, kv: torch.Tensor, kv_heads: int,
-    out: torch.Tensor | None = None, kept: torch.Tensor | None = None, ahead: torch.Tensor | None = None,
+    out: torch.Tensor | None = None, kept: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Rotate queries and keys, and write keys and values to where the cache keeps them.
 
@@ -216,12 +191,9 @@ def rope_and_store(
     if tokens:
         shared = heads // kv_heads
         together, warps = rope_tile(tokens)
-        programs = triton.cdiv(tokens, together)
-        more = pieces(ahead, "rope", 32 * warps) // kv_heads
-        _rope_and_store[(programs + more, kv_heads)](
+        _rope_and_store[(triton.cdiv(tokens, together), kv_heads)](
             qkv, cos, sin, places, q, kv, kv if kept is None else kept, tokens, kv.shape[2], qkv.stride(-3),
-            kv.stride(0), kv.stride(1), kv.stride(2), qkv.stride(0), qkv if ahead is None else ahead, programs, PARTS=parts,
-            TOKENS=together, BRING=more > 0, THREADS=32 * warps,
+            kv.stride(0), kv.stride(1), kv.stride(2), qkv.stride(0), PARTS=parts, TOKENS=together,
             KEEP=kept is not None, **overlap(qkv),
             SHARED=shared, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
             HEADS_2=triton.next_power_of_2(shared), HALF_2=triton.next_power_of_2(head_dim // 2), num_warps=warps,

@@ -45,6 +45,11 @@ __device__ __forceinline__ void bulk_copy(u32 to, const u16* from, u32 bytes, u3
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
 
+__device__ __forceinline__ void bulk_copy(u32 to, const u16* from, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
 __device__ __forceinline__ void load_matrices(u32 (&a)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(address) : "memory");

@@ -42,25 +42,3 @@ def prefetch(address):
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
     )
-
-
-PIECE = 4096  # bytes that a thread brings with one instruction
-AHEAD = {"norm": 0, "rope": 0, "gate": 0}  # bytes
-
-
-def pieces(ahead: torch.Tensor | None, kind: str, threads: int) -> int:
-    """Programs of so many threads that bring `ahead`."""
-    if ahead is None or not AHEAD[kind]:
-        return 0
-    most = min(AHEAD[kind], ahead.numel() * ahead.element_size())
-    return most // (PIECE * threads)
-
-
-@triton.jit
-def bring(ahead, piece, THREADS: tl.constexpr):
-    """Bring PIECE bytes a thread to the second-level cache."""
-    at = ahead.to(tl.pointer_type(tl.uint8)) + (piece * THREADS + tl.arange(0, THREADS)).to(tl.int64) * 4096
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], 4096; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False,
-        pack=1,
-    )

@@ -46,8 +46,7 @@ __device__ __forceinline__ float rounded(float x) {
 // Grid: (programs, parts of the depth); WARPS + 1 warps; shared memory: BARRIERS, STAGES x STAGE, WARPS x MOST x SUMS
 // floats, x: rows x (2 slice + 16) bytes.
 extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1))
-    few_rows(const u16* x, const u16* weight, void* out, int rows, int depth, int outputs, int slice,
-             const unsigned char* ahead, u32 pieces) {
+    few_rows(const u16* x, const u16* weight, void* out, int rows, int depth, int outputs, int slice) {
   extern __shared__ __align__(128) unsigned char shared[];
   u32 memory = static_cast<u32>(__cvta_generic_to_shared(shared));
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -56,11 +55,14 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1))
       barrier_init(memory + 8 * i, 1);
       barrier_init(memory + 8 * (STAGES + i), WARPS);
     }
+    barrier_init(memory + 16 * STAGES, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 
+  u32 inputs_at = memory + BARRIERS + STAGES * STAGE + WARPS * MOST * SUMS * 4, inputs_full = memory + 16 * STAGES;
+  int x_row = slice * 2 + 16;
   int groups = outputs / ANSWERS, tiles = slice / DEPTH;
   int share = (groups + int(gridDim.x) - 1) / int(gridDim.x);
   int first = blockIdx.x * share, end = min(groups, first + share);
@@ -72,42 +74,40 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1))
     if (GATED && lane >= 8) from += (u64(outputs) + lane - 8) * depth;
     else from += u64(lane) * depth;
     int i = 0;
+    auto fetch_inputs = [&] {
+      wait_for_kernels_in_front();
+      if (lane == 0) barrier_expect(inputs_full, rows * slice * 2);
+      __syncwarp(0xffff);
+      const u16* mine = x + u64(blockIdx.y) * slice;
+      for (int row = lane; row < rows; row += TILE) {
+        bulk_copy(inputs_at + row * x_row, mine + u64(row) * depth, slice * 2, inputs_full);
+      }
+    };
     for (int group = first; group < end; ++group) {
       const u16* row = from + u64(group) * ANSWERS * depth;
       for (int tile = 0; tile < tiles; ++tile, ++i) {
         int stage = i % STAGES;
         u32 full = memory + 8 * stage;
+        if (i == STAGES) fetch_inputs();
         if (i >= STAGES) barrier_wait(full + 8 * STAGES, (i / STAGES - 1) & 1);
         if (lane == 0) barrier_expect(full, TILE * DEPTH * 2);
         __syncwarp(0xffff);
         bulk_copy(to + stage * STAGE, row + tile * DEPTH, DEPTH * 2, full, policy);
       }
     }
-    u32 programs = gridDim.x * gridDim.y;
-    for (u32 piece = (blockIdx.y * gridDim.x + blockIdx.x) + lane * programs; piece < pieces; piece += TILE * programs) {
-      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(ahead + u64(piece) * 4096), "r"(4096));
-    }
+    if (i <= STAGES) fetch_inputs();
     return;
   }
 
   float* sums = reinterpret_cast<float*>(shared + BARRIERS + STAGES * STAGE);
-  unsigned char* inputs = shared + BARRIERS + STAGES * STAGE + WARPS * MOST * SUMS * 4;
-  int x_row = slice * 2 + 16;
-  wait_for_kernels_in_front();
-  for (int at = threadIdx.x, chunks = slice / 8; at < rows * chunks; at += 32 * WARPS) {
-    int row = at / chunks, chunk = at % chunks;
-    const uint4* from = reinterpret_cast<const uint4*>(x + u64(row) * depth + u64(blockIdx.y) * slice) + chunk;
-    *reinterpret_cast<uint4*>(inputs + row * x_row + chunk * 16) = __ldcg(from);
-  }
-  wait_for_each_other();
-
+  barrier_wait(inputs_full, 0);
   u32 mine = warp * (DEPTH / WARPS * 2);
   u32 a_at = memory + BARRIERS + (lane % 16) * ROW + (lane / 16) * 16 + mine;
   u32 b_at[EIGHTS];
 #pragma unroll
   for (int n = 0; n < EIGHTS; ++n) {
     int row = min(n * 8 + lane % 8, rows - 1);  // what is computed twice is written once
-    b_at[n] = static_cast<u32>(__cvta_generic_to_shared(inputs)) + row * x_row + lane / 8 % 2 * 16 + mine;
+    b_at[n] = inputs_at + row * x_row + lane / 8 % 2 * 16 + mine;
   }
   int i = 0;
   for (int group = first; group < end; ++group) {

@@ -47,14 +47,13 @@ class SkinnyKernel:
     def __init__(self, eighths: int, depth: int, stages: int, gated: bool, half: bool) -> None:
         constants = dict(EIGHTS=eighths, DEPTH=depth, STAGES=stages, GATED=int(gated), HALF=int(half))
         self._kernel = CudaKernel("skinny_hopper.cu", "few_rows", constants, 32 * (WARPS + 1), SHARED_BYTES)
-        self._arguments = Arguments(9)
+        self._arguments = Arguments(7)
 
-    def launch(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, cut: Cut, ahead: torch.Tensor, pieces: int) -> None:
+    def launch(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, cut: Cut) -> None:
         """x: contiguous [rows, depth]; weight: contiguous [outputs, depth]; out: as `run` makes it."""
         rows, depth = x.shape
         self._arguments.words[:] = (
             x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, depth, out.shape[-1], depth // cut.parts,
-            ahead.data_ptr(), pieces,
         )  # fmt: skip
         self._kernel.launch((cut.programs, cut.parts), cut.shared_bytes(rows, depth), self._arguments.places)
 
@@ -65,12 +64,12 @@ def _kernel(device: int, eighths: int, depth: int, stages: int, gated: bool, hal
         return SkinnyKernel(eighths, depth, stages, gated, half)
 
 
-def run(x: torch.Tensor, weight: torch.Tensor, cut: Cut, gated: bool = False, ahead: torch.Tensor | None = None, bytes_ahead: int = 0) -> torch.Tensor:
+def run(x: torch.Tensor, weight: torch.Tensor, cut: Cut, gated: bool = False) -> torch.Tensor:
     """float32 [parts, rows, outputs]; gated: [rows, outputs / 2] in x's type."""
     rows, outputs = len(x), len(weight)
     shape = (rows, outputs // 2) if gated else (cut.parts, rows, outputs)
     out = torch.empty(shape, dtype=x.dtype if gated else torch.float32, device=x.device)
     if rows:
         kernel = _kernel(x.device.index, eighths(rows), cut.depth, cut.stages, gated, x.dtype == torch.float16)
-        kernel.launch(x, weight, out, cut, x if ahead is None else ahead, 0 if ahead is None else bytes_ahead // 4096)
+        kernel.launch(x, weight, out, cut)
     return out

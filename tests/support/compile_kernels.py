@@ -32,12 +32,11 @@ def numbers(*names: str) -> dict[str, str]:
 def kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     """(kernel, types of its arguments, constants) with activations of `kind`."""
     norm = {**pointers(kind, "x", "residual", "weight", "out"), "floor": "*fp32"}
-    norm |= {**numbers("heads", "size", "token_step", "head_step", "part_step", "rows"), "ahead": f"*{kind}"}
-    gate = {**pointers(kind, "gate_up", "out", "ahead"), **numbers("size", "rows")}
-    rope = {**pointers(kind, "qkv", "cos", "sin", "q_out", "cache", "rows_out", "ahead"), "places": "*i32"}
-    rope |= numbers("tokens", "page", "qkv_row", "block_step", "value_step", "offset_step", "part_step", "programs")
+    norm |= numbers("heads", "size", "token_step", "head_step", "part_step")
+    gate = {**pointers(kind, "gate_up", "out"), **numbers("size")}
+    rope = {**pointers(kind, "qkv", "cos", "sin", "q_out", "cache", "rows_out"), "places": "*i32"}
+    rope |= numbers("tokens", "page", "qkv_row", "block_step", "value_step", "offset_step", "part_step")
     heads = dict(SHARED=4, KV_HEADS=8, HEAD_DIM=128, HEADS_2=4)
-    brings = dict(BRING=kind == "bf16", THREADS=128)  # on a Hopper
     # In float32, products of 128 are compiled for seconds, and the decodes' have them.
     chunks = dict(heads, DIM_2=128) if kind == "bf16" else dict(heads, HEAD_DIM=64, DIM_2=64)
     paged = {**pointers(kind, "q", "kv", "out"), "scale": "fp32"}
@@ -46,7 +45,7 @@ def kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     chosen = {**pointers("fp32", "scaled", "out"), "top_k": "*i64", "top_p": "*fp64"}
     chosen |= numbers("vocab", "top_k_step", "top_p_step")
     pdl = kind == "bf16"  # as launch.overlap has it on an Ampere and a Hopper
-    in_parts = {**rope, "qkv": "*fp32"}, dict(heads, **brings, HALF_2=64, TOKENS=1, PARTS=2, KEEP=False, PDL=pdl)
+    in_parts = {**rope, "qkv": "*fp32"}, dict(heads, HALF_2=64, TOKENS=1, PARTS=2, KEEP=False, PDL=pdl)
     receive = {**pointers(INT, "host", "there", "table", "turn"), **numbers("half", "inputs", "changes")}
     describe = pointers(INT, "positions", "slots", "places", "last_page_len", "indptr", "indices", "table", "turn")
     describe |= numbers("sequences", "padding_slot", "width", "page")
@@ -57,12 +56,12 @@ def kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     sums = {**drawn, **numbers("vocab", "row_step", "part")}
     draws = {**sums, "uniforms": "*fp64", "tokens": "*i64"}
     return [
-        (fused._rms_norm, norm, dict(brings, ADD=True, PARTS=0, BLOCK=4096, PDL=pdl)),
-        (fused._rms_norm, {**norm, "x": "*fp32"}, dict(brings, ADD=True, PARTS=4, BLOCK=4096, PDL=pdl)),
-        (fused._rms_norm, norm, dict(ADD=False, PARTS=0, BLOCK=128, PDL=pdl, BRING=False, THREADS=0)),
-        (fused._silu_and_mul, gate, dict(BLOCK=2048, PDL=pdl, BRING=kind == "bf16")),
-        (fused._rope_and_store, rope, dict(heads, **brings, HALF_2=64, TOKENS=1, PARTS=1, KEEP=False, PDL=pdl)),
-        (fused._rope_and_store, rope, dict(heads, **brings, HALF_2=64, TOKENS=8, PARTS=1, KEEP=True, PDL=pdl)),
+        (fused._rms_norm, norm, dict(ADD=True, PARTS=0, BLOCK=4096, PDL=pdl)),
+        (fused._rms_norm, {**norm, "x": "*fp32"}, dict(ADD=True, PARTS=4, BLOCK=4096, PDL=pdl)),
+        (fused._rms_norm, norm, dict(ADD=False, PARTS=0, BLOCK=128, PDL=pdl)),
+        (fused._silu_and_mul, gate, dict(BLOCK=2048, PDL=pdl)),
+        (fused._rope_and_store, rope, dict(heads, HALF_2=64, TOKENS=1, PARTS=1, KEEP=False, PDL=pdl)),
+        (fused._rope_and_store, rope, dict(heads, HALF_2=64, TOKENS=8, PARTS=1, KEEP=True, PDL=pdl)),
         (fused._rope_and_store, *in_parts),
         (paged_triton._paged_attention, paged, dict(heads, DIM_2=128, QUERIES=4, KEYS=32)),
         (paged_triton._paged_attention, paged, dict(chunks, QUERIES=16, KEYS=32)),
