@@ -1,5 +1,6 @@
-"""What two habits of decode steps are worth, each alone and both, in one run: products of few rows by our kernel, and
-kernels that start before the one in front is over.
+"""What habits of decode steps are worth, in one run: products of few rows by our Triton kernel (`skinny`), those of one
+or two by the kernel that streams weights (`skinny_hopper`), kernels that start before the one in front is over, and
+our own decode attention for fewer than eight sequences.
 
 Llama-3-8B's shape, random weights, bf16, 520 tokens a sequence, greedy: device milliseconds of a step by batch, the
 median of five times 20 steps.
@@ -12,31 +13,53 @@ import random
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from gpu_common import model_folder, random_prompt
 from gpu_profile import GREEDY, PAGE, PROMPT, run
 from record import write
 
-from superinfer.kernels import fused, launch, skinny
+from superinfer.kernels import fused, launch, skinny, skinny_hopper
 from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.engine import cuda_build
 from superinfer.runtime.engine.cuda_executor import CudaExecutor
 from superinfer.runtime.engine.model_executor import build_executor
 from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan
 
-BATCHES = (1, 8, 16, 32, 64, 128, 256)
-# name -> (rows up to which products are ours, kernels overlap)
-VARIANTS = {"neither": (0, False), "overlap": (0, True), "products": (64, False), "both": (64, True)}
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Variant(NamedTuple):
+    """overlap: kernels start early. triton, streamed: rows up to which products are by those. attention: the fewest
+    sequences for which it is our own."""
+
+    overlap: bool = True
+    triton: int = 64
+    streamed: int = 2
+    attention: int = 8
+
+
+VARIANTS = {
+    "none": Variant(overlap=False, triton=0, streamed=0),
+    "no overlap": Variant(overlap=False),
+    "no streams": Variant(streamed=0),
+    "no triton": Variant(triton=0, streamed=0),
+    "all": Variant(),
+    "8 rows streamed": Variant(streamed=8),
+    "own attention": Variant(attention=1),
+}
 STEPS, REPEATS = 20, 5
 
 
-def settle(rows: int, overlaps: bool) -> None:
+def settle(variant: Variant) -> None:
     """Have the kernels' modules behave as the variant says, from the next capture on."""
-    skinny.MOST_ROWS = rows
+    skinny.MOST_ROWS, skinny_hopper.MOST_ROWS = variant.triton, variant.streamed
     skinny.choose_tiles.cache_clear()
-    chosen = launch.overlap if overlaps else lambda x: {"PDL": False}
+    skinny_hopper.choose_cut.cache_clear()
+    chosen = launch.overlap if variant.overlap else lambda x: {"PDL": False}
     fused.overlap = skinny.overlap = chosen  # type: ignore[attr-defined]
+    cuda_build.HOPPER_LEAST_SEQUENCES = variant.attention  # type: ignore[attr-defined]
 
 
 def measure(folder: str) -> dict[int, float]:
@@ -70,16 +93,17 @@ def measure(folder: str) -> dict[int, float]:
 def main() -> None:
     """Measure, print, write results/<name>.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="gpu-decode-variants")
+    parser.add_argument("--name", default="h200-decode-variants")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = model_folder(Path(folder))
-        for name, variant in VARIANTS.items():
-            settle(*variant)
+        for name in arguments.only:
+            settle(VARIANTS[name])
             results[name] = measure(path)
             torch.cuda.empty_cache()
-            print(f"{name:9}", "  ".join(f"{batch}: {ms:.3f}" for batch, ms in results[name].items()), flush=True)
+            print(f"{name:16}", "  ".join(f"{batch}: {ms:.3f}" for batch, ms in results[name].items()), flush=True)
     record = {"model": "Llama-3-8B shape, random weights, bfloat16", "step_ms": results}
     print(f"written to {write(arguments.name, 'python benchmarks/gpu_decode_variants.py', record)}")
 

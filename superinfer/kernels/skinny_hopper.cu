@@ -8,7 +8,7 @@
 // Products are transposed, as W's rows are the long side: of the tensor core's 16 x 8 tile x has the 8. Layouts of
 // fragments: PTX ISA, "Matrix fragments for mma.m16n8k16".
 //
-// Constants, given by the compiler's command line: EIGHTS (of rows of x, at most), DEPTH (of a tile, a multiple of 128),
+// Constants, given by the compiler's command line: EIGHTHS (of rows of x, at most), DEPTH (of a tile, a multiple of 128),
 // STAGES, GATED (1: W's first half are gates and its second half what they gate; y is silu(gate) times the other),
 // HALF (1: float16, 0: bfloat16).
 
@@ -21,7 +21,7 @@ constexpr int ROW = DEPTH * 2 + 16;          // in shared memory: eight rows the
 constexpr int STAGE = TILE * ROW;
 constexpr int BARRIERS = 128;                // bytes before the first stage
 constexpr int SUMS = 20;                     // floats from one row of x to the next in a warp's sums: no two in one bank
-constexpr int MOST = 8 * EIGHTS;
+constexpr int MOST = 8 * EIGHTHS;
 constexpr int ANSWERS = GATED ? 8 : 16;      // outputs of a group
 
 __device__ __forceinline__ void wait_for_each_other() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
@@ -103,15 +103,15 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1))
   barrier_wait(inputs_full, 0);
   u32 mine = warp * (DEPTH / WARPS * 2);
   u32 a_at = memory + BARRIERS + (lane % 16) * ROW + (lane / 16) * 16 + mine;
-  u32 b_at[EIGHTS];
+  u32 b_at[EIGHTHS];
 #pragma unroll
-  for (int n = 0; n < EIGHTS; ++n) {
+  for (int n = 0; n < EIGHTHS; ++n) {
     int row = min(n * 8 + lane % 8, rows - 1);  // what is computed twice is written once
     b_at[n] = inputs_at + row * x_row + lane / 8 % 2 * 16 + mine;
   }
   int i = 0;
   for (int group = first; group < end; ++group) {
-    float c[EIGHTS][4] = {};
+    float c[EIGHTHS][4] = {};
     for (int tile = 0; tile < tiles; ++tile, ++i) {
       int stage = i % STAGES;
       u32 full = memory + 8 * stage;
@@ -121,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1))
         u32 a[4];
         load_matrices(a, a_at + stage * STAGE + k * 32);
 #pragma unroll
-        for (int n = 0; n < EIGHTS; ++n) {
+        for (int n = 0; n < EIGHTHS; ++n) {
           u32 b0, b1;
           load_pair(b0, b1, b_at[n] + tile * (DEPTH * 2) + k * 32);
           multiply(c[n], a, b0, b1);
@@ -133,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1))
     float* my_sums = sums + warp * (MOST * SUMS) + lane % 4 * 2 * SUMS + lane / 4;
     if (group > first) wait_for_each_other();  // who is behind has read the last group's
 #pragma unroll
-    for (int n = 0; n < EIGHTS; ++n) {
+    for (int n = 0; n < EIGHTHS; ++n) {
       float* to = my_sums + n * 8 * SUMS;
       to[0] = c[n][0], to[SUMS] = c[n][1], to[8] = c[n][2], to[SUMS + 8] = c[n][3];
     }

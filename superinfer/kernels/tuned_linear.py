@@ -18,7 +18,8 @@ CANDIDATES = 8  # that cuBLASLt gives at most
 ROUNDS = 3  # of all candidates, by turns
 MARGIN = 0.99  # of the first guess's time: who is not quicker than this does not replace it
 LEAST_MS, MOST_CALLS = 0.4, 8  # of one measurement
-ALIKE = 0.02  # how far numbers of rows may be apart for one algorithm
+HOPELESS = 1.25  # times the quickest's first call: who takes longer is measured no further
+TILE = 256  # rows; of algorithms' tiles all heights are divisors
 ALIGNMENT = 256  # bytes, which cuBLASLt's proposals count on
 
 
@@ -51,17 +52,19 @@ class TunedLinear:
 
         loaded = [measure(candidate, 1) for candidate in range(len(found))]
         torch.cuda.synchronize(x.device)
-        once = min(begun.elapsed_time(ended) for begun, ended in loaded)
-        calls = min(MOST_CALLS, 2 + int(LEAST_MS / once))
+        once = [begun.elapsed_time(ended) for begun, ended in loaded]
+        # The first guess is what the others must beat.
+        tried = [candidate for candidate, ms in enumerate(once) if not candidate or ms <= HOPELESS * min(once)]
+        calls = min(MOST_CALLS, 2 + int(LEAST_MS / min(once)))
         # All at once: a device that waits for the host between two of them has cooled down for the next.
-        rounds = [[measure(candidate, calls) for candidate in range(len(found))] for _ in range(ROUNDS)]
+        rounds = [[measure(candidate, calls) for candidate in tried] for _ in range(ROUNDS)]
         torch.cuda.synchronize(x.device)
         times = [[begun.elapsed_time(ended) for begun, ended in measured] for measured in rounds]
         typical = [statistics.median(of) for of in zip(*times, strict=True)]
-        best = min(range(len(found)), key=lambda candidate: typical[candidate])
+        best = min(range(len(tried)), key=lambda at: typical[at])
         if typical[best] > MARGIN * typical[0]:
             best = 0
-        self._tuned[rows] = found[best]
+        self._tuned[rows] = found[tried[best]]
         self._words.clear()
 
     def run(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -74,12 +77,13 @@ class TunedLinear:
         return self._product.run(words, x, weight, bias, out)
 
     def _find(self, rows: int) -> ctypes.Array[ctypes.c_uint64] | None:
-        """The algorithm of nearly as many rows, if it can do these; of others its tiles may be filled badly."""
+        """The algorithm of the next number of rows that was measured, where that has no more tiles and so takes as
+        long; of others its last tiles may be nearly empty. Fewer rows than any measured are torch's."""
         words = None
-        if self._tuned:
-            near = min(self._tuned, key=lambda measured: abs(measured - rows))
-            if abs(near - rows) <= ALIKE * near and self._product.takes(rows, self._tuned[near]):
-                words = _words(self._tuned[near])
+        above = min((measured for measured in self._tuned if measured >= rows), default=0)
+        if above and rows >= min(self._tuned) and -(-rows // TILE) == -(-above // TILE):
+            algorithm = self._tuned[above]
+            words = _words(algorithm) if self._product.takes(rows, algorithm) else None
         self._words[rows] = words
         return words
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 import torch
 
 from superinfer.kernels.cublaslt import TYPES, CublasError, CublasLt, Product
-from superinfer.kernels.tuned_linear import TunedLinear
+from superinfer.kernels.tuned_linear import TILE, TunedLinear
 from superinfer.runtime.engine.cuda_mixed import graph_rows
 from superinfer.runtime.models.decoder import CausalLM
 from superinfer.runtime.models.layers import Linear
@@ -17,7 +17,7 @@ from superinfer.runtime.models.loader import Progress
 log = logging.getLogger("superinfer.engine")
 
 LEAST_ROWS = 512  # below, products wait for weights, and the first guess was the best but for a percent
-LARGE = 4096  # beyond those with graphs, multiples of this are measured: most long steps are as long as they may be
+FINE, COARSE = 8192, 4096  # rows: up to the former every number of tiles is measured, then multiples of the latter
 LEAST_WEIGHTS = 1 << 20  # of a matrix worth measuring
 MOST_LAYERS = 8  # whose weights take turns: more than a GPU's cache holds
 
@@ -64,7 +64,10 @@ def _tune(model: CausalLM, library: CublasLt, most_rows: int, on_progress: Progr
 def step_rows(most: int) -> list[int]:
     """The numbers of rows to measure where a step has at most `most`."""
     captured = [rows for rows in graph_rows(most) if rows >= LEAST_ROWS]
-    return captured + [rows for rows in range(LARGE, most + 1, LARGE) if rows not in captured]
+    last = captured[-1] if captured else most
+    fine = range(last // TILE * TILE + TILE, min(most, FINE) + 1, TILE)
+    coarse = range(max(last, FINE) // COARSE * COARSE + COARSE, most + 1, COARSE)
+    return [*captured, *fine, *coarse]
 
 
 def _linears(model: CausalLM) -> list[Linear]:

@@ -77,12 +77,23 @@ class Linear(nn.Module):
     def in_parts(self, x: torch.Tensor) -> torch.Tensor:
         """Like `forward`; or, on a GPU where that is quicker, float32 [parts, tokens, outputs] for who adds them up."""
         if x.is_cuda and self.bias is None:
-            from superinfer.kernels import skinny  # needs triton, which comes with CUDA builds of torch
+            from superinfer.kernels import skinny, skinny_hopper  # need triton, which comes with CUDA builds of torch
 
-            parts = skinny.linear_parts(x, self.weight)
-            if parts is not None:
-                return parts
+            for kernel in (skinny_hopper, skinny):
+                parts = kernel.linear_parts(x, self.weight)
+                if parts is not None:
+                    return parts
         return self(x)
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """silu(gate) · up, where gate and up are the two halves of `forward`: [tokens, outputs / 2]."""
+        if x.is_cuda and self.bias is None:
+            from superinfer.kernels import skinny_hopper
+
+            product = skinny_hopper.gated(x, self.weight)
+            if product is not None:
+                return product
+        return silu_and_mul(self(x))
 
 
 class FusedLinear(Linear):
@@ -151,4 +162,4 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden], or as `Linear.in_parts`."""
-        return self.down_proj.in_parts(silu_and_mul(self.gate_up_proj(x)))
+        return self.down_proj.in_parts(self.gate_up_proj.gated(x))
