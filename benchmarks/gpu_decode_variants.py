@@ -65,7 +65,7 @@ def settle(variant: Variant) -> None:
 def measure(folder: str) -> dict[int, float]:
     """Milliseconds of a decode step by batch."""
     config = EngineConfig(
-        model=folder, device="cuda", load_format="dummy", max_batch_size=max(BATCHES), max_batch_tokens=8192,
+        model=folder, device="cuda", load_format="dummy", max_batch_size=max(BATCHES), max_batch_tokens=1024,
         kv_tokens=max(BATCHES) * (PROMPT + 64),
     )  # fmt: skip
     executor = build_executor(config)
@@ -78,8 +78,8 @@ def measure(folder: str) -> dict[int, float]:
         SlotWork(slot, 0, PROMPT, prompt, tuple(range(slot * blocks, (slot + 1) * blocks)), sample=True)
         for slot, prompt in enumerate(prompts)
     ]
-    for first in range(0, len(works), 16):
-        executor.submit(StepPlan(0, tuple(works[first : first + 16]), inits[first : first + 16]))
+    for work, init in zip(works, inits, strict=True):
+        executor.submit(StepPlan(0, (work,), (init,)))
         executor.collect()
     found = {}
     for batch in BATCHES:
