@@ -1,6 +1,6 @@
-"""What habits of decode steps are worth, in one run: products of few rows by our Triton kernel (`skinny`), those of one
-or two by the kernel that streams weights (`skinny_hopper`), kernels that start before the one in front is over, and
-our own decode attention for fewer than eight sequences.
+"""What habits of decode steps are worth, in one run: products of few rows by our Triton kernel (`skinny`), those of
+fewer by the kernel that streams weights (`skinny_hopper`), kernels that start before the one in front is over, and our
+own decode attention in FlashInfer's place.
 
 Llama-3-8B's shape, random weights, bf16, 520 tokens a sequence, greedy: device milliseconds of a step by batch, the
 median of five times 20 steps.
@@ -21,6 +21,7 @@ from gpu_profile import GREEDY, PAGE, PROMPT, run
 from record import write
 
 from superinfer.kernels import fused, launch, skinny, skinny_hopper
+from superinfer.kernels.paged import Choice, choose_attention
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine import cuda_build
 from superinfer.runtime.engine.cuda_executor import CudaExecutor
@@ -31,25 +32,28 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Variant(NamedTuple):
-    """overlap: kernels start early. triton, streamed: rows up to which products are by those. attention: the fewest
-    sequences for which it is our own."""
+    """overlap: kernels start early. triton, streamed: rows up to which products are by those. attention: our own."""
 
     overlap: bool = True
     triton: int = 64
-    streamed: int = 2
-    attention: int = 8
+    streamed: int = skinny_hopper.MOST_ROWS
+    attention: bool = True
 
 
 VARIANTS = {
-    "none": Variant(overlap=False, triton=0, streamed=0),
+    "none": Variant(overlap=False, triton=0, streamed=0, attention=False),
     "no overlap": Variant(overlap=False),
     "no streams": Variant(streamed=0),
-    "no triton": Variant(triton=0, streamed=0),
+    "no triton": Variant(triton=0),
+    "FlashInfer": Variant(attention=False),
     "all": Variant(),
-    "8 rows streamed": Variant(streamed=8),
-    "own attention": Variant(attention=1),
 }
 STEPS, REPEATS = 20, 5
+
+
+def without_our_own(*shape: Any) -> Choice:
+    """As `choose_attention`, but that decodes are FlashInfer's."""
+    return choose_attention(*shape)._replace(decode="flashinfer-fa2")
 
 
 def settle(variant: Variant) -> None:
@@ -57,9 +61,9 @@ def settle(variant: Variant) -> None:
     skinny.MOST_ROWS, skinny_hopper.MOST_ROWS = variant.triton, variant.streamed
     skinny.choose_tiles.cache_clear()
     skinny_hopper.choose_cut.cache_clear()
+    cuda_build.choose_attention = choose_attention if variant.attention else without_our_own  # type: ignore[attr-defined]
     chosen = launch.overlap if variant.overlap else lambda x: {"PDL": False}
     fused.overlap = skinny.overlap = chosen  # type: ignore[attr-defined]
-    cuda_build.HOPPER_LEAST_SEQUENCES = variant.attention  # type: ignore[attr-defined]
 
 
 def measure(folder: str) -> dict[int, float]:

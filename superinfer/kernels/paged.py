@@ -22,9 +22,6 @@ FLASHINFER_HEAD_DIMS = (64, 128, 256)
 HOPPER_HEAD_DIMS = (64, 128)
 HOPPER_MOST_SHARED = 8  # query heads per KV head
 HOPPER_TILE = 16  # tokens; blocks are multiples
-# Sequences from which our decode is the quicker one on an H100: 8 x 512 tokens take 13 us against 16, 1 x 8,192 take 38
-# against 22.
-HOPPER_LEAST_SEQUENCES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +183,5 @@ def choose_attention(
         why = "Hopper: fa3 prefill is 1.3 × fa2; "
         if obstacle := _hopper_obstacle(head_dim, shared, page):
             return Choice("flashinfer-fa2", "flashinfer-fa3", f"{why}tensor-core decode, for {obstacle}")
-        least = HOPPER_LEAST_SEQUENCES
-        return Choice(
-            "hopper", "flashinfer-fa3", f"{why}decodes of {least} sequences or more without windows need no plan"
-        )
+        return Choice("hopper", "flashinfer-fa3", f"{why}decodes without windows need no plan")
     return Choice("flashinfer-fa2", "flashinfer-fa2", "fa3 needs Hopper; tensor-core decode")

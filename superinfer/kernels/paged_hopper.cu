@@ -24,7 +24,9 @@ constexpr int STAGE = 2 * TILE * ROW;
 constexpr int BARRIERS = 128;                     // bytes before the first stage
 constexpr int TILES_PER_PAGE = PAGE / TILE;
 constexpr int QUERY_HEADS = KV_HEADS * GROUP;
-constexpr int AHEAD = 4;                          // parts of a sequence that are read at once
+constexpr int AHEAD = HEADS > 4 ? 2 : 4;         // parts of a sequence that are read at once; more warps have fewer registers
+constexpr int MOST_AT_ONCE = 16;                  // parts that one warp adds up, where there are no more
+constexpr int TOGETHER = 8;                       // parts of a group, where there are
 constexpr float LOWEST = -1e30f;                  // below any score, and finite
 constexpr float SLACK = 8.0f;                     // powers of two that weights may exceed 1 by before all is rescaled
 
@@ -201,7 +203,7 @@ __device__ void produce(const u16* kv, const int* kv_indices, u32 memory, int fi
 
 // q, out: [sequences, QUERY_HEADS, HEAD_DIM]. kv: a layer's keys of block 0; steps in elements: between blocks, from
 // keys to values, between tokens. kv_indptr [sequences + 1], kv_indices, last_page_len [sequences]: as in PagedBatch.
-// parts: [2 gridDim.x, KV_HEADS, PART]. arrived: [sequences, KV_HEADS], zero, and left so. scale: of scores, in powers
+// parts: [2 gridDim.x, KV_HEADS, PART]. arrived: [sequences + 2 gridDim.x, KV_HEADS], zero, and left so. scale: of scores, in powers
 // of two. Grid: (spans, KV_HEADS / HEADS); HEADS + 1 warps; BARRIERS + STAGES x STAGE bytes of shared memory.
 //
 // kv_indptr, kv_indices and last_page_len, and of the cache all but each sequence's last block, were there before the
@@ -246,7 +248,6 @@ extern "C" __global__ void __launch_bounds__(32 * (HEADS + 1))
     int stop = begin + pages * TILES_PER_PAGE, until = min(stop, end);
     int context = (pages - 1) * PAGE + last_page_len[sequence];
     bool whole = tile == begin && until == stop;
-    int slot = 2 * blockIdx.x + (tile == begin);
     const u16* asked = q + (u64(sequence) * QUERY_HEADS + head * GROUP + lane / 4) * HEAD_DIM + lane % 4 * 2;
     u32 query[STEPS][2];
 #pragma unroll
@@ -278,26 +279,41 @@ extern "C" __global__ void __launch_bounds__(32 * (HEADS + 1))
       part.answer(to, lane);
       continue;
     }
-    part.leave(parts + (u64(slot) * KV_HEADS + head) * PART, lane);
-    __threadfence();
-    __syncwarp();
     int from = begin / span, last = (stop - 1) / span;
-    u32 before = 0;
-    if (lane == 0) before = atomicAdd(&arrived[sequence * KV_HEADS + head], 1);
-    before = __shfl_sync(~0u, before, 0);
-    if (before != u32(last - from)) continue;
-    __threadfence();
-    part.clear();  // and in the spans' order, whoever comes last, so that the same batch gives the same bits
-    for (int other = from; other <= last; other += AHEAD) {
-      const float4* at[AHEAD];
+    auto part_of = [&](int one) { return parts + (u64(2 * one + (one == from)) * KV_HEADS + head) * PART; };
+    auto last_of = [&](u32* counter, int count) {  // whether all the others have come here before
+      __threadfence();
+      __syncwarp();
+      u32 before = 0;
+      if (lane == 0) before = atomicAdd(counter, 1);
+      if (__shfl_sync(~0u, before, 0) != u32(count - 1)) return false;
+      __threadfence();
+      if (lane == 0) *counter = 0;
+      return true;
+    };
+    // In the spans' order, whoever comes last, so that the same batch gives the same bits.
+    auto add_up = [&](int first_one, int last_one, int step) {
+      part.clear();
+      for (int one = first_one; one <= last_one; one += AHEAD * step) {
+        const float4* at[AHEAD];
 #pragma unroll
-      for (int n = 0; n < AHEAD; ++n) {
-        int one = min(other + n, last);
-        at[n] = parts + (u64(2 * one + (one == from)) * KV_HEADS + head) * PART;
+        for (int n = 0; n < AHEAD; ++n) at[n] = part_of(one + n * step <= last_one ? one + n * step : one);
+        part.add(at, (last_one - one) / step + 1, lane);
       }
-      part.add(at, last - other + 1, lane);
+    };
+    part.leave(part_of(blockIdx.x), lane);
+    int count = last - from + 1, step = 1;
+    if (count > MOST_AT_ONCE) {  // one warp would be at it for long: by groups first
+      step = TOGETHER;
+      int group = from + (int(blockIdx.x) - from) / step * step, group_end = min(group + step - 1, last);
+      u32* counter = &arrived[(sequences + 2 * group + (group == from)) * KV_HEADS + head];
+      if (!last_of(counter, group_end - group + 1)) continue;
+      add_up(group, group_end, 1);
+      part.leave(part_of(group), lane);
+      count = (count + step - 1) / step;
     }
+    if (!last_of(&arrived[sequence * KV_HEADS + head], count)) continue;
+    add_up(from, last, step);
     part.answer(to, lane);
-    if (lane == 0) arrived[sequence * KV_HEADS + head] = 0;
   }
 }

@@ -68,7 +68,7 @@ class HopperKernel:
         self._grid = max(1, programs * together // kv_heads), kv_heads // together
         part = (head_dim // 16 + 1) * 32 * 4
         self._parts = torch.empty(2 * self._grid[0] * kv_heads * part, dtype=torch.float32, device=device)
-        self._arrived = torch.zeros(max_sequences * kv_heads, dtype=torch.int32, device=device)
+        self._arrived = torch.zeros((max_sequences + 2 * self._grid[0]) * kv_heads, dtype=torch.int32, device=device)
         self._max_sequences = max_sequences
         self._arguments = Arguments(13)
         words = self._arguments.words

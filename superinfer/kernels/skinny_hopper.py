@@ -1,8 +1,8 @@
-"""Products of one or two rows on Hopper and later: `skinny_hopper.cu`, and how each is cut.
+"""Products of up to eight rows on Hopper and later: `skinny_hopper.cu`, and how each is cut.
 
-A decode step of one sequence is as long as its weights take to be read. Kernels that follow each other without a gap
+A decode step of a few sequences is as long as its weights take to be read. Kernels that follow each other without a gap
 come closest: here gate, up and what they gate are one, so that nothing between attention and the next layer's waits
-for a launch. From a few rows on the Triton products (`skinny`) and cuBLAS are as quick or quicker.
+for a launch. From some rows on the Triton products (`skinny`) and cuBLAS are as quick or quicker.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from superinfer.kernels.nvrtc import SHARED_BYTES, Arguments, CudaKernel
 
-MOST_ROWS = 2
+MOST_ROWS = 8
 GROUP = 16  # rows of a weight that a program computes together
 WARPS = 8
 DEEPEST, SHALLOWEST = 1024, 768  # tiles: copies of a row are 1.5 to 2 KB

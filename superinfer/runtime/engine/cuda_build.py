@@ -9,7 +9,6 @@ import torch
 
 from superinfer.errors import ModelLoadError
 from superinfer.kernels.paged import (
-    HOPPER_LEAST_SEQUENCES,
     AttentionByLayer,
     AttentionCall,
     Choice,
@@ -111,7 +110,7 @@ def make_attention(choice: Choice, config: EngineConfig, model: CausalLM) -> Ste
 
     def decode(batch: PagedBatch) -> AttentionCall:
         def of(window: int | None) -> AttentionCall:
-            if choice.decode == "hopper" and window is None and batch.sequences >= HOPPER_LEAST_SEQUENCES:
+            if choice.decode == "hopper" and window is None:
                 from superinfer.kernels.paged_hopper import HopperDecode, geometry_for
 
                 geometry = geometry_for(batch.sequences, shape.num_kv_heads, shape.head_dim)
