@@ -1,5 +1,5 @@
-"""Decode attention as it lies in a step: a layer's rotation, attention and output projection; by FlashInfer, and by ours as
-it may be cut.
+"""Decode attention as it lies in a step: a layer's rotation, attention and output projection; by FlashInfer, and by
+ours as it may be cut.
 
 Llama-3-8B's shape, bf16, random blocks of a pool of tens of gigabytes, 32 layers in one CUDA graph: microseconds a
 layer, with attention and without, the median of seven replays. Beside them what reading alone reaches.

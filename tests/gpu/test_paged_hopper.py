@@ -11,7 +11,15 @@ from paged_batches import Case, dense_answer, make_batch
 SCALE = 0.1
 CUDA = torch.device("cuda")
 MIXED = (1, 16, 700, 33, 15, 17, 2000, 256)
-GEOMETRIES = [(4, 6, 1), (4, 6, 4), (4, 6, 50), (8, 2, 4), (8, 3, 1), (1, 8, 1)]  # heads, stages, shortest span
+GEOMETRIES = [
+    (4, 3, 4),
+    (4, 6, 1),
+    (4, 6, 4),
+    (4, 6, 50),
+    (8, 2, 4),
+    (8, 3, 1),
+    (1, 8, 1),
+]  # heads, stages, shortest span
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="the kernel is for Hopper"
@@ -62,7 +70,9 @@ def test_is_dense_attention(sizes, dtype, page):
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("contexts", [(1,), (20_000,), (1,) * 200, (5000, *(3,) * 40, 1234), tuple(range(1, 129))])
+@pytest.mark.parametrize(
+    "contexts", [(1,), (20_000,), (4_200, 9_000, 2), (1,) * 200, (5000, *(3,) * 40, 1234), tuple(range(1, 129))]
+)
 def test_spans_that_share_a_sequence_add_up(contexts, geometry):
     sizes = 8, 2, 128
     call = make_kernel(sizes, geometry=geometry_of(*geometry))
@@ -111,9 +121,10 @@ def test_tokens_that_the_kernel_in_front_writes_are_read(many):
         close(out, dense_answer(case, SCALE))
 
 
+@pytest.mark.parametrize("contexts", [tuple(range(40, 1500, 37)), (30_000, 5, 4_000), (9_000,)])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_same_batch_same_bits(geometry):
-    case = decode_case(tuple(range(40, 1500, 37)), (32, 8, 128))
+def test_same_batch_same_bits(geometry, contexts):
+    case = decode_case(contexts, (32, 8, 128))
     call = make_kernel((32, 8, 128), geometry=geometry_of(*geometry))
     first = answer(call, case)
     for _ in range(20):
