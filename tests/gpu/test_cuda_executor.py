@@ -189,6 +189,8 @@ def test_steps_submitted_ahead_give_the_tokens_of_steps_one_by_one(wide, samplin
     outputs: dict[int, list[int]] = {s.slot: [] for s in batch}
     for step in range(TOKENS):
         works = tuple(stepper.prefill(s) if not s.computed else stepper.decode(s) for s in batch)
+        if step:  # in the order of `Stepper.run`, as spans of our decode attention depend on it
+            works = works[::-1]
         executor.submit(StepPlan(step, works, tuple(stepper.inits)))
         stepper.inits = []
         for _ in range(1 if step else 0):

@@ -28,7 +28,7 @@ def activated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8])
 @pytest.mark.parametrize("outputs,depth", SHAPES)
 def test_parts_add_up_to_the_product(outputs, depth, rows, dtype):
     from superinfer.kernels import skinny_hopper
@@ -40,7 +40,7 @@ def test_parts_add_up_to_the_product(outputs, depth, rows, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8])
 @pytest.mark.parametrize("outputs,depth", [(28672, 4096), (55296, 5120)])
 def test_what_gates_let_through(outputs, depth, rows, dtype):
     from superinfer.kernels import skinny_hopper
@@ -112,7 +112,13 @@ def test_the_same_product_has_the_same_bits():
 def test_products_that_are_not_for_it():
     from superinfer.kernels import skinny_hopper
 
-    for rows, outputs, depth in ((3, 4096, 4096), (0, 4096, 4096), (1, 128, 4096), (1, 4100, 4096), (1, 4096, 100)):
+    for rows, outputs, depth in (
+        (skinny_hopper.MOST_ROWS + 1, 4096, 4096),
+        (0, 4096, 4096),
+        (1, 128, 4096),
+        (1, 4100, 4096),
+        (1, 4096, 100),
+    ):
         x, weight = operands(rows, outputs, depth)
         assert skinny_hopper.linear_parts(x, weight) is None
     x, weight = operands(1, 4096, 4096, torch.float32)
