@@ -38,15 +38,14 @@ def workspace_bytes(max_batch: int, heads: int, head_dim: int, multiprocessors: 
     return max(256 << 20, split + (16 << 20))
 
 
-def compile_modules(backends: Collection[str], windows: Collection[int | None], dtype: torch.dtype, dim: int) -> None:
+def compile_modules(wanted: Collection[tuple[str, bool]], dtype: torch.dtype, dim: int) -> None:
     """Compile what calls will want and what no earlier start has left in FlashInfer's cache: side by side, for a module
-    alone, of ten files or so, does not keep a machine busy. backends: "fa2" for decodes, and that of chunks."""
-    wanted = [
+    alone, of ten files or so, does not keep a machine busy. wanted: backends, and whether a window limits attention."""
+    modules = [
         gen_batch_prefill_module(backend, dtype, dtype, dtype, torch.int32, dim, dim, 0, windowed, False, False)
-        for backend in sorted(set(backends))
-        for windowed in sorted({window is not None for window in windows})
+        for backend, windowed in sorted(set(wanted))
     ]
-    missing = [module for module in wanted if not module.is_compiled]
+    missing = [module for module in modules if not module.is_compiled]
     if missing:
         at_once = max(1, (os.cpu_count() or 1) // FILES)
         with ThreadPoolExecutor(min(at_once, len(missing))) as pool:

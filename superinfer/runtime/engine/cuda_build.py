@@ -94,7 +94,9 @@ def make_attention(choice: Choice, config: EngineConfig, model: CausalLM) -> Ste
         config.max_batch_size, shape.num_heads, shape.head_dim, multiprocessors, sizes[1]
     )
     backend = choice.prefill.removeprefix("flashinfer-")
-    flashinfer.compile_modules(("fa2", backend), shape.windows, dtype, shape.head_dim)
+    wanted = {(backend, window is not None) for window in shape.windows}
+    wanted |= {("fa2", window is not None) for window in shape.windows if not _is_ours(choice, window)}
+    flashinfer.compile_modules(wanted, dtype, shape.head_dim)
     workspace = torch.zeros(needed, dtype=torch.uint8, device=device)
     # Decodes and chunks of one step are all planned before any runs: each window's plans have places of their own.
     uploads = torch.cuda.Stream(device)
@@ -110,7 +112,7 @@ def make_attention(choice: Choice, config: EngineConfig, model: CausalLM) -> Ste
 
     def decode(batch: PagedBatch) -> AttentionCall:
         def of(window: int | None) -> AttentionCall:
-            if choice.decode == "hopper" and window is None:
+            if _is_ours(choice, window):
                 from superinfer.kernels.paged_hopper import HopperDecode, geometry_for
 
                 geometry = geometry_for(batch.sequences, shape.num_kv_heads, shape.head_dim)
@@ -132,6 +134,11 @@ def make_attention(choice: Choice, config: EngineConfig, model: CausalLM) -> Ste
         captured = _captured_chunks(rows, workspace, uploads, sizes, model)
         attention = attention._replace(fresh=AttentionByLayer(shape.windows, fresh), captured=captured)
     return attention
+
+
+def _is_ours(choice: Choice, window: int | None) -> bool:
+    """Whether decodes of layers with such a window are our own kernel's; else FlashInfer's fa2."""
+    return choice.decode == "hopper" and window is None
 
 
 def _captured_chunks(
