@@ -19,6 +19,7 @@ ROUNDS = 3  # of all candidates, by turns
 MARGIN = 0.99  # of the first guess's time: who is not quicker than this does not replace it
 LEAST_MS, MOST_CALLS = 0.4, 8  # of one measurement
 HOPELESS = 1.25  # times the quickest's first call: who takes longer is measured no further
+ALIKE = 0.03  # how many fewer rows, as a share, an algorithm takes than it was measured for
 TILE = 256  # rows; of algorithms' tiles all heights are divisors
 ALIGNMENT = 256  # bytes, which cuBLASLt's proposals count on
 
@@ -77,11 +78,11 @@ class TunedLinear:
         return self._product.run(words, x, weight, bias, out)
 
     def _find(self, rows: int) -> ctypes.Array[ctypes.c_uint64] | None:
-        """The algorithm of the next number of rows that was measured, where that has no more tiles and so takes as
-        long; of others its last tiles may be nearly empty. Fewer rows than any measured are torch's."""
+        """The algorithm of the next number of rows that was measured, where that is nearly as many and has no more tiles;
+        for others, whose last tiles it would leave nearly empty, another may be the quickest."""
         words = None
         above = min((measured for measured in self._tuned if measured >= rows), default=0)
-        if above and rows >= min(self._tuned) and -(-rows // TILE) == -(-above // TILE):
+        if rows >= (1.0 - ALIKE) * above > 0 and -(-rows // TILE) == -(-above // TILE):
             algorithm = self._tuned[above]
             words = _words(algorithm) if self._product.takes(rows, algorithm) else None
         self._words[rows] = words

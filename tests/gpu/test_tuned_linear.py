@@ -9,7 +9,6 @@ import torch.nn.functional as F
 CUDA = torch.device("cuda")
 MEASURED = (16, 64, 256, 2048)
 ROWS = (1, 15, 16, 64, 65, 251, 256, 257, 1000, 1793, 2030, 2048, 2080)
-TILE = 256
 
 
 def tuned_for(outputs: int, depth: int, dtype: torch.dtype, rows: tuple[int, ...], bias: bool = False):
@@ -41,7 +40,7 @@ def test_products_of_any_number_of_rows_equal_float32(outputs, depth, dtype, bia
             if found is None:  # as many tiles were not measured, or the algorithm of those cannot do these
                 assert rows not in MEASURED
                 continue
-            assert any(rows <= measured and -(-rows // TILE) == -(-measured // TILE) for measured in MEASURED)
+            assert any(0.97 * measured <= rows <= measured for measured in MEASURED)
             exact = F.linear(x.float(), weight.float(), None if added is None else added.float())
             assert error(found, exact) < (4e-3 if dtype == torch.bfloat16 else 1e-3)
 
