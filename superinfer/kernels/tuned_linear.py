@@ -78,7 +78,7 @@ class TunedLinear:
         return self._product.run(words, x, weight, bias, out)
 
     def _find(self, rows: int) -> ctypes.Array[ctypes.c_uint64] | None:
-        """The algorithm of the next number of rows that was measured, where that is nearly as many and has no more tiles;
+        """The algorithm of the next number of rows that was measured, if that is nearly as many and has no more tiles;
         for others, whose last tiles it would leave nearly empty, another may be the quickest."""
         words = None
         above = min((measured for measured in self._tuned if measured >= rows), default=0)
