@@ -54,7 +54,7 @@ class Plan:
         return cls(
             azure, mooncake, vocab=1000, batches=(1, 4), prompt=24, output=24, rounds=1, prefill=((4, 64),),
             prefill_rounds=1, offline=(12, 8, 40), scale=0.05, online_rates=(3.0,), online_s=3.0, slo_rates=(3.0, 6.0),
-            slo_s=3.0, drain_s=2.0, turns_scale=0.01, turns_s=4.0, pace=0.1,
+            slo_s=3.0, drain_s=20.0, turns_scale=0.01, turns_s=4.0, pace=0.1,
         )  # fmt: skip
 
 

@@ -17,6 +17,9 @@ from superinfer.runtime.protocol import Generate, SamplingParams
 
 TOKENS = 70
 SETTINGS = dict(policy="lru", page_size=8, kv_tokens=256, dram_tokens=4096, max_batch_size=8, max_batch_tokens=64)
+# Copies take what the link says, which is next to nothing. Without a link they take what the machine needs: one that
+# stands still in a copy makes the engine believe, rightly, that computing twice is quicker.
+INSTANT_GBPS = 100.0
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ def prompts_of(count: int, seed: int) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize("link_gbps", [None, 0.05])
+@pytest.mark.parametrize("link_gbps", [INSTANT_GBPS, 0.05])
 def test_greedy_tokens_are_those_of_transformers_however_often_requests_rotate(random_llama, reference, link_gbps):
     config = EngineConfig(model=str(random_llama), link_gbps=link_gbps, **SETTINGS)
     prompts = prompts_of(12, seed=4)
@@ -66,16 +69,15 @@ def test_greedy_tokens_are_those_of_transformers_however_often_requests_rotate(r
         assert tiers.rotations_out >= 1 and tiers.rotations_in >= 1
         assert tiers.rotations_out + stats.preemptions >= 10  # by what copies and computing have taken on this machine
         assert sum(report.rotations for _, report in got) == tiers.rotations_out
-        if link_gbps is None:  # on a slow link, computing twice may be the quicker way back
+        if link_gbps == INSTANT_GBPS:  # on a slow link, computing twice may be the quicker way back
             assert stats.preemptions == 0, "room in DRAM, and yet something was computed twice"
         assert tiers.bytes_in > 0 and tiers.bytes_out > 0 and tiers.copies_failed == 0
         assert 0 < tiers.mirror_hit_rate <= 1
-        if link_gbps:
-            assert tiers.gbps_in == pytest.approx(link_gbps, rel=0.3)
+        assert tiers.gbps_in == pytest.approx(link_gbps, rel=0.3)
 
 
 def test_a_finished_turn_waits_in_dram_and_is_loaded_for_the_next(random_llama, reference):
-    config = EngineConfig(model=str(random_llama), **(SETTINGS | {"policy": "fcfs"}))
+    config = EngineConfig(model=str(random_llama), link_gbps=INSTANT_GBPS, **(SETTINGS | {"policy": "fcfs"}))
     rng = random.Random(8)
     first = [rng.randrange(3, 500) for _ in range(120)]
     with launch_engine(config) as engine, EngineClient(engine.address) as client:

@@ -139,24 +139,53 @@ async def test_deltas_go_straight_once_the_reader_waits(tokenizer: Tokenizer) ->
         assert line.straight == 5 and got[-1].finish_reason == "length"
 
 
-async def test_within_an_interval_pieces_are_gathered_and_the_end_is_not_kept_back(tokenizer: Tokenizer) -> None:
-    door = Door()
-    text = TextClient(door, tokenizer)  # type: ignore[arg-type]
+class Timers:
+    """Stands for the event loop's: they fire when the test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.set: list[tuple[float, Callable[[], None]]] = []
+        monkeypatch.setattr(asyncio.get_running_loop(), "call_later", self._call_later)
+
+    def _call_later(self, seconds: float, call: Callable[[], None]) -> asyncio.Handle:
+        self.set.append((seconds, call))
+        return asyncio.Handle(call, (), asyncio.get_running_loop())
+
+    def fire(self) -> None:
+        due, self.set = self.set, []
+        for _, call in due:
+            call()
+
+
+async def turns(count: int = 5) -> None:
+    """Of the event loop."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_within_an_interval_pieces_are_gathered_and_the_end_is_not_kept_back(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door, got, timers = Door(), list[TextDelta](), Timers(monkeypatch)
     two = TextRequest(prompt=[3], sampling=SamplingParams(n=2))
-    with Feed(text, [two], eager=True, interval=0.02) as feed:
+    with Feed(TextClient(door, tokenizer), [two], eager=True, interval=0.02) as feed:  # type: ignore[arg-type]
         await feed.start()
-        for _ in range(3):
-            door.say(0, 0, "ab")
-            await asyncio.sleep(0)
-        assert [d.text for d in await asyncio.wait_for(feed.get(), 10)] == ["ababab"]
-    with Feed(text, [two], eager=True, interval=3600.0) as feed:
-        await feed.start()
-        door.say(1, 0, "ab")
-        door.say(1, 0, "c", last=True)
-        assert [d.text for d in await asyncio.wait_for(feed.get(), 10)] == ["abc"]
-        door.say(1, 1, "d", last=True)
-        assert [d.text for d in await asyncio.wait_for(feed.get(), 10)] == ["d"]
-        assert await feed.get() == []
+        reader = asyncio.create_task(follow(feed, got))
+        for _ in range(2):
+            for _ in range(3):
+                door.say(0, 0, "ab")
+                await turns()
+            assert got == [] and [seconds for seconds, _ in timers.set] == [0.02]
+            timers.fire()
+            await turns()
+            assert [d.text for d in got] == ["ababab"]
+            got.clear()
+        door.say(0, 0, "ab")
+        door.say(0, 0, "c", last=True)
+        await turns()
+        assert [d.text for d in got] == ["abc"]
+        door.say(0, 1, "d", last=True)
+        await reader
+        assert [d.text for d in got] == ["abc", "d"]
 
 
 async def test_the_engine_keeps_back_what_nobody_wants_yet(tokenizer: Tokenizer) -> None:
