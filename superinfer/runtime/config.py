@@ -68,6 +68,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     trace: str = ""
 
     def __post_init__(self) -> None:
+        if not self.model.strip():  # as where a shell's variable was not set
+            raise InvalidRequestError(
+                f"model={self.model!r} names no model; give --model 'embedded', the folder of a checkpoint or a hub "
+                "name (owner/name), or leave it out for the embedded one"
+            )
         for name in ("page_size", "max_batch_size", "max_batch_tokens", "max_queue"):
             if getattr(self, name) < 1:
                 raise InvalidRequestError(f"{name}={getattr(self, name)} must be at least 1")

@@ -82,6 +82,13 @@ def test_a_missing_model_is_named(run: Run, tmp_path: Path) -> None:
     assert str(tmp_path / "nowhere") in error_of(run("chat", "--model", str(tmp_path / "nowhere")), 1)
 
 
+@pytest.mark.parametrize("command", ["serve", "engine", "chat", "run", "demo", "bench latency"])
+def test_an_empty_model_is_refused_with_what_to_give(run: Run, command: str) -> None:
+    file = ["program.py"] if command == "run" else []
+    line = error_of(run(*command.split(), "--model", "", *file))
+    assert "model=''" in line and "--model" in line and "'embedded'" in line
+
+
 def test_a_corrupted_checkpoint_is_named(run: Run, random_llama: Path, tmp_path: Path, start: Any) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
