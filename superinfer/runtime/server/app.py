@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -23,6 +24,7 @@ from superinfer.runtime.server.completion import CompletionWriter, only_prompt, 
 from superinfer.runtime.server.direct import Application, Direct
 from superinfer.runtime.server.errors import ApiError, as_api_error, bad_request
 from superinfer.runtime.server.gate import Gate
+from superinfer.runtime.server.live import LIVE
 from superinfer.runtime.server.operations import add_operations, answered
 from superinfer.runtime.server.params import check_length, interval_of
 from superinfer.runtime.server.parsing.pieces import AnswerReader
@@ -52,12 +54,20 @@ def create_app(text: TextClient, settings: ServerSettings | None = None) -> Fast
     _add_responses(app, service)
     _add_tokens(app, service)
     add_operations(app, service)
+    _answer_head(app)
     app.front = Gate(Direct(app), service.settings, finished=answered(app, service.metrics))
     if origins := service.settings.cors_origins:
         app.front = CORSMiddleware(
             app.front, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
         )
     return app
+
+
+def _answer_head(app: FastAPI) -> None:
+    """HEAD is answered as GET, by the same code; whoever sends leaves the body out. Not where an answer has no end."""
+    for route in app.routes:
+        if isinstance(route, APIRoute) and route.methods and "GET" in route.methods and route.path != LIVE:
+            route.methods.add("HEAD")
 
 
 def _add_models(app: FastAPI, service: Service) -> None:

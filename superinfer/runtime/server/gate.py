@@ -80,7 +80,7 @@ class Gate:
             nonlocal status, sent
             if message["type"] == "http.response.start":
                 status = message["status"]
-            else:
+            elif scope["method"] != "HEAD":  # which is told of the body and not given it
                 sent += len(message.get("body", b""))
             await send(message)
 

@@ -30,6 +30,7 @@ STOPPING = "the server is stopping"
 MAX_REQUESTS = 400  # in one event, 60 kB: more than that many cards are not drawn
 
 MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+LIVE = "/v1/live"  # where the events are
 HEADERS = {
     "cache-control": "no-cache",
     # Nothing is loaded from elsewhere, and no text that a model wrote can become code.
@@ -161,7 +162,7 @@ def add_page(app: FastAPI, text: TextClient, model: str) -> LiveFeed:
         media_type = MEDIA_TYPES[file.name.rpartition(".")[2]] + "; charset=utf-8"
         _add_file(app, "" if file.name == "index.html" else file.name, file.read_bytes(), media_type)
 
-    @app.get("/v1/live")
+    @app.get(LIVE)
     async def live() -> Response:
         return Viewer(feed)
 

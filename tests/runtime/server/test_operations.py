@@ -204,6 +204,23 @@ def test_metrics_have_the_fields_names(scraped: dict[str, list[dict[str, str]]])
     assert {"in", "out"} == {labels["direction"] for labels in scraped["superinfer:rotations_total"]}
 
 
+@pytest.mark.parametrize("protocol", ["httptools", "h11"])
+def test_head_is_answered_as_get_is_without_the_body(
+    tiny_engine: EngineProcess, serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    if protocol == "h11":
+        monkeypatch.setattr("superinfer.runtime.server.serve.http_protocol", lambda: protocol)
+    with serving(tiny_engine.address) as served, served.http() as http:
+        for path in ("/health", "/ready", "/v1/models", "/v1/models/tiny", "/metrics", "/openapi.json", "/"):
+            read, head = http.get(path), http.head(path)  # on one connection: a body would be in the next one's way
+            assert (head.status_code, head.content) == (read.status_code, b"") == (200, b""), path
+            assert head.headers["content-type"] == read.headers["content-type"]
+            assert int(head.headers["content-length"]) > 0
+        assert http.head("/v1/models/other").status_code == 404
+        assert http.head("/v1/live").status_code == 405  # events without an end
+        assert http.head("/v1/completions").status_code == 405
+
+
 def test_browsers_of_allowed_origins_may_ask(operated: Any) -> None:
     with operated.http() as http:
         asked = {"access-control-request-method": "POST", "origin": "https://a.example"}
@@ -263,12 +280,15 @@ def test_the_access_log_is_a_json_line_for_each_request(
         http.post("/v1/chat/completions", json=ASK | {"slo": {"ttft_ms": 60_000}})
         http.post("/v1/chat/completions", content=b"{")
         http.get("/nothing")
+        http.head("/v1/models")
     lines = [json.loads(line) for line in log.getvalue().splitlines()]
     assert [(line["status"], line["path"]) for line in lines] == [
         (200, "/v1/chat/completions"),
         (400, "/v1/chat/completions"),
         (404, "/nothing"),
+        (200, "/v1/models"),
     ]
+    assert lines[2]["bytes"] > 0 and (lines[3]["method"], lines[3]["bytes"]) == ("HEAD", 0)
     assert lines[0]["output_tokens"] > 0 and lines[0]["slo_met"] is True and lines[0]["ms"] > 0
 
 
