@@ -108,7 +108,10 @@ def build_engine(config: EngineConfig, reporter: StartReporter, lifeline_fd: int
     scheduler = build_scheduler(config.policy, kv, batch, cost, config.admission)
     door = FrontDoor(config.address, info, lifeline_fd)
     intake = Intake(info, config.seed)
-    loop = EngineLoop(door, intake, scheduler, executor, config.max_queue, trace, plan_late=config.plan_late)
+    loop = EngineLoop(
+        door, intake, scheduler, executor, config.max_queue, trace,
+        plan_late=config.plan_late, prepare=executor.grammars.prepare,
+    )  # fmt: skip
     return loop, door.address
 
 

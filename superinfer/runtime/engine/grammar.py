@@ -45,7 +45,7 @@ class GrammarCompiler:
     """Grammars of one vocabulary. For the engine's thread; the work is done elsewhere.
 
     path: folder of the checkpoint. vocab_size: of the logits. eos_token_ids: allowed where a grammar may end.
-    jumps: whether text that a grammar forces is taken without sampling it; may be set until the first request.
+    jumps: whether text that a grammar forces is taken without sampling it; may be set until `prepare` or a request.
     """
 
     def __init__(self, path: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
@@ -77,6 +77,12 @@ class GrammarCompiler:
             del self._cache[old]
         return found
 
+    def prepare(self) -> None:
+        """Have ready what the first grammar would wait for: the worker, and the library in this process. Returns at
+        once. Where it cannot be had, that is for whoever brings a grammar to hear."""
+        self._thread = self._thread or ThreadPoolExecutor(1, "grammar")
+        self._thread.submit(self._ready)
+
     def matcher(self, grammar: Grammar, stop_ids: Sequence[int], output: Sequence[int] = ()) -> xgrammar.GrammarMatcher:
         """A matcher that has accepted `output`. Waits for a grammar that has fallen out of the cache.
 
@@ -104,23 +110,40 @@ class GrammarCompiler:
     def _compile(self, grammar: Grammar) -> Compiled:
         """On the thread."""
         try:
-            if self._worker is None:
-                self._worker = _Worker(*self._vocabulary, self._closed)
-            frame = self._worker.compile(grammar)
+            frame = self._ready().compile(grammar)
         except _WorkerGone as gone:
-            self._worker = None
             frame = CompiledFrame(error=str(gone))
         if frame.error:
             raise InvalidRequestError(f"{grammar.kind} {grammar.source!r:.80} cannot be used: {frame.error}")
         import xgrammar
 
-        if self._info is None:
-            self._info = grammar_worker.load_tokenizer_info(*self._vocabulary)
-            if self.jumps:
-                self._retokenizer = Retokenizer(self._vocabulary[0], self._info)
+        info = self._vocabulary_info()
         if frame.bounds and self._lengths is None:
-            self._lengths = TokenLengths(self._info.decoded_vocab)
-        return Compiled(xgrammar.CompiledGrammar.deserialize_json(frame.compiled, self._info), frame.bounds)
+            self._lengths = TokenLengths(info.decoded_vocab)
+        return Compiled(xgrammar.CompiledGrammar.deserialize_json(frame.compiled, info), frame.bounds)
+
+    def _ready(self) -> _Worker:
+        """On the thread: a worker that has started. What this process needs is made meanwhile."""
+        if self._worker is not None and self._worker.alive:
+            return self._worker
+        worker = _Worker(*self._vocabulary, self._closed)
+        try:
+            self._vocabulary_info()
+            worker.wait_ready()
+        except BaseException:
+            worker.kill()
+            raise
+        self._worker = worker
+        return worker
+
+    def _vocabulary_info(self) -> xgrammar.TokenizerInfo:
+        """On the thread: the library's view of the vocabulary, made once; importing the library takes a second."""
+        if self._info is None:
+            info = grammar_worker.load_tokenizer_info(*self._vocabulary)
+            if self.jumps:
+                self._retokenizer = Retokenizer(self._vocabulary[0], info)
+            self._info = info
+        return self._info
 
 
 def _is_worth_another_try(future: Future[Compiled]) -> bool:
@@ -137,8 +160,7 @@ class _Worker:
     """One worker process."""
 
     def __init__(self, path: str, vocab_size: int, eos_token_ids: tuple[int, ...], closed: threading.Event) -> None:
-        """Start it and wait until it is ready. Raises InvalidRequestError for a model that takes no grammars, and
-        SuperinferError."""
+        """Start it."""
         command = [sys.executable, "-m", grammar_worker.__name__, path, str(vocab_size)]
         self._process = subprocess.Popen(
             [*command, ",".join(map(str, eos_token_ids))],
@@ -151,12 +173,19 @@ class _Worker:
         self._in: IO[bytes] = self._process.stdin
         self._out: IO[bytes] = self._process.stdout
         self._closed = closed
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs: the machine may have ended it, for its memory."""
+        return self._process.poll() is None
+
+    def wait_ready(self) -> None:
+        """Raises InvalidRequestError for a model that takes no grammars, SuperinferError where it does not start."""
         ready = self._wait(START_S)
-        if ready != grammar_worker.READY:
-            self.kill()
-            if ready is not None:
-                raise InvalidRequestError(ready.decode())
+        if ready is None:
             raise SuperinferError("the process that compiles grammars did not start; see the engine's log")
+        if ready != grammar_worker.READY:
+            raise InvalidRequestError(ready.decode())
 
     def compile(self, grammar: Grammar) -> CompiledFrame:
         """Raises _WorkerGone for a grammar that is too much for it, SuperinferError where it is not its fault."""

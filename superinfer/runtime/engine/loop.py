@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from types import MappingProxyType
 
@@ -47,6 +47,7 @@ from superinfer.runtime.tracing import TraceRecorder
 log = logging.getLogger("superinfer.engine")
 
 IDLE_POLL_MS = 200
+IDLE_S = 2.0  # without a request, until what a later one may need is made ready
 LOOK_S = 2e-3  # how often it is seen, while planning is put off, whether the device is done sooner than foreseen
 COMPILING_POLL_MS = 2  # while nothing computes and a grammar is being compiled
 NOTHING: Mapping[bytes, list[SequenceDelta]] = MappingProxyType({})
@@ -66,8 +67,10 @@ class EngineLoop:
         trace: TraceRecorder | None = None,
         *,
         plan_late: bool = True,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
-        """plan_late: see `EngineConfig`."""
+        """plan_late: see `EngineConfig`. prepare: called once, when there has been nothing to do for a while, for what
+        some first request would else wait for."""
         self._door = door
         self._intake = intake
         self._scheduler = scheduler
@@ -84,6 +87,8 @@ class EngineLoop:
         self._counters = Counters()
         self._attainment = Attainment()
         self._started = self._turned = self._pulsed = self._read = time.monotonic()
+        self._prepare = prepare
+        self._busy = self._started  # when there was a request last
         self._stop_reason = ""
 
     def stop(self, reason: str) -> None:
@@ -117,6 +122,8 @@ class EngineLoop:
         if self._compiling:
             self._add_compiled(now)
         self._publish(self._scheduler.expire(now), now)
+        if self._prepare is not None:
+            self._prepare_once_idle(now)
         if len(self._in_flight) < self._executor.depth:
             if self._put_off_s(now):
                 return  # a message came meanwhile, and there may be more
@@ -141,6 +148,13 @@ class EngineLoop:
         for client, message in self._door.receive(int(wait_ms)):
             self._handle(client, message, came)
         self._read = time.monotonic()
+
+    def _prepare_once_idle(self, now: float) -> None:
+        if self._num_live:
+            self._busy = now
+        elif self._prepare is not None and now - self._busy >= IDLE_S:
+            self._prepare()
+            self._prepare = None
 
     def _put_off_s(self, now: float) -> float:
         """How long to wait for messages before it is looked again whether the next step is to be planned, because the

@@ -6,19 +6,24 @@ import asyncio
 import json
 import re
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 import zmq
 
+import superinfer
 from superinfer.errors import InvalidRequestError
 from superinfer.runtime import protocol
 from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.engine import grammar_worker
 from superinfer.runtime.engine.grammar import GrammarCompiler
 from superinfer.runtime.launch import launch_engine
 from superinfer.runtime.protocol import PROTOCOL_VERSION, Generate, Grammar, Hello, SamplingParams
 from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import TextClient, TextRequest, TextResult
 
+EMBEDDED = Path(superinfer.__file__).parent / "embedded"
 PERSON = {
     "type": "object",
     "properties": {
@@ -219,25 +224,72 @@ def test_a_client_that_leaves_while_compiling_leaves_nothing_behind(embedded):
         time.sleep(0.1)
 
 
-def test_a_grammar_that_hangs_the_compiler_is_given_up_and_others_are_compiled(embedded):
-    rules = [f"a{i} ::= a{i + 1} a{i + 1} | a{i + 1}" for i in range(60)]
-    evil = ask("a", Grammar(kind="ebnf", source="\n".join(["root ::= a0", *rules, 'a60 ::= "a"'])))
+def test_an_engine_with_nothing_to_do_makes_ready_for_a_first_grammar_and_does_so_again_where_that_is_lost():
+    with launch_engine(EngineConfig(kv_tokens=384, max_batch_size=8, max_batch_tokens=64, threads=1)) as engine:
+        until = time.monotonic() + 100
+        while not (workers := psutil.Process(engine.pid).children()):  # nobody has asked for anything
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        for _ in range(2):
+            (answer,) = run(engine.address, ask("a", PHONE))
+            assert re.fullmatch(PHONE.source, answer.text)
+            assert psutil.Process(engine.pid).children() == workers
+        workers[0].kill()
+        while workers[0].status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        (answer,) = run(engine.address, ask("a", Grammar(kind="regex", source="[a-f]{3}")))
+        assert re.fullmatch("[a-f]{3}", answer.text)
+        assert psutil.Process(engine.pid).children() != workers
 
-    async def both() -> tuple[object, object]:
+
+def test_nobody_else_waits_while_a_grammar_is_compiled(embedded):
+    async def both() -> tuple[str, str]:
         async with await TextClient.connect(embedded) as client:
-            free = asyncio.create_task(client.complete(ask("b", max_tokens=20)))
-            hung = asyncio.gather(client.complete(evil), return_exceptions=True)
-            await free
-            assert not hung.done(), "a request without a grammar waited for one"
-            return (await hung)[0], (await client.complete(ask("c", PHONE)))[0]
+            await client.complete(ask("a", PHONE))
+            (worker,) = psutil.Process(client.info.pid).children()
+            worker.suspend()
+            try:
+                held = asyncio.create_task(client.complete(ask("b", Grammar(kind="regex", source="[0-9]{7}"))))
+                (free,) = await client.complete(ask("c", max_tokens=20))
+                assert not held.done()
+            finally:
+                worker.resume()
+            return (await held)[0].text, free.text
 
-    refused, served = asyncio.run(both())
-    assert isinstance(refused, InvalidRequestError) and "simplify it" in str(refused)
+    constrained, free = asyncio.run(both())
+    assert re.fullmatch("[0-9]{7}", constrained) and free
+
+
+def test_a_grammar_that_is_too_ambiguous_is_refused_and_others_are_compiled(embedded):
+    rules = [f"a{i} ::= a{i + 1} a{i + 1} | a{i + 1}" for i in range(60)]
+    evil = Grammar(kind="ebnf", source="\n".join(["root ::= a0", *rules, 'a60 ::= "a"']))
+    with pytest.raises(InvalidRequestError, match="simplify it"):
+        run(embedded, ask("a", evil))
+    (served,) = run(embedded, ask("c", PHONE))
     assert re.fullmatch(PHONE.source, served.text)
+
+
+def test_a_grammar_that_hangs_the_compiler_is_given_up_and_others_are_compiled(monkeypatch):
+    compiler, others = GrammarCompiler(str(EMBEDDED), 4096, (2,)), set(psutil.Process().children())
+    try:
+        compiler.request(PHONE).result(60)
+        (worker,) = set(psutil.Process().children()) - others
+        monkeypatch.setattr(grammar_worker, "COMPILE_S", 0.5)
+        worker.suspend()
+        with pytest.raises(InvalidRequestError, match=r"takes more than .* s; simplify it"):
+            compiler.request(Grammar(kind="regex", source="[0-9]{7}")).result(60)
+        monkeypatch.undo()
+        compiler.request(Grammar(kind="regex", source="[0-9]{8}")).result(60)
+        assert not worker.is_running()
+    finally:
+        compiler.close()
+    assert set(psutil.Process().children()) <= others
 
 
 def test_a_checkpoint_without_a_tokenizer_says_so(tmp_path):
     compiler = GrammarCompiler(str(tmp_path), 512, (2,))
+    compiler.prepare()  # says nothing
     with pytest.raises(InvalidRequestError, match="tokenizer"):
         compiler.request(PHONE).result(60)
     compiler.close()

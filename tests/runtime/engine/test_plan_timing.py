@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,8 +102,9 @@ def asked(name: str) -> Generate:
 
 def run(
     monkeypatch: pytest.MonkeyPatch, arrivals: list[tuple[float, Generate]], *, until: float = 4.0, late: bool = True,
-    submit_s: float = 0.001, factor: float = 1.0,
+    submit_s: float = 0.001, factor: float = 1.0, prepare: Callable[[float], None] | None = None,
 ) -> Device:  # fmt: skip
+    """prepare: see EngineLoop; told the time."""
     clock = Clock()
     monkeypatch.setattr(loop_module, "time", SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep))
     info = ModelInfo(
@@ -113,7 +114,8 @@ def run(
     kv = build_cache(LIMITS.num_blocks, 0, LIMITS.page_size, prefix_cache=False)
     scheduler = build_scheduler("fcfs", kv, SchedulerLimits(16, 512, 8192), StepCost(RATES))
     door, device = Door(clock, arrivals, until), Device(clock, submit_s, factor)
-    door.loop = EngineLoop(door, Intake(info), scheduler, device, 64, plan_late=late)  # type: ignore[arg-type]
+    told = None if prepare is None else lambda: prepare(clock.now)
+    door.loop = EngineLoop(door, Intake(info), scheduler, device, 64, plan_late=late, prepare=told)  # type: ignore[arg-type]
     door.loop.run()
     return device
 
@@ -262,3 +264,12 @@ def test_waiting_for_the_device_is_no_work_of_the_host():
         timing.submitted(0.02, planned_at, now + 0.001, now - planned_at)
         timing.ended(0.02, now)
     assert waits[-1] >= 0.017
+
+
+def test_what_a_later_request_may_need_is_prepared_once_and_only_when_there_is_nothing_to_do(monkeypatch):
+    arrivals = [(1.0, asked("first")), (1.5 + 400 * 0.02, asked("second"))]  # a second's pause in between
+    prepared: list[float] = []
+    device = run(monkeypatch, arrivals, until=60.0, prepare=prepared.append)
+    ended = device.plans[-1][0]
+    assert len(device.plans) > 700 and len(prepared) == 1
+    assert ended + loop_module.IDLE_S <= prepared[0] < ended + loop_module.IDLE_S + 0.3
