@@ -2,7 +2,8 @@
 
 The child reports its start on a pipe, one JSON object a line: `{"stage": ..., "progress": 0..1}`, then
 `{"address": ...}` or `{"error": ..., "code": ...}`. It holds the reading end of a second pipe, the lifeline, whose
-writing end only the parent has: when the parent goes, however it goes, the child reads its end and shuts down.
+writing end only the parent has: when the parent goes, however it goes, the child reads its end and shuts down. A process
+that is forked from the parent closes its copy at once: the engine is not its own, to end or to keep.
 """
 
 from __future__ import annotations
@@ -27,6 +28,20 @@ from superinfer.runtime.config import EngineConfig
 Progress = Callable[[str, float], None]
 
 
+_lifelines: set[int] = set()  # writing ends of this process's engines
+
+
+def _forget_engines() -> None:
+    """In a process that was forked from the one whose engines they are."""
+    for fd in _lifelines:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+    _lifelines.clear()
+
+
+os.register_at_fork(after_in_child=_forget_engines)
+
+
 class StartReport(msgspec.Struct, omit_defaults=True):
     """One line of what a starting engine says of itself."""
 
@@ -38,7 +53,10 @@ class StartReport(msgspec.Struct, omit_defaults=True):
 
 
 class EngineProcess:
-    """A running engine of our own. `close` ends it; leaving the `with` block or the interpreter does too."""
+    """A running engine of our own. `close` ends it; leaving the `with` block or the interpreter does too.
+
+    In a process that is forked from this one, `close` does nothing.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes], lifeline: int, folder: Path | None) -> None:
         self._process = process
@@ -60,11 +78,12 @@ class EngineProcess:
     def close(self, timeout: float = 5.0) -> None:
         """End the engine: politely, then after `timeout` seconds by force. Safe to call twice."""
         atexit.unregister(self.close)
-        if self._lifeline >= 0:
-            os.close(self._lifeline)
-            self._lifeline = -1
         if os.getpid() != self._owner:
             return  # we were forked from the process whose engine it is
+        if self._lifeline >= 0:
+            _lifelines.discard(self._lifeline)
+            os.close(self._lifeline)
+            self._lifeline = -1
         try:
             self._process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -95,6 +114,7 @@ def launch_engine(
         config = msgspec.structs.replace(config, address=f"ipc://{folder}/engine.sock")
     report_read, report_write = os.pipe()
     lifeline_read, lifeline_write = os.pipe()
+    _lifelines.add(lifeline_write)
     command = [sys.executable, "-m", "superinfer.runtime.engine", "--report-fd", str(report_write)]
     command += ["--lifeline-fd", str(lifeline_read), "--config", msgspec.json.encode(config).decode()]
     if folder is not None:

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -410,9 +412,6 @@ def test_sigterm_ends_an_engine_in_order(own_engine):
 
 
 def test_an_engine_ends_when_its_parent_is_killed(random_llama, tmp_path):
-    import subprocess
-    import sys
-
     code = (
         "import sys, time\n"
         "from superinfer.runtime.launch import launch_engine\n"
@@ -428,6 +427,38 @@ def test_an_engine_ends_when_its_parent_is_killed(random_llama, tmp_path):
     parent.wait()
     child.wait(30)
     assert not leftovers(address)
+
+
+def test_a_forked_process_neither_ends_the_engine_of_its_parent_nor_keeps_it(random_llama):
+    code = (
+        "import os, sys, time\n"
+        "from superinfer.runtime.client import EngineClient\n"
+        "from superinfer.runtime.config import EngineConfig\n"
+        "from superinfer.runtime.launch import launch_engine\n"
+        "engine = launch_engine(EngineConfig(model=sys.argv[1], kv_tokens=1024))\n"
+        "ends = os.fork()\n"
+        "if ends == 0:\n"
+        "    sys.exit(0)\n"  # as any process ends, with what is to be done then
+        "os.waitpid(ends, 0)\n"
+        "stays = os.fork()\n"
+        "if stays == 0:\n"
+        "    time.sleep(200)\n"
+        "    os._exit(0)\n"
+        "with EngineClient(engine.address) as client:\n"
+        "    print(engine.pid, engine.address, stays, client.health().status, flush=True)\n"
+        "time.sleep(200)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(random_llama)], stdout=subprocess.PIPE, text=True)
+    pid, address, stays, status = parent.stdout.readline().split()
+    engine, forked = psutil.Process(int(pid)), psutil.Process(int(stays))
+    try:
+        assert status == "ok"
+        parent.kill()
+        parent.wait()
+        engine.wait(30)
+        assert forked.is_running() and not leftovers(address)
+    finally:
+        forked.kill()
 
 
 def test_tcp_serves_as_ipc_does(random_llama):
