@@ -2,8 +2,8 @@
 
 The child reports its start on a pipe, one JSON object a line: `{"stage": ..., "progress": 0..1}`, then
 `{"address": ...}` or `{"error": ..., "code": ...}`. It holds the reading end of a second pipe, the lifeline, whose
-writing end only the parent has: when the parent goes, however it goes, the child reads its end and shuts down. A process
-that is forked from the parent closes its copy at once: the engine is not its own, to end or to keep.
+writing end only the parent has: when the parent goes, however it goes, the child reads its end and shuts down. A
+process that is forked from the parent closes its copy at once: the engine is not its own, to end or to keep.
 """
 
 from __future__ import annotations
