@@ -7,12 +7,14 @@ engine refuses: there is no negotiation. See docs/protocol.md.
 
 from __future__ import annotations
 
-import math
 from typing import Literal, TypeVar
 
 import msgspec
 
 from superinfer.errors import InvalidRequestError, ProtocolError
+from superinfer.runtime.sampling_params import Grammar as Grammar
+from superinfer.runtime.sampling_params import SamplingParams as SamplingParams
+from superinfer.runtime.sampling_params import check_float
 from superinfer.runtime.slo import SLO
 
 PROTOCOL_VERSION = 3
@@ -25,97 +27,6 @@ MAX_LIVE = 1000  # sequences in one LiveReport: 100 kB
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type", tag=True):
     """Base of all wire messages."""
-
-
-class Grammar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the output must look like.
-
-    kind: "json_schema" (source: a JSON schema as JSON text), "json_object" (any JSON object; no source), "regex", or
-        "ebnf" (a grammar as xgrammar reads it).
-    """
-
-    kind: Literal["json_schema", "json_object", "regex", "ebnf"]
-    source: str = ""
-
-    def __post_init__(self) -> None:
-        if (self.kind == "json_object") != (not self.source):
-            wanted = "takes no source" if self.kind == "json_object" else "needs a source"
-            raise InvalidRequestError(f"grammar of kind {self.kind!r} {wanted}; it is {self.source!r:.80}")
-
-
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """How the next token is chosen, and when to stop. Token ids only: stop *strings* live with the client.
-
-    max_tokens: at most this many new tokens, >= 1. None: up to the model's context length.
-    min_tokens: stop ids and eos cannot be chosen before this many tokens.
-    n: independent continuations of the prompt, 1..128.
-    temperature: 0 is greedy. top_p in (0, 1]; top_k 0 is off; min_p in [0, 1].
-    frequency_penalty, presence_penalty: [-2, 2], over generated tokens, as OpenAI defines them.
-    repetition_penalty: > 0, over prompt and generated tokens, as transformers defines it; 1 is off.
-    seed: the same seed gives the same tokens, whatever else is in the batch.
-    stop_token_ids: end with finish_reason "stop" once one is generated; the id is included in the output.
-    ignore_eos: do not end at the model's eos ids.
-    logprobs: None for none; k >= 0 returns the chosen token's logprob and the k most likely (at most 20).
-    logit_bias: (token id, bias) pairs, each bias in [-100, 100], added to the logits before anything else.
-    grammar: constrains the output; None: free.
-    """
-
-    max_tokens: int | None = None
-    min_tokens: int = 0
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    grammar: Grammar | None = None
-
-    def __post_init__(self) -> None:
-        _check_int("max_tokens", self.max_tokens, 1, None, optional=True)
-        _check_int("min_tokens", self.min_tokens, 0, None)
-        _check_int("n", self.n, 1, 128)
-        _check_int("top_k", self.top_k, 0, None)
-        _check_int("seed", self.seed, -(2**63), 2**64 - 1, optional=True)
-        _check_int("logprobs", self.logprobs, 0, 20, optional=True)
-        _check_float("temperature", self.temperature, 0.0, 100.0)
-        _check_float("top_p", self.top_p, 0.0, 1.0, above=True)
-        _check_float("min_p", self.min_p, 0.0, 1.0)
-        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
-        for token_id, bias in self.logit_bias:
-            _check_int("logit_bias token id", token_id, 0, None)
-            _check_float(f"logit_bias of token {token_id}", bias, -100.0, 100.0)
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise InvalidRequestError(
-                f"min_tokens={self.min_tokens} is greater than max_tokens={self.max_tokens}; lower min_tokens"
-            )
-
-
-def _check_int(name: str, value: object, low: int, high: int | None, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequestError(f"{name}={value!r} is not an integer")
-    if value < low or (high is not None and value > high):
-        bound = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise InvalidRequestError(f"{name}={value} must be {bound}")
-
-
-def _check_float(name: str, value: object, low: float, high: float, above: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidRequestError(f"{name}={value!r} is not a number")
-    if not math.isfinite(value) or value > high or value < low or (above and value == low):
-        raise InvalidRequestError(
-            f"{name}={value!r} must be {'above' if above else 'at least'} {low} and at most {high}"
-        )
 
 
 # ---------------------------------------------------------------------------- client to engine
@@ -153,11 +64,11 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbi
 
     def __post_init__(self) -> None:
         if self.expected_tokens is not None:
-            _check_float("expected_tokens", self.expected_tokens, 0.0, 1e9, above=True)
+            check_float("expected_tokens", self.expected_tokens, 0.0, 1e9, above=True)
         if self.keep_s is not None:
-            _check_float("keep_s", self.keep_s, 0.0, 1e9)
+            check_float("keep_s", self.keep_s, 0.0, 1e9)
         for name in ("rest_tokens", "rest_s", "spread_s"):
-            _check_float(name, getattr(self, name), 0.0, 1e9)
+            check_float(name, getattr(self, name), 0.0, 1e9)
 
 
 class Generate(Message, frozen=True, kw_only=True):
