@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from rich.console import Console
 
@@ -72,8 +73,8 @@ class UrlPartner(Partner):
             raise SuperinferError("--url needs the package openai; install it with `pip install openai`") from None
         self._openai = openai
         self._options = options
-        self._url = url
-        self._client = openai.OpenAI(base_url=url, api_key=api_key or "none", max_retries=0)
+        self._url = url if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/v1"  # as the other commands take it
+        self._client = openai.OpenAI(base_url=self._url, api_key=api_key or "none", max_retries=0)
         self._model = ""
 
     def reply(self, messages: Messages) -> Generator[tuple[str, int], None, None]:

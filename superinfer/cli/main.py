@@ -164,7 +164,9 @@ def serve(
 def chat(
     config: EngineConfig,
     engine: EngineAddress = "",
-    url: Annotated[str, typer.Option(help="Chat with an OpenAI endpoint instead: http://HOST:PORT/v1.")] = "",
+    url: Annotated[
+        str, typer.Option(help="Chat with an OpenAI endpoint instead: http://HOST:PORT or with a path.")
+    ] = "",
     api_key: Annotated[str, typer.Option(help="Key for --url.", envvar="OPENAI_API_KEY", show_envvar=True)] = "",
     system: Annotated[str, typer.Option(help="A system prompt.")] = "",
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,

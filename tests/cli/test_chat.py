@@ -11,7 +11,7 @@ from command_line import starting
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(scope="module", params=["engine", "url"])
+@pytest.fixture(scope="module", params=["engine", "url", "url without a path"])
 def partner(request: pytest.FixtureRequest, tiny_engine: Any) -> Iterator[tuple[str, str]]:
     """The options that name who answers."""
     if request.param == "engine":
@@ -19,7 +19,8 @@ def partner(request: pytest.FixtureRequest, tiny_engine: Any) -> Iterator[tuple[
         return
     with starting() as start:
         server = start("serve", "--port", "0", "--engine", tiny_engine.address)
-        yield "--url", server.line("serving at").split()[2]
+        url = server.line("serving at").split()[2]
+        yield "--url", url if request.param == "url" else url.removesuffix("/v1")
 
 
 def test_each_line_gets_an_answer_and_its_timing(run: Run, partner: tuple[str, str]) -> None:
