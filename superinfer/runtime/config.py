@@ -40,7 +40,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         it; off: as soon as that one begins. See docs/architecture.md.
     load_format: "auto" reads safetensors; "dummy" makes random weights from the config alone.
     seed: of everything random in the engine.
-    threads: torch CPU threads; None: all cores.
+    threads: torch CPU threads; None: all cores. Where there is other work, fewer are quicker: each waits for all.
     trace: file for a trace of steps, copies and requests, see docs/tracing.md; "": none.
     """
 

@@ -461,6 +461,20 @@ def test_a_forked_process_neither_ends_the_engine_of_its_parent_nor_keeps_it(ran
         forked.kill()
 
 
+def test_threads_that_wait_for_each_other_give_way_to_other_work_unless_the_environment_says_more(
+    random_llama, monkeypatch
+):
+    config = EngineConfig(model=str(random_llama), kv_tokens=1024)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for name, value, spin in (("", "", "5000"), ("GOMP_SPINCOUNT", "7", "7"), ("OMP_WAIT_POLICY", "ACTIVE", None)):
+        with monkeypatch.context() as environment:
+            if name:
+                environment.setenv(name, value)
+            with launch_engine(config) as engine:
+                assert psutil.Process(engine.pid).environ().get("GOMP_SPINCOUNT") == spin
+
+
 def test_tcp_serves_as_ipc_does(random_llama):
     config = EngineConfig(model=str(random_llama), kv_tokens=1024, address="tcp://127.0.0.1:0")
     with launch_engine(config) as engine:
