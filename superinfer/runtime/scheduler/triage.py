@@ -30,7 +30,7 @@ MOST = 4096  # requests, the most worth their cost: beyond them none would fit, 
 # early; of fewer, calls are all it costs.
 TOGETHER, FEW = 3, 1024
 CLOSE = 1.0 - 1e-9  # below so much of a room, sums fit in whatever order they are taken
-FIRST_TOKEN = 0.5  # what a first token in time is worth of a stream's promise
+FIRST_TOKEN = 0.1  # what a first token in time is worth of a promise, which it does not keep alone
 
 
 class Following(NamedTuple):
