@@ -259,7 +259,8 @@ class Rota(BatchScheduler):
         if verdicts.load < BUSY:
             share = max(share, 1.0 - verdicts.decode_load)
         share = min(share, 0.99)
-        self._room_s = room_s = STEP_SHARE * self._standing.tightest - base_s
+        room_s = STEP_SHARE * self._standing.tightest - base_s
+        self._room_s = max(0.0, room_s)
         if units.pieces_s <= free_s:
             chunk_s = max(min((base_s - free_s) * share / (1.0 - share), room_s), 0.0)
             return max(self._kv.page_size, int(max(chunk_s, free_s) / token_s))
@@ -269,7 +270,8 @@ class Rota(BatchScheduler):
         """See BatchScheduler. Far into a prompt a token takes longer: no step gets longer than streams allow for it."""
         if sequence.is_prefilling:
             token_s = self._standing.units.chunk_s(1.0, sequence.scheduled + length / 2)
-            length = min(length, max(self._kv.page_size, int(min(self._room_s / token_s, length))))
+            if length * token_s > self._room_s:
+                length = min(length, max(self._kv.page_size, int(self._room_s / token_s)))
             self._room_s = max(0.0, self._room_s - length * token_s)
         super()._work(sequence, length)
 

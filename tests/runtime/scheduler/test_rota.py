@@ -348,3 +348,18 @@ def test_with_thousands_waiting_looking_takes_no_more_of_the_time_and_nobody_who
     assert ended == [urgent]
     assert urgent.timeline.first <= 1.0
     assert 3 <= sum(0.1 < at < 1.0 for at in looks) <= 6
+
+
+def test_costs_of_nothing_do_not_stop_a_chunk():
+    """As a quick machine's may come out, which learns what a token takes from steps that all take as long."""
+    rates = StepRates(1e-3, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1e-3)
+    scheduler = build_scheduler("rota", KVCache(100, 16), SchedulerLimits(8, 64, 1024), StepCost(rates))
+    slos = SLO(ttft=1.0, tbt=0.1), SLO(ttft=1.0, tbt=0.0005)
+    sequences = [Sequence(id=id, prompt=[id] * 200, max_tokens=4, arrival=0.0, slo=slo) for id, slo in enumerate(slos)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    now = 0.0
+    while (plan := scheduler.plan(now)) is not None:
+        now += 0.01
+        scheduler.commit(StepResult(plan.step, {work.slot: 7 for work in plan.work if work.sample}), now)
+    assert all(sequence.status is Status.FINISHED for sequence in sequences)

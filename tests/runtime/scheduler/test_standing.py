@@ -99,5 +99,5 @@ def test_the_end_of_a_prompt_attends_to_all_that_is_cached_before_it(prompt, in_
     standing = Standing(KVCache(10_000, 16), SchedulerLimits(1024, 8192, 131_072), cost)
     sequence = Sequence(id=0, prompt=[1] * prompt, max_tokens=2, arrival=0.0, slo=SLO(ttft=0.2, tbt=0.1))
     standing.roster.add(sequence, 2_000)
-    finish(standing.look([], 0.0, 0.0))
+    finish(standing.look(Residents([]), 0.0, 0.0))
     assert bool(standing.roster.kept[sequence.row]) is in_time
