@@ -220,6 +220,28 @@ def test_submitting_a_decode_never_waits_for_the_device(wide, sampling):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [SamplingParams(temperature=0), SamplingParams(temperature=0.8), SamplingParams(top_p=0.9, top_k=40, min_tokens=9)],
+)
+def test_whoever_comes_is_given_to_the_device_without_waiting_for_it(wide, sampling):
+    """A sequence that takes its slot beside decodes: nothing that is written for it may wait for the step under way."""
+    folder, _ = wide
+    executor = executor_of(folder, dtype="bfloat16")
+    stepper = Stepper(executor)
+    first, second, *others = prompts_of([12, 50, 5, 30])
+    batch = [stepper.add(first, sampling), stepper.add(second, sampling, stop_ids=(3,))]
+    stepper.run(batch, 4)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for prompt in others:
+            came = stepper.add(prompt, sampling, stop_ids=(3,))
+            stepper.step(*((s, stepper.decode(s)) for s in batch), (came, stepper.prefill(came)))
+            batch.append(came)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_prefix_hit_gives_the_tokens_of_computing_it(wide, dtype):
     folder, _ = wide

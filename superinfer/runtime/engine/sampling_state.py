@@ -53,6 +53,7 @@ class SamplingState:
         self._floats = torch.ones(slots, 6, dtype=torch.float64, device=device)
         self._top_k = torch.zeros(slots, dtype=torch.int64, device=device)
         self._stop_ids = torch.zeros(slots, 1, dtype=torch.int64, device=device)
+        self._never = torch.full((), -torch.inf, device=device)  # as a number it would be copied and waited for
         self._bias_ids = torch.zeros(slots, 1, dtype=torch.int64, device=device)
         self._biases = torch.zeros(slots, 1, dtype=torch.float32, device=device)
         self._constraints = Constraints(slots, device, grammars, self._to_device) if grammars is not None else None
@@ -81,7 +82,7 @@ class SamplingState:
             params.presence_penalty,
         )
         self._floats[slot] = self._to_device(np.array(floats))
-        self._top_k[slot] = min(params.top_k, self._vocab)  # a Python number: filled in by a kernel, not copied
+        self._top_k[slot].fill_(min(params.top_k, self._vocab))  # assigned, it would be copied, and waited for
         self._temperatures[slot] = temperature
         self._seeds[slot] = init.seed % (1 << 64)
         self._generated[slot] = len(init.output)
@@ -243,7 +244,7 @@ class SamplingState:
     def _bar_stop_ids(self, logits: torch.Tensor, index: torch.Tensor, slots: np.ndarray) -> torch.Tensor:
         rows = self._to_device(np.flatnonzero(self._generated[slots] < self._min_tokens[slots]))
         logits = logits.clone()
-        logits[rows[:, None], self._stop_ids[index[rows]]] = -torch.inf
+        logits[rows[:, None], self._stop_ids[index[rows]]] = self._never
         return logits
 
     def _draw(self, logits: torch.Tensor, slots: np.ndarray, index: torch.Tensor) -> torch.Tensor:
