@@ -260,11 +260,13 @@ class Rota(BatchScheduler):
             share = max(share, 1.0 - verdicts.decode_load)
         share = min(share, 0.99)
         room_s = STEP_SHARE * self._standing.tightest - base_s
-        self._room_s = max(0.0, room_s)
         if units.pieces_s <= free_s:
             chunk_s = max(min((base_s - free_s) * share / (1.0 - share), room_s), 0.0)
-            return max(self._kv.page_size, int(max(chunk_s, free_s) / token_s))
-        return self._lot(share, room_s, token_s, passed)
+            tokens = max(self._kv.page_size, int(max(chunk_s, free_s) / token_s))
+        else:
+            tokens = self._lot(share, room_s, token_s, passed)
+        self._room_s = max(room_s, tokens * token_s)
+        return tokens
 
     def _work(self, sequence: Sequence, length: int) -> None:
         """See BatchScheduler. Far into a prompt a token takes longer: no step gets longer than streams allow for it."""
