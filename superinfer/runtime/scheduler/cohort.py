@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from itertools import chain
 
 import numpy as np
 
@@ -94,6 +95,7 @@ class Cohort:
         self._ends: dict[int, dict[Sequence, None]] = {}  # by index of the step: whose last it is
         self._offsets = np.zeros(num_slots, dtype=np.int64)
         self._joined_at = [0] * num_slots
+        self._rows = np.full(num_slots, -1, dtype=np.intp)
         self._told = [0] * num_slots  # index of the first step whose token the sequence has not been told
         self._stop_ids = np.full((MAX_STOP_IDS, num_slots), -1, dtype=np.int64)
         self._stop_width = 0
@@ -101,7 +103,7 @@ class Cohort:
         self._first_row = 0  # index of the step whose tokens are the history's first
         self._timelines = Timelines(num_slots)
         self._timelines_at = 0  # steps done when all timelines were last brought up to date
-        self._late_at, self._late = 0, [False] * num_slots
+        self._late_at, self._late = 0, np.zeros(num_slots, dtype=bool)
         self._changed = True
         self._slots = np.empty(0, dtype=np.int64)
         self._starts = self._stops = self._slots
@@ -118,7 +120,7 @@ class Cohort:
         sequence.own_scheduled = start - self.planned
         sequence.cohort = self
         self.members[slot] = sequence
-        self._offsets[slot] = sequence.own_scheduled
+        self._offsets[slot], self._rows[slot] = sequence.own_scheduled, sequence.row
         self._joined_at[slot] = self._told[slot] = self.planned
         self._new.append(sequence)
         self._fills.setdefault(self.planned + -start % page_size - 1, {})[sequence] = None
@@ -189,22 +191,36 @@ class Cohort:
         self._list_members()
         return self._starts + (self.planned + 1)
 
+    def rows(self) -> np.ndarray:
+        """[members]: `Sequence.row` of each, in the order of `members`."""
+        self._list_members()
+        return self._rows[self._slots]
+
+    def at(self, places: np.ndarray) -> list[Sequence]:
+        """The members at these places in the order of `members`."""
+        self._list_members()
+        return [self._sequences[at] for at in places.tolist()]
+
     def late(self) -> list[Sequence]:
         """Members whose `Sequence.is_late` is true."""
-        if self._late_at != self.committed:
-            self._late_at, self._late = self.committed, self._timelines.late()
-        late, joined_at, committed = self._late, self._joined_at, self.committed
-        return [
-            s
-            for slot, s in self.members.items()
-            if s.own_timeline.is_late or (late[slot] and joined_at[slot] < committed)
-        ]
+        self._look_for_late()
+        self._list_members()
+        late, joined_at, committed = self._late[self._slots].nonzero()[0], self._joined_at, self.committed
+        found = [s for s in self.at(late) if joined_at[s.slot] < committed]
+        for sequence in chain(self._new, *(step.joined for step in self._under_way)):  # their slots' marks are of others
+            is_new = sequence.cohort is self and joined_at[sequence.slot] >= committed
+            if is_new and sequence.own_timeline.is_late:
+                found.append(sequence)
+        return found
 
     def is_late(self, sequence: Sequence) -> bool:
         """Whether a token of a member that the cohort has seen came late."""
+        self._look_for_late()
+        return self._joined_at[sequence.slot] < self.committed and bool(self._late[sequence.slot])
+
+    def _look_for_late(self) -> None:
         if self._late_at != self.committed:
             self._late_at, self._late = self.committed, self._timelines.late()
-        return self._joined_at[sequence.slot] < self.committed and self._late[sequence.slot]
 
     # ------------------------------------------------------------------ a step
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from superinfer.runtime.scheduler.residents import Residents
 from superinfer.runtime.scheduler.sequence import Sequence
 
 FLAGS = ("late", "live", "hopeful", "kept", "whole")
@@ -139,27 +140,21 @@ class Roster:
         self._free.append(row)
         sequence.row = -1
 
-    def update(self, sequences: list[Sequence]) -> np.ndarray:
-        """Note how far all sequences that run have come; returns their rows. Those of a cohort are read together."""
-        loose = [s for s in sequences if s.cohort is None]
-        cohorts = {s.cohort for s in sequences if s.cohort is not None} if len(loose) < len(sequences) else ()
-        lengths = [np.array([s.length for s in loose]), *(cohort.lengths() for cohort in cohorts)]
-        rows = self.rows_of([*loose, *(s for cohort in cohorts for s in cohort.members.values())])
-        self.context[rows] = known = np.concatenate(lengths)
+    def update(self, residents: Residents) -> np.ndarray:
+        """Note how far those that run have come, and which of them a token came late for. Returns their rows."""
+        loose = residents.loose()
+        rows = residents.rows(loose)
+        self.context[rows] = known = residents.lengths(loose)
         self.produced[rows] = known - self.prompt[rows]
         self.prefill[rows] = self.load[rows] = 0.0
         for sequence in [s for s in loose if s.scheduled < s.resume_at]:
             self.prefill[sequence.row] = sequence.resume_at - sequence.scheduled
-        late = [s for s in loose if s.is_late] + [s for cohort in cohorts for s in cohort.late()]
+        late = residents.late(loose)
         if late:
-            self.give_up(self.rows_of(late))
+            self.give_up(np.array([s.row for s in late], dtype=np.intp))
         if self._untimed:
-            self._time([s for s in sequences if s.row in self._untimed])
+            self._time([s for s in residents if s.row in self._untimed])
         return rows
-
-    def rows_of(self, sequences: list[Sequence]) -> np.ndarray:
-        """The rows of these."""
-        return np.array([s.row for s in sequences], dtype=np.intp)
 
     def columns(self, rows: np.ndarray) -> np.ndarray:
         """[len(Columns), rows]: how the sequences of these rows stand now, a copy."""

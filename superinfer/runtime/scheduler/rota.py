@@ -16,6 +16,7 @@ from superinfer.runtime.scheduler.cost import StepCost
 from superinfer.runtime.scheduler.draft import Draft
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 from superinfer.runtime.scheduler.queue import WaitingQueue
+from superinfer.runtime.scheduler.residents import Residents
 from superinfer.runtime.scheduler.sequence import Sequence, Status, StepUpdates
 from superinfer.runtime.scheduler.siblings import Siblings
 from superinfer.runtime.scheduler.slices import Slice, finish
@@ -67,6 +68,7 @@ class Rota(BatchScheduler):
         self._owed_s = 0.0  # machine time that prefills are owed, where they come in few steps
         self._planned_at = 0.0
         self._rest = Cohort(limits.num_slots, kv.page_size)  # of leftovers; `_cohort` is of the kept
+        self._residents = Residents(self._running, (self._cohort, self._rest))
 
     # ------------------------------------------------------------------ requests come and go
 
@@ -189,7 +191,7 @@ class Rota(BatchScheduler):
         spare = max(LEFTOVER_SHARE, 1.0 - self._standing.verdicts.load) if self._standing.promised else 1.0
         self._credit = min(self._credit + spare * min(passed, 1.0), max(spare, 0.1) * 0.2)
         draft = self._draft = Draft(self._limits.max_batch_tokens)
-        loose = self._loose()
+        loose = self._residents.loose()
         kept, leftovers = [s for s in loose if s.kept], [s for s in loose if not s.kept]
         prefills = self._decode(kept, now, self._cohort)
         if self._credit > 0.0 or not self._standing.promised:
@@ -473,24 +475,16 @@ class Rota(BatchScheduler):
             except StopIteration:
                 self._end_look()
                 return
-        self._sort_cohorts()
 
     def _begin_look(self, now: float) -> None:
         self._looked, self._taken_in = now, self._arrived
         self._seen, self._joined = self._joined, WaitingQueue()
-        self._looking = self._standing.look(self._running, self._block_s(), now)
+        self._looking = self._standing.look(self._residents, self._block_s(), now)
         self._next_slice_us = next(self._looking).us
 
     def _end_look(self) -> None:
         self._looking, self._seen = None, WaitingQueue()
         self._arrived -= self._taken_in
-        self._sort_cohorts()
-
-    def _sort_cohorts(self) -> None:
-        """Who is no longer kept, or is now, leaves its cohort for the other."""
-        for sequence in self._running:
-            if sequence.cohort is not None and (sequence.cohort is self._cohort) is not sequence.kept:
-                self._part(sequence)
 
     def _wait_again(self, sequence: Sequence, now: float, stage: str) -> None:
         super()._wait_again(sequence, now, stage)

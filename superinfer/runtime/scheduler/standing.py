@@ -16,6 +16,7 @@ from superinfer.runtime.scheduler.cost import StepCost, StepLoad
 from superinfer.runtime.scheduler.forecast import Forecast
 from superinfer.runtime.scheduler.lengths import Curve, Guess, LengthPredictor
 from superinfer.runtime.scheduler.programs import Programs
+from superinfer.runtime.scheduler.residents import Residents
 from superinfer.runtime.scheduler.roster import Columns, Roster
 from superinfer.runtime.scheduler.sequence import Sequence, Status
 from superinfer.runtime.scheduler.slices import Slice
@@ -92,7 +93,7 @@ class Standing:
         """
         return EARLY * self._square_s / self.step_s
 
-    def look(self, residents: list[Sequence], block_s: float, now: float) -> Generator[Slice, None, None]:
+    def look(self, residents: Residents, block_s: float, now: float) -> Generator[Slice, None, None]:
         """See what is lost, what is kept, and how much of the machine that asks for.
 
         In slices: the first takes everybody in as of `now`, the last two tell those who are still there what came of
@@ -163,12 +164,11 @@ class Standing:
         self._age(now)
         runs = np.flatnonzero(mine & here)
         self._ahead, self._victims = (rows[runs], seen.id[runs], due[runs]), None
-        running = roster.rows_of(residents)
+        running = residents.rows()
         self.tightest = float(pace[runs].min(initial=math.inf))
         if self.tightest == math.inf:  # late as they are, somebody reads them
             self.tightest = float(roster.pace[running].min(initial=math.inf))
-        for sequence, is_kept in zip(residents, roster.kept[running].tolist(), strict=True):
-            sequence.kept = is_kept
+        residents.tell(roster.kept)
 
         yield Slice("who is next", 55 + len(rows) / 20 + len(roster.live) / 80)
         waits = np.flatnonzero(mine & ~here)

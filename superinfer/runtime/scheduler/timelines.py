@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from superinfer.runtime.slo import TokenTimeline
 
 LAST, MAX_TBT, LAG, COUNT, ARRIVAL, START, TBT, DEADLINE = range(8)
+ROUNDING_S = 1e-6  # so close to when it was due, whether a token was late is looked at
 CHANGING = 4  # rows that tokens change; the others say what was promised
 
 
@@ -21,11 +23,16 @@ class Timelines:
 
     def __init__(self, num_slots: int) -> None:
         self._table = np.zeros((8, num_slots))
+        self._came_late = np.zeros(num_slots, dtype=bool)  # before the slot was taken
+        self._late: np.ndarray | None = None  # as `late` gives it, of what has been looked at
         self._noted: list[tuple[np.ndarray, float]] = []
+        self._due = np.full(num_slots, math.inf)  # the first token that has not been looked at
 
     def take(self, slot: int, arrival: float, timeline: TokenTimeline) -> None:
         """From now on this slot is of `timeline`, which has a token. Look first at what came before: `settle`."""
         start, tbt, deadline = timeline.promised
+        self._came_late[slot], self._late = timeline.is_late, None
+        self._due[slot] = arrival + min(start + timeline.count * tbt, deadline)
         self._table[:, slot] = (
             timeline.last, timeline.max_tbt, timeline.lag, timeline.count, arrival, start, tbt, deadline,
         )  # fmt: skip
@@ -37,7 +44,9 @@ class Timelines:
     def settle(self) -> None:
         """Look at what has been noted."""
         noted, self._noted = self._noted, []
-        first = 0
+        if not noted:
+            return
+        first, self._late = 0, None
         for at in range(1, len(noted) + 1):
             if at == len(noted) or noted[at][0] is not noted[first][0]:
                 self._look(noted[first][0], np.array([now for _, now in noted[first:at]]))
@@ -54,11 +63,23 @@ class Timelines:
         for timeline, state in zip(timelines, self._table[:CHANGING, slots].T.tolist(), strict=True):
             timeline.catch_up(*state)
 
-    def late(self) -> list[bool]:
-        """By slot, whether a token with a pace to keep came late."""
-        self.settle()
-        late: list[bool] = (self._table[LAG] > 0.0).tolist()
-        return late
+    def late(self) -> np.ndarray:
+        """[slots] bool: whether a token came late, as `TokenTimeline.is_late` says."""
+        if not self._are_in_time():
+            self.settle()
+        if self._late is None:
+            self._late = self._came_late | (self._table[LAG] > 0.0)
+        return self._late
+
+    def _are_in_time(self) -> bool:
+        """Whether all that has been noted came before even the first of it was due."""
+        noted, last = self._noted, len(self._noted) - 1
+        for at, (slots, now) in enumerate(noted):
+            if at < last and noted[at + 1][0] is slots:
+                continue
+            if float(self._due[slots].min(initial=math.inf)) - now < ROUNDING_S:
+                return False
+        return True
 
     def _look(self, slots: np.ndarray, times: np.ndarray) -> None:
         """One token for each slot at each of `times`."""
@@ -74,3 +95,4 @@ class Timelines:
         table[LAST] = since[-1]
         table[COUNT] += len(times)
         self._table[:CHANGING, slots] = table[:CHANGING]
+        self._due[slots] = table[ARRIVAL] + np.minimum(table[START] + table[COUNT] * table[TBT], table[DEADLINE])

@@ -45,10 +45,11 @@ def test_timelines_together_are_each_what_it_is_alone(streams, steps):
         many.note(slots, now)
         for slot in slots.tolist():
             alone[slot].tokens(1, now - streams[slot][1])
+        assert many.late().tolist() == [timeline.is_late for timeline in alone]
         if looks:
             many.give(0, together[0])
             assert state(together[0]) == state(alone[0])
-    assert many.late() == [timeline.lag > 0 for timeline in alone]
+    assert many.late().tolist() == [timeline.is_late for timeline in alone]
     many.give_all(everybody.tolist(), together)
     assert list(map(state, together)) == list(map(state, alone))
 

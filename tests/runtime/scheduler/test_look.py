@@ -18,6 +18,7 @@ from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepCost, StepRates
 from superinfer.runtime.scheduler.plan import StepResult
 from superinfer.runtime.scheduler.registry import build_scheduler
+from superinfer.runtime.scheduler.residents import Residents
 from superinfer.runtime.scheduler.roster import Columns
 from superinfer.runtime.scheduler.rota import Rota
 from superinfer.runtime.scheduler.sequence import Sequence, Status
@@ -84,7 +85,7 @@ class Crowd:
             elif what == "leave" and runs:
                 sequence.status = Status.WAITING
                 self.residents.remove(sequence)
-                roster.update([sequence])
+                roster.update(Residents([sequence]))
                 roster.load[sequence.row] = amount % 4
             elif what == "end":
                 self.live.remove(sequence)
@@ -95,7 +96,7 @@ class Crowd:
                 roster.remove(sequence)
 
     def look(self) -> None:
-        finish(self.standing.look(self.residents, 1e-3, self.now))
+        finish(self.standing.look(Residents(self.residents), 1e-3, self.now))
 
 
 def outcome(standing: Standing, live: list[Sequence]) -> dict[str, object]:
@@ -157,7 +158,7 @@ def test_what_is_kept_up_to_date_is_what_would_be_made_from_nothing(acts):
     looking = None
     for what, who, amount in acts:
         if what == "slice":
-            looking = looking or crowd.standing.look(crowd.residents, 1e-3, crowd.now)
+            looking = looking or crowd.standing.look(Residents(crowd.residents), 1e-3, crowd.now)
             looking = looking if next(looking, None) is not None else None
         elif what == "look":
             crowd.look()
@@ -176,7 +177,7 @@ def test_what_is_kept_up_to_date_is_what_would_be_made_from_nothing(acts):
         sequence.kept = bool(roster.kept[sequence.row])
     anew = made_anew(crowd)
     anew.asked = asked
-    finish(anew.look(crowd.residents, 1e-3, crowd.now))
+    finish(anew.look(Residents(crowd.residents), 1e-3, crowd.now))
     assert_same(outcome(anew, crowd.live), seen)
 
 
@@ -188,7 +189,7 @@ def test_between_slices_anyone_may_come_move_or_end(before, slices, between):
     for act in before:
         crowd.act(*act)
     there = list(crowd.live)
-    looking = crowd.standing.look(crowd.residents, 1e-3, crowd.now)
+    looking = crowd.standing.look(Residents(crowd.residents), 1e-3, crowd.now)
     for _ in range(slices):
         next(looking, None)
     for act in between:
@@ -274,7 +275,7 @@ def test_slices_of_a_look_change_no_verdict():
         act = rng.choice(["come", "come", "run", "produce"]), rng.randrange(50), rng.randrange(10)
         crowd.act(*act)
         whole.act(*act)
-    slices = list(crowd.standing.look(crowd.residents, 1e-3, crowd.now))
+    slices = list(crowd.standing.look(Residents(crowd.residents), 1e-3, crowd.now))
     whole.look()
     assert len(slices) >= 8
     assert_same(outcome(crowd.standing, crowd.live), outcome(whole.standing, whole.live))
@@ -362,7 +363,7 @@ def test_who_was_let_in_while_a_look_was_under_way_is_not_let_go_by_it():
     crowd.act("come", 0, 1)
     sequence, roster = crowd.live[0], crowd.standing.roster
     roster.prefill[sequence.row] = 1e6  # seconds of prefill within one
-    looking = crowd.standing.look(crowd.residents, 1e-3, crowd.now)
+    looking = crowd.standing.look(Residents(crowd.residents), 1e-3, crowd.now)
     next(looking), next(looking)
     crowd.act("run", 0, 0)
     roster.fresh.append(sequence.row)  # as who lets it in does
@@ -396,7 +397,7 @@ def test_who_gets_the_row_of_one_that_ended_meanwhile_is_not_taken_for_it():
     crowd.act("come", 0, 1)
     roster, row = crowd.standing.roster, crowd.live[0].row
     roster.prefill[row] = 1e6  # it is too late
-    looking = crowd.standing.look(crowd.residents, 1e-3, crowd.now)
+    looking = crowd.standing.look(Residents(crowd.residents), 1e-3, crowd.now)
     next(looking), next(looking)
     crowd.act("end", 0, 0)
     crowd.act("come", 0, 1)
