@@ -207,7 +207,7 @@ class Cohort:
         self._list_members()
         late, joined_at, committed = self._late[self._slots].nonzero()[0], self._joined_at, self.committed
         found = [s for s in self.at(late) if joined_at[s.slot] < committed]
-        for sequence in chain(self._new, *(step.joined for step in self._under_way)):  # their slots' marks are of others
+        for sequence in chain(self._new, *(step.joined for step in self._under_way)):  # marks may be of others
             is_new = sequence.cohort is self and joined_at[sequence.slot] >= committed
             if is_new and sequence.own_timeline.is_late:
                 found.append(sequence)

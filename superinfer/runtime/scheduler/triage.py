@@ -26,7 +26,9 @@ from superinfer.runtime.scheduler.slices import Slice, finish
 # Seconds ahead at which supply and demand are compared: from a few steps to about as long as an answer takes.
 HORIZONS = np.array([0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
 MOST = 4096  # requests, the most worth their cost: beyond them none would fit, and looking takes time
-TOGETHER = 3  # horizons computed at once: one by one costs calls, all at once the work of those let go early
+# Horizons computed at once: of more entries than FEW one by one would cost calls, all at once the work of those let go
+# early; of fewer, calls are all it costs.
+TOGETHER, FEW = 3, 1024
 CLOSE = 1.0 - 1e-9  # below so much of a room, sums fit in whatever order they are taken
 FIRST_TOKEN = 0.5  # what a first token in time is worth of a stream's promise
 
@@ -93,9 +95,9 @@ NOTHING = Verdicts(np.zeros(0, dtype=bool), np.zeros(0, dtype=bool), 0.0, 0.0, 0
 class _Entries(NamedTuple):
     """Streams and prefills alike, an entry each: `left` tokens are due one after another, every one of `unit_s`.
 
-    which: streams by their place in the demand, then prefills. table: [len(ROWS), entries], and len(MORE) rows more
-    where there are programs. works: [horizons, entries], the seconds of the machine that each asks for by each of the
-    horizons so far.
+    which: streams by their place in the demand, then prefills, without those of which nothing is left to compute.
+    table: [len(ROWS), entries], and len(MORE) rows more where there are programs. works: [horizons, entries], the
+    seconds of the machine that each asks for by each of the horizons so far.
     """
 
     which: np.ndarray
@@ -109,7 +111,11 @@ class _Entries(NamedTuple):
     def until(self, horizons: np.ndarray) -> _Entries:
         """With the work by these horizons too."""
         due, per_s, left, unit_s = self.table[:LINK_S]
-        tokens = horizons[:, None] - due
+        done = len(self.works)
+        works = np.empty((done + len(horizons), len(due)))
+        works[:done] = self.works
+        tokens = works[done:]
+        np.subtract(horizons[:, None], due, out=tokens)
         tokens *= per_s
         np.floor(tokens, out=tokens)
         tokens += 1.0  # 0 or less where none is due by then
@@ -119,7 +125,7 @@ class _Entries(NamedTuple):
         if len(self.table) > len(ROWS):
             work_s, begins, lasts = self.table[WORK_S:PROGRAM]
             tokens += work_s * np.clip((horizons[:, None] - begins) / np.maximum(lasts, 1e-3), 0.0, 1.0)
-        return self._replace(works=np.concatenate([self.works, tokens]))
+        return _Entries(self.which, self.table, works)
 
     def link(self, horizon: float) -> np.ndarray:
         """[entries]: seconds of the link that each asks for by then."""
@@ -162,15 +168,16 @@ def triage_in_slices(demand: Demand, supply: float) -> Generator[Slice, None, Ve
         price = _price(demand)
     yield Slice("entries", 35 + count / 30)
     entries, is_ordered = _entries(demand), False
-    if price is not None:
-        entries = entries.take(np.argpartition(price, -2 * MOST)[-2 * MOST :])
-    has_link = bool(demand.link_s.any())
-    for begin in range(0, len(HORIZONS), TOGETHER):
-        horizons = HORIZONS[begin : begin + TOGETHER]
+    if price is not None and len(entries.which) > 2 * MOST:
+        entries = entries.take(np.argpartition(price[entries.which], -2 * MOST)[-2 * MOST :])
+    link_s = float(demand.link_s.sum())  # by horizons that are longer, it fits
+    together = TOGETHER if len(entries.which) > FEW else len(HORIZONS)
+    for begin in range(0, len(HORIZONS), together):
+        horizons = HORIZONS[begin : begin + together]
         yield Slice("horizons", 45 + len(entries.which) / 40)
         entries = entries.until(horizons)
         if not is_ordered:
-            if _fit(entries, horizons, supply, has_link):
+            if _fit(entries, horizons, supply, link_s):
                 continue
             yield Slice("order", 60 + len(entries.which) / 12)
             price = _price(demand) if price is None else price
@@ -180,10 +187,10 @@ def triage_in_slices(demand: Demand, supply: float) -> Generator[Slice, None, Ve
             entries = _let_go(entries, entries.works[at], supply * horizon)
             if entries.works[at] @ entries.table[HELD] > CLOSE * horizon:
                 entries = _let_go(entries, entries.works[at] * entries.table[HELD], horizon)
-            if has_link:
+            if link_s > CLOSE * horizon:
                 entries = _let_go(entries, entries.link(horizon), horizon)
     yield Slice("verdicts", 50 + len(entries.which) / 30)
-    verdicts = _verdicts(entries, count, demand.expected)
+    verdicts = _verdicts(entries, demand)
     gone = ~verdicts.prefills & (demand.prefill_s > 0.0)
     if not gone.any():
         return verdicts
@@ -193,20 +200,24 @@ def triage_in_slices(demand: Demand, supply: float) -> Generator[Slice, None, Ve
 
 def _entries(demand: Demand) -> _Entries:
     """All of them, in no order but the demand's."""
-    count = len(demand.due)
-    which, following = np.arange(2 * count), demand.following
-    table = np.empty((len(ROWS) + (len(MORE) if following is not None else 0), 2, count))
-    table[DUE] = demand.due
-    np.maximum(1.0 / demand.pace, LEAST_PER_S, out=table[PER_S, 0])
-    np.divide(demand.held_s, np.maximum(demand.token_s, 1e-9), out=table[HELD, 0])
-    table[LEFT, 0], table[UNIT_S, 0], table[LINK_S, 0] = demand.left, demand.token_s, demand.link_s
-    table[PER_S, 1] = table[LEFT, 1] = 1.0
-    table[UNIT_S, 1], table[LINK_S, 1], table[HELD, 1] = demand.prefill_s, 0.0, demand.held
+    count, following = len(demand.due), demand.following
+    begun = (demand.prefill_s > 0.0).nonzero()[0]
+    which = np.concatenate([np.arange(count), begun + count])
+    table = np.zeros((len(ROWS) + (len(MORE) if following is not None else 0), len(which)))
+    stream, prefill = table[:, :count], table[:, count:]
+    stream[DUE], prefill[DUE] = demand.due, demand.due[begun]
+    np.maximum(1.0 / demand.pace, LEAST_PER_S, out=stream[PER_S])
+    np.divide(demand.held_s, np.maximum(demand.token_s, 1e-9), out=stream[HELD])
+    stream[LEFT], stream[UNIT_S], stream[LINK_S] = demand.left, demand.token_s, demand.link_s
+    prefill[PER_S : LEFT + 1] = 1.0
+    prefill[UNIT_S], prefill[HELD] = demand.prefill_s[begun], demand.held[begun]
     if following is not None:
-        table[WORK_S, 0], table[WORK_S, 1] = following.work_s, 0.0
-        table[BEGINS], table[LASTS] = following.begins, following.lasts
-        table[PROGRAM] = np.where(following.program > 0.0, following.program, -1.0 - which.reshape(2, count))
-    return _Entries(which, table.reshape(-1, 2 * count), np.zeros((0, 2 * count)))
+        stream[WORK_S] = following.work_s
+        for part, of in ((stream, slice(None)), (prefill, begun)):
+            part[BEGINS], part[LASTS] = following.begins[of], following.lasts[of]
+        program = following.program[which % count]
+        table[PROGRAM] = np.where(program > 0.0, program, -1.0 - which)
+    return _Entries(which, table, np.zeros((0, len(which))))
 
 
 def _price(demand: Demand) -> np.ndarray:
@@ -242,12 +253,16 @@ def prefill_price(worth: float, first: float, decode_s: float, prefill_s: float)
     return prefill if is_apart else worth / max(decode_s + prefill_s, 1e-9)
 
 
-def _fit(entries: _Entries, horizons: np.ndarray, supply: float, has_link: bool) -> bool:
-    """Whether nobody has to go for what is asked for by these horizons, the last that `works` has."""
+def _fit(entries: _Entries, horizons: np.ndarray, supply: float, link_s: float) -> bool:
+    """Whether nobody has to go for what is asked for by these horizons, the last that `works` has. link_s: all that is
+    asked of the link."""
     works, room = entries.works[-len(horizons) :], CLOSE * horizons
     if (works.sum(axis=1) > supply * room).any() or (works @ entries.table[HELD] > room).any():
         return False
-    return not has_link or all(float(entries.link(horizon).sum()) <= CLOSE * horizon for horizon in horizons.tolist())
+    return all(
+        link_s <= CLOSE * horizon or float(entries.link(horizon).sum()) <= CLOSE * horizon
+        for horizon in horizons.tolist()
+    )
 
 
 def _let_go(entries: _Entries, asked: np.ndarray, room: float) -> _Entries:
@@ -276,16 +291,17 @@ def _let_go(entries: _Entries, asked: np.ndarray, room: float) -> _Entries:
     return entries.take(np.flatnonzero(kept))
 
 
-def _verdicts(entries: _Entries, count: int, expected: np.ndarray | None) -> Verdicts:
-    """Of those left, for a demand of so many."""
-    flags = np.zeros(2 * count, dtype=bool)
-    flags[entries.which] = True
-    streams, prefills = flags[:count] & flags[count:], flags[count:]
-    is_prefill = entries.which >= count
-    is_stream = np.concatenate([streams, np.zeros(count, dtype=bool)])[entries.which]
-    counted = np.stack([is_prefill, is_stream], axis=1).astype(float)
-    if expected is not None:
-        counted *= expected[entries.which % count, None]
-    loads = entries.works @ counted / HORIZONS[:, None]
+def _verdicts(entries: _Entries, demand: Demand) -> Verdicts:
+    """Of those left."""
+    which, count, expected = entries.which, len(demand.due), demand.expected
+    kept = np.zeros(2 * count, dtype=bool)
+    kept[which] = True
+    prefills = kept[count:]
+    prefills |= demand.prefill_s <= 0.0
+    streams = kept[:count] & prefills
+    # [2, entries]: prefills, and streams that keep theirs; each as far as it is thought to be asked for.
+    counted = np.zeros((2, 2 * count))
+    counted[0, count:], counted[1, :count] = (1.0, streams) if expected is None else (expected, streams * expected)
+    loads = entries.works @ counted[:, which].T / HORIZONS[:, None]
     prefill_load, decode_load = loads.max(axis=0).tolist()
     return Verdicts(prefills, streams, prefill_load, decode_load, float(loads.sum(axis=1).max()))
