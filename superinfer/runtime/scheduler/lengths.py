@@ -79,10 +79,14 @@ class Curve(NamedTuple):
             tokens -= (self.reached[-1] * self.tail) * np.expm1(beyond / -self.tail)
         return tokens
 
-    def remaining(self, produced: np.ndarray, most: np.ndarray) -> np.ndarray:
-        """Expected tokens to come, at least 1, of answers that have so many and end at these max_tokens, or before."""
+    def remaining(self, produced: np.ndarray, most: np.ndarray, below: np.ndarray | None = None) -> np.ndarray:
+        """Expected tokens to come, at least 1, of answers that have so many and end at these max_tokens, or before.
+
+        below: `below(most)`, where that is known.
+        """
         before = self.bounds.searchsorted(produced, side="right") - 1
-        ahead = (self.below(most) - self.below(produced)) / np.maximum(self.reached[before], 1e-9)
+        below = self.below(most) if below is None else below
+        ahead = (below - self.below(produced)) / np.maximum(self.reached[before], 1e-9)
         beyond = before == len(self.bounds) - 1  # longer than all that ended
         if beyond.any():
             ahead[beyond] = -self.tail * np.expm1((most[beyond] - produced[beyond]) / -self.tail)
@@ -96,7 +100,7 @@ class Guess:
         """See Curve.below."""
         return np.minimum(most, UNKNOWN)
 
-    def remaining(self, produced: np.ndarray, most: np.ndarray) -> np.ndarray:
+    def remaining(self, produced: np.ndarray, most: np.ndarray, below: np.ndarray | None = None) -> np.ndarray:
         """See Curve.remaining."""
         return np.maximum(1.0, np.minimum(np.maximum(UNKNOWN - produced, produced), most - produced))
 

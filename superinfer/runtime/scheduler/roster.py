@@ -48,10 +48,12 @@ class Columns(NamedTuple):
         """When the next token of each is due, s, and its pace. left: tokens to come; quickest: a resident's pace."""
         pace, produced = self.pace, self.produced
         paced = np.isfinite(pace)
-        stream = self.base + np.where(paced, produced * np.where(paced, pace, 0.0), 0.0)
-        if not paced.all():
+        if paced.all():
+            stream = self.base + produced * pace
+        else:
+            stream = self.base + np.where(paced, produced * np.where(paced, pace, 0.0), 0.0)
             stream[~paced & (produced > 0)] = math.inf
-        if np.isinf(self.deadline).all():
+        if float(self.deadline.min(initial=math.inf)) == math.inf:
             return stream, pace
         end = self.deadline - left * quickest
         return np.minimum(stream, end), np.where(end < stream, quickest, pace)

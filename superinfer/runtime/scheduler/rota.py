@@ -14,13 +14,14 @@ from superinfer.runtime.scheduler.batching import BatchScheduler
 from superinfer.runtime.scheduler.cohort import Cohort
 from superinfer.runtime.scheduler.cost import StepCost
 from superinfer.runtime.scheduler.draft import Draft
+from superinfer.runtime.scheduler.line import HEAD
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 from superinfer.runtime.scheduler.queue import WaitingQueue
 from superinfer.runtime.scheduler.residents import Residents
 from superinfer.runtime.scheduler.sequence import Sequence, Status, StepUpdates
 from superinfer.runtime.scheduler.siblings import Siblings
 from superinfer.runtime.scheduler.slices import Slice, finish
-from superinfer.runtime.scheduler.standing import HEAD, LEFTOVER_SHARE, Standing
+from superinfer.runtime.scheduler.standing import LEFTOVER_SHARE, Standing
 
 TRIAGE_S = 0.05  # how old a triage may be: a few steps
 LOOKED_AT = 2048  # live sequences; with more it may be older in proportion, so that looking takes no more of the time
@@ -299,7 +300,7 @@ class Rota(BatchScheduler):
             aged.kept = True
             yield aged
         seen, joined = self._seen, self._joined
-        before = (entry for entry in self._standing.next_kept(now) if entry[2] not in joined and entry[2] not in seen)
+        before = (entry for entry in self._standing.line.kept(now) if entry[2] not in joined and entry[2] not in seen)
         new = [
             ((key[0], id, s) for key, id, s in queue.entries() if key[0] < math.inf)
             for queue in (seen, joined)
@@ -346,9 +347,11 @@ class Rota(BatchScheduler):
 
     def _admit_leftovers(self, now: float) -> None:
         """Let leftovers in, oldest first, where there is room beyond what the running may soon need."""
+        if not self._free_slots:
+            return
         has_displaced = False
         new = (entry[2] for queue in (self._seen, self._joined) for entry in queue.entries())
-        for sequence in chain(self._standing.next_rest(), new):
+        for sequence in chain(self._standing.line.rest(), new):
             if self._draft.budget <= 0 or not self._free_slots:
                 break
             if sequence.status is not Status.WAITING or self._roster.kept[sequence.row] or sequence.is_under_way:

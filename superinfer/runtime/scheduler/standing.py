@@ -6,7 +6,7 @@ docs/rotasched.md says why. Nothing here changes who runs: that is the policy's 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepCost, StepLoad
 from superinfer.runtime.scheduler.forecast import Forecast
 from superinfer.runtime.scheduler.lengths import Curve, Guess, LengthPredictor
+from superinfer.runtime.scheduler.line import Line
 from superinfer.runtime.scheduler.programs import Programs
 from superinfer.runtime.scheduler.residents import Residents
 from superinfer.runtime.scheduler.roster import Columns, Roster
@@ -38,7 +39,6 @@ LEFTOVER_SHARE = 0.05  # of the machine's time, for leftovers however much is pr
 EARLY = 5.0
 SMOOTHING = 0.1  # weight of the newest step
 PATIENCE_S = 30.0  # a leftover that has waited so long may displace others
-HEAD = 256  # of those who wait, so many are next: more are not looked at before the next look
 
 
 class Standing:
@@ -51,6 +51,7 @@ class Standing:
     asked: prompt tokens that the kept are still to compute.
     outputs: how long answers will be, of all kinds together.
     next_return: when the first of the kept that are rotated out has to be let in.
+    line: who of those that wait is next.
     aged: a leftover that has waited long enough: served before all others until it ends.
     """
 
@@ -64,8 +65,7 @@ class Standing:
         self.verdicts: Verdicts = NOTHING
         self._ahead = np.zeros(0, dtype=np.intp), np.zeros(0), np.zeros(0)  # victims in no order: rows, ids, due
         self._victims: list[Sequence] | None = None
-        self._next_kept: tuple[list[float], ...] = ([], [], [], [])  # start, id, row, last
-        self._next_rest: list[int] = []
+        self.line = Line(self.roster)
         self.aged: Sequence | None = None
         self.tightest = math.inf
         self.next_return = math.inf
@@ -179,7 +179,7 @@ class Standing:
         self.next_return = float(start[is_back].min(initial=math.inf))
         rest = roster.live & ~roster.kept  # those who have come since run already, or are new
         rest[: len(is_resident)] &= ~is_resident
-        self._line_up(rows[waits], seen.id[waits], start, last, np.flatnonzero(rest))
+        self.line.put(rows[waits], seen.id[waits], start, last, np.flatnonzero(rest))
 
     def _are_there(self, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Whether the sequences that had these rows and ids still have them."""
@@ -205,39 +205,6 @@ class Standing:
             self.aged = roster.sequences[old[np.argmin(roster.arrival[old])]] if len(old) else None
         if self.aged is not None:
             roster.kept[self.aged.row] = True
-
-    def _line_up(
-        self, kept: np.ndarray, ids: np.ndarray, start: np.ndarray, last: np.ndarray, rest: np.ndarray
-    ) -> None:
-        """Note who is next: of the rows of the kept that wait, and of all others'. start, last: when the work of each
-        must begin, as it is planned, and lest it is late."""
-        roster = self.roster
-        if len(kept) > HEAD:
-            first = np.argpartition(start, HEAD)[:HEAD]
-            kept, ids, start, last = kept[first], ids[first], start[first], last[first]
-        order = np.lexsort((ids, start))
-        self._next_kept = tuple(column[order].tolist() for column in (start, ids, kept, last))
-        if len(rest) > HEAD:
-            rest = rest[np.argpartition(roster.arrival[rest], HEAD)[:HEAD]]
-        self._next_rest = rest[np.lexsort((roster.id[rest], roster.arrival[rest]))].tolist()
-
-    def next_kept(self, now: float) -> Iterator[tuple[float, float, Sequence]]:
-        """Who of the kept that waited at the last look, and is not too late, is next: when its work must begin, its id,
-        itself. At most HEAD."""
-        sequences = self.roster.sequences
-        for start, id, row, last in zip(*self._next_kept, strict=True):
-            if last >= now:
-                sequence = sequences[row]
-                if sequence is not None and sequence.id == id:
-                    yield start, id, sequence
-
-    def next_rest(self) -> Iterator[Sequence]:
-        """Who of the others is next: the oldest, at most HEAD. As `next_kept`."""
-        sequences = self.roster.sequences
-        for row in self._next_rest:
-            sequence = sequences[row]
-            if sequence is not None:
-                yield sequence
 
     def _with_foreseen(self, demand: Demand, now: float) -> Demand:
         """With what will ask for its part soon."""
@@ -287,8 +254,8 @@ class Standing:
         for number, (name, members) in enumerate(resolved.items()):
             if len(resolved) == 1:
                 self.outputs = lengths.curve(name, under_way)
-                left[:] = self.outputs.below(most)
-                left[begun] = self.outputs.remaining(produced[begun], most[begun])
+                left = self.outputs.below(most)
+                left[begun] = self.outputs.remaining(produced[begun], most[begun], left[begun])
                 continue
             is_mine = np.isin(kinds, members)
             mine, fresh = begun[is_mine[begun]], is_mine & (produced == 0.0)

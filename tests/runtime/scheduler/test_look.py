@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.protocol import Hints
+from superinfer.runtime.scheduler import line, triage
 from superinfer.runtime.scheduler import rota as module
-from superinfer.runtime.scheduler import standing, triage
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepCost, StepRates
 from superinfer.runtime.scheduler.plan import StepResult
@@ -108,8 +108,8 @@ def outcome(standing: Standing, live: list[Sequence]) -> dict[str, object]:
         "hopeful": [s.id for s in live if roster.hopeful[s.row]],
         "told": [s.id for s in live if s.status is Status.RUNNING and s.kept],
         "left": {s.id: roster.left[s.row] for s in live},
-        "next": [(start, id) for start, id, _ in standing.next_kept(-math.inf)],
-        "rest": [s.id for s in standing.next_rest()],
+        "next": [(start, id) for start, id, _ in standing.line.kept(-math.inf)],
+        "rest": [s.id for s in standing.line.rest()],
         "victims": {s.id for s in standing.victims()},
         "aged": standing.aged and standing.aged.id,
         "promised": standing.promised,
@@ -203,7 +203,7 @@ def test_between_slices_anyone_may_come_move_or_end(before, slices, between):
             assert sequence.kept == roster.kept[sequence.row] or sequence not in there
     live = set(crowd.live)
     assert not roster.kept[~roster.live].any()
-    assert all(s in live for _, _, s in crowd.standing.next_kept(-math.inf))
+    assert all(s in live for _, _, s in crowd.standing.line.kept(-math.inf))
     assert all(s in live for s in crowd.standing.victims())
 
 
@@ -265,7 +265,7 @@ def test_no_plan_asks_thousands_when_their_work_must_begin(crowded, monkeypatch)
         now += 0.02
         tokens = {work.slot: 5 for work in plan.work if work.sample}
         crowded.commit(StepResult(plan.step, tokens, elapsed=0.02), now)
-    assert most <= 2 * standing.HEAD
+    assert most <= 2 * line.HEAD
 
 
 def test_slices_of_a_look_change_no_verdict():
@@ -412,4 +412,4 @@ def test_of_a_burst_only_so_many_are_in_order_before_they_are_looked_at():
     for number in range(1000):
         scheduler.add(Sequence(id=number, prompt=[number], max_tokens=5, arrival=1e-3 * (1000 - number), slo=STREAM))
     first = [id for _, id, _ in scheduler._joined.entries()]
-    assert first == list(range(999, 999 - standing.HEAD, -1))  # the most urgent
+    assert first == list(range(999, 999 - line.HEAD, -1))  # the most urgent
