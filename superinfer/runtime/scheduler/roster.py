@@ -65,7 +65,7 @@ class Roster:
     live: the row is somebody's. late: its promise is broken for good. hopeful: it is live, something with a time was
     promised to it, and that is not late. kept: it is to be kept, and whole: not only for its first token's sake.
     kind: index into `kinds`, of its length predictor. fresh: rows of who has come or
-    been let in since the last look began.
+    been let in since the last look began. ended: how many sequences have, since the start.
     """
 
     id: np.ndarray
@@ -97,6 +97,7 @@ class Roster:
         self.kinds: list[tuple[str, ...]] = []
         self.sequences: list[Sequence | None] = [None] * FIRST_ROWS
         self.fresh: list[int] = []
+        self.ended = 0
         self._kind_ids: dict[tuple[str, ...], int] = {}
         self._free = list(range(FIRST_ROWS - 1, -1, -1))
         self._untimed: set[int] = set()  # rows of streams that are timed from a first token that has not come
@@ -135,6 +136,7 @@ class Roster:
     def remove(self, sequence: Sequence) -> None:
         """The sequence ended."""
         row = sequence.row
+        self.ended += 1
         self.live[row] = self.hopeful[row] = self.kept[row] = False
         self.produced[row] = 0
         self.sequences[row] = None

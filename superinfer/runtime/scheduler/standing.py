@@ -67,6 +67,8 @@ class Standing:
         self._victims: list[Sequence] | None = None
         self.line = Line(self.roster)
         self.aged: Sequence | None = None
+        self._ended = 0  # of the roster's, when the last look began
+        self._is_settled = False
         self.tightest = math.inf
         self.next_return = math.inf
         self.promised = 0
@@ -111,6 +113,7 @@ class Standing:
         table, kinds, names, here = roster.columns(rows), roster.kind[rows], roster.kinds, is_resident[rows]
         under_way, asked = roster.produced[roster.produced > 0.0], self.asked
         roster.fresh.clear()
+        self._ended = roster.ended
 
         yield Slice("lengths and lateness", 130 + len(rows) / 20)
         seen = Columns(*table)
@@ -179,10 +182,18 @@ class Standing:
         self.next_return = float(start[is_back].min(initial=math.inf))
         rest = roster.live & ~roster.kept  # those who have come since run already, or are new
         rest[: len(is_resident)] &= ~is_resident
+        self._is_settled = not len(waits) and bool(streams.all())
         self.line.put(rows[waits], seen.id[waits], start, last, np.flatnonzero(rest))
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the last look kept all that may be kept, they run, and none has ended since."""
+        return self._is_settled and self.roster.ended == self._ended
+
     def _are_there(self, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Whether the sequences that had these rows and ids still have them."""
+        """Whether the sequences that had these rows and ids when the last look began still have them."""
+        if self.roster.ended == self._ended:
+            return np.ones(len(rows), dtype=bool)
         return self.roster.live[rows] & (self.roster.id[rows] == ids)
 
     def is_worth(self, sequence: Sequence) -> bool:

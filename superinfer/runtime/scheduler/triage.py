@@ -299,9 +299,12 @@ def _verdicts(entries: _Entries, demand: Demand) -> Verdicts:
     prefills = kept[count:]
     prefills |= demand.prefill_s <= 0.0
     streams = kept[:count] & prefills
-    # [2, entries]: prefills, and streams that keep theirs; each as far as it is thought to be asked for.
-    counted = np.zeros((2, 2 * count))
-    counted[0, count:], counted[1, :count] = (1.0, streams) if expected is None else (expected, streams * expected)
-    loads = entries.works @ counted[:, which].T / HORIZONS[:, None]
+    share = np.ones(2 * count) if expected is None else np.concatenate([expected, expected])
+    share[:count] *= streams
+    share = share[which]
+    counted = np.empty((2, len(which)))  # prefills, and streams; each as far as it is thought to be asked for
+    np.multiply(share, which >= count, out=counted[0])
+    np.subtract(share, counted[0], out=counted[1])
+    loads = entries.works @ counted.T / HORIZONS[:, None]
     prefill_load, decode_load = loads.max(axis=0).tolist()
     return Verdicts(prefills, streams, prefill_load, decode_load, float(loads.sum(axis=1).max()))
