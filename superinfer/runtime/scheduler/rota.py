@@ -27,8 +27,9 @@ TRIAGE_S = 0.05  # how old a triage may be: a few steps
 LOOKED_AT = 2048  # live sequences; with more it may be older in proportion, so that looking takes no more of the time
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
 BUSY = 0.7  # share of the machine's time asked for, below which, if nobody is let go, requests are taken without a look
-PLAN_US = 450.0  # of a plan's time, microseconds: what decodes leave of it is for looking
-PLAN_SHARE = 0.03  # of a step, if that is more: the step hides it, and a look that takes many long steps comes too late
+SETTLED = 4.0  # times as old, while all that may be kept are, they run, and nobody has come, ended or had to wait since
+PLAN_US = 240.0  # of a plan's time, microseconds: what decodes leave of it is for looking
+PLAN_SHARE = 0.016  # of a step, if that is more: the step hides it, and a look over many long steps comes too late
 DECODE_US = 0.3  # that a decode takes of it
 UNSEEN = 8  # unless so many have come since the last one
 MARGIN = 1.1  # times the share of a step that prefills are thought to need: what comes is not quite what was foreseen
@@ -230,7 +231,9 @@ class Rota(BatchScheduler):
         if len(self._joined) == HEAD:
             return TRIAGE_S / 4
         age_s = TRIAGE_S * max(1.0, (len(self._running) + len(self._waiting)) / LOOKED_AT)
-        return age_s / 4 if self._arrived else age_s
+        if self._arrived:
+            return age_s / 4
+        return age_s * SETTLED if self._standing.is_settled and not len(self._joined) else age_s
 
     def _prefill(self, running: list[Sequence], now: float) -> None:
         prefills = [s for s in running if s.scheduled < s.resume_at]
@@ -334,6 +337,8 @@ class Rota(BatchScheduler):
             if is_back and self._rotation is not None and self._rotation.backlog_s > 2 * self._standing.step_s:
                 backs_wait = True
                 continue
+            if self._rotation is None and not self._free_slots and not self._may_displace(sequence, start_by - now):
+                break  # nor for those behind it
             path = self._cached_path(sequence)
             if sequence.table is None and self.prefix_aware:
                 if self._kv.is_being_computed(sequence.tokens, sequence.salt, path):
@@ -395,9 +400,7 @@ class Rota(BatchScheduler):
         """Make room for `first`, whose work must begin in `slack` seconds: leftovers go, the latest first, then kept
         streams that are further ahead by more than a rotation is worth. False, and nothing done, if that is not enough.
         """
-        if slack > PRESSING_STEPS * self._standing.step_s and not self._is_worth_moving(first.compute_length):
-            return False  # who goes would have to be computed again
-        if self._moved >= max(LEAST_MOVED, len(self._running) // MOVED_OF):
+        if not self._may_displace(first, slack):
             return False
         missing = self._kv.blocks_for(first.compute_length) - self._kv.num_available
         missing -= sum(node.holders > 0 for node in (path if first.table is None else first.table.nodes))
@@ -422,6 +425,12 @@ class Rota(BatchScheduler):
                     return False
                 self._preempt(victim, now)
         return True
+
+    def _may_displace(self, first: Sequence, slack: float) -> bool:
+        """Whether anybody may have to make room for `first`, whose work must begin in `slack` seconds, in this plan."""
+        if slack > PRESSING_STEPS * self._standing.step_s and not self._is_worth_moving(first.compute_length):
+            return False  # who goes would have to be computed again
+        return self._moved < max(LEAST_MOVED, len(self._running) // MOVED_OF)
 
     def _by_dispensability(self, first: Sequence, slack: float, now: float) -> Iterator[Sequence]:
         """Who may make room for `first`: leftovers, then, with a second tier, kept streams far enough ahead."""

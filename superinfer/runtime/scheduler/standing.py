@@ -105,7 +105,7 @@ class Standing:
         block.
         """
         roster = self.roster
-        yield Slice("residents", 30 + len(residents) / 3 + len(roster.live) / 100)
+        yield Slice("residents", 60 + len(residents) / 20 + len(roster.live) / 100)
         self.units = units = self._cost.units()
         is_resident = np.zeros(len(roster.live), dtype=bool)
         is_resident[roster.update(residents)] = True
@@ -115,7 +115,7 @@ class Standing:
         roster.fresh.clear()
         self._ended = roster.ended
 
-        yield Slice("lengths and lateness", 130 + len(rows) / 20)
+        yield Slice("lengths and lateness", 100 + len(rows) / 20)
         seen = Columns(*table)
         left = self._left(seen, kinds, names, under_way)
         due, pace = seen.next_due(left, self.step_s)
@@ -144,7 +144,7 @@ class Standing:
             rows, here, left, due, pace = rows[fine], here[fine], left[fine], due[fine], pace[fine]
             prefill_s, link_s, at_best = prefill_s[fine], link_s[fine], at_best[fine]
 
-        yield Slice("costs", 45 + len(rows) / 25)
+        yield Slice("costs", 40 + len(rows) / 60)
         token_s, held = self._costs(seen.context + left / 2)
         first = np.where(is_timed & (seen.produced == 0.0), FIRST_TOKEN, 0.0)
         demand = Demand(due - now, pace, left, prefill_s, token_s, link_s, seen.weight, first, held, held * self.step_s)
@@ -155,7 +155,7 @@ class Standing:
             demand = self._with_foreseen(demand, now)
         verdicts = yield from triage_in_slices(demand, 1.0 - LEFTOVER_SHARE)
 
-        yield Slice("who is told", 55 + len(rows) / 20 + len(residents) / 5)
+        yield Slice("who is told", 75 + len(rows) / 40)
         self.verdicts = verdicts
         there = self._are_there(rows, seen.id)
         streams, prefills = verdicts.streams[: len(rows)] & there, verdicts.prefills[: len(rows)] & there
@@ -173,7 +173,7 @@ class Standing:
             self.tightest = float(roster.pace[running].min(initial=math.inf))
         residents.tell(roster.kept)
 
-        yield Slice("who is next", 55 + len(rows) / 20 + len(roster.live) / 80)
+        yield Slice("who is next", 45 + len(rows) / 20 + len(roster.live) / 100)
         waits = np.flatnonzero(mine & ~here)
         is_back = seen.load[waits] > 0.0
         together_s = units.prefill_s((seen.prefill + seen.shared)[waits])

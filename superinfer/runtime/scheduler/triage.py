@@ -166,7 +166,7 @@ def triage_in_slices(demand: Demand, supply: float) -> Generator[Slice, None, Ve
     if count > MOST:
         yield Slice("price", 35 + count / 25)
         price = _price(demand)
-    yield Slice("entries", 35 + count / 30)
+    yield Slice("entries", 35 + count / 60)
     entries, is_ordered = _entries(demand), False
     if price is not None and len(entries.which) > 2 * MOST:
         entries = entries.take(np.argpartition(price[entries.which], -2 * MOST)[-2 * MOST :])
@@ -174,7 +174,7 @@ def triage_in_slices(demand: Demand, supply: float) -> Generator[Slice, None, Ve
     together = TOGETHER if len(entries.which) > FEW else len(HORIZONS)
     for begin in range(0, len(HORIZONS), together):
         horizons = HORIZONS[begin : begin + together]
-        yield Slice("horizons", 45 + len(entries.which) / 40)
+        yield Slice("horizons", 40 + len(entries.which) * len(horizons) / 130)
         entries = entries.until(horizons)
         if not is_ordered:
             if _fit(entries, horizons, supply, link_s):
@@ -182,14 +182,14 @@ def triage_in_slices(demand: Demand, supply: float) -> Generator[Slice, None, Ve
             yield Slice("order", 60 + len(entries.which) / 12)
             price = _price(demand) if price is None else price
             is_ordered, entries = True, entries.take(np.argsort(price[entries.which]))
-            yield Slice("let go", 60 + len(entries.which) / 15)
+            yield Slice("let go", 85 + len(entries.which) / 15)
         for at, horizon in enumerate(horizons.tolist(), begin):
             entries = _let_go(entries, entries.works[at], supply * horizon)
             if entries.works[at] @ entries.table[HELD] > CLOSE * horizon:
                 entries = _let_go(entries, entries.works[at] * entries.table[HELD], horizon)
             if link_s > CLOSE * horizon:
                 entries = _let_go(entries, entries.link(horizon), horizon)
-    yield Slice("verdicts", 50 + len(entries.which) / 30)
+    yield Slice("verdicts", 45 + len(entries.which) / 60)
     verdicts = _verdicts(entries, demand)
     gone = ~verdicts.prefills & (demand.prefill_s > 0.0)
     if not gone.any():
