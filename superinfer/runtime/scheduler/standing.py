@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,7 +39,18 @@ LEFTOVER_SHARE = 0.05  # of the machine's time, for leftovers however much is pr
 # told while the next is made ready. Each is up to a step.
 EARLY = 5.0
 SMOOTHING = 0.1  # weight of the newest step
+FRESH_S = 0.2  # how old the curves of lengths and what is foreseen may be: both are of what has been in seconds
 PATIENCE_S = 30.0  # a leftover that has waited so long may displace others
+
+
+class _Soon(NamedTuple):
+    """Requests to come, as a `Demand` has them: its numbers, [fields, requests]; `expected`; `following`. own_s: of a
+    decode of theirs, without reading its own KV."""
+
+    table: np.ndarray
+    expected: np.ndarray
+    following: Following
+    own_s: float
 
 
 class Standing:
@@ -63,12 +75,15 @@ class Standing:
         self.forecast = Forecast()
         self.units = cost.units()
         self.verdicts: Verdicts = NOTHING
-        self._ahead = np.zeros(0, dtype=np.intp), np.zeros(0), np.zeros(0)  # victims in no order: rows, ids, due
+        # Victims in no order: rows, ids, due; and of the roster's ended when the look began.
+        self._ahead = np.zeros(0, dtype=np.intp), np.zeros(0), np.zeros(0), 0
         self._victims: list[Sequence] | None = None
         self.line = Line(self.roster)
         self.aged: Sequence | None = None
-        self._ended = 0  # of the roster's, when the last look began
-        self._is_settled = False
+        self._settled = -1  # of the roster's ended when a look began that settled everything; -1: the last did not
+        self._curves: dict[str | None, Curve | Guess] = {}  # by kind, and until when
+        self._curves_until = self._soon_until = -math.inf
+        self._soon: _Soon | None = None
         self.tightest = math.inf
         self.next_return = math.inf
         self.promised = 0
@@ -113,9 +128,12 @@ class Standing:
         table, kinds, names, here = roster.columns(rows), roster.kind[rows], roster.kinds, is_resident[rows]
         under_way, asked = roster.produced[roster.produced > 0.0], self.asked
         roster.fresh.clear()
-        self._ended = roster.ended
+        ended = roster.ended
 
-        yield Slice("lengths and lateness", 100 + len(rows) / 20)
+        if now >= self._curves_until:
+            self._curves_until = now + FRESH_S
+            self._curves.clear()
+        yield Slice("lengths and lateness", 100 + len(rows) / 20 + (0 if self._curves else 80))
         seen = Columns(*table)
         left = self._left(seen, kinds, names, under_way)
         due, pace = seen.next_due(left, self.step_s)
@@ -128,7 +146,7 @@ class Standing:
             due = np.where(ends, self.programs.wanted(rows, due, own_s, now), due)
         late = at_best - now < prefill_s + link_s
         late &= ~here | (prefill_s > 0.0)
-        there = self._are_there(rows, seen.id)
+        there = self._are_there(rows, seen.id, ended)
         roster.left[rows[there]] = left[there]
         is_timed = np.isfinite(seen.base)
         due = due - np.where(is_timed, self.early_s, 0.0)
@@ -151,13 +169,13 @@ class Standing:
         if self.programs:
             demand = demand._replace(following=self.programs.following(rows, token_s, seen.deadline - now))
         if len(rows) and len(self.forecast):
-            yield Slice("requests to come", 180)
+            yield Slice("requests to come", 60 if now < self._soon_until else 180)
             demand = self._with_foreseen(demand, now)
         verdicts = yield from triage_in_slices(demand, 1.0 - LEFTOVER_SHARE)
 
         yield Slice("who is told", 75 + len(rows) / 40)
         self.verdicts = verdicts
-        there = self._are_there(rows, seen.id)
+        there = self._are_there(rows, seen.id, ended)
         streams, prefills = verdicts.streams[: len(rows)] & there, verdicts.prefills[: len(rows)] & there
         mine = np.where(seen.produced > 0.0, streams, prefills)
         roster.keep(rows[mine], rows[streams])
@@ -166,7 +184,7 @@ class Standing:
         self.asked += float(seen.prefill[mine].sum()) - asked
         self._age(now)
         runs = np.flatnonzero(mine & here)
-        self._ahead, self._victims = (rows[runs], seen.id[runs], due[runs]), None
+        self._ahead, self._victims = (rows[runs], seen.id[runs], due[runs], ended), None
         running = residents.rows()
         self.tightest = float(pace[runs].min(initial=math.inf))
         if self.tightest == math.inf:  # late as they are, somebody reads them
@@ -182,17 +200,17 @@ class Standing:
         self.next_return = float(start[is_back].min(initial=math.inf))
         rest = roster.live & ~roster.kept  # those who have come since run already, or are new
         rest[: len(is_resident)] &= ~is_resident
-        self._is_settled = not len(waits) and bool(streams.all())
+        self._settled = ended if not len(waits) and streams.all() else -1
         self.line.put(rows[waits], seen.id[waits], start, last, np.flatnonzero(rest))
 
     @property
     def is_settled(self) -> bool:
         """Whether the last look kept all that may be kept, they run, and none has ended since."""
-        return self._is_settled and self.roster.ended == self._ended
+        return self._settled == self.roster.ended
 
-    def _are_there(self, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Whether the sequences that had these rows and ids when the last look began still have them."""
-        if self.roster.ended == self._ended:
+    def _are_there(self, rows: np.ndarray, ids: np.ndarray, ended: int) -> np.ndarray:
+        """Whether the sequences that had these rows and ids when so many had ended still have them."""
+        if self.roster.ended == ended:
             return np.ones(len(rows), dtype=bool)
         return self.roster.live[rows] & (self.roster.id[rows] == ids)
 
@@ -218,36 +236,44 @@ class Standing:
             roster.kept[self.aged.row] = True
 
     def _with_foreseen(self, demand: Demand, now: float) -> Demand:
-        """With what will ask for its part soon."""
+        """With what will ask for its part soon; as it was foreseen up to FRESH_S ago."""
+        if now >= self._soon_until:
+            self._soon_until, self._soon = now + FRESH_S, self._foresee(now)
+        soon = self._soon
+        if soon is None:
+            return demand
+        self._own_s = soon.own_s
+        both = Demand(*np.concatenate([np.array(demand[:-2]), soon.table], axis=1))
+        expected = np.concatenate([np.ones(len(demand.due)), soon.expected])
+        if demand.following is None:
+            return both._replace(expected=expected)
+        pairs = zip(demand.following, soon.following, strict=True)
+        return both._replace(following=Following(*map(np.concatenate, pairs)), expected=expected)
+
+    def _foresee(self, now: float) -> _Soon | None:
+        """What is thought to come; None while nothing is."""
         ahead = self.forecast.ahead(now, float(HORIZONS[-1]))
         if ahead is None:
-            return demand
+            return None
         output = self.outputs.below(ahead.most)
         stream, end = ahead.at + ahead.ttft, ahead.at + ahead.deadline - output * self.step_s
         token_s, held = self._costs(ahead.context + output / 2)
-        count = len(demand.due)
         prefill_s = self.units.prefill_s(ahead.prompt)
         # Who is let in for want of others, and let go when they come after all, has been computed for nothing.
         more = 1.0 + _deviation(prefill_s + output * token_s, ahead.recent)
-        times, expected = ahead.times * more, np.ones(count + len(output))
-        expected[count:] = 1.0 / more
-        both = np.empty((len(demand) - 2, count + len(output)))
-        both[:, :count] = demand[:-2]
-        mine = Demand(*both[:, count:])
+        times = ahead.times * more
+        table = np.zeros((len(Demand._fields) - 2, len(output)))
+        mine = Demand(*table)
         np.minimum(stream, end, out=mine.due)
         mine.pace[:] = np.where(end < stream, self.step_s, ahead.pace)
-        mine.left[:], mine.link_s[:], mine.held[:] = output, 0.0, held
+        mine.left[:], mine.held[:] = output, held
         np.multiply(prefill_s, times, out=mine.prefill_s)
         np.multiply(token_s, times, out=mine.token_s)
         np.multiply(ahead.weight, times, out=mine.worth)
         np.multiply(np.isfinite(ahead.ttft), FIRST_TOKEN, out=mine.first)
         np.multiply(held, self.step_s * times, out=mine.held_s)
-        if demand.following is None:
-            return Demand(*both)._replace(expected=expected)
         later = Following(np.zeros(len(output)), ahead.rest * token_s * times, ahead.at + ahead.deadline, ahead.rest_s)
-        pairs = zip(demand.following, later, strict=True)
-        following = Following(*(np.concatenate(pair) for pair in pairs))
-        return Demand(*both)._replace(following=following, expected=expected)
+        return _Soon(table, np.full(len(output), 1.0 / more), later, self._own_s)
 
     def _left(
         self, seen: Columns, kinds: np.ndarray, names: list[tuple[str, ...]], under_way: np.ndarray
@@ -264,13 +290,13 @@ class Standing:
             resolved.setdefault(lengths.kind(names[kind]), []).append(kind)
         for number, (name, members) in enumerate(resolved.items()):
             if len(resolved) == 1:
-                self.outputs = lengths.curve(name, under_way)
+                self.outputs = self._curve(name, under_way)
                 left = self.outputs.below(most)
                 left[begun] = self.outputs.remaining(produced[begun], most[begun], left[begun])
                 continue
             is_mine = np.isin(kinds, members)
             mine, fresh = begun[is_mine[begun]], is_mine & (produced == 0.0)
-            curve = lengths.curve(name, under_way if name == "" or not number else produced[mine])
+            curve = self._curve(name, under_way if name == "" or not number else produced[mine])
             left[fresh] = curve.below(most[fresh])
             left[mine] = curve.remaining(produced[mine], most[mine])
             if not number:  # of all kinds together
@@ -278,6 +304,13 @@ class Standing:
         if seen.expected.any():
             left = np.where(seen.expected > produced, seen.expected - produced, left)
         return np.minimum(np.maximum(left, 1.0), np.maximum(seen.most - produced, 1.0))
+
+    def _curve(self, kind: str | None, live: np.ndarray) -> Curve | Guess:
+        """See `LengthPredictor.curve`; as long as it is fresh, the same."""
+        curve = self._curves.get(kind)
+        if curve is None:
+            curve = self._curves[kind] = self.lengths.curve(kind, live)
+        return curve
 
     def _costs(self, context: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of sequences of so many tokens: the machine time of one decode, its own and its part of what a step costs
@@ -294,9 +327,9 @@ class Standing:
     def victims(self) -> list[Sequence]:
         """Kept residents of the last look, those then furthest ahead first."""
         if self._victims is None:  # seldom asked: not a part of every look
-            rows, ids, due = self._ahead
+            rows, ids, due, ended = self._ahead
             order = np.argsort(-due, kind="stable")
-            order = order[self._are_there(rows[order], ids[order])]
+            order = order[self._are_there(rows[order], ids[order], ended)]
             sequences = [self.roster.sequences[row] for row in rows[order].tolist()]
             self._victims = [sequence for sequence in sequences if sequence is not None]
         return self._victims

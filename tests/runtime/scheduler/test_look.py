@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.protocol import Hints
-from superinfer.runtime.scheduler import line, triage
+from superinfer.runtime.scheduler import line, standing, triage
 from superinfer.runtime.scheduler import rota as module
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepCost, StepRates
@@ -38,6 +38,12 @@ SLOS = [
     SLO(deadline=2.0),
     SLO(deadline=20.0, ttft=0.5, tbt=0.2),
 ]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_remembered(monkeypatch):
+    """What a look finds is of its own time alone, so that two looks can be compared."""
+    monkeypatch.setattr(standing, "FRESH_S", 0.0)
 
 
 class Crowd:
