@@ -1,11 +1,11 @@
 """What scheduling costs: CPU time of `plan`, `commit` and publishing, and simulated requests a second.
 
-Decoding steps of a full batch, alone and before a long queue, which is too late within the first third of the steps, or,
-where it is patient, never; tokens are published to four clients, up to the frames that would be sent. Then the simulator, with about 4,000 and 16,000 requests live. CPU time of
-the thread, as other processes of the machine are no part of it; a busy machine still makes it longer, so a loop of
-fixed work is timed beside it (`unit_ms`: 1,500 additions). Garbage is collected as in a serving engine
-(runtime/collector.py). `looks`: the slices of RotaSched's look at everybody (runtime/scheduler/standing.py), one by
-one, in the same steps.
+Decoding steps of a full batch, alone and before a long queue, which is too late within the first third of the steps,
+or, where it is patient, never; tokens are published to four clients, up to the frames that would be sent. Then the
+simulator, with about 4,000 and 16,000 requests live. CPU time of the thread, as other processes of the machine are no
+part of it; a busy machine still makes it longer, so a loop of fixed work is timed beside it (`unit_ms`: 1,500
+additions). Garbage is collected as in a serving engine (runtime/collector.py). `looks`: the slices of RotaSched's look
+at everybody (runtime/scheduler/standing.py), one by one, in the same steps.
 """
 
 from __future__ import annotations
@@ -229,8 +229,8 @@ def main() -> None:
                 steps[-1]["looks"] = looks.medians(len(looks.took["residents"]))
             print(
                 f"{policy:9} {resident} resident, {waiting:6,} waiting for {'blocks' if blocked else 'slots '}"
-                f"{' with DRAM' if dram else ' patiently' if patient else '          '}: plan {times['plan_p50_ms']:.3f} ms (p90 "
-                f"{times['plan_p90_ms']:.3f}, p99 {times['plan_p99_ms']:.3f}, max {times['plan_max_ms']:.3f}, mean "
+                f"{' with DRAM' if dram else ' patiently' if patient else '          '}: "
+                f"plan {times['plan_p50_ms']:.3f} ms (p90 {times['plan_p90_ms']:.3f}, p99 {times['plan_p99_ms']:.3f}, max {times['plan_max_ms']:.3f}, mean "
                 f"{times['plan_mean_ms']:.3f}), commit {times['commit_p50_ms']:.3f} ms, publish "
                 f"{times['publish_p50_ms']:.3f} ms, unit {times['unit_ms']:.3f} ms",
                 flush=True,
