@@ -230,9 +230,10 @@ def main() -> None:
             print(
                 f"{policy:9} {resident} resident, {waiting:6,} waiting for {'blocks' if blocked else 'slots '}"
                 f"{' with DRAM' if dram else ' patiently' if patient else '          '}: "
-                f"plan {times['plan_p50_ms']:.3f} ms (p90 {times['plan_p90_ms']:.3f}, p99 {times['plan_p99_ms']:.3f}, max {times['plan_max_ms']:.3f}, mean "
-                f"{times['plan_mean_ms']:.3f}), commit {times['commit_p50_ms']:.3f} ms, publish "
-                f"{times['publish_p50_ms']:.3f} ms, unit {times['unit_ms']:.3f} ms",
+                f"plan {times['plan_p50_ms']:.3f} ms (p90 {times['plan_p90_ms']:.3f}, p99 {times['plan_p99_ms']:.3f}, "
+                f"max {times['plan_max_ms']:.3f}, mean {times['plan_mean_ms']:.3f}), "
+                f"commit {times['commit_p50_ms']:.3f} ms, publish {times['publish_p50_ms']:.3f} ms, "
+                f"unit {times['unit_ms']:.3f} ms",
                 flush=True,
             )
     simulated: list[dict[str, Any]] = []

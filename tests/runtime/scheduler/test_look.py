@@ -274,6 +274,65 @@ def test_no_plan_asks_thousands_when_their_work_must_begin(crowded, monkeypatch)
     assert most <= 2 * line.HEAD
 
 
+def looks_of(scheduler: Rota) -> list[float]:
+    """When looks begin from now on."""
+    looks: list[float] = []
+    look = scheduler._standing.look
+    scheduler._standing.look = lambda residents, block_s, now: (looks.append(now), look(residents, block_s, now))[1]
+    return looks
+
+
+def steady(count: int, slots: int) -> Rota:
+    """So many streams, all of which can be kept, have run or waited for half a second."""
+    scheduler = build_scheduler("rota", KVCache(4000, 16), SchedulerLimits(slots, 2048, 4096))
+    for number in range(count):
+        slo = SLO(ttft=30.0, tbt=0.1)
+        scheduler.add(Sequence(id=number, prompt=[number] * 50, max_tokens=900, arrival=0.0, slo=slo))
+    run_scheduler(scheduler, 0.5)
+    return scheduler
+
+
+def test_while_all_that_may_be_kept_run_looks_are_seldom_until_somebody_comes():
+    scheduler = steady(40, slots=64)
+    looks = looks_of(scheduler)
+    run_scheduler(scheduler, 1.0, start=0.5)
+    gaps = np.diff(looks)
+    assert len(gaps) >= 3 and gaps.min() >= 3.9 * module.TRIAGE_S
+    scheduler.add(Sequence(id=100, prompt=[100] * 50, max_tokens=4, arrival=1.5, slo=STREAM))
+    run_scheduler(scheduler, 0.1, start=1.5)
+    assert 1.5 <= looks[len(gaps) + 1] <= 1.54
+
+
+def test_while_one_that_may_be_kept_waits_looks_are_as_often_as_ever():
+    scheduler = steady(41, slots=40)
+    looks = looks_of(scheduler)
+    run_scheduler(scheduler, 1.0, start=0.5)
+    assert np.diff(looks).max() <= 2.0 * module.TRIAGE_S
+
+
+def test_when_one_has_ended_the_next_look_is_no_later_than_ever():
+    scheduler = steady(40, slots=64)
+    looks = looks_of(scheduler)
+    run_scheduler(scheduler, 0.5, start=0.5)
+    scheduler.cancel(scheduler._running[0], looks[-1] + 0.02)
+    before = len(looks)
+    run_scheduler(scheduler, 0.2, start=looks[-1] + 0.04)
+    assert looks[before] - looks[before - 1] <= 2.0 * module.TRIAGE_S
+
+
+def test_who_is_no_longer_kept_leaves_those_who_are_and_all_others_stay_together():
+    scheduler = steady(40, slots=64)
+    together = len(scheduler._cohort)  # none where all are planned one by one
+    gone = scheduler._running[:3]
+    for sequence in gone:
+        scheduler._roster.give_up(sequence.row)
+    scheduler._look(0.5)
+    assert [s for s in scheduler._running if not s.kept] == gone
+    assert len(scheduler._cohort) == max(0, together - 3) and all(s.cohort is None for s in gone)
+    plan = scheduler.plan(0.5)
+    assert {work.slot for work in plan.work} >= {s.slot for s in scheduler._running if s.kept}
+
+
 def test_slices_of_a_look_change_no_verdict():
     crowd, whole = Crowd(), Crowd()
     rng = random.Random(1)

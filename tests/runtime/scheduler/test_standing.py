@@ -8,7 +8,9 @@ import pytest
 from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepCost, StepRates
+from superinfer.runtime.scheduler.residents import Residents
 from superinfer.runtime.scheduler.sequence import Sequence
+from superinfer.runtime.scheduler.slices import finish
 from superinfer.runtime.scheduler.standing import Standing, _deviation
 from superinfer.runtime.scheduler.triage import Demand
 from superinfer.runtime.sim.hardware import profile_of
@@ -22,6 +24,25 @@ def test_the_deviation_is_that_of_the_work_of_a_poisson_number_of_requests(rate)
     kinds = rng.lognormal(0.0, 1.0, 400)
     sums = np.array([rng.choice(kinds, rng.poisson(rate)).sum() for _ in range(4000)])
     assert _deviation(kinds, rate) == pytest.approx(float(sums.std() / sums.mean()), rel=0.1)
+
+
+def test_what_is_learnt_of_lengths_is_told_a_fifth_of_a_second_later_at_the_latest():
+    cost = StepCost(StepRates.seed(profile_of("h100-pcie5"), shape_of("llama-3-8b")))
+    standing = Standing(KVCache(100_000, 16), SchedulerLimits(1024, 8192, 32_768), cost)
+    sequence = Sequence(id=0, prompt=[1] * 20, max_tokens=2000, arrival=0.0, slo=SLO(ttft=10.0, tbt=0.1))
+    standing.roster.add(sequence, 20)
+
+    def left(now: float) -> float:
+        finish(standing.look(Residents([]), 1e-3, now))
+        return float(standing.roster.left[sequence.row])
+
+    for _ in range(100):
+        standing.lengths.learn((), 100)
+    assert left(1.0) == pytest.approx(100.0, rel=0.1)
+    for _ in range(256):
+        standing.lengths.learn((), 1000)
+    assert left(1.1) == pytest.approx(100.0, rel=0.1)
+    assert left(1.2) == pytest.approx(1000.0, rel=0.1)
 
 
 def test_the_fewer_came_the_more_is_reserved_of_what_is_expected():
