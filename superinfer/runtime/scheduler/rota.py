@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from itertools import chain
 
 from superinfer.runtime.kv.cache import KVCache, Node
@@ -14,23 +14,15 @@ from superinfer.runtime.scheduler.batching import BatchScheduler
 from superinfer.runtime.scheduler.cohort import Cohort
 from superinfer.runtime.scheduler.cost import StepCost
 from superinfer.runtime.scheduler.draft import Draft
-from superinfer.runtime.scheduler.line import HEAD
+from superinfer.runtime.scheduler.looks import Looks
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
-from superinfer.runtime.scheduler.queue import WaitingQueue
 from superinfer.runtime.scheduler.residents import Residents
 from superinfer.runtime.scheduler.sequence import Sequence, Status, StepUpdates
 from superinfer.runtime.scheduler.siblings import Siblings
-from superinfer.runtime.scheduler.slices import Slice, finish
 from superinfer.runtime.scheduler.standing import LEFTOVER_SHARE, Standing
 
-TRIAGE_S = 0.05  # how old a triage may be: a few steps
-LOOKED_AT = 2048  # live sequences; with more it may be older in proportion, so that looking takes no more of the time
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
 BUSY = 0.7  # share of the machine's time asked for, below which, if nobody is let go, requests are taken without a look
-SETTLED = 4.0  # times as old, while all that may be kept are, they run, and nobody has come, ended or had to wait since
-PLAN_US = 240.0  # of a plan's time, microseconds: what decodes leave of it is for looking
-PLAN_SHARE = 0.016  # of a step, if that is more: the step hides it, and a look over many long steps comes too late
-DECODE_US = 0.3  # that a decode takes of it
 UNSEEN = 8  # unless so many have come since the last one
 MARGIN = 1.1  # times the share of a step that prefills are thought to need: what comes is not quite what was foreseen
 STEP_SHARE = 0.8  # of the tightest pace of a kept resident, the longest step: predictions err
@@ -56,14 +48,6 @@ class Rota(BatchScheduler):
         self._standing = Standing(kv, limits, self.cost)
         self._roster = self._standing.roster
         self._siblings = Siblings(kv.page_size)
-        self._looked = -math.inf  # when the last triage was
-        self._arrived = 0  # how many came since the last one that is over began
-        self._looking: Generator[Slice, None, None] | None = None  # a look under way
-        self._next_slice_us = 0.0  # about how long the next of its slices will take, microseconds
-        self._taken_in = 0  # of `_arrived`
-        # Who began to wait since the last look began: the kept, by when their work must begin, then the others, by age;
-        # HEAD of them. And who had by then, but after the one before it began: until it is over.
-        self._joined, self._seen = WaitingQueue(), WaitingQueue()
         self._moved = 0  # sequences displaced in the plan being made
         self._turns = MOST_TURNS  # kept streams that may be rotated out now
         self._credit = 0.0  # seconds of machine time that leftovers may use now
@@ -71,6 +55,7 @@ class Rota(BatchScheduler):
         self._planned_at = 0.0
         self._rest = Cohort(limits.num_slots, kv.page_size)  # of leftovers; `_cohort` is of the kept
         self._residents = Residents(self._running, (self._cohort, self._rest))
+        self._looks = Looks(self._standing, self._residents)
 
     # ------------------------------------------------------------------ requests come and go
 
@@ -87,7 +72,7 @@ class Rota(BatchScheduler):
         if sequence.kept and (sequence.hints is None or not sequence.hints.follows):
             self._standing.forecast.saw(sequence, len(sequence.tokens) - known)
         self._standing.asked += len(sequence.tokens) - known
-        self._arrived += 1
+        self._looks.arrived += 1
         if sequence.kept and not self._standing.is_worth(sequence):
             roster = self._roster
             roster.kept[sequence.row] = sequence.kept = False  # until a look has taken it in
@@ -102,7 +87,11 @@ class Rota(BatchScheduler):
         roster = self._roster
         if self.admission == "accept" or not sequence.kept:
             return None
-        if self._standing.verdicts.load < BUSY and self._standing.verdicts.streams.all() and self._arrived < UNSEEN:
+        if (
+            self._standing.verdicts.load < BUSY
+            and self._standing.verdicts.streams.all()
+            and self._looks.arrived < UNSEEN
+        ):
             return None
         self._look(now)
         if roster.whole[sequence.row]:
@@ -186,7 +175,7 @@ class Rota(BatchScheduler):
 
     def plan(self, now: float) -> StepPlan | None:
         """See Scheduler.plan."""
-        self._look_on(now)
+        self._looks.look_on(len(self._running) + len(self._waiting), self._block_s(), now)
         if self._rotation is not None:
             self._rotation.watch(now)
         passed, self._planned_at, self._moved = max(0.0, now - self._planned_at), now, 0
@@ -213,7 +202,7 @@ class Rota(BatchScheduler):
             self._prefill(leftovers, now)
             self._admit_leftovers(now)
             self._credit -= self._standing.units.prefill_s(draft.prefill - before)
-        if not draft.num_sequences and (self._looking is not None or (len(self._waiting) and not self._running)):
+        if not draft.num_sequences and (self._looks.is_under_way or (len(self._waiting) and not self._running)):
             self._look(now)  # there is time to look at all who wait, and one of them can be computed
             self._admit_kept(now)
             self._admit_leftovers(now)
@@ -225,15 +214,6 @@ class Rota(BatchScheduler):
             self._owed_s = max(0.0, self._owed_s - took_s)
         self._draft = Draft(0)
         return self._finish_plan(draft, now)
-
-    def _may_be_old_s(self) -> float:
-        """How old the last triage may be by now, seconds. Until the next, who joins is looked at singly: not many."""
-        if len(self._joined) == HEAD:
-            return TRIAGE_S / 4
-        age_s = TRIAGE_S * max(1.0, (len(self._running) + len(self._waiting)) / LOOKED_AT)
-        if self._arrived:
-            return age_s / 4
-        return age_s * SETTLED if self._standing.is_settled and not len(self._joined) else age_s
 
     def _prefill(self, running: list[Sequence], now: float) -> None:
         prefills = [s for s in running if s.scheduled < s.resume_at]
@@ -302,13 +282,9 @@ class Rota(BatchScheduler):
         if aged is not None and aged.status is Status.WAITING:
             aged.kept = True
             yield aged
-        seen, joined = self._seen, self._joined
-        before = (entry for entry in self._standing.line.kept(now) if entry[2] not in joined and entry[2] not in seen)
-        new = [
-            ((key[0], id, s) for key, id, s in queue.entries() if key[0] < math.inf)
-            for queue in (seen, joined)
-            if len(queue)
-        ]
+        looks = self._looks
+        before = (entry for entry in self._standing.line.kept(now) if not looks.have(entry[2]))
+        new = [((key[0], id, s) for key, id, s in entries if key[0] < math.inf) for entries in looks.entries()]
         for _, _, sequence in heapq.merge(before, *new) if new else before:
             if sequence.status is Status.WAITING and flags[sequence.row] and sequence is not aged:
                 sequence.kept = True
@@ -355,7 +331,7 @@ class Rota(BatchScheduler):
         if not self._free_slots:
             return
         has_displaced = False
-        new = (entry[2] for queue in (self._seen, self._joined) for entry in queue.entries())
+        new = (entry[2] for entries in self._looks.entries() for entry in entries)
         for sequence in chain(self._standing.line.rest(), new):
             if self._draft.budget <= 0 or not self._free_slots:
                 break
@@ -460,56 +436,15 @@ class Rota(BatchScheduler):
 
     def _look(self, now: float) -> None:
         """Triage, all of it: who is kept from now on."""
-        self._finish_look()
-        self._begin_look(now)
-        self._finish_look()
-
-    def _finish_look(self) -> None:
-        """Do what is left of a look under way."""
-        if self._looking is not None:
-            finish(self._looking)
-            self._end_look()
-
-    def _look_on(self, now: float) -> None:
-        """Begin a look if the last one may be old; do as much of the one under way as a plan has time for, and at least
-        a slice: so no plan takes long, however many are live."""
-        if self._looking is None:
-            if now < self._looked + self._may_be_old_s():
-                return
-            self._begin_look(now)
-        assert self._looking is not None
-        plan_us = max(PLAN_US, PLAN_SHARE * 1e6 * self._standing.step_s)
-        room = max(self._next_slice_us, plan_us - DECODE_US * len(self._running))
-        while self._next_slice_us <= room:
-            room -= self._next_slice_us
-            try:
-                self._next_slice_us = next(self._looking).us
-            except StopIteration:
-                self._end_look()
-                return
-
-    def _begin_look(self, now: float) -> None:
-        self._looked, self._taken_in = now, self._arrived
-        self._seen, self._joined = self._joined, WaitingQueue()
-        self._looking = self._standing.look(self._residents, self._block_s(), now)
-        self._next_slice_us = next(self._looking).us
-
-    def _end_look(self) -> None:
-        self._looking, self._seen = None, WaitingQueue()
-        self._arrived -= self._taken_in
+        self._looks.look(self._block_s(), now)
 
     def _wait_again(self, sequence: Sequence, now: float, stage: str) -> None:
         super()._wait_again(sequence, now, stage)
         self._join(sequence)
 
     def _join(self, sequence: Sequence) -> None:
-        for queue in (self._joined, self._seen):
-            if sequence in queue:
-                queue.remove(sequence)
         is_kept = self._roster.kept[sequence.row]
-        self._joined.add(sequence, (self._start_by(sequence),) if is_kept else (math.inf, sequence.arrival))
-        if len(self._joined) > HEAD:
-            self._joined.drop_last()
+        self._looks.join(sequence, (self._start_by(sequence),) if is_kept else (math.inf, sequence.arrival))
 
     def _rotate_out(self, sequence: Sequence, now: float) -> bool:
         """See BatchScheduler. DRAM that is full of leftovers makes room for who is kept: the latest is forgotten."""

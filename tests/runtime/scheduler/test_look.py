@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.protocol import Hints
 from superinfer.runtime.scheduler import line, standing, triage
-from superinfer.runtime.scheduler import rota as module
+from superinfer.runtime.scheduler import looks as module
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepCost, StepRates
 from superinfer.runtime.scheduler.plan import StepResult
@@ -354,7 +354,7 @@ def test_who_comes_while_a_look_is_under_way_does_not_wait_for_its_end(monkeypat
         scheduler.add(Sequence(id=number, prompt=[number] * 50, max_tokens=500, arrival=0.0, slo=STREAM))
     run_scheduler(scheduler, 0.1)
     urgent = Sequence(id=100, prompt=[100] * 50, max_tokens=4, arrival=0.1, slo=STREAM)
-    assert scheduler._looking is not None
+    assert scheduler._looks.is_under_way
     scheduler.add(urgent)
     plan = scheduler.plan(0.1)
     assert urgent in scheduler._planned[plan.step]
@@ -476,5 +476,5 @@ def test_of_a_burst_only_so_many_are_in_order_before_they_are_looked_at():
     scheduler = build_scheduler("rota", KVCache(400, 16), SchedulerLimits(4, 64, 4096))
     for number in range(1000):
         scheduler.add(Sequence(id=number, prompt=[number], max_tokens=5, arrival=1e-3 * (1000 - number), slo=STREAM))
-    first = [id for _, id, _ in scheduler._joined.entries()]
+    first = [id for _, id, _ in scheduler._looks.joined.entries()]
     assert first == list(range(999, 999 - line.HEAD, -1))  # the most urgent

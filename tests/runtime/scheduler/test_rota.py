@@ -15,7 +15,7 @@ from rotation_bench import Bench
 
 from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.protocol import Hints
-from superinfer.runtime.scheduler import rota as module
+from superinfer.runtime.scheduler import looks as module
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepCost, StepLoad, StepRates
 from superinfer.runtime.scheduler.plan import StepResult
