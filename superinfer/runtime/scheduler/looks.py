@@ -14,7 +14,9 @@ from superinfer.runtime.scheduler.standing import Standing
 
 TRIAGE_S = 0.05  # how old a triage may be: a few steps
 LOOKED_AT = 2048  # live sequences; with more it may be older in proportion, so that looking takes no more of the time
-SETTLED = 4.0  # times as old, while all that may be kept are, they run, and nobody has come, ended or had to wait since
+# And so old, seconds, while all that may be kept are, they run, and since the last one nobody has come, been let in, ended
+# or had to wait: what is left to find is who is late.
+SETTLED_S = 0.2
 PLAN_US = 240.0  # of a plan's time, microseconds: what decodes leave of it is for looking
 PLAN_SHARE = 0.016  # of a step, if that is more: the step hides it, and a look over many long steps comes too late
 DECODE_US = 0.3  # that a decode takes of it
@@ -90,7 +92,7 @@ class Looks:
         age_s = TRIAGE_S * max(1.0, num_live / LOOKED_AT)
         if self.arrived:
             return age_s / 4
-        return age_s * SETTLED if self._standing.is_settled and not len(self.joined) else age_s
+        return max(age_s, SETTLED_S) if self._standing.is_settled and not len(self.joined) else age_s
 
     def _begin(self, block_s: float, now: float) -> None:
         self._began, self._taken_in = now, self.arrived

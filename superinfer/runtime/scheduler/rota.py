@@ -361,8 +361,11 @@ class Rota(BatchScheduler):
         )
 
     def _let_in(self, sequence: Sequence, now: float) -> None:
+        standing, roster = self._standing, self._roster
         self._waiting.remove(sequence)
-        self._roster.fresh.append(sequence.row)  # what a look under way will say of it is about one that waits
+        if sequence.kept or standing.tightest == math.inf:  # steps are to keep its pace before a look says so
+            standing.tightest = min(standing.tightest, float(roster.pace[sequence.row]))
+        roster.fresh.append(sequence.row)  # what a look under way will say of it is about one that waits
         self._draft.init.append(self._start(sequence, now))
         if self._draft.budget > 0 and self._can_wait(sequence):
             self._work(sequence, min(self._draft.budget, sequence.resume_at - sequence.scheduled))

@@ -205,8 +205,8 @@ class Standing:
 
     @property
     def is_settled(self) -> bool:
-        """Whether the last look kept all that may be kept, they run, and none has ended since."""
-        return self._settled == self.roster.ended
+        """Whether the last look kept all that may be, they run, and nobody has come, been let in or ended since."""
+        return self._settled == self.roster.ended and not self.roster.fresh
 
     def _are_there(self, rows: np.ndarray, ids: np.ndarray, ended: int) -> np.ndarray:
         """Whether the sequences that had these rows and ids when so many had ended still have them."""

@@ -297,7 +297,7 @@ def test_while_all_that_may_be_kept_run_looks_are_seldom_until_somebody_comes():
     looks = looks_of(scheduler)
     run_scheduler(scheduler, 1.0, start=0.5)
     gaps = np.diff(looks)
-    assert len(gaps) >= 3 and gaps.min() >= 3.9 * module.TRIAGE_S
+    assert len(gaps) >= 3 and gaps.min() >= 0.99 * module.SETTLED_S
     scheduler.add(Sequence(id=100, prompt=[100] * 50, max_tokens=4, arrival=1.5, slo=STREAM))
     run_scheduler(scheduler, 0.1, start=1.5)
     assert 1.5 <= looks[len(gaps) + 1] <= 1.54
