@@ -14,8 +14,8 @@ from superinfer.runtime.scheduler.standing import Standing
 
 TRIAGE_S = 0.05  # how old a triage may be: a few steps
 LOOKED_AT = 2048  # live sequences; with more it may be older in proportion, so that looking takes no more of the time
-# And so old, seconds, while all that may be kept are, they run, and since the last one nobody has come, been let in, ended
-# or had to wait: what is left to find is who is late.
+# And so old, seconds, while all that may be kept are, they run, and since the last one nobody has come, been let in,
+# ended or had to wait: what is left to find is who is late.
 SETTLED_S = 0.2
 PLAN_US = 240.0  # of a plan's time, microseconds: what decodes leave of it is for looking
 PLAN_SHARE = 0.016  # of a step, if that is more: the step hides it, and a look over many long steps comes too late
