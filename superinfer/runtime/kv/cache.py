@@ -12,6 +12,7 @@ Each operation costs O(blocks touched).
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 
@@ -128,6 +129,10 @@ class KVCache:
             path.append(node)
             at += size
         return path
+
+    def num_held(self, path: Sequence[Node]) -> int:
+        """How many blocks of a matched path somebody holds: the first ones, as who holds a node holds its ancestors."""
+        return bisect_left(path, True, key=lambda node: node.holders == 0)
 
     def is_being_computed(self, tokens: array[int], salt: str, path: Sequence[Node]) -> bool:
         """Whether another sequence is computing the block of `tokens` that follows `path` right now."""

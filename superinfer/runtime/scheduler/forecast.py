@@ -18,7 +18,8 @@ LEAST_S = 1.0  # seconds to have seen before anything is foreseen
 class Foreseen(NamedTuple):
     """Requests to come. times: how many each entry stands for. at: seconds from now. most: max_tokens.
 
-    context: tokens of the prompt, all of which a decode reads; prompt: of these, to compute, as the others are cached.
+    context: tokens of the prompt, all of which a decode reads; prompt: of these, to compute, as the others are cached;
+    common: of these, in blocks that others hold as well.
 
     recent: how many came in the last seconds, from which `times` is taken.
     ttft, pace, deadline: as promised, inf where nothing is. weight: of each. rest, rest_s: as in `Hints`.
@@ -29,6 +30,7 @@ class Foreseen(NamedTuple):
     at: np.ndarray
     context: np.ndarray
     prompt: np.ndarray
+    common: np.ndarray
     most: np.ndarray
     ttft: np.ndarray
     pace: np.ndarray
@@ -42,15 +44,16 @@ class Forecast:
     """The last REMEMBERED requests that had a promise."""
 
     def __init__(self) -> None:
-        self._seen = np.zeros((REMEMBERED, 10))  # arrival, and what is Foreseen of it from `context` on
+        self._seen = np.zeros((REMEMBERED, 11))  # arrival, and what is Foreseen of it from `context` on
         self._count = 0
         self._since = 0.0
 
     def __len__(self) -> int:
         return min(self._count, REMEMBERED)
 
-    def saw(self, sequence: Sequence, prompt: int) -> None:
-        """A request came that nothing before it announced. prompt: tokens to compute."""
+    def saw(self, sequence: Sequence, prompt: int, common: int = 0) -> None:
+        """A request came that nothing before it announced. prompt: tokens to compute; common: of its prompt, those in
+        blocks that others hold."""
         slo = sequence.slo
         assert slo is not None
         if self._count == 0:
@@ -58,8 +61,8 @@ class Forecast:
         promised = [np.inf if value is None else value for value in (slo.ttft, slo.tbt, slo.deadline)]
         hints = sequence.hints
         rest = (hints.rest_tokens, hints.rest_s) if hints is not None else (0.0, 0.0)
-        told = (sequence.arrival, sequence.num_prompt, prompt, sequence.max_tokens, *promised, slo.weight, *rest)
-        self._seen[self._count % REMEMBERED] = told
+        lengths = (sequence.num_prompt, prompt, common, sequence.max_tokens)
+        self._seen[self._count % REMEMBERED] = (sequence.arrival, *lengths, *promised, slo.weight, *rest)
         self._count += 1
 
     def ahead(self, now: float, seconds: float) -> Foreseen | None:

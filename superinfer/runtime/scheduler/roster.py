@@ -23,6 +23,7 @@ class Columns(NamedTuple):
         it does not say. context: tokens whose KV the next decode reads.
     prefill: tokens to compute before the next one can be sampled; 0 for what decodes or is rotated out.
     shared: prompt tokens that siblings have too: whoever comes first computes them, and all come together.
+    common: prompt tokens in blocks that others hold as well, which take no room of its own.
     left: tokens still to come, as last predicted. load: blocks to bring back before the next one; 0 for what has none
         in DRAM.
     """
@@ -40,6 +41,7 @@ class Columns(NamedTuple):
     context: np.ndarray
     prefill: np.ndarray
     shared: np.ndarray
+    common: np.ndarray
     left: np.ndarray
     load: np.ndarray
 
@@ -78,6 +80,7 @@ class Roster:
     context: np.ndarray
     prefill: np.ndarray
     shared: np.ndarray
+    common: np.ndarray
     left: np.ndarray
     load: np.ndarray
     late: np.ndarray
@@ -98,8 +101,9 @@ class Roster:
         self._free = list(range(FIRST_ROWS - 1, -1, -1))
         self._untimed: set[int] = set()  # rows of streams that are timed from a first token that has not come
 
-    def add(self, sequence: Sequence, prefill: int, shared: int = 0) -> None:
-        """Give a new sequence its row. prefill: tokens to compute; shared: of its prompt, what siblings compute."""
+    def add(self, sequence: Sequence, prefill: int, shared: int = 0, common: int = 0) -> None:
+        """Give a new sequence its row. prefill: tokens to compute; shared: of its prompt, what siblings compute;
+        common: what others hold."""
         if not self._free:
             self._grow()
         row = sequence.row = self._free.pop()
@@ -119,7 +123,7 @@ class Roster:
         hints = sequence.hints
         self.expected[row] = (hints.expected_tokens or 0.0) if hints is not None else 0.0
         self.context[row], self.prefill[row], self.load[row] = len(sequence.tokens), prefill, 0
-        self.left[row], self.shared[row] = self.most[row], shared
+        self.left[row], self.shared[row], self.common[row] = self.most[row], shared, common
         self.late[row], self.whole[row], self.live[row] = False, False, True
         self.hopeful[row] = min(self.base[row], self.deadline[row]) < math.inf
         if self.pace[row] < math.inf and self.base[row] == math.inf:

@@ -72,16 +72,16 @@ class Rota(BatchScheduler):
 
     def add(self, sequence: Sequence) -> None:
         """See Scheduler.add."""
-        known = 0
+        known = common = 0
         if self.prefix_aware and sequence.score_start is None:
             path = self._kv.match(sequence.tokens, sequence.salt, len(sequence.tokens) - 1)
-            known = len(path) * self._kv.page_size
+            known, common = (blocks * self._kv.page_size for blocks in (len(path), self._kv.num_held(path)))
         shared = self._siblings.join(sequence) if self.prefix_aware else 0
-        known = max(known, shared)
-        self._roster.add(sequence, len(sequence.tokens) - known, shared)
+        known, common = max(known, shared), max(common, shared)
+        self._roster.add(sequence, len(sequence.tokens) - known, shared, common)
         self._standing.programs.add(sequence)
         if sequence.kept and (sequence.hints is None or not sequence.hints.follows):
-            self._standing.forecast.saw(sequence, len(sequence.tokens) - known)
+            self._standing.forecast.saw(sequence, len(sequence.tokens) - known, common)
         self._standing.asked += len(sequence.tokens) - known
         self._arrived += 1
         if sequence.kept and not self._standing.is_worth(sequence):
@@ -335,7 +335,9 @@ class Rota(BatchScheduler):
             if sequence.table is None and self.prefix_aware:
                 if self._kv.is_being_computed(sequence.tokens, sequence.salt, path):
                     continue
-                self._roster.prefill[sequence.row] = len(sequence.tokens) - len(path) * self._kv.page_size
+                roster, row = self._roster, sequence.row
+                roster.prefill[row] = len(sequence.tokens) - len(path) * self._kv.page_size
+                roster.common[row] = self._kv.num_held(path) * self._kv.page_size
             if not (self._free_slots and self._reserve(sequence, path)) and not (
                 self._displace(sequence, path, start_by - now, now) and self._reserve_anew(sequence)
             ):

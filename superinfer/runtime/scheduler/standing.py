@@ -76,6 +76,7 @@ class Standing:
         self.asked = 0.0
         self._matmul_s = 0.0
         self._own_s = 0.0  # of a decode, without reading its own KV
+        self._room = float(kv.num_blocks * kv.page_size)  # tokens of HBM for what is not common
 
     def observe(self, load: StepLoad, elapsed: float) -> None:
         """A step of this load took so many seconds."""
@@ -105,7 +106,9 @@ class Standing:
         yield Slice("residents", 30 + len(residents) / 3 + len(roster.live) / 100)
         self.units = units = self._cost.units()
         is_resident = np.zeros(len(roster.live), dtype=bool)
-        is_resident[roster.update(residents)] = True
+        running = roster.update(residents)
+        is_resident[running] = True
+        self._room = self._room_now(running)
         rows = np.flatnonzero(roster.hopeful)  # who may still be kept: all below is about these
         table, kinds, names, here = roster.columns(rows), roster.kind[rows], roster.kinds, is_resident[rows]
         under_way, asked = roster.produced[roster.produced > 0.0], self.asked
@@ -141,7 +144,7 @@ class Standing:
             prefill_s, link_s, at_best = prefill_s[fine], link_s[fine], at_best[fine]
 
         yield Slice("costs", 45 + len(rows) / 25)
-        token_s, held = self._costs(seen.context + left / 2)
+        token_s, held = self._costs(seen.context + left / 2, seen.common)
         first = np.where(is_timed & (seen.produced == 0.0), FIRST_TOKEN, 0.0)
         demand = Demand(due - now, pace, left, prefill_s, token_s, link_s, seen.weight, first, held, held * self.step_s)
         if self.programs:
@@ -246,7 +249,7 @@ class Standing:
             return demand
         output = self.outputs.below(ahead.most)
         stream, end = ahead.at + ahead.ttft, ahead.at + ahead.deadline - output * self.step_s
-        token_s, held = self._costs(ahead.context + output / 2)
+        token_s, held = self._costs(ahead.context + output / 2, ahead.common)
         count = len(demand.due)
         prefill_s = self.units.prefill_s(ahead.prompt)
         # Who is let in for want of others, and let go when they come after all, has been computed for nothing.
@@ -301,17 +304,25 @@ class Standing:
             left = np.where(seen.expected > produced, seen.expected - produced, left)
         return np.minimum(np.maximum(left, 1.0), np.maximum(seen.most - produced, 1.0))
 
-    def _costs(self, context: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of sequences of so many tokens: the machine time of one decode, its own and its part of what a step costs
-        whoever is in it; and the share of HBM, or of the places in a batch, that each holds."""
+    def _costs(self, context: np.ndarray, common: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of sequences of so many tokens, `common` of them in blocks that others hold: the machine time of one decode,
+        its own and its part of what a step costs whoever is in it; and the share that each holds by itself of the HBM
+        that there is for what is not common, or of the places in a batch."""
         if not len(context):
             return context, context
-        units, tokens = self.units, self._kv.num_blocks * self._kv.page_size
-        blocks = max(1.0, float(context.mean()) / self._kv.page_size)
-        places = min(self._limits.num_slots, self._kv.num_blocks / blocks, float(len(context)))
+        units, own = self.units, context - common
+        most = self._room / max(float(self._kv.page_size), float(own.mean()))
+        places = min(self._limits.num_slots, most, float(len(context)))
         step_s = units.step_s + max(0.0, units.weights_s - self._matmul_s)
         self._own_s = own_s = units.decode_s + units.token_s + step_s / max(1.0, places)
-        return units.kv_s * context + own_s, np.maximum(context / tokens, 1.0 / self._limits.num_slots)
+        return units.kv_s * context + own_s, np.maximum(own / self._room, 1.0 / self._limits.num_slots)
+
+    def _room_now(self, residents: np.ndarray) -> float:
+        """Tokens of HBM that are not taken by what several of those that run hold. residents: their rows."""
+        kv, roster = self._kv, self.roster
+        held = float((kv.num_blocks - kv.num_available) * kv.page_size)
+        own = float((roster.context[residents] - roster.common[residents]).sum())
+        return max(float(kv.page_size), kv.num_blocks * kv.page_size - max(0.0, held - own))
 
     def victims(self) -> list[Sequence]:
         """Kept residents of the last look, those then furthest ahead first."""

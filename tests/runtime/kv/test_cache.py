@@ -39,6 +39,16 @@ def test_a_second_sequence_shares_the_blocks_of_an_equal_prefix():
     assert kv.num_free == 16 - 6
 
 
+def test_of_a_matched_prefix_the_first_blocks_may_be_held_and_the_rest_idle():
+    kv = KVCache(16, PAGE)
+    long, short = compute(kv, tokens_of(1, 2, 3, tail=1)), compute(kv, tokens_of(1, 2, tail=1))
+    kv.release(long)
+    path = kv.match(tokens_of(1, 2, 3, tail=1), "", 12)
+    assert (len(path), kv.num_held(path)) == (3, 2)
+    kv.release(short)
+    assert kv.num_held(path) == 0
+
+
 def test_a_released_prefix_is_found_again():
     kv = KVCache(16, PAGE)
     first = compute(kv, tokens_of(1, 2, tail=1))

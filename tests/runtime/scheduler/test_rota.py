@@ -270,6 +270,28 @@ def test_requests_without_a_promise_get_what_is_left_and_all_of_it():
     assert rota.duration <= 1.15 * fcfs.duration  # the batch is last, and its last answers stand alone
 
 
+@pytest.mark.parametrize("aware", [True, False])
+def test_who_shares_what_a_resident_holds_asks_for_memory_for_its_own_tokens_only(aware):
+    """A pool of 400 blocks, 201 of them one resident's; 30 sharers of 200 of these need 5 more each, and all fit. Taken
+    for prompts that hold 205 each, a few at a time would."""
+    kv = KVCache(400, 16)
+    scheduler = build_scheduler("rota", kv, SchedulerLimits(64, 4096, 8192), StepCost(StepRates.seed(H100, LLAMA)))
+    scheduler.prefix_aware = aware
+    scheduler.add(Sequence(id=0, prompt=[1] * 3201, max_tokens=2000, arrival=0.0, slo=STREAM))
+    for now in (0.0, 0.1):
+        plan = scheduler.plan(now)
+        scheduler.commit(StepResult(plan.step, {0: 1}, elapsed=0.1), now + 0.1)
+    sharers = [
+        Sequence(id=number, prompt=[1] * 3200 + [number] * 16, max_tokens=64, arrival=0.2, slo=STREAM)
+        for number in range(1, 31)
+    ]
+    for sequence in sharers:
+        scheduler.add(sequence)
+    scheduler._look(0.2)
+    kept = sum(bool(scheduler._roster.whole[sequence.row]) for sequence in sharers)
+    assert kept == 30 if aware else kept < 25
+
+
 def test_a_doomed_request_takes_nothing_from_one_that_can_be_kept():
     kv = KVCache(64, 16)
     scheduler = build_scheduler("rota", kv, SchedulerLimits(1, 64, 1024))

@@ -55,3 +55,17 @@ def test_decodes_of_who_is_foreseen_read_the_whole_prompt_though_little_of_it_is
     assert (cached.token_s * cached.expected).sum() == pytest.approx((fresh.token_s * fresh.expected).sum())
     assert cached.held == pytest.approx(fresh.held)
     assert cached.prefill_s.sum() < fresh.prefill_s.sum() / 5
+
+
+def test_of_who_is_foreseen_memory_is_asked_only_for_what_nobody_holds_yet():
+    def foreseen(common: int) -> Demand:
+        cost = StepCost(StepRates.seed(profile_of("h100-pcie5"), shape_of("llama-3-8b")))
+        standing = Standing(KVCache(1_000, 16), SchedulerLimits(1024, 8192, 32_768), cost)
+        for at in np.arange(0.0, 5.0, 0.1).tolist():
+            sequence = Sequence(id=0, prompt=[1] * 2000, max_tokens=2, arrival=at, slo=SLO(ttft=1.0, tbt=0.1))
+            standing.forecast.saw(sequence, 2000 - common, common)
+        nobody = Demand(*(np.zeros(0) for _ in Demand._fields[:-2]))
+        return standing._with_foreseen(nobody, 5.0)
+
+    assert foreseen(0).held == pytest.approx(2000 / 16_000, rel=0.01)
+    assert foreseen(1600).held == pytest.approx(400 / 16_000, rel=0.01)
