@@ -95,7 +95,7 @@ class UnitCosts(NamedTuple):
     eager_s: float = 0.0
     captured: int = 1024
 
-    def prefill_s(self, tokens: Amount, start: float = 0.0) -> Amount:
+    def prefill_s(self, tokens: Amount, start: Amount | float = 0.0) -> Amount:
         """Computing `tokens` positions of a prompt from `start` on, in steps as full as graphs take; also of arrays."""
         return tokens * (self.token_s + self.pieces_s / self.captured + self.pair_s * (start + tokens / 2))
 

@@ -145,13 +145,16 @@ class Rota(BatchScheduler):
             return due
         if sequence.table is not None:  # the copies, behind as many others, and the step that notices
             return due - 2 * self._kv.blocks_for(sequence.scheduled) * self._block_s() - 2 * self._standing.step_s
-        row = sequence.row
-        return due - self._standing.units.prefill_s(float(self._roster.prefill[row] + self._roster.shared[row]))
+        roster, row = self._roster, sequence.row
+        together = float(roster.prefill[row] + roster.shared[row])
+        return due - self._standing.units.prefill_s(together, float(roster.context[row]) - together)
 
     def _is_lost(self, sequence: Sequence, now: float) -> bool:
         """Whether a kept sequence that waits is too late by now, as the next look would find; it is let go then."""
         roster, row = self._roster, sequence.row
-        needs_s = self._standing.units.prefill_s(float(roster.prefill[row])) + float(roster.load[row]) * self._block_s()
+        prefill = float(roster.prefill[row])
+        needs_s = self._standing.units.prefill_s(prefill, float(roster.context[row]) - prefill)
+        needs_s += float(roster.load[row]) * self._block_s()
         if self._due(sequence, at_best=True) - now >= needs_s or sequence is self._standing.aged:
             return False
         self._let_go(sequence)

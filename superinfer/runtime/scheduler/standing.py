@@ -118,7 +118,7 @@ class Standing:
         seen = Columns(*table)
         left = self._left(seen, kinds, names, under_way)
         due, pace = seen.next_due(left, self.step_s)
-        prefill_s, link_s = units.prefill_s(seen.prefill), seen.load * block_s
+        prefill_s, link_s = units.prefill_s(seen.prefill, seen.context - seen.prefill), seen.load * block_s
         at_best = due
         if self.programs:
             own_s = left * self.step_s
@@ -176,7 +176,8 @@ class Standing:
         yield Slice("who is next", 55 + len(rows) / 20 + len(roster.live) / 80)
         waits = np.flatnonzero(mine & ~here)
         is_back = seen.load[waits] > 0.0
-        together_s = units.prefill_s((seen.prefill + seen.shared)[waits])
+        together = (seen.prefill + seen.shared)[waits]
+        together_s = units.prefill_s(together, seen.context[waits] - together)
         start = due[waits] - np.where(is_back, 2.0 * (link_s[waits] + self.step_s), together_s)
         last = (at_best - prefill_s - link_s)[waits]
         self.next_return = float(start[is_back].min(initial=math.inf))
@@ -195,7 +196,7 @@ class Standing:
         roster, row, units = self.roster, sequence.row, self.units
         most = roster.most[row : row + 1]
         left = max(1.0, min(float(most[0]), float(roster.expected[row]) or float(self.outputs.below(most)[0])))
-        prefill_s = units.prefill_s(float(roster.prefill[row]))
+        prefill_s = units.prefill_s(float(roster.prefill[row]), float(roster.context[row] - roster.prefill[row]))
         token_s = units.kv_s * (float(roster.context[row]) + left / 2) + self._own_s
         first = FIRST_TOKEN if roster.base[row] < math.inf else 0.0
         return prefill_price(float(roster.weight[row]), first, left * token_s, prefill_s) >= self.verdicts.cut
@@ -251,7 +252,7 @@ class Standing:
         stream, end = ahead.at + ahead.ttft, ahead.at + ahead.deadline - output * self.step_s
         token_s, held = self._costs(ahead.context + output / 2, ahead.common)
         count = len(demand.due)
-        prefill_s = self.units.prefill_s(ahead.prompt)
+        prefill_s = self.units.prefill_s(ahead.prompt, ahead.context - ahead.prompt)
         # Who is let in for want of others, and let go when they come after all, has been computed for nothing.
         more = 1.0 + _deviation(prefill_s + output * token_s, ahead.recent)
         times, expected = ahead.times * more, np.ones(count + len(output))

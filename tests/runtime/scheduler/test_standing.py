@@ -9,6 +9,7 @@ from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepCost, StepRates
 from superinfer.runtime.scheduler.sequence import Sequence
+from superinfer.runtime.scheduler.slices import finish
 from superinfer.runtime.scheduler.standing import Standing, _deviation
 from superinfer.runtime.scheduler.triage import Demand
 from superinfer.runtime.sim.hardware import profile_of
@@ -69,3 +70,14 @@ def test_of_who_is_foreseen_memory_is_asked_only_for_what_nobody_holds_yet():
 
     assert foreseen(0).held == pytest.approx(2000 / 16_000, rel=0.01)
     assert foreseen(1600).held == pytest.approx(400 / 16_000, rel=0.01)
+
+
+@pytest.mark.parametrize(("prompt", "in_time"), [(2_000, True), (100_000, False)])
+def test_the_end_of_a_prompt_attends_to_all_that_is_cached_before_it(prompt, in_time):
+    """2,000 tokens take an H100 46 ms by themselves, and 220 behind 98,000 others."""
+    cost = StepCost(StepRates.seed(profile_of("h100-pcie5"), shape_of("llama-3-8b")))
+    standing = Standing(KVCache(10_000, 16), SchedulerLimits(1024, 8192, 131_072), cost)
+    sequence = Sequence(id=0, prompt=[1] * prompt, max_tokens=2, arrival=0.0, slo=SLO(ttft=0.2, tbt=0.1))
+    standing.roster.add(sequence, 2_000)
+    finish(standing.look([], 0.0, 0.0))
+    assert bool(standing.roster.kept[sequence.row]) is in_time
