@@ -208,10 +208,13 @@ class Rota(BatchScheduler):
         if is_idle:
             self._decode(leftovers, now, self._rest)
         if (self._credit > 0.0 or not self._standing.promised or is_idle) and draft.budget > 0:
-            before = draft.prefill
+            tokens, pairs = draft.prefill, draft.pairs
             self._prefill(leftovers, now)
             self._admit_leftovers(now)
-            self._credit -= self._standing.units.prefill_s(draft.prefill - before)
+            tokens, pairs = draft.prefill - tokens, draft.pairs - pairs
+            self._credit -= self._standing.units.prefill_s(tokens) + self._standing.units.pair_s * (
+                pairs - tokens**2 / 2
+            )
         if not draft.num_sequences and (self._looking is not None or (len(self._waiting) and not self._running)):
             self._look(now)  # there is time to look at all who wait, and one of them can be computed
             self._admit_kept(now)
@@ -274,6 +277,18 @@ class Rota(BatchScheduler):
             chunk_s = max(min((base_s - free_s) * share / (1.0 - share), room_s), 0.0)
             return max(self._kv.page_size, int(max(chunk_s, free_s) / token_s))
         return self._lot(share, room_s, token_s, passed)
+
+    def _work(self, sequence: Sequence, length: int) -> None:
+        """See BatchScheduler. The budget is of tokens as far into a prompt as most are; further on fewer take as long."""
+        if not sequence.is_prefilling:
+            super()._work(sequence, length)
+            return
+        draft, units, start = self._draft, self._standing.units, sequence.scheduled
+        usual_s = units.chunk_s(1.0)
+        own_s = max(usual_s, units.chunk_s(1.0, start + length / 2))
+        length = min(length, max(self._kv.page_size, int(draft.budget * usual_s / own_s)))
+        super()._work(sequence, length)
+        draft.budget -= min(draft.budget, int(length * (own_s / usual_s - 1.0)))
 
     def _lot(self, share: float, room_s: float, token_s: float, passed: float) -> int:
         """Prompt tokens for this step if it is one of the few that have any, as prefills are owed so many; else 0.

@@ -292,6 +292,26 @@ def test_who_shares_what_a_resident_holds_asks_for_memory_for_its_own_tokens_onl
     assert kept == 30 if aware else kept < 25
 
 
+def test_steps_that_compute_the_end_of_a_long_prompt_are_as_short_as_all_others():
+    """At position 50,000 a token takes three times as long as at the beginning. Somebody is promised 100 ms a token."""
+    cost = StepCost(StepRates.seed(H100, LLAMA))
+    scheduler = build_scheduler("rota", KVCache(8000, 16), SchedulerLimits(8, 8192, 131_072), cost)
+    long = Sequence(id=1, prompt=[2] * 60_000, max_tokens=2, arrival=0.0, slo=SLO(ttft=8.0, tbt=0.1))
+    scheduler.add(Sequence(id=0, prompt=[1] * 20, max_tokens=2000, arrival=0.0, slo=STREAM))
+    scheduler.add(long)
+    now, longest = 0.0, 0.0
+    while long.status is not Status.FINISHED:
+        plan = scheduler.plan(now)
+        load = StepLoad.of(plan)
+        if load.decodes:
+            longest = max(longest, cost.seconds(load))
+        now += cost.seconds(load)
+        tokens = {work.slot: 1 for work in plan.work if work.sample}
+        scheduler.commit(StepResult(plan.step, tokens, elapsed=cost.seconds(load)), now)
+    assert longest <= 0.081
+    assert long.timeline.first <= 8.0
+
+
 def test_a_doomed_request_takes_nothing_from_one_that_can_be_kept():
     kv = KVCache(64, 16)
     scheduler = build_scheduler("rota", kv, SchedulerLimits(1, 64, 1024))
