@@ -5,6 +5,7 @@ Agents: 20 tenants with a system prompt of 2,000 tokens each, and Mooncake's con
 knowledge of prefixes on and off (the cache itself is on in both).
 Mooncake's prompts of 12,000 tokens come again after a median of 384 requests, which no memory here holds. `mooncake/8`
 has an eighth of each prompt's tokens, every block of 512 being one of 64: then DRAM holds about so many requests.
+`mooncake-gh200` has whole prompts again, on a GH200 of 144 GB with 400 GiB of DRAM, and lasts long enough for repeats.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from superinfer.runtime.slo import SLO
 STREAM = SLO(ttft=1.0, tbt=0.1)
 H100, LLAMA = profile_of("h100-pcie5"), shape_of("llama-3-8b")
 KV_TOKENS, DRAM_TOKENS = 153_600, 524_288
+GH200, GH200_DRAM = profile_of("gh200-144"), 400 * 2**30 // LLAMA.kv_bytes_per_token
 TENANTS, SYSTEM, PART = 20, 2000, 500
 
 
@@ -44,8 +46,11 @@ def agents(rate: float, duration: float, seed: int) -> list[Job]:
     return jobs
 
 
-def run(jobs: list[Job], policy: str, **settings: Any) -> SimResult:
-    """On the H100 with both tiers."""
+def run(jobs: list[Job], policy: str, workload: str = "", **settings: Any) -> SimResult:
+    """With both tiers: on the H100, or what the workload names."""
+    if workload == "mooncake-gh200":
+        config = SimConfig(policy=policy, dram_tokens=GH200_DRAM, **settings)
+        return simulate(jobs, GH200, LLAMA, config)
     config = SimConfig(policy=policy, kv_tokens=KV_TOKENS, dram_tokens=DRAM_TOKENS, **settings)
     return simulate(jobs, H100, LLAMA, config)
 
@@ -53,10 +58,9 @@ def run(jobs: list[Job], policy: str, **settings: Any) -> SimResult:
 def _shared_jobs(name: str, rate: float, arguments: argparse.Namespace, seed: int) -> list[Job]:
     if name == "agents":
         return agents(rate, arguments.duration, seed)
-    slo = SLO(ttft=5.0, tbt=0.1) if name == "mooncake" else STREAM
-    jobs = make_jobs(
-        "mooncake", rate=rate, duration=arguments.duration, seed=seed, trace=arguments.mooncake, slos=[(1.0, slo)]
-    )
+    slo = STREAM if name == "mooncake/8" else SLO(ttft=5.0, tbt=0.1)
+    duration = arguments.long if name == "mooncake-gh200" else arguments.duration
+    jobs = make_jobs("mooncake", rate=rate, duration=duration, seed=seed, trace=arguments.mooncake, slos=[(1.0, slo)])
     if name == "mooncake/8":
         return [job._replace(prompt_length=max(1, job.prompt_length // 8), block=64) for job in jobs]
     return jobs
@@ -75,6 +79,8 @@ def main() -> None:
     parser.add_argument("--agent-rates", default="30,40,60")
     parser.add_argument("--mooncake-rates", default="2,3")
     parser.add_argument("--scaled-rates", default="20,30")
+    parser.add_argument("--gh200-rates", default="4,6")
+    parser.add_argument("--long", type=float, default=300.0, help="seconds of mooncake-gh200")
     parser.add_argument("--scaled-seeds", type=int, default=5, help="of mooncake/8: as few requests as these vary")
     parser.add_argument("--name", default="sim-classes", help="of the result file")
     parser.add_argument("--duration", type=float, default=60.0)
@@ -94,13 +100,14 @@ def main() -> None:
         "agents": arguments.agent_rates,
         "mooncake": arguments.mooncake_rates,
         "mooncake/8": arguments.scaled_rates,
+        "mooncake-gh200": arguments.gh200_rates,
     }
     for name, rates in workloads.items():
         for rate in _rates(rates):
             seeds = arguments.scaled_seeds if name == "mooncake/8" else 1
             all_jobs = [_shared_jobs(name, rate, arguments, seed) for seed in range(seeds)]
             for policy, aware in (("rota", True), ("rota", False), ("fcfs", True)):
-                runs = [run(jobs, policy, prefix_aware=aware) for jobs in all_jobs]
+                runs = [run(jobs, policy, name, prefix_aware=aware) for jobs in all_jobs]
                 row = {"workload": name, "rate": rate, "policy": policy, "prefix_aware": aware, "seeds": seeds}
                 for figure in ("met", "goodput", "cached", "ttft_met"):
                     row[figure] = statistics.mean(getattr(result, figure) for result in runs)
@@ -112,7 +119,8 @@ def main() -> None:
         f"python benchmarks/sim_classes.py azure_conv_2023.csv mooncake_conversation.jsonl --mixed-rates "
         f"{arguments.mixed_rates!r} --agent-rates {arguments.agent_rates!r} "
         f"--mooncake-rates {arguments.mooncake_rates!r} --scaled-rates {arguments.scaled_rates!r} "
-        f"--scaled-seeds {arguments.scaled_seeds} --name {arguments.name}",
+        f"--gh200-rates {arguments.gh200_rates!r} --long {arguments.long:g} --scaled-seeds {arguments.scaled_seeds} "
+        f"--duration {arguments.duration:g} --name {arguments.name}",
         {"simulated": True, "hardware": H100.name, "model": LLAMA.name, "mixed": mixed, "shared_prefixes": shared},
     )
     print(f"written to {out}")

@@ -212,9 +212,8 @@ class Rota(BatchScheduler):
             self._prefill(leftovers, now)
             self._admit_leftovers(now)
             tokens, pairs = draft.prefill - tokens, draft.pairs - pairs
-            self._credit -= self._standing.units.prefill_s(tokens) + self._standing.units.pair_s * (
-                pairs - tokens**2 / 2
-            )
+            units = self._standing.units
+            self._credit -= units.prefill_s(tokens) + units.pair_s * (pairs - tokens**2 / 2)
         if not draft.num_sequences and (self._looking is not None or (len(self._waiting) and not self._running)):
             self._look(now)  # there is time to look at all who wait, and one of them can be computed
             self._admit_kept(now)
@@ -279,7 +278,7 @@ class Rota(BatchScheduler):
         return self._lot(share, room_s, token_s, passed)
 
     def _work(self, sequence: Sequence, length: int) -> None:
-        """See BatchScheduler. The budget is of tokens as far into a prompt as most are; further on fewer take as long."""
+        """See BatchScheduler. The budget is of tokens near a prompt's beginning; further on, fewer take as long."""
         if not sequence.is_prefilling:
             super()._work(sequence, length)
             return

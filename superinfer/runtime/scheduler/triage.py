@@ -28,7 +28,7 @@ HORIZONS = np.array([0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
 MOST = 4096  # requests, the most worth their cost: beyond them none would fit, and looking takes time
 TOGETHER = 3  # horizons computed at once: one by one costs calls, all at once the work of those let go early
 CLOSE = 1.0 - 1e-9  # below so much of a room, sums fit in whatever order they are taken
-FIRST_TOKEN = 0.5  # what a first token in time is worth of a stream's promise
+FIRST_TOKEN = 0.1  # what a first token in time is worth of a promise, which it does not keep alone
 
 
 class Following(NamedTuple):

@@ -52,6 +52,16 @@ def test_a_first_token_can_be_kept_where_the_stream_cannot():
     assert 0 < verdicts.streams.sum() < 10
 
 
+def test_a_stream_under_way_does_not_go_for_a_few_first_tokens_without_theirs():
+    """Its next token takes 0.1 s of the 0.125 that there are; in its place three first tokens would be in time."""
+    prompts = demand(5, due=0.1, left=1000.0, first=module.FIRST_TOKEN, prefill_s=0.04, token_s=0.5)
+    own = prompts._replace(first=np.array([0.0, *prompts.first[1:]]), left=np.array([1.0, *prompts.left[1:]]))
+    costs = own._replace(prefill_s=np.array([0.0, *own.prefill_s[1:]]), token_s=np.array([0.1, *own.token_s[1:]]))
+    verdicts = triage(costs)
+    assert verdicts.streams.tolist() == [True, False, False, False, False]
+    assert verdicts.prefills[1:].sum() == 0
+
+
 def test_what_is_never_due_asks_for_nothing():
     with np.errstate(all="raise"):
         verdicts = triage(demand(3, due=np.array([1.0, np.inf, np.inf]), prefill_s=50.0))
