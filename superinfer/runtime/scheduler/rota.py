@@ -66,6 +66,7 @@ class Rota(BatchScheduler):
         self._credit = 0.0  # seconds of machine time that leftovers may use now
         self._owed_s = 0.0  # machine time that prefills are owed, where they come in few steps
         self._planned_at = 0.0
+        self._room_s = math.inf  # what chunks of the plan being made may take
         self._rest = Cohort(limits.num_slots, kv.page_size)  # of leftovers; `_cohort` is of the kept
 
     # ------------------------------------------------------------------ requests come and go
@@ -262,6 +263,7 @@ class Rota(BatchScheduler):
         """
         units, draft, verdicts = self._standing.units, self._draft, self._standing.verdicts
         token_s = max(units.chunk_s(1.0), 1e-12)
+        self._room_s = math.inf
         if not draft.decodes:  # as many as there are, unless somebody has to be back before the step would be over
             room_s = max(self._standing.next_return - now, 0.0)
             return max(self._kv.page_size, int(min(draft.budget, room_s / token_s))) if room_s else draft.budget
@@ -271,23 +273,19 @@ class Rota(BatchScheduler):
         if verdicts.load < BUSY:
             share = max(share, 1.0 - verdicts.decode_load)
         share = min(share, 0.99)
-        room_s = STEP_SHARE * self._standing.tightest - base_s
+        self._room_s = room_s = STEP_SHARE * self._standing.tightest - base_s
         if units.pieces_s <= free_s:
             chunk_s = max(min((base_s - free_s) * share / (1.0 - share), room_s), 0.0)
             return max(self._kv.page_size, int(max(chunk_s, free_s) / token_s))
         return self._lot(share, room_s, token_s, passed)
 
     def _work(self, sequence: Sequence, length: int) -> None:
-        """See BatchScheduler. The budget is of tokens near a prompt's beginning; further on, fewer take as long."""
-        if not sequence.is_prefilling:
-            super()._work(sequence, length)
-            return
-        draft, units, start = self._draft, self._standing.units, sequence.scheduled
-        usual_s = units.chunk_s(1.0)
-        own_s = max(usual_s, units.chunk_s(1.0, start + length / 2))
-        length = min(length, max(self._kv.page_size, int(draft.budget * usual_s / own_s)))
+        """See BatchScheduler. Far into a prompt a token takes longer: no step gets longer than streams allow for it."""
+        if sequence.is_prefilling:
+            token_s = self._standing.units.chunk_s(1.0, sequence.scheduled + length / 2)
+            length = min(length, max(self._kv.page_size, int(min(self._room_s / token_s, length))))
+            self._room_s = max(0.0, self._room_s - length * token_s)
         super()._work(sequence, length)
-        draft.budget -= min(draft.budget, int(length * (own_s / usual_s - 1.0)))
 
     def _lot(self, share: float, room_s: float, token_s: float, passed: float) -> int:
         """Prompt tokens for this step if it is one of the few that have any, as prefills are owed so many; else 0.
