@@ -22,6 +22,7 @@ from record import write
 
 from superinfer.cli.trace_file import EngineTrace, Span, read_trace
 from superinfer.runtime.scheduler.cost import FACTORS, LAUNCH_S, StepLoad, StepRates
+from superinfer.runtime.sim.executor import PER_BUCKET, Quirks
 from superinfer.runtime.sim.hardware import Efficiency, HardwareProfile, profile_of
 from superinfer.runtime.sim.shapes import ModelShape, shape_of
 from superinfer.runtime.tracing import SCHEDULER, STEPS
@@ -29,6 +30,8 @@ from superinfer.runtime.tracing import SCHEDULER, STEPS
 IDLE_S, LEAST_STEPS = 0.2, 500  # a run: so many steps without such a pause
 DECODE_S = 1e-6
 DRAWN_TO_SEED = 1.0  # what the seed weighs, in observed steps
+LEAST_OF_A_KIND = 32  # steps: of fewer, as of two while kernels were still being loaded, the seed is believed
+SLOWER_S = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)  # among which is looked for how long clocks stay low
 HOST = ("plan_s", "submit_s", "commit_s")
 OUTLIER = 0.2  # relative error beyond which a step counts less: a pause of the host
 
@@ -126,6 +129,73 @@ def _least_squares(rows: np.ndarray, wanted: np.ndarray, weights: np.ndarray) ->
             break
         free &= found > 0.0
     return found
+
+
+class Fitted(NamedTuple):
+    """What a calibration's steps tell of a machine. spread: of their times around that, without outliers."""
+
+    efficiency: Efficiency
+    factors: np.ndarray
+    quirks: Quirks
+    spread: float
+
+
+def fitted(profile: HardwareProfile, shape: ModelShape, observed: list[tuple[StepLoad, float]]) -> Fitted:
+    """Rates and quirks from steps in the order in which they ran, one right behind another, with the seconds they took.
+
+    The two are fitted in turn; how long low clocks last is what leaves the least unexplained."""
+    seed = seed_of(profile, shape)
+    known = np.array([load.tokens <= seed.captured for load, _ in observed])
+    if 0 < (~known).sum() < LEAST_OF_A_KIND:  # still, they warm
+        told = known
+    else:
+        told = np.ones(len(observed), dtype=bool)
+    loads, took = [load for load, _ in observed], np.array([seconds for _, seconds in observed])
+    decodes = np.array([load.decodes if load.tokens == load.decodes else 0 for load in loads])
+    found: Fitted | None = None
+    for slower_s in SLOWER_S:
+        quirks = Quirks(slower_s=slower_s)
+        chunks = np.array(list(_chunks_before(quirks, observed)))
+        for _ in range(4):
+            times = np.array([quirks.factor(load, share) for load, share in zip(loads, chunks, strict=True)])
+            alone = [(load, s) for load, s, is_told in zip(loads, took / times, told, strict=True) if is_told]
+            factors = fit(seed, alone)
+            efficiency = efficiency_of(profile, seed, factors)
+            rates = StepRates.seed(profile._replace(efficiency=efficiency), shape)
+            ratios = took / np.array([rates.seconds(load) for load in loads])
+            quirks = _quirks(slower_s, ratios, chunks, decodes, told)
+        times = np.array([quirks.factor(load, share) for load, share in zip(loads, chunks, strict=True)])
+        errors = (ratios / times)[told]
+        spread = float(np.std(errors[np.abs(errors - 1.0) < OUTLIER]))
+        if found is None or spread < found.spread:
+            found = Fitted(efficiency, factors, quirks, spread)
+    assert found is not None
+    return found
+
+
+def _chunks_before(quirks: Quirks, observed: list[tuple[StepLoad, float]]) -> Iterator[float]:
+    """Of each step, the share of the time before it that steps with chunks had."""
+    chunks = 0.0
+    for load, seconds in observed:
+        yield chunks
+        chunks = quirks.later(chunks, seconds, load.tokens > load.decodes)
+
+
+def _quirks(slower_s: float, ratios: np.ndarray, chunks: np.ndarray, decodes: np.ndarray, told: np.ndarray) -> Quirks:
+    """What explains took / said best: least squares, with a mean for each bucket of decodes and one for all other steps.
+    Buckets that few steps had are drawn between those beside them. decodes: 0 where a step has chunks."""
+    bucket = (decodes + PER_BUCKET - 1) // PER_BUCKET  # 0: chunks
+    used = told & (np.abs(ratios - np.median(ratios)) < OUTLIER)
+    buckets = [b for b in range(int(bucket.max()) + 1) if b == 0 or (bucket[used] == b).sum() >= LEAST_OF_A_KIND]
+    used &= np.isin(bucket, buckets)
+    rows = np.column_stack([(bucket[used] == b).astype(float) for b in buckets] + [chunks[used]])
+    found, *_ = np.linalg.lstsq(rows, ratios[used], rcond=None)
+    slower = max(0.0, float(found[-1] / np.mean(found[:-1])))
+    alone = [b for b in buckets if b]
+    if not alone:
+        return Quirks(slower, slower_s)
+    by_decodes = np.interp(range(1, alone[-1] + 1), alone, found[-1 - len(alone) : -1])
+    return Quirks(slower, slower_s, tuple(by_decodes.tolist()))
 
 
 def efficiency_of(profile: HardwareProfile, seed: StepRates, factors: np.ndarray) -> Efficiency:

@@ -21,9 +21,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 from record import RESULTS, write
+from sim_steps import LEAST_OF_A_KIND, fitted
 
+from superinfer.runtime.scheduler.cost import StepLoad
 from superinfer.runtime.scheduler.sequence import Sequence
-from superinfer.runtime.sim.hardware import Efficiency, HardwareProfile, profile_of
+from superinfer.runtime.sim.executor import Quirks
+from superinfer.runtime.sim.hardware import HardwareProfile, profile_of
 from superinfer.runtime.sim.result import Passed
 from superinfer.runtime.sim.shapes import ModelShape, shape_of
 from superinfer.runtime.sim.simulate import HostTimes, SimConfig, simulate
@@ -201,23 +204,42 @@ def compared(name: str, drawn: list[float | None], measured: float | None) -> di
 
 
 class Machine(NamedTuple):
-    """What is simulated of a GPU and its host. spread: of its steps' times around what the profile says. pace: times
-    which they take that."""
+    """What is simulated of a GPU and its host. spread: of its steps' times around what the profile and quirks say. pace:
+    times which they take that."""
 
     profile: HardwareProfile
     host: HostTimes
     spread: float
+    quirks: Quirks = Quirks()
     pace: float = 1.0
 
 
-def host_of(profile_steps: dict[str, Any] | None) -> HostTimes:
-    """What steps cost the host: as a calibration's trace has it, else as h200-mixed-steps and h200-host-time do."""
-    if profile_steps is not None:
-        run = profile_steps["runs"][0]
-        plan_s, decodes_s, commit_s = (run["decodes"][name]["p50"] for name in ("plan_s", "submit_s", "commit_s"))
-        chunks_s = run["chunks"]["submit_s"]["p50"]
-        eager_s = max(0.0, run["long"]["submit_s"]["p50"] - chunks_s) if "long" in run else 0.0
-        return HostTimes(plan_s=plan_s, decodes_s=decodes_s, chunks_s=chunks_s, eager_s=eager_s, commit_s=commit_s)
+def host_of(calibration: dict[str, Any] | None) -> HostTimes:
+    """What steps cost the host: as h200-mixed-steps and h200-host-time have it, or a calibration's trace.
+
+    That trace's `submit` of a step with chunks has waiting in it, until the step before is over (`slots_wait`), so that
+    launching one in a graph is of h200-mixed-steps all the same; what a long one takes more has none."""
+    alone = _host_alone()
+    if calibration is None:
+        return alone
+    run = calibration["runs"][0]
+    decodes, chunks, longer = run["decodes"], run["chunks"], run.get("long", {"steps": 0})
+    eager_s = alone.eager_s
+    if longer["steps"] >= LEAST_OF_A_KIND:
+        eager_s = max(0.0, longer["submit_s"]["p50"] - chunks["submit_s"]["p50"])
+    return HostTimes(
+        plan_s=decodes["plan_s"]["p50"],
+        plan_chunks_s=max(0.0, chunks["plan_s"]["p50"] - decodes["plan_s"]["p50"]),
+        decodes_s=decodes["submit_s"]["p50"],
+        chunks_s=alone.chunks_s,
+        eager_s=eager_s,
+        commit_s=decodes["commit_s"]["p50"],
+        in_steps=True,
+        slots_wait=True,
+    )
+
+
+def _host_alone() -> HostTimes:
     steps = json.loads((RESULTS / "h200-mixed-steps.json").read_text())["results"]
     host = json.loads((RESULTS / "h200-host-time.json").read_text())["results"]
     commit_ms = next(row for row in host if row["batch"] == 128 and row["temperature"] == 0.0)["median_ms"]["commit"]
@@ -234,10 +256,9 @@ def machine_of(hardware: str, steps: str, arm: str) -> Machine:
     if not steps:
         return Machine(profile, host_of(None), SPREAD)
     found = json.loads((RESULTS / f"{steps}.json").read_text())["arms"][arm.removesuffix(HALF)]
-    run = found["runs"][0]
-    kinds = [run[kind] for kind in ("decodes", "chunks", "long") if kind in run]
-    spread = sum(kind["spread"] * kind["steps"] for kind in kinds) / sum(kind["steps"] for kind in kinds)
-    return Machine(profile._replace(efficiency=Efficiency(**found["efficiency"])), host_of(found), spread)
+    observed = [(StepLoad(*load), took_ms / 1e3) for *load, took_ms in found["steps"]]
+    known = fitted(profile, SHAPE, observed)
+    return Machine(profile._replace(efficiency=known.efficiency), host_of(found), known.spread, known.quirks)
 
 
 def config_of(arm: dict[str, Any], settings: dict[str, Any], machine: Machine, late: bool, way_s: float) -> SimConfig:
@@ -254,6 +275,7 @@ def config_of(arm: dict[str, Any], settings: dict[str, Any], machine: Machine, l
         plan_late=late,
         host=machine.host,
         spread=machine.spread,
+        quirks=machine.quirks,
         paces=((0.0, machine.pace),),
         way_s=way_s,
         give_up_s=settings["drain_s"],
@@ -313,6 +335,7 @@ def main() -> None:
             "efficiency": machine.profile.efficiency._asdict(),
             "host": msgspec.to_builtins(machine.host),
             "spread": machine.spread,
+            "quirks": machine.quirks._asdict(),
             "pace": machine.pace,
             "paced_by": by,
         }

@@ -18,6 +18,35 @@ from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 DUMMY_TOKEN = 0
 
 
+PER_BUCKET = 8  # decodes: what steps of decodes alone are padded to
+
+
+class Quirks(NamedTuple):
+    """What a machine's steps were measured to have beside what a roofline says of them.
+
+    slower: where a GPU has reached its power limit its clocks fall: steps take up to so much longer, as a share, and as
+        much as steps with prefill chunks had of the time before, which is forgotten within `slower_s` seconds.
+    by_decodes: how many times as long as the roofline says steps of decodes alone take: of 1 to PER_BUCKET of them, of
+        up to twice as many, and so on; of more than the last as of the last. Empty: as long as it says.
+    """
+
+    slower: float = 0.0
+    slower_s: float = 1.0
+    by_decodes: tuple[float, ...] = ()
+
+    def factor(self, load: StepLoad, chunks: float) -> float:
+        """Times what the roofline says. chunks: share of the time before that steps with chunks had."""
+        times = 1.0 + self.slower * chunks
+        if self.by_decodes and load.tokens == load.decodes > 0:
+            times *= self.by_decodes[min((load.decodes - 1) // PER_BUCKET, len(self.by_decodes) - 1)]
+        return times
+
+    def later(self, chunks: float, seconds: float, had_chunks: bool) -> float:
+        """That share after so many seconds more, of a step that had chunks or not, or of nothing."""
+        kept = math.exp(-seconds / self.slower_s)
+        return chunks * kept + had_chunks * (1.0 - kept)
+
+
 class SimStep(NamedTuple):
     """What a step was and when it ended: seconds of simulated time. compute_s: without waiting for copies."""
 
@@ -34,7 +63,7 @@ class SimExecutor:
     `now` is set by who submits. free_at: when the last step submitted ends.
 
     paces: (seconds, factor), in order: steps that begin from then on take so many times as long as `rates` say.
-    spread: standard deviation of a step's time as a share of that, drawn from `seed`.
+    quirks: what else they take. spread: standard deviation of a step's time as a share of that, drawn from `seed`.
     """
 
     def __init__(
@@ -46,6 +75,7 @@ class SimExecutor:
         tier: TierLimits | None = None,
         link: VirtualLink | None = None,
         paces: Sequence[tuple[float, float]] = (),
+        quirks: Quirks = Quirks(),
         spread: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -58,6 +88,7 @@ class SimExecutor:
         self.last = SimStep(StepLoad(0, 0, 0, 0.0), 0.0, 0.0)
         self._link = link
         self._paces = paces
+        self._quirks, self._chunks = quirks, 0.0
         self._spread, self._random = spread, np.random.default_rng(seed)
         self.free_at = 0.0
         self._slots: set[int] = set()
@@ -76,7 +107,9 @@ class SimExecutor:
         begin = self._wait(plan, start)
         load = StepLoad.of(plan)
         pace = next((factor for at, factor in reversed(self._paces) if begin >= at), 1.0)
-        compute_s = self.rates.seconds(load) * pace * self._drawn() if plan.has_work else 0.0
+        quirks, chunks = self._quirks, self._quirks.later(self._chunks, begin - self.free_at, had_chunks=False)
+        compute_s = self.rates.seconds(load) * pace * quirks.factor(load, chunks) * self._drawn() if plan.has_work else 0.0
+        self._chunks = quirks.later(chunks, compute_s, load.tokens > load.decodes)
         self.free_at = end = begin + compute_s
         copied, use = self._copied(end, stall_s=begin - start if plan.has_work else 0.0)
         decoded = np.full(len(decoding), DUMMY_TOKEN)

@@ -25,7 +25,7 @@ from superinfer.runtime.scheduler.cost import StepCost, StepLoad, StepRates
 from superinfer.runtime.scheduler.registry import build_scheduler
 from superinfer.runtime.scheduler.rota import Rota
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate
-from superinfer.runtime.sim.executor import SimExecutor
+from superinfer.runtime.sim.executor import Quirks, SimExecutor
 from superinfer.runtime.sim.hardware import HardwareProfile
 from superinfer.runtime.sim.result import Movement, Passed, Quantiles, Residency, SimResult
 from superinfer.runtime.sim.shapes import ModelShape
@@ -41,16 +41,24 @@ STEP_BYTES = 4e9  # activations, workspaces and the CUDA context, bytes
 class HostTimes(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds for which the engine's thread is busy with a step.
 
-    plan_s: planning it. decodes_s, chunks_s: submitting it, without and with prefill chunks, until the device begins.
+    plan_s: planning it; plan_chunks_s: more, where it has prefill chunks. decodes_s, chunks_s: submitting it, without
+        and with chunks, until the device begins.
     eager_s: launching the rest of one with more tokens than graphs take (`StepRates.captured`), while the device works.
     commit_s: taking in what came of it, and telling it.
+    in_steps: what the device waits for while a step is launched is in the times of steps already, as it is in those that
+        a `CudaExecutor` tells: a step begins when it is planned, and submitting it keeps the host alone.
+    slots_wait: a step in which a sequence takes a slot is launched only when the steps before it are over; until then the
+        host waits.
     """
 
     plan_s: float = 0.0
+    plan_chunks_s: float = 0.0
     decodes_s: float = 0.0
     chunks_s: float = 0.0
     eager_s: float = 0.0
     commit_s: float = 0.0
+    in_steps: bool = False
+    slots_wait: bool = False
 
 
 class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,8 +69,9 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     that is worth. depth: steps planned ahead of the results, as in the engine: 1 waits for each.
     plan_late: with depth 2, a step is planned just before the one before it ends (`EngineConfig.plan_late`), else as
         soon as that begins. host: what steps cost the host; what it takes here is measured, and not simulated.
-    spread: standard deviation of a step's time, as a share of what the profile says, of which the scheduler is not
-        told. spread_seed: of its draws.
+    quirks: what the profile does not say of steps, of which the scheduler is not told.
+    spread: standard deviation of a step's time, as a share of what it is to take, of which the scheduler is not told.
+        spread_seed: of its draws.
     way_s: from the client to the engine. None: a request arrives when its client sends it. Else it arrives when the
         engine, between two steps, comes to read it, `way_s` after it was sent at the earliest; as far as the engine can
         tell it came when messages were read before.
@@ -84,6 +93,7 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     depth: int = 1
     plan_late: bool = False
     host: HostTimes = HostTimes()
+    quirks: Quirks = Quirks()
     spread: float = 0.0
     spread_seed: int = 0
     way_s: float | None = None
@@ -132,8 +142,8 @@ def simulate(
         scheduler.prefix_aware = config.prefix_aware
     link = _link(profile, tier.block_bytes) if tier else None
     executor = SimExecutor(
-        rates, limits, depth=config.depth, tier=tier, link=link, paces=config.paces, spread=config.spread,
-        seed=config.spread_seed,
+        rates, limits, depth=config.depth, tier=tier, link=link, paces=config.paces, quirks=config.quirks,
+        spread=config.spread, seed=config.spread_seed,
     )  # fmt: skip
     run = _Run(scheduler, executor, StepCost(rates), config, on_end)
     with spared_collector():  # as in the engine
@@ -306,9 +316,13 @@ class _Run:
         host, executor = self._host, self._executor
         load = StepLoad.of(plan)
         has_chunks, is_captured = load.tokens > load.decodes, load.tokens <= executor.rates.captured
-        executor.now = now + host.plan_s + (host.chunks_s if has_chunks else host.decodes_s)
+        executor.now = planned = now + host.plan_s + (host.plan_chunks_s if has_chunks else 0.0)
+        launched = max(planned, executor.free_at) if host.slots_wait and plan.init else planned
+        launched += host.chunks_s if has_chunks else host.decodes_s
+        if not host.in_steps:
+            executor.now = launched
         executor.submit(plan)
-        submitted = executor.now + (host.eager_s if has_chunks and not is_captured else 0.0)
+        submitted = launched + (host.eager_s if has_chunks and not is_captured else 0.0)
         self._timing.submitted(self._scheduler.expected_s(plan.step), now, submitted)
         self._under_way += 1
         return submitted
