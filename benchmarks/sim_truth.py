@@ -3,7 +3,8 @@
 python benchmarks/sim_truth.py azure_conv_2023.csv [--measured h200-vs-vllm-slo] [--arms ours-fcfs,ours-rota]
 
 The measured runs are this engine behind its HTTP server (benchmarks/peer/run.py slo, or truth), one rate after another
-on one server; so are the simulated ones, and what an engine has learnt in one it knows in the next. Nothing in the
+on one server, after a run `online` where there was one; so are the simulated ones, and what an engine has learnt in one
+it knows in the next. Nothing in the
 profile was fitted to them: sim_calibrate.py says what it was fitted to. --steps: what sim_steps.py has fitted to
 another run on the very GPUs; the scheduler starts from the profile all the same, as it does in service. Times are the
 client's: from when a request was due. A prediction is the mean of --seeds runs, whose step times are drawn anew.
@@ -340,14 +341,14 @@ def main() -> None:
             "paced_by": by,
         }
         config = config_of(measured_arm, settings, machine, late, way_s)
-        runs = measured_arm["phases"]["slo"]["runs"]
-        jobs = [_jobs(run, settings, given.trace) for run in runs]
+        runs, before = measured_arm["phases"]["slo"]["runs"], _before(measured_arm)
+        jobs = [_jobs(run, settings, given.trace) for run in [*before, *runs]]
         seeds = [
             session(jobs, machine.profile, SHAPE, msgspec.structs.replace(config, spread_seed=seed), believed)
             for seed in range(given.seeds)
         ]
         for number, run in enumerate(runs):
-            there, drawn = real(run), [seed[number][0] for seed in seeds]
+            there, drawn = real(run), [seed[len(before) + number][0] for seed in seeds]
             errors = {name: compared(name, [figures[name] for figures in drawn], there[name]) for name in there}
             pool = measured_arm["pool_tokens"]
             rows.append({"arm": arm, "pool_tokens": pool, "rate": run["rate"], "figures": errors})
@@ -372,6 +373,12 @@ def main() -> None:
         },
     )
     print(f"written to {out}")
+
+
+def _before(arm: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs at other rates that its server had behind it when it came to those: what it had learnt then, it knew."""
+    names = list(arm["phases"])
+    return arm["phases"]["online"]["runs"] if "online" in names[: names.index("slo")] else []
 
 
 def _jobs(run: dict[str, Any], settings: dict[str, Any], trace: Path) -> list[Job]:
