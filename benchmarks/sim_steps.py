@@ -4,7 +4,7 @@ python benchmarks/sim_steps.py FOLDER [--name sim-steps]
 
 FOLDER is the --out of `benchmarks/peer/run.py truth --trace`, with ARM.trace of each of our servers. The first run of a
 trace is the calibration: its steps are kept and fitted to. The others are held out: of them it is only said how long
-they took beside what the fit says. sim_truth.py takes the result as --steps.
+they took beside what the fit says. sim_truth.py takes the result as --steps, and fits to its steps again.
 """
 
 from __future__ import annotations
@@ -143,13 +143,13 @@ class Fitted(NamedTuple):
 def fitted(profile: HardwareProfile, shape: ModelShape, observed: list[tuple[StepLoad, float]]) -> Fitted:
     """Rates and quirks from steps in the order in which they ran, one right behind another, with the seconds they took.
 
-    The two are fitted in turn; how long low clocks last is what leaves the least unexplained."""
+    The two are fitted in turn; how long low clocks last is what leaves the least unexplained. Of steps longer than
+    graphs take, what launching them costs is the profile's where there are fewer than LEAST_OF_A_KIND.
+    """
     seed = seed_of(profile, shape)
-    known = np.array([load.tokens <= seed.captured for load, _ in observed])
-    if 0 < (~known).sum() < LEAST_OF_A_KIND:  # still, they warm
-        told = known
-    else:
-        told = np.ones(len(observed), dtype=bool)
+    told = np.array([load.tokens <= seed.captured for load, _ in observed])
+    if (~told).sum() >= LEAST_OF_A_KIND:
+        told[:] = True
     loads, took = [load for load, _ in observed], np.array([seconds for _, seconds in observed])
     decodes = np.array([load.decodes if load.tokens == load.decodes else 0 for load in loads])
     found: Fitted | None = None
@@ -182,7 +182,7 @@ def _chunks_before(quirks: Quirks, observed: list[tuple[StepLoad, float]]) -> It
 
 
 def _quirks(slower_s: float, ratios: np.ndarray, chunks: np.ndarray, decodes: np.ndarray, told: np.ndarray) -> Quirks:
-    """What explains took / said best: least squares, with a mean for each bucket of decodes and one for all other steps.
+    """What explains took / said best: least squares, with a mean for each bucket of decodes and one for other steps.
     Buckets that few steps had are drawn between those beside them. decodes: 0 where a step has chunks."""
     bucket = (decodes + PER_BUCKET - 1) // PER_BUCKET  # 0: chunks
     used = told & (np.abs(ratios - np.median(ratios)) < OUTLIER)
@@ -214,15 +214,16 @@ def efficiency_of(profile: HardwareProfile, seed: StepRates, factors: np.ndarray
     )
 
 
-def summed_up(run: list[Step], rates: StepRates) -> dict[str, Any]:
-    """How long a run's steps took beside what `rates` say, and what the host took, by kind; how busy the device was."""
+def summed_up(run: list[Step], rates: StepRates, quirks: Quirks) -> dict[str, Any]:
+    """How long a run's steps took beside what was fitted, and what the host took, by kind; how busy the device was."""
     found: dict[str, Any] = {}
+    all_said = _said(run, rates, quirks)
     for kind in ("decodes", "chunks", "long"):
-        steps = [step for step in run if step.kind(rates.captured) == kind]
-        if not steps:
+        chosen = [number for number, step in enumerate(run) if step.kind(rates.captured) == kind]
+        if not chosen:
             continue
+        steps, said = [run[number] for number in chosen], all_said[chosen]
         took = np.array([step.took_s for step in steps])
-        said = np.array([rates.seconds(step.load) for step in steps])
         found[kind] = {
             "steps": len(steps),
             "tokens": statistics.mean(step.load.tokens for step in steps),
@@ -236,6 +237,14 @@ def summed_up(run: list[Step], rates: StepRates) -> dict[str, Any]:
     told_s = sum(after.at - before.at for before, after in rows)
     busy = sum(after.took_s for _, after in rows) / told_s if told_s else None  # none overlapped, as on a CPU
     return found | {"seconds": whole, "device_busy": busy, "begin": run[0].at - run[0].told_s}
+
+
+def _said(run: list[Step], rates: StepRates, quirks: Quirks) -> np.ndarray:
+    """Seconds that each step was to take behind those before it."""
+    chunks = _chunks_before(quirks, [(step.load, step.took_s) for step in run])
+    return np.array(
+        [rates.seconds(step.load) * quirks.factor(step.load, share) for step, share in zip(run, chunks, strict=True)]
+    )
 
 
 def _in_a_row(before: Step, after: Step) -> bool:
@@ -253,16 +262,16 @@ def calibrated(path: Path, profile: HardwareProfile, shape: ModelShape) -> dict[
     runs = list(runs_of(steps_of(read_trace(path))))
     if not runs:
         raise RuntimeError(f"{path} has no {LEAST_STEPS} steps in a row")
-    seed = seed_of(profile, shape)
-    factors = fit(seed, [(step.load, step.took_s) for step in runs[0]])
-    efficiency = efficiency_of(profile, seed, factors)
-    rates = StepRates.seed(profile._replace(efficiency=efficiency), shape)
-    errors = [rates.seconds(step.load) / step.took_s - 1.0 for step in runs[0]]
+    found = fitted(profile, shape, [(step.load, step.took_s) for step in runs[0]])
+    rates = StepRates.seed(profile._replace(efficiency=found.efficiency), shape)
+    said = _said(runs[0], rates, found.quirks)
     return {
-        "efficiency": efficiency._asdict(),
-        "factors": dict(zip(FACTORS, factors.tolist(), strict=True)),
-        "median_error": statistics.median(map(abs, errors)),
-        "runs": [summed_up(run, rates) for run in runs],
+        "efficiency": found.efficiency._asdict(),
+        "factors": dict(zip(FACTORS, found.factors.tolist(), strict=True)),
+        "quirks": found.quirks._asdict(),
+        "spread": found.spread,
+        "median_error": float(np.median(np.abs(said / [step.took_s for step in runs[0]] - 1.0))),
+        "runs": [summed_up(run, rates, found.quirks) for run in runs],
         "steps": [[*step.load, round(step.took_s * 1e3, 4)] for step in runs[0]],
     }
 

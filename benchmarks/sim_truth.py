@@ -4,10 +4,10 @@ python benchmarks/sim_truth.py azure_conv_2023.csv [--measured h200-vs-vllm-slo]
 
 The measured runs are this engine behind its HTTP server (benchmarks/peer/run.py slo, or truth), one rate after another
 on one server, after a run `online` where there was one; so are the simulated ones, and what an engine has learnt in one
-it knows in the next. Nothing in the
-profile was fitted to them: sim_calibrate.py says what it was fitted to. --steps: what sim_steps.py has fitted to
-another run on the very GPUs; the scheduler starts from the profile all the same, as it does in service. Times are the
-client's: from when a request was due. A prediction is the mean of --seeds runs, whose step times are drawn anew.
+it knows in the next. Nothing in the profile was fitted to them: sim_calibrate.py says what it was fitted to. --steps:
+what sim_steps.py fits to the steps of another run on the very GPUs, which its file has; the scheduler starts from the
+profile all the same, as it does in service. Times are the client's: from when a request was due. A prediction is the
+mean of --seeds runs, whose step times are drawn anew.
 
 GPUs of one kind differ by more than the bounds. --paced: all step times are scaled by one factor for each GPU, with
 which the mean TPOT of another run on it, `online` of the same record, comes out as measured.
@@ -26,7 +26,7 @@ from sim_steps import LEAST_OF_A_KIND, fitted
 
 from superinfer.runtime.scheduler.cost import StepLoad
 from superinfer.runtime.scheduler.sequence import Sequence
-from superinfer.runtime.sim.executor import Quirks
+from superinfer.runtime.sim.executor import NO_QUIRKS, Quirks
 from superinfer.runtime.sim.hardware import HardwareProfile, profile_of
 from superinfer.runtime.sim.result import Passed
 from superinfer.runtime.sim.shapes import ModelShape, shape_of
@@ -205,13 +205,13 @@ def compared(name: str, drawn: list[float | None], measured: float | None) -> di
 
 
 class Machine(NamedTuple):
-    """What is simulated of a GPU and its host. spread: of its steps' times around what the profile and quirks say. pace:
-    times which they take that."""
+    """What is simulated of a GPU and its host. spread: of its steps' times around what the profile and quirks say.
+    pace: times which they take that."""
 
     profile: HardwareProfile
     host: HostTimes
     spread: float
-    quirks: Quirks = Quirks()
+    quirks: Quirks = NO_QUIRKS
     pace: float = 1.0
 
 

@@ -16,7 +16,7 @@ from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepLoad, StepRates
 from superinfer.runtime.scheduler.registry import build_scheduler
 from superinfer.runtime.scheduler.sequence import Sequence
-from superinfer.runtime.sim.executor import SimExecutor
+from superinfer.runtime.sim.executor import Quirks, SimExecutor
 from superinfer.runtime.sim.hardware import profile_of
 from superinfer.runtime.sim.shapes import shape_of
 from superinfer.runtime.tracing import TraceRecorder
@@ -81,6 +81,76 @@ def test_a_machines_step_times_are_found_in_the_trace_of_an_engine(tmp_path: Pat
     held_out = found["runs"][1]
     assert held_out["long"]["said_over_took"] == pytest.approx(1.0, abs=0.01)
     assert held_out["decodes"]["submit_s"]["p50"] == pytest.approx(5e-4, rel=0.01)
+
+
+def _under_way(quirks: Quirks, long_steps: int, long_times: float = 1.0) -> list[tuple[StepLoad, float]]:
+    """Steps of that machine with these quirks, one right behind another. long_times: what long ones take is more."""
+    random, rates = np.random.default_rng(2), StepRates.seed(H200._replace(efficiency=EFFICIENCY), LLAMA)
+    observed, chunks = [], 0.0
+    for at in range(3000):
+        decodes, prompt = int(random.integers(1, 100)), int(random.integers(100, 1900)) if random.random() < 0.2 else 0
+        if long_steps and at % (3000 // long_steps) == 0:
+            prompt = int(random.integers(2200, 6000))
+        load = StepLoad(decodes + prompt, decodes, int(1200 * decodes * random.uniform(0.8, 1.2)), prompt**2 / 2)
+        seconds = rates.seconds(load) * quirks.factor(load, chunks) * random.normal(1.0, 0.02)
+        seconds *= long_times if load.tokens > rates.captured else 1.0
+        chunks = quirks.later(chunks, seconds, prompt > 0)
+        observed.append((load, seconds))
+    return observed
+
+
+def test_low_clocks_behind_chunks_and_what_decodes_take_by_their_number_are_found():
+    from sim_steps import fitted
+
+    quirks = Quirks(slower=0.1, slower_s=0.07, by_decodes=(1.0,) * 8 + (0.93,))
+    found = fitted(H200, LLAMA, _under_way(quirks, 300))
+    assert found.quirks.slower == pytest.approx(0.1, rel=0.15)
+    assert found.quirks.slower_s in (0.05, 0.07, 0.1)
+    assert found.spread == pytest.approx(0.02, rel=0.15)
+    by_decodes = found.quirks.by_decodes
+    assert by_decodes[9] / by_decodes[6] == pytest.approx(0.93, abs=0.015)
+    plain = fitted(H200, LLAMA, _under_way(Quirks(), 300)).quirks
+    assert plain.slower < 0.01 and plain.by_decodes == pytest.approx([1.0] * len(plain.by_decodes), abs=0.02)
+
+
+def test_what_few_long_steps_tell_is_not_believed():
+    from sim_steps import LEAST_OF_A_KIND, fitted
+
+    few, many = (
+        fitted(H200, LLAMA, _under_way(Quirks(), count, 1.7)).efficiency.eager_s for count in (4, 4 * LEAST_OF_A_KIND)
+    )
+    assert few == H200.efficiency.eager_s
+    assert many > 2 * few
+
+
+def test_what_steps_cost_the_host_has_no_waiting_for_the_device_in_it():
+    from sim_truth import host_of
+
+    def run(long_steps: int) -> dict[str, Any]:
+        kinds: dict[str, Any] = {}
+        for kind, steps, plan_s, submit_s in (
+            ("decodes", 900, 1e-4, 3e-4), ("chunks", 200, 4e-4, 9e-3), ("long", long_steps, 9e-4, 36e-3),
+        ):  # fmt: skip
+            times = {"plan_s": plan_s, "submit_s": submit_s, "commit_s": 2e-4}
+            kinds[kind] = {"steps": steps, **{name: {"p50": value} for name, value in times.items()}}
+        return {"runs": [kinds]}
+
+    alone, many, few = host_of(None), host_of(run(150)), host_of(run(2))
+    assert (many.plan_s, many.decodes_s, many.commit_s) == (1e-4, 3e-4, 2e-4)
+    assert many.plan_chunks_s == pytest.approx(3e-4)
+    assert many.chunks_s == alone.chunks_s < 3e-3  # 9 ms of submitting, of a step of 7 ms before it
+    assert many.eager_s == pytest.approx(27e-3)
+    assert few.eager_s == alone.eager_s
+    assert many.slots_wait and many.in_steps and not alone.slots_wait
+
+
+def test_what_a_server_had_behind_it_is_simulated_before():
+    from sim_truth import _before
+
+    online, slo = {"runs": [{"rate": 20.0}]}, {"runs": [{"rate": 25.0}]}
+    assert _before({"phases": {"online": online, "slo": slo}}) == online["runs"]
+    assert _before({"phases": {"slo": slo, "online": online}}) == []
+    assert _before({"phases": {"slo": slo}}) == []
 
 
 def test_a_few_pauses_of_the_host_do_not_bend_the_fit():

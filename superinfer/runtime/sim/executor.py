@@ -47,6 +47,9 @@ class Quirks(NamedTuple):
         return chunks * kept + had_chunks * (1.0 - kept)
 
 
+NO_QUIRKS = Quirks()
+
+
 class SimStep(NamedTuple):
     """What a step was and when it ended: seconds of simulated time. compute_s: without waiting for copies."""
 
@@ -75,7 +78,7 @@ class SimExecutor:
         tier: TierLimits | None = None,
         link: VirtualLink | None = None,
         paces: Sequence[tuple[float, float]] = (),
-        quirks: Quirks = Quirks(),
+        quirks: Quirks = NO_QUIRKS,
         spread: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -108,7 +111,9 @@ class SimExecutor:
         load = StepLoad.of(plan)
         pace = next((factor for at, factor in reversed(self._paces) if begin >= at), 1.0)
         quirks, chunks = self._quirks, self._quirks.later(self._chunks, begin - self.free_at, had_chunks=False)
-        compute_s = self.rates.seconds(load) * pace * quirks.factor(load, chunks) * self._drawn() if plan.has_work else 0.0
+        compute_s = (
+            self.rates.seconds(load) * pace * quirks.factor(load, chunks) * self._drawn() if plan.has_work else 0.0
+        )
         self._chunks = quirks.later(chunks, compute_s, load.tokens > load.decodes)
         self.free_at = end = begin + compute_s
         copied, use = self._copied(end, stall_s=begin - start if plan.has_work else 0.0)

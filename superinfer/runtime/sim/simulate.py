@@ -25,7 +25,7 @@ from superinfer.runtime.scheduler.cost import StepCost, StepLoad, StepRates
 from superinfer.runtime.scheduler.registry import build_scheduler
 from superinfer.runtime.scheduler.rota import Rota
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate
-from superinfer.runtime.sim.executor import Quirks, SimExecutor
+from superinfer.runtime.sim.executor import NO_QUIRKS, Quirks, SimExecutor
 from superinfer.runtime.sim.hardware import HardwareProfile
 from superinfer.runtime.sim.result import Movement, Passed, Quantiles, Residency, SimResult
 from superinfer.runtime.sim.shapes import ModelShape
@@ -45,10 +45,10 @@ class HostTimes(msgspec.Struct, frozen=True, kw_only=True):
         and with chunks, until the device begins.
     eager_s: launching the rest of one with more tokens than graphs take (`StepRates.captured`), while the device works.
     commit_s: taking in what came of it, and telling it.
-    in_steps: what the device waits for while a step is launched is in the times of steps already, as it is in those that
-        a `CudaExecutor` tells: a step begins when it is planned, and submitting it keeps the host alone.
-    slots_wait: a step in which a sequence takes a slot is launched only when the steps before it are over; until then the
-        host waits.
+    in_steps: what the device waits for while a step is launched is in the times of steps already, as it is in those
+        that a `CudaExecutor` tells: a step begins when it is planned, and submitting it keeps the host alone.
+    slots_wait: a step in which a sequence takes a slot is launched only when the steps before it are over; until then
+        the host waits.
     """
 
     plan_s: float = 0.0
@@ -93,7 +93,7 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     depth: int = 1
     plan_late: bool = False
     host: HostTimes = HostTimes()
-    quirks: Quirks = Quirks()
+    quirks: Quirks = NO_QUIRKS
     spread: float = 0.0
     spread_seed: int = 0
     way_s: float | None = None

@@ -20,7 +20,7 @@ from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan
 from superinfer.runtime.scheduler.registry import POLICIES
 from superinfer.runtime.sim.__main__ import main
 from superinfer.runtime.sim.command import parse_slos
-from superinfer.runtime.sim.executor import SimExecutor
+from superinfer.runtime.sim.executor import Quirks, SimExecutor
 from superinfer.runtime.sim.hardware import PROFILES, profile_of
 from superinfer.runtime.sim.report import Point, plot
 from superinfer.runtime.sim.result import Passed
@@ -76,6 +76,50 @@ def test_while_a_long_step_is_launched_the_tokens_of_the_one_before_it_wait():
     late = simulate(jobs, H100, LLAMA, SimConfig(depth=2, host=HostTimes(chunks_s=0.03)))
     assert late.duration > quick.duration + 0.03  # the first prompt's step could not begin sooner
     assert late.ttft.mean > quick.ttft.mean + 0.015
+
+
+def test_launching_that_is_in_the_times_of_steps_keeps_the_host_alone():
+    jobs = [job(0.0, 1000, 40), job(0.2, 1000, 2, 1)]
+    quick, held = (
+        simulate(jobs, H100, LLAMA, SimConfig(depth=2, host=HostTimes(chunks_s=chunks_s, in_steps=True)))
+        for chunks_s in (0.0, 0.01)
+    )
+    assert held.duration == pytest.approx(quick.duration, abs=1e-9)  # the device works meanwhile
+    assert held.tbt.p99 < quick.tbt.p99 - 0.0005  # the token before is told late, so that the next seems to come sooner
+    planned = simulate(jobs, H100, LLAMA, SimConfig(depth=2, host=HostTimes(plan_chunks_s=0.02)))
+    assert planned.ttft.mean > quick.ttft.mean + 0.01  # nothing else runs when the first prompt is planned
+
+
+def test_a_step_that_lets_somebody_in_is_launched_when_those_before_it_are_over():
+    jobs = [job(0.0, 1000, 200), job(0.2, 1000, 2, 1)]
+    results = {
+        slots_wait: simulate(
+            jobs, H100, LLAMA, SimConfig(depth=2, host=HostTimes(chunks_s=0.003, slots_wait=slots_wait))
+        )
+        for slots_wait in (False, True)
+    }
+    # Shorter than the step before, launching it is hidden; else the device waits once for each who comes. The first one
+    # finds it idle either way.
+    assert results[True].duration == pytest.approx(results[False].duration + 0.003, abs=1e-6)
+    assert results[True].ttft.mean == pytest.approx(results[False].ttft.mean + 0.0015, abs=1e-6)
+
+
+def test_steps_take_longer_behind_chunks_and_what_was_measured_of_each_number_of_decodes():
+    quirks = Quirks(slower=0.1, slower_s=0.05, by_decodes=(1.2, 0.9))
+    chunk, few, more = StepLoad(900, 0, 0, 1e5), StepLoad(8, 8, 800, 0.0), StepLoad(9, 9, 900, 0.0)
+    assert quirks.factor(few, 0.0) == pytest.approx(1.2)
+    assert quirks.factor(more, 0.5) == pytest.approx(0.9 * 1.05)
+    assert quirks.factor(StepLoad(400, 400, 4000, 0.0), 0.0) == pytest.approx(0.9)  # as the last that were measured
+    assert quirks.factor(chunk, 1.0) == pytest.approx(1.1)
+    warm = quirks.later(0.0, 0.05, had_chunks=True)
+    assert quirks.later(warm, 0.05, had_chunks=False) == pytest.approx(0.368 * 0.632, rel=0.01)
+    config = SimConfig(depth=2, quirks=Quirks(slower=0.1, slower_s=0.05))
+    cold, slow = (simulate([job(0.0, 1000, 100)], H100, LLAMA, each) for each in (SimConfig(depth=2), config))
+    assert slow.ttft.p50 == pytest.approx(cold.ttft.p50)  # nothing came before it
+    prefill = RATES.seconds(StepLoad(1000, 0, 0, 1000 * 1001 / 2))
+    excess = 0.1 * 0.05 * (1.0 - np.exp(-prefill / 0.05))  # slower, and all of what is forgotten from then on
+    assert slow.duration == pytest.approx(cold.duration + excess, abs=0.1 * excess)
+    assert slow.cost_error.median > 0.0  # of which the scheduler is not told
 
 
 def test_the_host_is_waited_for_where_a_step_is_shorter_than_what_it_takes():
