@@ -182,20 +182,23 @@ def _chunks_before(quirks: Quirks, observed: list[tuple[StepLoad, float]]) -> It
 
 
 def _quirks(slower_s: float, ratios: np.ndarray, chunks: np.ndarray, decodes: np.ndarray, told: np.ndarray) -> Quirks:
-    """What explains took / said best: least squares, with a mean for each bucket of decodes and one for other steps.
-    Buckets that few steps had are drawn between those beside them. decodes: 0 where a step has chunks."""
+    """What explains took / said best: least squares, a line over `chunks` for steps with chunks and for each bucket of
+    decodes. Buckets that few steps had are drawn between those beside them. decodes: 0 where a step has chunks."""
     bucket = (decodes + PER_BUCKET - 1) // PER_BUCKET  # 0: chunks
     used = told & (np.abs(ratios - np.median(ratios)) < OUTLIER)
-    buckets = [b for b in range(int(bucket.max()) + 1) if b == 0 or (bucket[used] == b).sum() >= LEAST_OF_A_KIND]
-    used &= np.isin(bucket, buckets)
-    rows = np.column_stack([(bucket[used] == b).astype(float) for b in buckets] + [chunks[used]])
-    found, *_ = np.linalg.lstsq(rows, ratios[used], rcond=None)
-    slower = max(0.0, float(found[-1] / np.mean(found[:-1])))
-    alone = [b for b in buckets if b]
+    lines = {
+        b: np.polynomial.polynomial.polyfit(chunks[used & (bucket == b)], ratios[used & (bucket == b)], 1)
+        for b in range(int(bucket.max()) + 1)
+        if (used & (bucket == b)).sum() >= LEAST_OF_A_KIND
+    }
+    slower = {b: max(0.0, float(line[1] / line[0])) for b, line in lines.items()}
+    alone = [b for b in lines if b]
     if not alone:
-        return Quirks(slower, slower_s)
-    by_decodes = np.interp(range(1, alone[-1] + 1), alone, found[-1 - len(alone) : -1])
-    return Quirks(slower, slower_s, tuple(by_decodes.tolist()))
+        return Quirks(slower.get(0, 0.0), slower_s)
+    every = range(1, alone[-1] + 1)
+    by_decodes = np.interp(every, alone, [lines[b][0] for b in alone])
+    slower_decodes = np.interp(every, alone, [slower[b] for b in alone])
+    return Quirks(slower.get(0, 0.0), slower_s, tuple(by_decodes.tolist()), tuple(slower_decodes.tolist()))
 
 
 def efficiency_of(profile: HardwareProfile, seed: StepRates, factors: np.ndarray) -> Efficiency:

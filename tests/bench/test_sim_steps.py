@@ -102,15 +102,19 @@ def _under_way(quirks: Quirks, long_steps: int, long_times: float = 1.0) -> list
 def test_low_clocks_behind_chunks_and_what_decodes_take_by_their_number_are_found():
     from sim_steps import fitted
 
-    quirks = Quirks(slower=0.1, slower_s=0.07, by_decodes=(1.0,) * 8 + (0.93,))
+    quirks = Quirks(0.1, 0.07, by_decodes=(1.0,) * 8 + (0.93,), slower_decodes=(0.05,) * 6 + (0.15,))
     found = fitted(H200, LLAMA, _under_way(quirks, 300))
     assert found.quirks.slower == pytest.approx(0.1, rel=0.15)
     assert found.quirks.slower_s in (0.05, 0.07, 0.1)
     assert found.spread == pytest.approx(0.02, rel=0.15)
     by_decodes = found.quirks.by_decodes
     assert by_decodes[9] / by_decodes[6] == pytest.approx(0.93, abs=0.015)
+    slower = found.quirks.slower_decodes
+    assert np.mean(slower[1:6]) == pytest.approx(0.05, abs=0.01)
+    assert np.mean(slower[6:]) == pytest.approx(0.15, abs=0.015)
     plain = fitted(H200, LLAMA, _under_way(Quirks(), 300)).quirks
-    assert plain.slower < 0.01 and plain.by_decodes == pytest.approx([1.0] * len(plain.by_decodes), abs=0.02)
+    assert plain.slower < 0.01 and np.mean(plain.slower_decodes) < 0.01
+    assert plain.by_decodes == pytest.approx([1.0] * len(plain.by_decodes), abs=0.02)
 
 
 def test_what_few_long_steps_tell_is_not_believed():

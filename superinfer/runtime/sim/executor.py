@@ -28,18 +28,21 @@ class Quirks(NamedTuple):
         much as steps with prefill chunks had of the time before, which is forgotten within `slower_s` seconds.
     by_decodes: how many times as long as the roofline says steps of decodes alone take: of 1 to PER_BUCKET of them, of
         up to twice as many, and so on; of more than the last as of the last. Empty: as long as it says.
+    slower_decodes: how much slower these become, by their number in the same way. Empty: `slower`.
     """
 
     slower: float = 0.0
     slower_s: float = 1.0
     by_decodes: tuple[float, ...] = ()
+    slower_decodes: tuple[float, ...] = ()
 
     def factor(self, load: StepLoad, chunks: float) -> float:
         """Times what the roofline says. chunks: share of the time before that steps with chunks had."""
-        times = 1.0 + self.slower * chunks
-        if self.by_decodes and load.tokens == load.decodes > 0:
-            times *= self.by_decodes[min((load.decodes - 1) // PER_BUCKET, len(self.by_decodes) - 1)]
-        return times
+        if load.tokens > load.decodes:
+            return 1.0 + self.slower * chunks
+        bucket = (load.decodes - 1) // PER_BUCKET
+        slower, times = _at(self.slower_decodes, bucket, self.slower), _at(self.by_decodes, bucket, 1.0)
+        return times * (1.0 + slower * chunks)
 
     def later(self, chunks: float, seconds: float, had_chunks: bool) -> float:
         """That share after so many seconds more, of a step that had chunks or not, or of nothing."""
@@ -48,6 +51,10 @@ class Quirks(NamedTuple):
 
 
 NO_QUIRKS = Quirks()
+
+
+def _at(values: tuple[float, ...], bucket: int, default: float) -> float:
+    return values[min(bucket, len(values) - 1)] if values else default
 
 
 class SimStep(NamedTuple):

@@ -111,6 +111,9 @@ def test_steps_take_longer_behind_chunks_and_what_was_measured_of_each_number_of
     assert quirks.factor(more, 0.5) == pytest.approx(0.9 * 1.05)
     assert quirks.factor(StepLoad(400, 400, 4000, 0.0), 0.0) == pytest.approx(0.9)  # as the last that were measured
     assert quirks.factor(chunk, 1.0) == pytest.approx(1.1)
+    apart = quirks._replace(slower_decodes=(0.3, 0.2))
+    assert apart.factor(few, 1.0) == pytest.approx(1.2 * 1.3)
+    assert apart.factor(chunk, 1.0) == pytest.approx(1.1)
     warm = quirks.later(0.0, 0.05, had_chunks=True)
     assert quirks.later(warm, 0.05, had_chunks=False) == pytest.approx(0.368 * 0.632, rel=0.01)
     config = SimConfig(depth=2, quirks=Quirks(slower=0.1, slower_s=0.05))
