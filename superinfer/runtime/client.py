@@ -263,7 +263,7 @@ class AsyncEngineClient:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._loop.remove_reader(self._fd)
         self._socket.disable_monitor()
-        self._monitor.close(0)  # by `_watch` already, unless that was cancelled before it had begun
+        self._monitor.close(0)
         self._socket.close()
         self._context.term()
 
@@ -363,21 +363,19 @@ class AsyncEngineClient:
                 raise ProtocolError(f"unexpected {type(message).__name__}")
 
     async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
-        try:
-            while True:
-                event = parse_monitor_message(await monitor.recv_multipart())
-                if event["event"] == zmq.EVENT_DISCONNECTED:
-                    # What the engine said before it went (a Stopping with its reason) may still be on its way.
-                    await asyncio.sleep(0.02)
-                    self._fail(
-                        EngineDeadError(
-                            f"engine at {self.address} (pid {self.info.pid}) died or its link broke; "
-                            "unfinished requests are lost: restart the engine and connect again"
-                        )
+        """Until the engine is gone. The monitor stays open: libzmq waits for ever to tell something to a closed one."""
+        while True:
+            event = parse_monitor_message(await monitor.recv_multipart())
+            if event["event"] == zmq.EVENT_DISCONNECTED:
+                # What the engine said before it went (a Stopping with its reason) may still be on its way.
+                await asyncio.sleep(0.02)
+                self._fail(
+                    EngineDeadError(
+                        f"engine at {self.address} (pid {self.info.pid}) died or its link broke; "
+                        "unfinished requests are lost: restart the engine and connect again"
                     )
-                    return
-        finally:
-            monitor.close(0)
+                )
+                return
 
     def _fail(self, error: Exception) -> None:
         """The link is of no further use: everyone who waits, and everyone who calls later, gets `error`."""
