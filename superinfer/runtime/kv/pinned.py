@@ -1,7 +1,8 @@
 """Host memory for the DRAM tier: mapped near the GPU, touched by several threads, pinned piece by piece.
 
 Touching first and registering afterwards is several times faster than an allocation that is born pinned, and can stop
-anywhere: what could not be had or pinned makes the pool smaller, not the start fail.
+anywhere: what could not be had or pinned makes the pool smaller, not the start fail. While one piece is pinned, the
+next is touched.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,7 +27,7 @@ Progress = Callable[[str, float], None]
 
 PIECE_BYTES = 1 << 30  # pinned at once: long enough to be quick, short enough to show progress
 RESERVE_BYTES = 1 << 30  # of the machine's memory, left alone
-TOUCH_THREADS = 8
+TOUCH_THREADS = 16
 PAUSE_S = 0.1
 STAGE = "pinning host memory"
 
@@ -62,6 +64,20 @@ def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
+
+
+class _Piece(NamedTuple):
+    """Memory that is pinned together: where it begins and how long it is, bytes. touches: what writes to its pages."""
+
+    start: int
+    size: int
+    blocks: int
+    touches: list[Future[int]]
+
+    def touched(self) -> None:
+        """Wait until every page exists."""
+        for touch in self.touches:
+            touch.result()
 
 
 class PinnedPool:
@@ -141,25 +157,38 @@ class PinnedPool:
 
     def _pin(self, wanted: int, register: Callable[[int, int], None], on_progress: Progress | None) -> None:
         with ThreadPoolExecutor(min(TOUCH_THREADS, os.cpu_count() or 1)) as threads:
-            while self.num_blocks < wanted:
+            piece = self._begin_piece(0, wanted, threads)
+            while piece is not None:
                 if on_progress is not None:
                     on_progress(STAGE, self.num_blocks / wanted)
-                blocks = min(self.piece_blocks, wanted - self.num_blocks)
-                size = blocks * self.block_bytes
-                if not self._is_there(size):
-                    return
-                start = self.num_blocks * self.block_bytes
-                self._touch(start, size, threads)
+                piece.touched()
+                following = self._begin_piece(self.num_blocks + piece.blocks, wanted, threads)
                 try:
-                    register(self.address + start, size)
+                    register(self.address + piece.start, piece.size)
                 except Exception as error:
                     self.shortfall = f"pinning was refused ({error}); `ulimit -l` may say why"
-                    self._give_back(start, size)
+                    self._give_back(piece)
+                    if following is not None:
+                        self._give_back(following)
                     return
-                self._pieces.append(self.address + start)
-                self.num_blocks += blocks
-        if on_progress is not None:
+                self._pieces.append(self.address + piece.start)
+                self.num_blocks += piece.blocks
+                piece = following
+        if on_progress is not None and self.num_blocks == wanted:
             on_progress(STAGE, 1.0)
+
+    def _begin_piece(self, first: int, wanted: int, threads: ThreadPoolExecutor) -> _Piece | None:
+        """The piece from block `first` on, whose memory is being touched from now on. None at the end, or where that
+        much memory is not there."""
+        blocks = min(self.piece_blocks, wanted - first)
+        size = blocks * self.block_bytes
+        if not blocks or not self._is_there(size):
+            return None
+        start = first * self.block_bytes
+        share = max(mmap.PAGESIZE, -(-size // TOUCH_THREADS // mmap.PAGESIZE) * mmap.PAGESIZE)
+        parts = [(self.address + at, min(share, start + size - at)) for at in range(start, start + size, share)]
+        # memset runs without the GIL.
+        return _Piece(start, size, blocks, [threads.submit(ctypes.memset, at, 0, part) for at, part in parts])
 
     def _is_there(self, size: int) -> bool:
         """Whether that much memory may be touched."""
@@ -173,14 +202,9 @@ class PinnedPool:
             time.sleep(PAUSE_S)
             self._patience_s -= PAUSE_S
 
-    def _touch(self, start: int, size: int, threads: ThreadPoolExecutor) -> None:
-        """Write to every page, so that it exists. memset runs without the GIL."""
-        share = max(mmap.PAGESIZE, -(-size // TOUCH_THREADS // mmap.PAGESIZE) * mmap.PAGESIZE)
-        parts = [(self.address + at, min(share, start + size - at)) for at in range(start, start + size, share)]
-        list(threads.map(lambda part: ctypes.memset(part[0], 0, part[1]), parts))
-
-    def _give_back(self, start: int, size: int) -> None:
+    def _give_back(self, piece: _Piece) -> None:
         assert self._map is not None
-        size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        piece.touched()
+        size = -(-piece.size // mmap.PAGESIZE) * mmap.PAGESIZE
         if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, start, min(size, len(self._map) - start))
+            self._map.madvise(mmap.MADV_DONTNEED, piece.start, min(size, len(self._map) - piece.start))
