@@ -68,7 +68,8 @@ def main() -> None:
     hbm = torch.randint(-(1 << 62), 1 << 62, (HBM_BLOCKS, BLOCK_BYTES // 8), dtype=torch.int64, device="cuda")
     torch.cuda.synchronize()
     driver = CudaDriver(torch.cuda.current_stream().cuda_stream)
-    free, marks = available_bytes(), []
+    free = available_bytes()
+    marks: list[tuple[float, float]] = []
     print(f"{(free or 0) / GIB:.0f} GiB of host memory are free", flush=True)
     pool = pinned_pool(driver, int(arguments.gib * GIB) // BLOCK_BYTES, marks)
     pin_s, gib = marks[-1][0], pool.num_blocks * BLOCK_BYTES / GIB
