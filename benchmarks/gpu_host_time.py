@@ -87,7 +87,7 @@ def decode_steps(executor, case: Case, prompt: int, steps: int) -> list[dict[str
         marks.append(time.perf_counter())
         scheduler.commit(result, time.monotonic())
         marks.append(time.perf_counter())
-        if plan is None or len(plan.decodes) != batch or plan.others:
+        if plan is None or not len(plan.decodes) + len(plan.others) == plan.num_tokens == batch:
             continue  # somebody came or went
         row = {part: (b - a) * 1e3 for part, a, b in zip(PARTS, marks, marks[1:], strict=False)}
         rows.append({**row, "step": (marks[-1] - marks[0]) * 1e3, "device": result.elapsed * 1e3})
