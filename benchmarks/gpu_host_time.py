@@ -34,7 +34,7 @@ PROMISES_S, TBT_S = (1.0, 30.0), 0.1
 
 
 class Case(NamedTuple):
-    """What decodes, and what waits meanwhile. ttft_s: promised to everybody; 0: nothing is."""
+    """What decodes, and what waits meanwhile. ttft_s: promised to who waits; 0: nothing is."""
 
     policy: str
     batch: int
@@ -50,9 +50,8 @@ def decode_steps(executor, case: Case, prompt: int, steps: int) -> list[dict[str
     scheduler = build_scheduler(case.policy, kv, SchedulerLimits(batch, 8192, limits.max_model_len))
     rng = random.Random(batch)
     sampling = SamplingParams(temperature=case.temperature, max_tokens=steps + 64, ignore_eos=True)
-    slo = SLO(ttft=case.ttft_s, tbt=TBT_S) if case.ttft_s else None
 
-    def add(i: int, tokens: int) -> None:
+    def add(i: int, tokens: int, ttft_s: float) -> None:
         scheduler.add(
             Sequence(
                 id=i,
@@ -63,19 +62,19 @@ def decode_steps(executor, case: Case, prompt: int, steps: int) -> list[dict[str
                 arrival=time.monotonic(),
                 max_tokens=steps + 64,
                 seed=i,
-                slo=slo,
+                slo=SLO(ttft=ttft_s, tbt=TBT_S) if case.waiting else None,
             )
         )
 
     for i in range(batch):
-        add(i, prompt)
+        add(i, prompt, max(PROMISES_S))  # nobody who decodes is late
     while scheduler.counts().waiting:  # prefill, one step at a time
         plan = scheduler.plan(time.monotonic())
         executor.submit(plan)
         scheduler.commit(executor.collect(), time.monotonic())
     executor.submit(scheduler.plan(time.monotonic()))
     for i in range(case.waiting):
-        add(batch + i, rng.randrange(100, 400))
+        add(batch + i, rng.randrange(100, 400), case.ttft_s)
     rows = []
     for _ in range(steps):
         marks = [time.perf_counter()]

@@ -32,10 +32,11 @@ def _phase(record: dict[str, Any], arm: str, phase: str) -> dict[str, Any] | Non
 
 
 def _speed(gpu: str) -> str:
-    schedule = next((name for name in ("whole", "ample", "ample-turns") if _read(gpu, name)), "")
-    record = _read(gpu, schedule)
-    if record is None:
+    """Of the last run that measured it."""
+    found = {name: record for name in ("whole", "ample", "ample-turns") if (record := _read(gpu, name)) is not None}
+    if not found:
         return ""
+    schedule, record = max(found.items(), key=lambda item: item[1]["date"])
     rows = []
     for phase, key, label, number, digits in (
         ("tpot", "tpot", "TPOT at batch {batch}, ms", "steps_ms", 2),

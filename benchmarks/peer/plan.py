@@ -32,7 +32,7 @@ class Plan:
     batches: tuple[int, ...] = (1, 32, 128, 256)
     prompt: int = 512
     output: int = 160
-    rounds: int = 2
+    rounds: int = 3
     prefill: tuple[tuple[int, int], ...] = ((16, 2048), (16, 8000))
     prefill_rounds: int = 3
     offline: tuple[int, int, int] = (1024, 100, 1024)

@@ -39,8 +39,8 @@ class Lane:
     together: int = 1
 
 
-_SPEED = (Step("tpot", 75), Step("prefill", 20), Step("offline", 65), Step("online", 45))
-_STEADY = (Step("tpot", 75), Step("online", 45))
+_SPEED = (Step("tpot", 95), Step("prefill", 20), Step("offline", 65), Step("online", 45))
+_STEADY = (Step("tpot", 95), Step("online", 45))
 _ALL = Step("slo", 65)
 _REST = Step("slo", 65, RATES_OF_THE_REST)
 _TURNS = Step("turns", 75)
