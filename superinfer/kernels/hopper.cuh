@@ -50,6 +50,30 @@ __device__ __forceinline__ void bulk_copy(u32 to, const u16* from, u32 bytes, u3
                "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
+// A tensor's CUtensorMap, of cuda.h, which NVRTC does not have.
+struct alignas(64) TensorMap {
+  u64 words[16];
+};
+
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// The map's box whose first number is at (row, column); its bytes count in full where it reaches beyond the tensor, and are
+// zeros there.
+__device__ __forceinline__ void tensor_copy(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void tensor_copy(u32 to, const TensorMap& map, int column, int row, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "l"(policy) : "memory");
+}
+
 __device__ __forceinline__ void load_matrices(u32 (&a)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(address) : "memory");

@@ -78,9 +78,13 @@ class CudaKernel:
 
 
 class Arguments:
-    """A kernel's arguments, 8 bytes each, of which it takes the lower 4 where it wants no more."""
+    """A kernel's arguments: tensor maps of 128 bytes, then words of 8, of which it takes the lower 4 if it wants 4."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, maps: int = 0) -> None:
+        """count: of words."""
+        self.maps = np.zeros((maps, 16), dtype=np.uint64)
         self.words = np.zeros(count, dtype=np.uint64)
-        self._places = self.words.ctypes.data + 8 * np.arange(count, dtype=np.uint64)
+        map_places = self.maps.ctypes.data + 128 * np.arange(maps, dtype=np.uint64)
+        word_places = self.words.ctypes.data + 8 * np.arange(count, dtype=np.uint64)
+        self._places = np.concatenate([map_places, word_places])
         self.places: int = self._places.ctypes.data

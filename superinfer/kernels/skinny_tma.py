@@ -1,0 +1,214 @@
+"""Products of 9 to 64 rows on Hopper: `skinny_tma.cu`, and how each is cut.
+
+As in `skinny_hopper`, for fewer rows, weights are on their way before the kernel in front is over, and gate, up and
+what they gate are one kernel. With more rows it counts how often these are read: a program has its rows of the weight
+for a whole part of the depth, and reads that part of x once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+LEAST_ROWS, MOST_ROWS = 9, 64
+MOST_WARPS, LEAST_WARPS = 8, 4  # that compute
+BOX = 64  # of the depth, 128 bytes: what a tensor copy swizzles
+LEAST_STAGES = 4  # where a stage is two boxes
+PARTS = (4, 3, 5, 2, 6, 1, 7, 8)  # of the depth, best first: more are more sums to add up, fewer more reads of x
+EVEN = 1.1  # how much more than its share the busiest multiprocessor may have
+SHARED_BYTES = 227 << 10  # of a multiprocessor that one program may have (nvrtc.py)
+_BARRIERS = 16  # bytes for each stage
+_LINE = BOX * 2  # bytes of a box's row
+
+
+class Cut(NamedTuple):
+    """parts: of the depth, added up by who reads the product. warps: of a program, each with `tiles` times 16 rows of
+    the weight for itself. boxes: of 64 of the depth, that are a stage. stages: on their way."""
+
+    parts: int
+    warps: int
+    tiles: int
+    boxes: int
+    stages: int
+
+    def shared_bytes(self, rows: int) -> int:
+        """Of a program, for a product of so many rows."""
+        return self.stages * (self.boxes * (self.warps * self.tiles * 16 + 8 * _eighths(rows)) * _LINE + _BARRIERS)
+
+    def programs(self, outputs: int) -> int:
+        """Of one part. outputs: rows of the weight, gates too."""
+        return -(-outputs // (self.warps * self.tiles * 16))
+
+    def with_most_stages(self, rows: int) -> Cut:
+        """As many as shared memory has room for, 0 where it has none."""
+        return self._replace(stages=SHARED_BYTES // self._replace(stages=1).shared_bytes(rows))
+
+
+def _eighths(rows: int) -> int:
+    """Of rows, as the kernel is compiled for."""
+    return -(-rows // 8)
+
+
+@functools.cache
+def choose_cut(rows: int, outputs: int, depth: int, multiprocessors: int, gated: bool = False) -> Cut | None:
+    """Of a product [rows, depth] x [depth, outputs]; None where no cut gives every multiprocessor one program and about
+    the same share. gated: of all outputs half are gates; then the depth is not cut."""
+    if not 0 < rows <= MOST_ROWS or not depth or outputs % (32 if gated else 16):
+        return None
+    tiles = outputs // 16
+    for parts in (1,) if gated else PARTS:
+        if depth % (parts * BOX):
+            continue
+        for tall in (2,) if gated else (2, 1):
+            for warps in range(MOST_WARPS, LEAST_WARPS - 1, -1):
+                cut = Cut(parts, warps, tall, 1, 0)
+                share = warps * tall  # of tiles, in a program
+                if cut.programs(outputs) * parts <= multiprocessors and share * multiprocessors <= EVEN * tiles * parts:
+                    return _with_boxes(cut, rows, depth)
+    return None
+
+
+def _with_boxes(cut: Cut, rows: int, depth: int) -> Cut:
+    """With stages of two boxes where enough of them have room: then 256 bytes of a weight's row follow each other."""
+    two = cut._replace(boxes=2).with_most_stages(rows)
+    if depth % (cut.parts * 2 * BOX) == 0 and two.stages >= LEAST_STAGES:
+        return two
+    return cut.with_most_stages(rows)
+
+
+def linear_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """x · weightᵀ as [parts, rows, outputs] float32, to be added up by who reads it; None where this kernel is not the
+    one to take. x: contiguous [rows, depth]; weight: contiguous [outputs, depth], both bfloat16 or float16."""
+    cut = _cut_for(x, weight, gated=False)
+    return None if cut is None else run(x, weight, cut)
+
+
+def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """silu(gate) · up of x · weightᵀ = [gate, up] as [rows, outputs / 2] in x's type; None as for `linear_parts`."""
+    cut = _cut_for(x, weight, gated=True)
+    return None if cut is None else run(x, weight, cut, gated=True)
+
+
+def run(x: torch.Tensor, weight: torch.Tensor, cut: Cut, gated: bool = False) -> torch.Tensor:
+    """The product of 1 to 64 rows cut as given: see `linear_parts`, or `gated`. Raises ValueError for a cut that the
+    kernel cannot take."""
+    rows, outputs = len(x), len(weight)
+    _check(cut, rows, outputs, x.shape[1], gated)
+    shape = (rows, outputs // 2) if gated else (cut.parts, rows, outputs)
+    out = torch.empty(shape, dtype=x.dtype if gated else torch.float32, device=x.device)
+    kernel = _kernel(x.device.index, _eighths(rows), *cut[1:], gated, x.dtype == torch.float16)
+    kernel.launch(x, weight, out, cut)
+    return out
+
+
+def _check(cut: Cut, rows: int, outputs: int, depth: int, gated: bool) -> None:
+    if not 0 < rows <= MOST_ROWS:
+        raise ValueError(f"{rows} rows: the kernel takes 1 to {MOST_ROWS}")
+    if outputs % (32 if gated else 16):
+        raise ValueError(f"{outputs} outputs are no multiple of {32 if gated else 16}")
+    if min(cut) < 1 or cut.warps > MOST_WARPS or cut.tiles > 2 or (gated and (cut.parts, cut.tiles) != (1, 2)):
+        raise ValueError(
+            f"{cut} is none of the kernel's: 1 to {MOST_WARPS} warps, 1 or 2 tiles; gated: 1 part, 2 tiles"
+        )
+    if depth % (cut.parts * cut.boxes * BOX):
+        raise ValueError(f"a depth of {depth} has no {cut.parts} parts of a multiple of {cut.boxes * BOX}")
+    if cut.shared_bytes(rows) > SHARED_BYTES:
+        raise ValueError(f"{cut} needs {cut.shared_bytes(rows)} bytes of shared memory, there are {SHARED_BYTES}")
+
+
+class SkinnyKernel:
+    """Compiled for a number of eighths of rows and a cut. One stream at a time."""
+
+    def __init__(self, eighths: int, warps: int, tiles: int, boxes: int, stages: int, gated: bool, half: bool) -> None:
+        """half: float16, else bfloat16. Raises CudaFailure where it cannot be compiled or loaded."""
+        from superinfer.kernels.nvrtc import Arguments, CudaKernel  # needs cuda-bindings, which come with `cuda`
+
+        constants = compile_constants(eighths, Cut(1, warps, tiles, boxes, stages), gated, half)
+        self._kernel = CudaKernel("skinny_tma.cu", "few_rows", constants, 32 * (warps + 1), SHARED_BYTES)
+        self._arguments = Arguments(4, maps=2)
+
+    def launch(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, cut: Cut) -> None:
+        """In the current stream; may be captured. out: as `run` makes it. Raises CudaFailure for tensors that cannot be
+        copied by boxes: those not at a multiple of 16 bytes."""
+        assert x.is_contiguous() and weight.is_contiguous() and x.dtype == weight.dtype
+        assert x.shape[1] == weight.shape[1]
+        (rows, depth), outputs, gated = x.shape, out.shape[-1], out.dim() == 2
+        tall = cut.warps * 16 * (1 if gated else cut.tiles)
+        self._arguments.maps[0] = _tensor_map(x.data_ptr(), rows, depth, 8 * _eighths(rows))
+        self._arguments.maps[1] = _tensor_map(weight.data_ptr(), len(weight), depth, tall)
+        self._arguments.words[:] = out.data_ptr(), rows, outputs, depth // cut.parts
+        grid = cut.programs(len(weight)), cut.parts
+        self._kernel.launch(grid, cut.shared_bytes(rows), self._arguments.places)
+
+
+def compile_constants(eighths: int, cut: Cut, gated: bool, half: bool) -> dict[str, int]:
+    """What `skinny_tma.cu` is compiled with."""
+    return dict(
+        EIGHTHS=eighths, WARPS=cut.warps, TILES=cut.tiles, BOXES=cut.boxes, STAGES=cut.stages, GATED=int(gated),
+        HALF=int(half),
+    )  # fmt: skip
+
+
+@functools.cache
+def _kernel(
+    device: int, eighths: int, warps: int, tiles: int, boxes: int, stages: int, gated: bool, half: bool
+) -> SkinnyKernel:
+    with torch.cuda.device(device):
+        return SkinnyKernel(eighths, warps, tiles, boxes, stages, gated, half)
+
+
+@functools.cache
+def _encode() -> Callable[..., int]:
+    """The driver's cuTensorMapEncodeTiled. Not that of cuda.bindings, whose CUtensorMap need not lie at a multiple of
+    64 bytes, as the driver asks for (github.com/NVIDIA/cuda-python/pull/1692)."""
+    call = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    call.argtypes = (pointer, number, ctypes.c_uint32, *(pointer,) * 5, *(number,) * 4)
+    return call
+
+
+@functools.lru_cache(maxsize=1 << 13)
+def _tensor_map(address: int, rows: int, depth: int, tall: int) -> np.ndarray:
+    """CUtensorMap of a contiguous [rows, depth] of 2-byte numbers at an address, by boxes [tall, 64]; 16 words. It says
+    nothing else of what is there, so that a tensor freed and another made at the same place is no matter."""
+    from cuda.bindings import driver
+
+    from superinfer.kernels.nvrtc import checked
+
+    room = np.zeros(24, dtype=np.uint64)
+    skipped = -room.ctypes.data % 64 // 8
+    words = room[skipped : skipped + 16]
+    dims, strides = np.array([depth, rows], dtype=np.uint64), np.array([2 * depth], dtype=np.uint64)
+    box, ones = np.array([BOX, tall], dtype=np.uint32), np.ones(2, dtype=np.uint32)
+    status = _encode()(
+        words.ctypes.data, driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16.value, 2, address,
+        dims.ctypes.data, strides.ctypes.data, box.ctypes.data, ones.ctypes.data,
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE.value,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B.value,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B.value,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE.value,
+    )  # fmt: skip
+    checked((driver.CUresult(status),))
+    return words
+
+
+def _cut_for(x: torch.Tensor, weight: torch.Tensor, gated: bool) -> Cut | None:
+    if not LEAST_ROWS <= len(x) <= MOST_ROWS or x.element_size() != 2 or not x.is_cuda:
+        return None
+    if x.data_ptr() % 16 or weight.data_ptr() % 16:
+        return None
+    multiprocessors = _multiprocessors(x.device.index)
+    return choose_cut(len(x), *weight.shape, multiprocessors, gated) if multiprocessors else None
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    """0: not a Hopper, for which alone the kernel is compiled."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
