@@ -1,4 +1,4 @@
-// Products of 9 to 64 rows, y = x W^T, for Hopper: a read of the whole of W, in boxes that its tensor copies bring.
+// Products of up to 64 rows, y = x W^T, for Hopper: a read of the whole of W, in boxes that its tensor copies bring.
 //
 // A program has rows of W for its whole part of the depth, so that it reads x's part once: a producer warp keeps STAGES of
 // boxes in flight, and each of WARPS others has TILES x 16 of these rows for itself and all rows of x, so that no sums are

@@ -1,27 +1,34 @@
-"""Products of 9 to 64 rows on Hopper: `skinny_tma.cu`, and how each is cut.
+"""Products of up to 64 rows on Hopper: `skinny_tma.cu`, and how each is cut.
 
-As in `skinny_hopper`, for fewer rows, weights are on their way before the kernel in front is over, and gate, up and
-what they gate are one kernel. With more rows it counts how often these are read: a program has its rows of the weight
-for a whole part of the depth, and reads that part of x once.
+A decode step of few sequences is as long as its weights take to be read. Kernels that follow each other without a gap
+come closest: here weights are on their way before the kernel in front is over, and gate, up and what they gate are one
+kernel, so that nothing between attention and the next layer's waits for a launch. A program has its rows of the weight
+for a whole part of the depth, so that it reads that part of x once.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-LEAST_ROWS, MOST_ROWS = 9, 64
+MOST_ROWS = 64
+MOST_ROWS_BEFORE_TRITON = 32  # above, what `skinny` takes is as quick or quicker by it
 MOST_WARPS, LEAST_WARPS = 8, 4  # that compute
 BOX = 64  # of the depth, 128 bytes: what a tensor copy swizzles
 LEAST_STAGES = 4  # where a stage is two boxes
-PARTS = (4, 3, 5, 2, 6, 1, 7, 8)  # of the depth, best first: more are more sums to add up, fewer more reads of x
+MOST_PARTS = 8  # of the depth: more are more sums to add up, fewer more reads of x
+BEST_SHARE = 7  # tiles of a program: 6 for qkv and 8 for o and down of Llama-3-8B are the quickest (h200-skinny.json)
 EVEN = 1.1  # how much more than its share the busiest multiprocessor may have
 SHARED_BYTES = 227 << 10  # of a multiprocessor that one program may have (nvrtc.py)
+RESERVED_BYTES = 1 << 10  # of a multiprocessor's, by the driver for each program (nvrtc.py)
+MOST_TOGETHER = 2  # programs on one multiprocessor, where one cannot have its whole share
+MOST_ROWS_TOGETHER = 32  # above, two have not enough registers
 _BARRIERS = 16  # bytes for each stage
 _LINE = BOX * 2  # bytes of a box's row
 
@@ -36,17 +43,23 @@ class Cut(NamedTuple):
     boxes: int
     stages: int
 
+    @property
+    def share(self) -> int:
+        """Of a program: tiles of 16 rows of the weight."""
+        return self.warps * self.tiles
+
     def shared_bytes(self, rows: int) -> int:
         """Of a program, for a product of so many rows."""
-        return self.stages * (self.boxes * (self.warps * self.tiles * 16 + 8 * _eighths(rows)) * _LINE + _BARRIERS)
+        return self.stages * (self.boxes * (self.share * 16 + 8 * _eighths(rows)) * _LINE + _BARRIERS)
 
     def programs(self, outputs: int) -> int:
         """Of one part. outputs: rows of the weight, gates too."""
-        return -(-outputs // (self.warps * self.tiles * 16))
+        return -(-outputs // (self.share * 16))
 
-    def with_most_stages(self, rows: int) -> Cut:
-        """As many as shared memory has room for, 0 where it has none."""
-        return self._replace(stages=SHARED_BYTES // self._replace(stages=1).shared_bytes(rows))
+    def with_most_stages(self, rows: int, together: int = 1) -> Cut:
+        """As many as shared memory has room for, 0 where it has none. together: programs on one multiprocessor."""
+        room = (SHARED_BYTES + RESERVED_BYTES) // together - RESERVED_BYTES
+        return self._replace(stages=room // self._replace(stages=1).shared_bytes(rows))
 
 
 def _eighths(rows: int) -> int:
@@ -56,29 +69,36 @@ def _eighths(rows: int) -> int:
 
 @functools.cache
 def choose_cut(rows: int, outputs: int, depth: int, multiprocessors: int, gated: bool = False) -> Cut | None:
-    """Of a product [rows, depth] x [depth, outputs]; None where no cut gives every multiprocessor one program and about
-    the same share. gated: of all outputs half are gates; then the depth is not cut."""
+    """Of a product [rows, depth] x [depth, outputs]; None where no cut gives all multiprocessors about the same share.
+    gated: of all outputs half are gates; then the depth is not cut."""
     if not 0 < rows <= MOST_ROWS or not depth or outputs % (32 if gated else 16):
         return None
-    tiles = outputs // 16
-    for parts in (1,) if gated else PARTS:
-        if depth % (parts * BOX):
-            continue
-        for tall in (2,) if gated else (2, 1):
-            for warps in range(MOST_WARPS, LEAST_WARPS - 1, -1):
-                cut = Cut(parts, warps, tall, 1, 0)
-                share = warps * tall  # of tiles, in a program
-                if cut.programs(outputs) * parts <= multiprocessors and share * multiprocessors <= EVEN * tiles * parts:
-                    return _with_boxes(cut, rows, depth)
+    for together in range(1, MOST_TOGETHER + 1 if rows <= MOST_ROWS_TOGETHER else 2):
+        found = list(_even_cuts(outputs, depth, multiprocessors * together, gated))
+        if found:
+            best = min(found, key=lambda cut: (abs(cut.share - BEST_SHARE), cut.parts))
+            return _with_boxes(best, rows, depth, together)
     return None
 
 
-def _with_boxes(cut: Cut, rows: int, depth: int) -> Cut:
+def _even_cuts(outputs: int, depth: int, places: int, gated: bool) -> Iterator[Cut]:
+    """Those with a program for nearly each of the places. Boxes and stages are still to be found."""
+    tiles = outputs // 16
+    for parts, tall in itertools.product((1,) if gated else range(1, MOST_PARTS + 1), (2,) if gated else (2, 1)):
+        if depth % (parts * BOX):
+            continue
+        for warps in range(LEAST_WARPS, MOST_WARPS + 1):
+            cut = Cut(parts, warps, tall, 1, 0)
+            if cut.programs(outputs) * parts <= places and cut.share * places <= EVEN * tiles * parts:
+                yield cut
+
+
+def _with_boxes(cut: Cut, rows: int, depth: int, together: int) -> Cut:
     """With stages of two boxes where enough of them have room: then 256 bytes of a weight's row follow each other."""
-    two = cut._replace(boxes=2).with_most_stages(rows)
+    two = cut._replace(boxes=2).with_most_stages(rows, together)
     if depth % (cut.parts * 2 * BOX) == 0 and two.stages >= LEAST_STAGES:
         return two
-    return cut.with_most_stages(rows)
+    return cut.with_most_stages(rows, together)
 
 
 def linear_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
@@ -198,7 +218,7 @@ def _tensor_map(address: int, rows: int, depth: int, tall: int) -> np.ndarray:
 
 
 def _cut_for(x: torch.Tensor, weight: torch.Tensor, gated: bool) -> Cut | None:
-    if not LEAST_ROWS <= len(x) <= MOST_ROWS or x.element_size() != 2 or not x.is_cuda:
+    if not 0 < len(x) <= MOST_ROWS or x.element_size() != 2 or not x.is_cuda:
         return None
     if x.data_ptr() % 16 or weight.data_ptr() % 16:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from superinfer.kernels.skinny_tma import EVEN, MOST_WARPS, SHARED_BYTES, Cut, choose_cut, run
+from superinfer.kernels.skinny_tma import EVEN, MOST_WARPS, RESERVED_BYTES, SHARED_BYTES, Cut, choose_cut, run
 
 SHAPES = [(6144, 4096), (4096, 4096), (4096, 14336), (7168, 5120), (5120, 27648), (3072, 2048)]
 GATED = [(28672, 4096), (16384, 2048)]
@@ -28,8 +28,17 @@ def test_every_multiprocessor_has_one_program_and_about_its_share(outputs, depth
 
 def test_llama_3_8b_is_cut_into_128_programs():
     assert choose_cut(32, 28672, 4096, 132, gated=True) == Cut(1, 7, 2, 1, 7)
-    assert choose_cut(32, 6144, 4096, 132) == Cut(4, 6, 2, 2, 4)
+    assert choose_cut(32, 6144, 4096, 132) == Cut(2, 6, 1, 2, 7)
     assert choose_cut(32, 4096, 4096, 132) == choose_cut(32, 4096, 14336, 132) == Cut(4, 4, 2, 2, 5)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 32])
+@pytest.mark.parametrize("outputs,depth", [(55296, 5120), (57344, 8192)])
+def test_wide_products_have_two_programs_a_multiprocessor(outputs, depth, rows):
+    cut = choose_cut(rows, outputs, depth, 132, gated=True)
+    assert cut is not None and 132 < cut.programs(outputs) <= 264 and cut.stages >= 3
+    assert 2 * (cut.shared_bytes(rows) + RESERVED_BYTES) <= SHARED_BYTES + RESERVED_BYTES
+    assert choose_cut(33, outputs, depth, 132, gated=True) is None, "two would not have the registers"
 
 
 def test_products_that_have_no_even_cut():
@@ -40,7 +49,7 @@ def test_products_that_have_no_even_cut():
         (16, 4096, 100, False),
         (16, 128, 4096, False),
         (16, 128256, 4096, False),  # more than one program for each multiprocessor
-        (16, 55296, 5120, True),
+        (16, 3 * 28672, 5120, True),
         (16, 28672 + 16, 4096, True),
     ):
         assert choose_cut(rows, outputs, depth, 132, gated) is None

@@ -77,9 +77,14 @@ class Linear(nn.Module):
     def in_parts(self, x: torch.Tensor) -> torch.Tensor:
         """Like `forward`; or, on a GPU where that is quicker, float32 [parts, tokens, outputs] for who adds them up."""
         if x.is_cuda and self.bias is None:
-            from superinfer.kernels import skinny, skinny_hopper  # need triton, which comes with CUDA builds of torch
+            from superinfer.kernels import (
+                skinny,
+                skinny_hopper,
+                skinny_tma,
+            )  # need triton, which comes with CUDA's torch
 
-            for kernel in (skinny_hopper, skinny):
+            few = len(x) <= skinny_tma.MOST_ROWS_BEFORE_TRITON
+            for kernel in (skinny_tma, skinny_hopper, skinny) if few else (skinny, skinny_tma):
                 parts = kernel.linear_parts(x, self.weight)
                 if parts is not None:
                     return parts
@@ -88,11 +93,12 @@ class Linear(nn.Module):
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         """silu(gate) · up, where gate and up are the two halves of `forward`: [tokens, outputs / 2]."""
         if x.is_cuda and self.bias is None:
-            from superinfer.kernels import skinny_hopper
+            from superinfer.kernels import skinny_hopper, skinny_tma
 
-            product = skinny_hopper.gated(x, self.weight)
-            if product is not None:
-                return product
+            for kernel in (skinny_tma, skinny_hopper):
+                product = kernel.gated(x, self.weight)
+                if product is not None:
+                    return product
         return silu_and_mul(self(x))
 
 
