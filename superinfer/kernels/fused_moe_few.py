@@ -207,15 +207,15 @@ def route_few(
     each block [blocks] int32). logits: contiguous [tokens, experts], of few tokens: all rows are compared
     with all."""
     tokens, experts = logits.shape
-    total = tokens * top_k
-    blocks = total // block + min(total, experts)  # as in `fused_moe.align`
+    top_k_2, tokens_2 = triton.next_power_of_2(top_k), triton.next_power_of_2(tokens)
+    # As in `fused_moe.align`; and the most there are with as many tokens as the kernel is compiled for.
+    blocks, most = (count // block + min(count, experts) for count in (tokens * top_k, tokens_2 * top_k))
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     rows = torch.empty(blocks * block, dtype=torch.int32, device=logits.device)
     block_expert = torch.empty(blocks, dtype=torch.int32, device=logits.device)
-    top_k_2, tokens_2 = triton.next_power_of_2(top_k), triton.next_power_of_2(tokens)
     _route_few[(1,)](
         logits, weights, rows, block_expert, tokens, blocks, EXPERTS=experts, EXPERTS_2=triton.next_power_of_2(experts),
-        TOP_K=top_k, TOP_K_2=top_k_2, TOKENS_2=tokens_2, BLOCKS_2=triton.next_power_of_2(blocks), NORMALIZE=normalize,
+        TOP_K=top_k, TOP_K_2=top_k_2, TOKENS_2=tokens_2, BLOCKS_2=triton.next_power_of_2(most), NORMALIZE=normalize,
         BLOCK=block, num_warps=1 if tokens_2 * top_k_2 <= 4 else 4, **overlap(logits),
     )  # fmt: skip
     return weights, rows, block_expert
