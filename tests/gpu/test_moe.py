@@ -66,6 +66,72 @@ def test_the_same_inputs_give_the_same_bits_in_any_batch_of_one_tile_size():
         assert torch.equal(fused_moe.moe_mlp(x[here], logits[here], gate_up, down, 2, True), together[here])
 
 
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("experts,top_k,hidden,size", [(8, 2, 1024, 3584), (8, 2, 4096, 2048), (128, 8, 512, 768)])
+def test_the_parts_of_few_tokens_add_up_to_the_dense_answer_in_float64(experts, top_k, hidden, size, dtype):
+    from superinfer.kernels import fused_moe_few, moe
+
+    for tokens in (tokens for tokens in range(1, 17) if fused_moe_few.takes(tokens, top_k)):
+        x, logits, gate_up, down = on_gpu(dtype, tokens, experts, hidden, size, seed=tokens)
+        for favourite in (False, True):
+            if favourite:  # of all tokens
+                logits[:, experts // 2] = 50.0
+            parts = moe.moe_parts(x, logits, gate_up, down, top_k, True)
+            assert parts.dtype == torch.float32 and parts.shape[1:] == (tokens, hidden)
+            assert error(parts.sum(0), dense_answer(x, logits, gate_up, down, top_k, True)) < BOUND[dtype]
+
+
+def test_above_few_tokens_there_is_one_part():
+    from superinfer.kernels import fused_moe_few, moe
+
+    tokens = fused_moe_few.MOST_ROWS // 2 + 1
+    x, logits, gate_up, down = on_gpu(torch.bfloat16, tokens, 8, 256, 512)
+    found = moe.moe_parts(x, logits, gate_up, down, 2, True)
+    assert torch.equal(found, moe.moe_mlp(x, logits, gate_up, down, 2, True))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize("experts,top_k,hidden,size", [(8, 2, 1024, 3584), (128, 8, 512, 768)])
+def test_few_tokens_go_through_layers_in_a_graph_as_each_layer_alone_says(experts, top_k, hidden, size, tokens):
+    """Kernels start early there, and memory of one layer is the next one's: whoever does not wait reads what is old."""
+    from superinfer.kernels import moe
+    from superinfer.kernels.norm import add_rms_norm
+
+    layers = [on_gpu(torch.bfloat16, 1, experts, hidden, size, seed=seed)[2:] for seed in range(3)]
+    torch.manual_seed(tokens)
+    routers = [torch.randn(experts, hidden, device=CUDA) / hidden**0.5 for _ in layers]
+    norm, floor = torch.ones(hidden, device=CUDA, dtype=torch.bfloat16), torch.tensor(1e-3, device=CUDA)
+    x = torch.randn(tokens, hidden, device=CUDA).bfloat16()
+
+    def through() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """What each layer got, and the residual behind it."""
+        seen, at, residual = [], x, torch.zeros_like(x)
+        for _ in range(4):
+            for (gate_up, down), router in zip(layers, routers, strict=True):
+                logits = at.float() @ router.T
+                parts = moe.moe_parts(at, logits, gate_up, down, top_k, True)
+                before, residual = at, residual.clone()
+                at, residual = add_rms_norm(parts, residual, norm, floor)
+                seen.append((before, logits, residual))
+        return seen
+
+    through()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        seen = through()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x.copy_(torch.randn(tokens, hidden))
+        graph.replay()
+        torch.cuda.synchronize()
+        residual = torch.zeros_like(x).double()
+        for call, (given, logits, after) in enumerate(seen):
+            expected = dense_answer(given, logits, *layers[call % 3], top_k, True)
+            assert error(after, residual + expected) < 2 * BOUND[torch.bfloat16], f"replay {seed}, layer {call}"
+            residual = after.double()
+
+
 def test_very_many_rows_are_grouped_products_without_waiting_for_the_device():
     from superinfer.kernels import fused_moe
 
