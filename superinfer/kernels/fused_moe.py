@@ -1,6 +1,5 @@
 """The feed-forward layer of mixture-of-experts models in five Triton kernels, without asking the device anything.
-For very many rows torch's grouped product takes the place of two of them; few rows have kernels of their own
-(`fused_moe_few`).
+For very many rows torch's grouped product takes the place of two of them.
 
 Rows are (token, choice) pairs, row = token · top_k + choice. `_route` picks experts, `_align` lists the rows of each
 expert in blocks of its own, two grouped matrix products run over the blocks, `_combine` sums a token's choices. How
@@ -22,7 +21,6 @@ import triton
 import triton.language as tl
 
 from superinfer.kernels.activation import silu_and_mul
-from superinfer.kernels.launch import begin, overlap
 
 # Arguments that change from step to step: Triton would compile a kernel anew for those that 16 divides, while a request
 # waits.
@@ -71,12 +69,12 @@ def choose_tiles(rows: int, experts: int, dtype: torch.dtype, shared_memory: int
     chosen = next((tiles for most, tiles in TILES if rows <= most * experts), TALLEST)
     return Tiles(
         chosen.rows,
-        fit(chosen.gate_up, chosen.rows + 2 * chosen.gate_up.columns, shared_memory),
-        fit(chosen.down, chosen.rows + chosen.down.columns, shared_memory),
+        _fit(chosen.gate_up, chosen.rows + 2 * chosen.gate_up.columns, shared_memory),
+        _fit(chosen.down, chosen.rows + chosen.down.columns, shared_memory),
     )
 
 
-def fit(tile: Tile, lines: int, shared_memory: int) -> Tile:
+def _fit(tile: Tile, lines: int, shared_memory: int) -> Tile:
     """The same with fewer or shallower tiles on their way, for GPUs with less shared memory. lines: rows and columns of
     a tile together, two bytes a number."""
     depth = tile.depth
@@ -89,27 +87,24 @@ def fit(tile: Tile, lines: int, shared_memory: int) -> Tile:
 @triton.jit
 def _route(
     logits, weights, experts, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, TOP_K: tl.constexpr,
-    TOP_K_2: tl.constexpr, NORMALIZE: tl.constexpr, PDL: tl.constexpr,
+    TOP_K_2: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """One token."""
-    begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, EXPERTS_2)
     inside = expert < EXPERTS
     value = tl.load(logits + token * EXPERTS + expert, mask=inside, other=float("-inf")).to(tl.float32)
     value = tl.exp(value - tl.max(value, axis=0))
-    probability = value / tl.sum(value, axis=0)
-    # Picked by value, the same in whatever order the sum is taken: `fused_moe_few` picks the same. NaN compares with
-    # nothing, so that anything might come out best of it, an expert outside included.
-    value = tl.where(inside, tl.where(value == value, value, 0.0), -2.0)
+    probability = tl.where(inside, value / tl.sum(value, axis=0), -2.0)
     choice = tl.arange(0, TOP_K_2)
     weight = tl.zeros((TOP_K_2,), tl.float32)
     chosen = tl.zeros((TOP_K_2,), tl.int32)
     for k in tl.static_range(TOP_K):
-        best = tl.argmax(value, axis=0)
+        # Of NaN probabilities any may come out best; one outside would be an address outside.
+        best = tl.minimum(tl.argmax(probability, axis=0), EXPERTS - 1)
         weight = tl.where(choice == k, tl.sum(tl.where(expert == best, probability, 0.0), axis=0), weight)
         chosen = tl.where(choice == k, best, chosen)
-        value = tl.where(expert == best, -1.0, value)
+        probability = tl.where(expert == best, -1.0, probability)
     if NORMALIZE:
         weight = weight / tl.sum(weight, axis=0)
     here = token * TOP_K + choice
@@ -120,11 +115,10 @@ def _route(
 @triton.jit(do_not_specialize=ANY_COUNT)
 def _align(
     experts, rows, block_expert, total, blocks, EXPERTS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One expert: its rows in ascending order, filled up with `total` to whole blocks, behind those of the experts
     before it. Every program counts all experts' rows, which costs less than a kernel before this one."""
-    begin(PDL)
     me = tl.program_id(0)
     expert = tl.arange(0, BINS)  # at least one more than there are experts, for what lies beyond the last row
     counts = tl.zeros((BINS,), tl.int32)
@@ -163,10 +157,9 @@ def _tile(program, blocks, TILES: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit(do_not_specialize=ANY_COUNT)
 def _gate_up(
     x, weight, out, rows, block_expert, total, blocks, TOP_K: tl.constexpr, HIDDEN: tl.constexpr, SIZE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """silu(x gateᵀ) · (x upᵀ) for one block of rows and one tile of columns."""
-    begin(PDL)
     block, tile = _tile(tl.program_id(0), blocks, (SIZE + COLUMNS - 1) // COLUMNS, 8)
     expert = tl.load(block_expert + block).to(tl.int64)
     if expert < 0:
@@ -195,10 +188,9 @@ def _gate_up(
 @triton.jit(do_not_specialize=ANY_COUNT)
 def _down(
     x, weight, scales, out, rows, block_expert, total, blocks, HIDDEN: tl.constexpr, SIZE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """x downᵀ, times the weight of the choice, for one block of rows and one tile of columns."""
-    begin(PDL)
     block, tile = _tile(tl.program_id(0), blocks, (HIDDEN + COLUMNS - 1) // COLUMNS, 8)
     expert = tl.load(block_expert + block).to(tl.int64)
     if expert < 0:
@@ -223,11 +215,9 @@ def _down(
 
 @triton.jit
 def _combine(
-    parts, places, scales, out, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, SORTED: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    parts, places, scales, out, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, SORTED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The sum of a token's choices. SORTED: their rows lie at `places` and are still to be scaled by `scales`."""
-    begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < HIDDEN
@@ -249,7 +239,7 @@ def route(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tens
     chosen = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
     _route[(tokens,)](
         logits, weights, chosen, EXPERTS=experts, EXPERTS_2=triton.next_power_of_2(experts), TOP_K=top_k,
-        TOP_K_2=triton.next_power_of_2(top_k), NORMALIZE=normalize, num_warps=1, **overlap(logits),
+        TOP_K_2=triton.next_power_of_2(top_k), NORMALIZE=normalize, num_warps=1,
     )  # fmt: skip
     return weights, chosen
 
@@ -268,7 +258,7 @@ def align(chosen: torch.Tensor, experts: int, block: int) -> tuple[torch.Tensor,
     block_expert = torch.empty(blocks, dtype=torch.int32, device=chosen.device)
     _align[(experts,)](
         chosen, rows, block_expert, total, blocks, EXPERTS=experts, BINS=triton.next_power_of_2(experts + 1),
-        CHUNK=256 if total <= 1024 else 4096, BLOCK=block, num_warps=4, **overlap(chosen),
+        CHUNK=256 if total <= 1024 else 4096, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return rows, block_expert
 
@@ -286,12 +276,12 @@ def moe_mlp(
     weights, chosen = route(logits, top_k, normalize)
     if total >= GROUPED_FROM * experts and size >= GROUPED_LEAST and takes_grouped(x):
         return _grouped(x, weights, chosen, gate_up, down)
-    tiles = choose_tiles(total, experts, x.dtype, shared_memory_of(x.device))
+    tiles = choose_tiles(total, experts, x.dtype, _shared_memory(x.device))
     rows, block_expert = align(chosen, experts, tiles.rows)
     blocks = len(block_expert)
     activated = x.new_empty(total, size)
     parts = x.new_empty(total, hidden)
-    shared = dict(HIDDEN=hidden, SIZE=size, ROWS=tiles.rows, **overlap(x))
+    shared = dict(HIDDEN=hidden, SIZE=size, ROWS=tiles.rows)
     columns, depth, warps, stages = tiles.gate_up
     _gate_up[(blocks * triton.cdiv(size, columns),)](
         x, gate_up, activated, rows, block_expert, total, blocks,
@@ -317,9 +307,8 @@ def combine(
     tokens, hidden = out.shape
     block = min(2048, triton.next_power_of_2(hidden))
     _combine[(tokens, triton.cdiv(hidden, block))](
-        parts, places, scales, out, HIDDEN=hidden, TOP_K=top_k, SORTED=places is not None, BLOCK=block, num_warps=4,
-        **overlap(out),
-    )  # fmt: skip
+        parts, places, scales, out, HIDDEN=hidden, TOP_K=top_k, SORTED=places is not None, BLOCK=block, num_warps=4
+    )
     return out
 
 
@@ -344,7 +333,7 @@ def _grouped(
 
 
 @functools.cache
-def shared_memory_of(device: torch.device) -> int:
+def _shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 1 << 30
     return int(triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])

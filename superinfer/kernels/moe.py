@@ -45,18 +45,3 @@ def moe_mlp(
     scattered = torch.empty(len(order), x.shape[1], dtype=x.dtype).index_copy_(0, order, torch.cat(results))
     summed = (scattered.view(-1, top_k, x.shape[1]) * weights.unsqueeze(-1)).sum(dim=1)
     return summed.to(x.dtype)
-
-
-def moe_parts(
-    x: torch.Tensor, logits: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, top_k: int, normalize: bool
-) -> torch.Tensor:
-    """Like `moe_mlp`; or, on a GPU for few tokens, float32 [parts, tokens, hidden] for who adds them up.
-
-    `moe_mlp` rounds each choice of a token to x's dtype before their sum; parts are not rounded.
-    """
-    if x.is_cuda:
-        from superinfer.kernels import fused_moe_few  # needs triton, which comes with CUDA builds of torch
-
-        if fused_moe_few.takes(len(x), top_k):
-            return fused_moe_few.moe_parts(x, logits, gate_up, down, top_k, normalize)
-    return moe_mlp(x, logits, gate_up, down, top_k, normalize)

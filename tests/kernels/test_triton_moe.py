@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 from moe_cases import case, dense_answer  # noqa: E402
 
-from superinfer.kernels import fused_moe, fused_moe_few, moe  # noqa: E402
+from superinfer.kernels import fused_moe, moe  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 HALVES = [torch.bfloat16, torch.float16] if CUDA else [torch.float16]  # the interpreter's numpy has no bfloat16
@@ -125,67 +125,3 @@ def test_tiles_fit_the_shared_memory_there_is():
 def test_no_tokens_are_no_work():
     x, logits, gate_up, down = case(0, 4, 16, 8)
     assert fused_moe.moe_mlp(*(t.to(DEVICE) for t in (x, logits, gate_up, down)), 2, True).shape == (0, 16)
-
-
-def listed(rows: torch.Tensor, block_expert: torch.Tensor) -> tuple[list[list[int]], list[int]]:
-    """The rows of each block in use; those of others mean nothing."""
-    experts = block_expert.tolist()
-    blocks = rows.view(len(experts), -1).tolist()
-    return [block for block, expert in zip(blocks, experts, strict=True) if expert >= 0], experts
-
-
-# The last: more rows of one expert than a block has, when all pick the same.
-FEW = [(1, 4, 1), (1, 8, 2), (3, 8, 2), (2, 5, 3), (4, 128, 8), (8, 128, 8), (19, 3, 2)]
-
-
-@pytest.mark.filterwarnings("ignore:invalid value", "ignore:All-NaN")
-@pytest.mark.parametrize("kind", ["random", "equal", "one favourite", "nan"])
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("tokens,experts,top_k", FEW)
-def test_one_program_routes_and_lists_few_tokens_as_two_kernels_do(tokens, experts, top_k, normalize, kind):
-    logits = case(tokens, experts, 8, 8, seed=tokens)[1]
-    if kind == "equal":
-        logits.zero_()
-    elif kind == "one favourite":
-        logits[:, experts - 1] = 20.0
-    elif kind == "nan":
-        logits[tokens // 2] = float("nan")
-        logits[0, experts // 2] = float("nan")
-    logits = logits.to(DEVICE)
-    weights, rows, block_expert = fused_moe_few.route_few(logits, top_k, normalize)
-    expected, chosen = fused_moe.route(logits, top_k, normalize)
-    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=0, equal_nan=True)
-    assert listed(rows, block_expert) == listed(*fused_moe.align(chosen, experts, fused_moe_few.ROWS))
-
-
-@pytest.mark.parametrize("splits", [1, 2, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("tokens,experts,top_k,hidden,size", [(1, 4, 1, 64, 64), *SHAPES])
-def test_the_parts_of_few_tokens_add_up_to_the_dense_answer(tokens, experts, top_k, hidden, size, dtype, splits):
-    x, logits, gate_up, down = case(tokens, experts, hidden, size)
-    x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
-    logits[:, 1] += 20.0
-    expected = dense_answer(x, logits, gate_up, down, top_k, True)
-    tiles = fused_moe_few.FLOAT32_TILES._replace(splits=splits)
-    inputs = [t.to(DEVICE) for t in (x, logits, gate_up, down)]
-    parts = fused_moe_few.moe_parts(*inputs, top_k, True, tiles)
-    assert parts.dtype == torch.float32 and parts.shape == (top_k * splits, tokens, hidden)
-    error = (parts.sum(0).cpu().double() - expected).norm() / expected.norm()
-    assert error < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype], f"{error:.1e}"
-
-
-@pytest.mark.parametrize("tiles", [fused_moe_few.WIDE, fused_moe_few.WIDE_ALONE, fused_moe_few.NARROW])
-def test_the_tiles_of_few_tokens_change_nothing(tiles):
-    inputs = [t.half().to(DEVICE) for t in case(3, 5, 144, 272)]
-    found = fused_moe_few.moe_parts(*inputs, 2, True, tiles).sum(0).cpu().double()
-    expected = dense_answer(*(t.cpu() for t in inputs), 2, True)
-    assert (found - expected).norm() / expected.norm() < 2e-3
-
-
-def test_tiles_of_few_tokens_fit_the_shared_memory_there_is():
-    for blocks, size in ((2, 14336), (8, 14336), (8, 768)):
-        for most in (99 << 10, 163 << 10, 227 << 10):
-            tiles = fused_moe_few.choose_tiles(blocks, size, torch.bfloat16, most)
-            for tile, lines in ((tiles.gate_up, 2 * tiles.gate_up.columns), (tiles.down, tiles.down.columns)):
-                assert (lines + fused_moe_few.ROWS) * tile.depth * 2 * tile.stages <= most
-                assert tile.stages >= 2

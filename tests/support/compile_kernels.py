@@ -14,17 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from superinfer.kernels import (
-    decode_step,
-    drawing,
-    filters,
-    fused,
-    fused_moe,
-    fused_moe_few,
-    host_memory,
-    paged_triton,
-    skinny,
-)
+from superinfer.kernels import decode_step, drawing, filters, fused, fused_moe, host_memory, paged_triton, skinny
 
 INT = "i32"
 # What one block of threads may have, A100 and H100: CUDA's programming guide, "Compute Capabilities".
@@ -91,13 +81,11 @@ def expert_kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any],
     route = {"logits": f"*{kind}", "weights": "*fp32", "experts": "*i32"}
     align = {**pointers(INT, "experts", "rows", "block_expert"), **numbers("total", "blocks")}
     lists = {**pointers(INT, "rows", "block_expert"), **numbers("total", "blocks")}
-    pdl = kind == "bf16"
-    picks = dict(EXPERTS=8, EXPERTS_2=8, TOP_K=2, TOP_K_2=2, NORMALIZE=True, PDL=pdl)
     made = [
-        (fused_moe._route, route, picks, dict(num_warps=1)),
-        (fused_moe._align, align, dict(EXPERTS=8, BINS=16, CHUNK=4096, BLOCK=128, PDL=pdl), {}),
+        (fused_moe._route, route, dict(EXPERTS=8, EXPERTS_2=8, TOP_K=2, TOP_K_2=2, NORMALIZE=True), dict(num_warps=1)),
+        (fused_moe._align, align, dict(EXPERTS=8, BINS=16, CHUNK=4096, BLOCK=128), {}),
     ]
-    sums = dict(HIDDEN=4096, TOP_K=2, BLOCK=2048, PDL=pdl)
+    sums = dict(HIDDEN=4096, TOP_K=2, BLOCK=2048)
     sorted_rows = {**pointers(kind, "parts", "out"), "places": "*i64", "scales": "*fp32"}
     unsorted = dict(sums, SORTED=False, places=None, scales=None)
     made += [
@@ -107,40 +95,13 @@ def expert_kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any],
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
     products = {**pointers(kind, "x", "weight", "out"), **lists}
     for tiles in dict.fromkeys(fused_moe.choose_tiles(rows, 8, dtype) for rows in (2, 128, 256, 300, 16384)):
-        sizes = dict(HIDDEN=4096, SIZE=14336, ROWS=tiles.rows, PDL=pdl)
+        sizes = dict(HIDDEN=4096, SIZE=14336, ROWS=tiles.rows)
         for kernel, tile, types, constants in (
             (fused_moe._gate_up, tiles.gate_up, products, dict(sizes, TOP_K=2)),
             (fused_moe._down, tiles.down, {**products, "scales": "*fp32"}, sizes),
         ):
             options = dict(num_warps=tile.warps, num_stages=tile.stages)
             made.append((kernel, types, dict(constants, COLUMNS=tile.columns, DEPTH=tile.depth), options))
-    return made
-
-
-def few_kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """Like `expert_kernels`, for few tokens of Mixtral 8x7B and of Qwen3-30B-A3B."""
-    dtype, pdl = (torch.float32, False) if kind == "fp32" else (torch.bfloat16, True)
-    route = {"logits": f"*{kind}", "weights": "*fp32", **pointers(INT, "rows", "block_expert")}
-    route |= numbers("tokens", "blocks")
-    products = {**pointers(kind, "x", "weight", "out"), **pointers(INT, "rows", "block_expert"), **numbers("tokens")}
-    scaled = {**products, "out": "*fp32", "scales": "*fp32"}
-    made = []
-    for tokens, warps in ((1, 1), (8, 4), (16, 4)):
-        padded = dict(EXPERTS_2=8, TOP_K_2=2, TOKENS_2=tokens, BLOCKS_2=min(16, 2 * tokens), NORMALIZE=True, PDL=pdl)
-        constants = dict(padded, EXPERTS=8, TOP_K=2, BLOCK=fused_moe_few.ROWS)
-        made.append((fused_moe_few._route_few, route, constants, dict(num_warps=warps)))
-    for blocks, hidden, size, experts in ((2, 4096, 14336, 8), (8, 4096, 14336, 8), (8, 2048, 768, 128)):
-        tiles = fused_moe_few.choose_tiles(blocks, size, dtype)
-        sizes = dict(TOP_K=2 if experts == 8 else 8, HIDDEN=hidden, SIZE=size, ROWS=fused_moe_few.ROWS, PDL=pdl)
-        parts = dict(sizes, EXPERTS=experts, SPLITS=tiles.splits, PREFETCHED=fused_moe_few.PREFETCHED)
-        for kernel, tile, types, constants in (
-            (fused_moe_few._gate_up_few, tiles.gate_up, products, sizes),
-            (fused_moe_few._down_few, tiles.down, scaled, parts),
-        ):
-            options = dict(num_warps=tile.warps, num_stages=tile.stages)
-            one = (kernel, types, dict(constants, COLUMNS=tile.columns, DEPTH=tile.depth), options)
-            if one not in made:
-                made.append(one)
     return made
 
 
@@ -158,9 +119,8 @@ def skinny_kernels() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str
 
 
 def main() -> None:
-    on_hopper = [(*parts, {}) for parts in kernels("bf16")] + expert_kernels("bf16")
-    on_hopper += few_kernels("bf16") + skinny_kernels()
-    on_ampere = [(*parts, {}) for parts in kernels("fp32")] + expert_kernels("fp32") + few_kernels("fp32")
+    on_hopper = [(*parts, {}) for parts in kernels("bf16")] + expert_kernels("bf16") + skinny_kernels()
+    on_ampere = [(*parts, {}) for parts in kernels("fp32")] + expert_kernels("fp32")
     on_ampere = [parts for parts in on_ampere if parts not in on_hopper]
     for capability, kind, every in ((80, "fp32", on_ampere), (90, "bf16", on_hopper)):
         target = GPUTarget("cuda", capability, 32)
