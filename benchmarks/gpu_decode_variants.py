@@ -1,6 +1,5 @@
-"""What habits of decode steps are worth, in one run: products of few rows by tensor copies (`skinny_tma`), by the
-kernel that streams rows of weights (`skinny_hopper`) and by Triton (`skinny`), kernels that start before the one in
-front is over, and our own decode attention in FlashInfer's place.
+"""What habits of decode steps are worth, in one run: products of few rows by tensor copies (`skinny_tma`) and by Triton
+(`skinny`), kernels that start before the one in front is over, and our own decode attention in FlashInfer's place.
 
 Llama-3-8B's shape, random weights, bf16, 520 tokens a sequence, greedy: device milliseconds of a step by batch, the
 median of five times 20 steps.
@@ -20,7 +19,7 @@ from gpu_common import model_folder, random_prompt
 from gpu_profile import GREEDY, PAGE, PROMPT, run
 from record import write
 
-from superinfer.kernels import fused, launch, skinny, skinny_hopper, skinny_tma
+from superinfer.kernels import fused, launch, skinny, skinny_tma
 from superinfer.kernels.paged import Choice, choose_attention
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine import cuda_build
@@ -32,21 +31,18 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Variant(NamedTuple):
-    """overlap: kernels start early. boxes, streamed, triton: rows up to which products are by `skinny_tma`, else by the
-    others. attention: our own."""
+    """overlap: kernels start early. boxes, triton: rows up to which products are by these. attention: our own."""
 
     overlap: bool = True
     boxes: int = skinny_tma.MOST_ROWS
     triton: int = 64
-    streamed: int = skinny_hopper.MOST_ROWS
     attention: bool = True
 
 
 VARIANTS = {
-    "none": Variant(overlap=False, boxes=0, triton=0, streamed=0, attention=False),
+    "none": Variant(overlap=False, boxes=0, triton=0, attention=False),
     "no overlap": Variant(overlap=False),
     "no boxes": Variant(boxes=0),
-    "no streams": Variant(boxes=0, streamed=0),
     "no triton": Variant(triton=0),
     "FlashInfer": Variant(attention=False),
     "all": Variant(),
@@ -61,10 +57,9 @@ def without_our_own(*shape: Any) -> Choice:
 
 def settle(variant: Variant) -> None:
     """Have the kernels' modules behave as the variant says, from the next capture on."""
-    skinny.MOST_ROWS, skinny_hopper.MOST_ROWS = variant.triton, variant.streamed
-    skinny_tma.MOST_ROWS = variant.boxes
-    for chosen in (skinny.choose_tiles, skinny_hopper.choose_cut, skinny_tma.choose_cut):
-        chosen.cache_clear()
+    skinny.MOST_ROWS, skinny_tma.MOST_ROWS = variant.triton, variant.boxes
+    skinny.choose_tiles.cache_clear()
+    skinny_tma.choose_cut.cache_clear()
     cuda_build.choose_attention = choose_attention if variant.attention else without_our_own  # type: ignore[attr-defined]
     overlap = launch.overlap if variant.overlap else lambda x: {"PDL": False}
     fused.overlap = skinny.overlap = overlap  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Products of few rows by each way there is: cuBLAS, Triton, streamed rows, and tensor copies cut in several ways.
+"""Products of few rows by each way there is: cuBLAS, Triton, and tensor copies cut in several ways.
 
 Llama-3-8B's four matrices, random weights and inputs, bf16. gate_up is with its activation. Each time is of a graph of
 launches over different weights, which the device's cache does not hold, a call's share of it; each way is first checked
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from record import write
 
-from superinfer.kernels import skinny, skinny_hopper, skinny_tma
+from superinfer.kernels import skinny, skinny_tma
 from superinfer.kernels.activation import silu_and_mul
 from superinfer.kernels.nvrtc import compiled
 from superinfer.kernels.skinny_tma import Cut
@@ -61,7 +61,6 @@ def ways_of(name: str, rows: int) -> dict[str, Way]:
     found: dict[str, Way] = {"cublas": partial(gated, F.linear) if is_gated else F.linear}
     if not is_gated:
         found["triton"] = skinny.linear_parts
-    found["hopper"] = skinny_hopper.gated if is_gated else skinny_hopper.linear_parts
     for cut in cuts(name, rows):
         found["tma p{} w{}x{} b{} s{}".format(*cut)] = partial(by_cut, cut, is_gated)
     return found

@@ -69,9 +69,9 @@ class CudaKernel:
         config.attrs, config.numAttrs = [early], 1
         self._config = config
 
-    def launch(self, grid: tuple[int, int], shared: int, places: int) -> None:
+    def launch(self, grid: tuple[int, int] | tuple[int, int, int], shared: int, places: int) -> None:
         """In the current stream; may be captured. shared: bytes. places: address of the addresses of the arguments."""
-        self._config.gridDimX, self._config.gridDimY, self._config.gridDimZ = *grid, 1
+        self._config.gridDimX, self._config.gridDimY, self._config.gridDimZ = (*grid, 1)[:3]
         self._config.sharedMemBytes = shared
         self._config.hStream = torch.cuda.current_stream().cuda_stream
         checked(driver.cuLaunchKernelEx(self._config, self._function, places, 0))

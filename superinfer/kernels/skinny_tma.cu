@@ -10,7 +10,8 @@
 //
 // Constants, given by the compiler's command line: EIGHTHS (of rows of x, at most), WARPS, TILES (1 or 2), BOXES (of a
 // stage, each 64 of the depth), STAGES, GATED (1: W's first half are gates and its second half what they gate, TILES is 2,
-// one of each; y is silu(gate) times the other), HALF (1: float16, 0: bfloat16).
+// one of each; y is silu(gate) times the other), ROUTED (1: one row, through several of many matrices W, which lie one after
+// another), HALF (1: float16, 0: bfloat16).
 
 #include "hopper.cuh"
 
@@ -48,14 +49,29 @@ __device__ __forceinline__ float rounded(float x) {
 #endif
 }
 
+// What a kernel in front has just written, which the first-level cache may have an older copy of.
+__device__ __forceinline__ int load_now(const int* from) {
+  int x;
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
+}
+
+__device__ __forceinline__ float load_now(const float* from) {
+  float x;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
+  return x;
+}
+
 // x: of [rows, depth], boxes of 8 EIGHTHS rows; weight: of [all outputs, depth], boxes of WARPS x ANSWERS rows; both of 64
 // columns, swizzled by 128 bytes. out: float32 [gridDim.y, rows, outputs], to be added up; GATED: in x's type
 // [rows, outputs], gridDim.y = 1. rows: up to 8 EIGHTHS. outputs: a multiple of 16. slice: depth / gridDim.y, a multiple of
 // 64 BOXES. Grid: (programs of WARPS x ANSWERS outputs, parts of the depth); WARPS + 1 warps; shared memory: STAGES x
 // (STAGE + 16) bytes.
+// ROUTED: rows = 1; gridDim.z choices, of which the one at z is for the matrix experts[z]; x: its row z x_step; out: of all
+// choices, one after another; if not GATED, times scales[z].
 extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1)
     few_rows(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, void* out, int rows, int outputs,
-             int slice) {
+             int slice, const int* experts, const float* scales, int x_step) {
   extern __shared__ __align__(1024) unsigned char shared[];
   u32 memory = static_cast<u32>(__cvta_generic_to_shared(shared));
   u32 barriers = memory + STAGES * STAGE;  // STAGES that are full, then as many that are empty
@@ -77,27 +93,31 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1)
     if (lane != 0) return;
     prefetch_map(weight), prefetch_map(x);
     u64 policy = read_once_policy();
-    int column = blockIdx.y * slice;
+    int column = blockIdx.y * slice, above = 0;  // rows of W before those of this product
+    if (ROUTED) {
+      wait_for_kernels_in_front();
+      above = load_now(experts + blockIdx.z) * (GATED ? 2 * outputs : outputs);
+    }
     auto fetch_weights = [&](int step, int stage) {
       u32 to = memory + stage * STAGE, full = barriers + 8 * stage;
       barrier_expect(full, STAGE);  // x's too
 #pragma unroll
       for (int box = 0; box < BOXES; ++box) {
         int at = column + (step * BOXES + box) * BOX;
-        tensor_copy(to + box * WEIGHTS, weight, at, first, full, policy);
-        if (GATED) tensor_copy(to + box * WEIGHTS + WEIGHTS / 2, weight, at, outputs + first, full, policy);
+        tensor_copy(to + box * WEIGHTS, weight, at, above + first, full, policy);
+        if (GATED) tensor_copy(to + box * WEIGHTS + WEIGHTS / 2, weight, at, above + outputs + first, full, policy);
       }
     };
     auto fetch_inputs = [&](int step, int stage) {
       u32 to = memory + stage * STAGE + BOXES * WEIGHTS, full = barriers + 8 * stage;
 #pragma unroll
       for (int box = 0; box < BOXES; ++box) {
-        tensor_copy(to + box * INPUTS, x, column + (step * BOXES + box) * BOX, 0, full);
+        tensor_copy(to + box * INPUTS, x, column + (step * BOXES + box) * BOX, ROUTED ? blockIdx.z * x_step : 0, full);
       }
     };
     int early = min(steps, STAGES);
     for (int step = 0; step < early; ++step) fetch_weights(step, step);
-    wait_for_kernels_in_front();
+    if (!ROUTED) wait_for_kernels_in_front();
     for (int step = 0; step < early; ++step) fetch_inputs(step, step);
     for (int step = STAGES, stage = 0, parity = 0; step < steps; ++step) {
       await(barriers + 8 * (STAGES + stage), parity);  // what was there before has been read
@@ -149,13 +169,14 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1)
 
   // Of a tile's 16 x 8 sums a lane has rows lane / 4 and 8 further (c[2], c[3]), columns 2 (lane % 4) and the next.
   int output = first + warp * ANSWERS + lane / 4;
+  float scale = ROUTED && !GATED ? load_now(scales + blockIdx.z) : 1.0f;
 #pragma unroll
   for (int n = 0; n < EIGHTHS; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       int row = n * 8 + lane % 4 * 2 + i % 2;
       if (row >= rows) continue;
-      u64 to = (u64(blockIdx.y) * rows + row) * outputs + output + i / 2 * 8;
+      u64 to = ((u64(blockIdx.z) * gridDim.y + blockIdx.y) * rows + row) * outputs + output + i / 2 * 8;
       if (GATED) {
         float gate = rounded(c[0][n][i]), up = rounded(c[TILES - 1][n][i]);
         float y = gate / (1.0f + __expf(-gate)) * up;
@@ -163,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1)
       } else {
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
-          if (output - lane / 4 + tile * 16 < outputs) static_cast<float*>(out)[to + tile * 16] = c[tile][n][i];
+          if (output - lane / 4 + tile * 16 < outputs) static_cast<float*>(out)[to + tile * 16] = c[tile][n][i] * scale;
         }
       }
     }

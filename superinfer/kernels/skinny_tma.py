@@ -62,6 +62,14 @@ class Cut(NamedTuple):
         return self._replace(stages=room // self._replace(stages=1).shared_bytes(rows))
 
 
+class Routed(NamedTuple):
+    """One row that goes through several of many matrices. experts: [choices] int32, which of them, each in their
+    range; scales: [choices] float32, by which the products are multiplied if they are not gated."""
+
+    experts: torch.Tensor
+    scales: torch.Tensor
+
+
 def _eighths(rows: int) -> int:
     """Of rows, as the kernel is compiled for."""
     return -(-rows // 8)
@@ -104,25 +112,34 @@ def _with_boxes(cut: Cut, rows: int, depth: int, together: int) -> Cut:
 def linear_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     """x · weightᵀ as [parts, rows, outputs] float32, to be added up by who reads it; None where this kernel is not the
     one to take. x: contiguous [rows, depth]; weight: contiguous [outputs, depth], both bfloat16 or float16."""
-    cut = _cut_for(x, weight, gated=False)
+    cut = cut_for(x, weight, gated=False)
     return None if cut is None else run(x, weight, cut)
 
 
 def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     """silu(gate) · up of x · weightᵀ = [gate, up] as [rows, outputs / 2] in x's type; None as for `linear_parts`."""
-    cut = _cut_for(x, weight, gated=True)
+    cut = cut_for(x, weight, gated=True)
     return None if cut is None else run(x, weight, cut, gated=True)
 
 
-def run(x: torch.Tensor, weight: torch.Tensor, cut: Cut, gated: bool = False) -> torch.Tensor:
+def run(
+    x: torch.Tensor, weight: torch.Tensor, cut: Cut, gated: bool = False, routed: Routed | None = None
+) -> torch.Tensor:
     """The product of 1 to 64 rows cut as given: see `linear_parts`, or `gated`. Raises ValueError for a cut that the
-    kernel cannot take."""
-    rows, outputs = len(x), len(weight)
-    _check(cut, rows, outputs, x.shape[1], gated)
-    shape = (rows, outputs // 2) if gated else (cut.parts, rows, outputs)
+    kernel cannot take.
+
+    routed: weight is [experts, outputs, depth]; x has one row, or one for each choice. Returns [choices, outputs / 2]
+    if gated, else [choices · parts, 1, outputs].
+    """
+    outputs, depth = weight.shape[-2:]
+    rows, choices = (1, len(routed.experts)) if routed is not None else (len(x), 1)
+    _check(cut, rows, outputs, depth, gated)
+    if routed is not None and len(x) not in (1, choices):
+        raise ValueError(f"{len(x)} rows for {choices} choices: there must be one, or one for each")
+    shape = (rows * choices, outputs // 2) if gated else (choices * cut.parts, rows, outputs)
     out = torch.empty(shape, dtype=x.dtype if gated else torch.float32, device=x.device)
-    kernel = _kernel(x.device.index, _eighths(rows), *cut[1:], gated, x.dtype == torch.float16)
-    kernel.launch(x, weight, out, cut)
+    is_half, is_routed = x.dtype == torch.float16, routed is not None
+    _kernel(x.device.index, _eighths(rows), *cut[1:], gated, is_routed, is_half).launch(x, weight, out, cut, routed)
     return out
 
 
@@ -144,42 +161,49 @@ def _check(cut: Cut, rows: int, outputs: int, depth: int, gated: bool) -> None:
 class SkinnyKernel:
     """Compiled for a number of eighths of rows and a cut. One stream at a time."""
 
-    def __init__(self, eighths: int, warps: int, tiles: int, boxes: int, stages: int, gated: bool, half: bool) -> None:
+    def __init__(
+        self, eighths: int, warps: int, tiles: int, boxes: int, stages: int, gated: bool, routed: bool, half: bool
+    ) -> None:
         """half: float16, else bfloat16. Raises CudaFailure where it cannot be compiled or loaded."""
         from superinfer.kernels.nvrtc import Arguments, CudaKernel  # needs cuda-bindings, which come with `cuda`
 
-        constants = compile_constants(eighths, Cut(1, warps, tiles, boxes, stages), gated, half)
+        constants = compile_constants(eighths, Cut(1, warps, tiles, boxes, stages), gated, half, routed)
         self._kernel = CudaKernel("skinny_tma.cu", "few_rows", constants, 32 * (warps + 1), SHARED_BYTES)
-        self._arguments = Arguments(4, maps=2)
+        self._arguments = Arguments(7, maps=2)
+        self._gated = gated
 
-    def launch(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, cut: Cut) -> None:
+    def launch(
+        self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, cut: Cut, routed: Routed | None = None
+    ) -> None:
         """In the current stream; may be captured. out: as `run` makes it. Raises CudaFailure for tensors that cannot be
         copied by boxes: those not at a multiple of 16 bytes."""
         assert x.is_contiguous() and weight.is_contiguous() and x.dtype == weight.dtype
-        assert x.shape[1] == weight.shape[1]
-        (rows, depth), outputs, gated = x.shape, out.shape[-1], out.dim() == 2
-        tall = cut.warps * 16 * (1 if gated else cut.tiles)
-        self._arguments.maps[0] = _tensor_map(x.data_ptr(), rows, depth, 8 * _eighths(rows))
-        self._arguments.maps[1] = _tensor_map(weight.data_ptr(), len(weight), depth, tall)
-        self._arguments.words[:] = out.data_ptr(), rows, outputs, depth // cut.parts
-        grid = cut.programs(len(weight)), cut.parts
+        assert x.shape[1] == weight.shape[-1]
+        depth, (outputs, rows) = x.shape[1], (out.shape[-1], len(x) if routed is None else 1)
+        matrices = weight.numel() // depth  # rows of all
+        tall = cut.warps * 16 * (1 if self._gated else cut.tiles)
+        self._arguments.maps[0] = _tensor_map(x.data_ptr(), len(x), depth, 8 * _eighths(rows))
+        self._arguments.maps[1] = _tensor_map(weight.data_ptr(), matrices, depth, tall)
+        choice = (0, 0, 0) if routed is None else (routed.experts.data_ptr(), routed.scales.data_ptr(), int(len(x) > 1))
+        self._arguments.words[:] = out.data_ptr(), rows, outputs, depth // cut.parts, *choice
+        grid = cut.programs(weight.shape[-2]), cut.parts, 1 if routed is None else len(routed.experts)
         self._kernel.launch(grid, cut.shared_bytes(rows), self._arguments.places)
 
 
-def compile_constants(eighths: int, cut: Cut, gated: bool, half: bool) -> dict[str, int]:
+def compile_constants(eighths: int, cut: Cut, gated: bool, half: bool, routed: bool = False) -> dict[str, int]:
     """What `skinny_tma.cu` is compiled with."""
     return dict(
         EIGHTHS=eighths, WARPS=cut.warps, TILES=cut.tiles, BOXES=cut.boxes, STAGES=cut.stages, GATED=int(gated),
-        HALF=int(half),
+        ROUTED=int(routed), HALF=int(half),
     )  # fmt: skip
 
 
 @functools.cache
 def _kernel(
-    device: int, eighths: int, warps: int, tiles: int, boxes: int, stages: int, gated: bool, half: bool
+    device: int, eighths: int, warps: int, tiles: int, boxes: int, stages: int, gated: bool, routed: bool, half: bool
 ) -> SkinnyKernel:
     with torch.cuda.device(device):
-        return SkinnyKernel(eighths, warps, tiles, boxes, stages, gated, half)
+        return SkinnyKernel(eighths, warps, tiles, boxes, stages, gated, routed, half)
 
 
 @functools.cache
@@ -217,13 +241,15 @@ def _tensor_map(address: int, rows: int, depth: int, tall: int) -> np.ndarray:
     return words
 
 
-def _cut_for(x: torch.Tensor, weight: torch.Tensor, gated: bool) -> Cut | None:
+def cut_for(x: torch.Tensor, weight: torch.Tensor, gated: bool) -> Cut | None:
+    """How a product of as many rows, of x's type, is cut; None where this kernel is not the one to take. weight:
+    [outputs, depth], or [experts, outputs, depth]."""
     if not 0 < len(x) <= MOST_ROWS or x.element_size() != 2 or not x.is_cuda:
         return None
     if x.data_ptr() % 16 or weight.data_ptr() % 16:
         return None
     multiprocessors = _multiprocessors(x.device.index)
-    return choose_cut(len(x), *weight.shape, multiprocessors, gated) if multiprocessors else None
+    return choose_cut(len(x), *weight.shape[-2:], multiprocessors, gated) if multiprocessors else None
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from moe_cases import case, dense_answer
 
 CUDA = torch.device("cuda")
@@ -84,3 +85,64 @@ def test_very_many_rows_are_grouped_products_without_waiting_for_the_device():
         here = slice(start, start + 128)
         expected = dense_answer(x[here], logits[here], gate_up, down, 2, True)
         assert error(found[here], expected) < BOUND[torch.bfloat16]
+
+
+WIDE = (6, 1024, 14336)  # experts, hidden, size: products wide enough for one token's own kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("top_k,normalize", [(1, False), (2, True), (3, False)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_one_token_goes_through_its_experts_in_parts(dtype, top_k, normalize, seed):
+    from superinfer.kernels import moe_token
+
+    x, logits, gate_up, down = on_gpu(dtype, 1, *WIDE, seed=seed)
+    stale = [
+        torch.full((top_k, WIDE[2]), float("nan"), dtype=dtype, device=CUDA),
+        torch.full((64, 1024), float("nan"), device=CUDA),
+    ]
+    del stale  # where what is computed may come to lie
+    parts = moe_token.moe_parts(x, logits, gate_up, down, top_k, normalize)
+    assert parts is not None and parts.shape[1:] == (1, WIDE[1]) and parts.shape[0] % top_k == 0
+    expected = dense_answer(x, logits, gate_up, down, top_k, normalize)
+    assert error(parts.sum(0), expected) < BOUND[dtype]
+
+
+def test_one_tokens_experts_are_those_of_each_replay():
+    """Behind kernels that write what is read, several layers in a row, as in a decode step."""
+    from superinfer.kernels import moe_token
+
+    x, logits, gate_up, down = on_gpu(torch.bfloat16, 1, *WIDE)
+    router = torch.randn(WIDE[0], WIDE[1], dtype=torch.bfloat16, device=CUDA) * WIDE[1] ** -0.5
+    given, found = x.clone(), []
+
+    def layers(value: torch.Tensor) -> None:
+        found.clear()
+        for _ in range(6):
+            routed = (value @ router.T).float() * 4
+            parts = moe_token.moe_parts(value, routed, gate_up, down, 2, True)
+            assert parts is not None
+            found.append((value, routed, parts))
+            value = F.rms_norm(parts.sum(0), (WIDE[1],)).to(torch.bfloat16)
+
+    layers(given)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layers(given)
+    for seed in range(4):
+        given.copy_(torch.randn(1, WIDE[1], generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        torch.cuda.synchronize()
+        for value, routed, parts in found:
+            assert error(parts.sum(0), dense_answer(value, routed, gate_up, down, 2, True)) < BOUND[torch.bfloat16]
+
+
+def test_what_is_not_for_one_tokens_kernels():
+    from superinfer.kernels import moe_token
+
+    for tokens, experts, hidden, size in ((2, *WIDE), (1, 128, 512, 768)):
+        x, logits, gate_up, down = on_gpu(torch.bfloat16, tokens, experts, hidden, size)
+        assert moe_token.moe_parts(x, logits, gate_up, down, 2, True) is None
+    x, logits, gate_up, down = on_gpu(torch.float32, 1, *WIDE)
+    assert moe_token.moe_parts(x, logits, gate_up, down, 2, True) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from superinfer.kernels.moe import moe_mlp
+from superinfer.kernels.moe import moe_parts
 from superinfer.runtime.models.config import ModelConfig
 from superinfer.runtime.models.layers import Linear
 
@@ -46,5 +46,6 @@ class SparseMLP(nn.Module):
         self.top_k, self.normalize = moe.experts_per_token, moe.normalize
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden], or as `Linear.in_parts`."""
         experts = self.experts
-        return moe_mlp(x, self.gate(x), experts.gate_up_proj, experts.down_proj, self.top_k, self.normalize)
+        return moe_parts(x, self.gate(x), experts.gate_up_proj, experts.down_proj, self.top_k, self.normalize)
