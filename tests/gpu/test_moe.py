@@ -112,7 +112,7 @@ def test_one_tokens_experts_are_those_of_each_replay():
     """Behind kernels that write what is read, several layers in a row, as in a decode step."""
     from superinfer.kernels import moe_token
 
-    x, logits, gate_up, down = on_gpu(torch.bfloat16, 1, *WIDE)
+    x, _, gate_up, down = on_gpu(torch.bfloat16, 1, *WIDE)
     router = torch.randn(WIDE[0], WIDE[1], dtype=torch.bfloat16, device=CUDA) * WIDE[1] ** -0.5
     given, found = x.clone(), []
 

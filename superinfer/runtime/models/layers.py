@@ -77,14 +77,10 @@ class Linear(nn.Module):
     def in_parts(self, x: torch.Tensor) -> torch.Tensor:
         """Like `forward`; or, on a GPU where that is quicker, float32 [parts, tokens, outputs] for who adds them up."""
         if x.is_cuda and self.bias is None:
-            from superinfer.kernels import (
-                skinny,
-                skinny_hopper,
-                skinny_tma,
-            )  # need triton, which comes with CUDA's torch
+            from superinfer.kernels import skinny, skinny_tma  # need triton, which comes with CUDA builds of torch
 
             few = len(x) <= skinny_tma.MOST_ROWS_BEFORE_TRITON
-            for kernel in (skinny_tma, skinny_hopper, skinny) if few else (skinny, skinny_tma):
+            for kernel in (skinny_tma, skinny) if few else (skinny, skinny_tma):
                 parts = kernel.linear_parts(x, self.weight)
                 if parts is not None:
                     return parts
