@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
 _ARMS = {"vllm": "vLLM", "vllm-tight": "vLLM", "vllm-edf": "vLLM, earliest deadline", "vllm-offload": "vLLM, offload"}
@@ -32,44 +32,61 @@ def _phase(record: dict[str, Any], arm: str, phase: str) -> dict[str, Any] | Non
 
 
 def _speed(gpu: str) -> str:
-    """Of the last run that measured it."""
-    found = {name: record for name in ("whole", "ample", "ample-turns") if (record := _read(gpu, name)) is not None}
-    if not found:
-        return ""
-    schedule, record = max(found.items(), key=lambda item: item[1]["date"])
+    """Each phase of the last run that measured both engines in it."""
+    of = {phase: _last_with(gpu, phase) for phase in ("tpot", "prefill", "offline", "online")}
     rows = []
     for phase, key, label, number, digits in (
         ("tpot", "tpot", "TPOT at batch {batch}, ms", "steps_ms", 2),
         ("prefill", "prefill", "prefill {prompts} x {tokens}, tokens/s", "tokens_per_s", 0),
     ):
-        ours, peer = _phase(record, "ours", phase), _phase(record, "vllm", phase)
-        if ours is None or peer is None:
-            continue
-        for mine, theirs in zip(ours[key], peer[key], strict=True):
+        for mine, theirs in zip(*(each[key] for each in of[phase].found), strict=True):
             rows.append(_row(label.format(**mine), mine[number], theirs[number], digits))
-    ours, peer = _phase(record, "ours", "offline"), _phase(record, "vllm", "offline")
-    if ours is not None and peer is not None:
-        name = f"offline, {ours['requests']:,} mixed requests, output tokens/s"
-        rows.append(_row(name, ours["output_tokens_per_s"], peer["output_tokens_per_s"], 0))
-    ours, peer = _phase(record, "ours", "online"), _phase(record, "vllm", "online")
-    for mine, theirs in zip((ours or {"runs": []})["runs"], (peer or {"runs": []})["runs"], strict=False):
+    for mine, theirs in [of["offline"].found] if of["offline"].found else ():
+        name = f"offline, {mine['requests']:,} mixed requests, output tokens/s"
+        rows.append(_row(name, mine["output_tokens_per_s"], theirs["output_tokens_per_s"], 0))
+    for mine, theirs in zip(*(each["runs"] for each in of["online"].found), strict=False):
         at = f"at {mine['rate']:g} requests/s, Azure's lengths:"
         for name, quantile in (("ttft", "p50"), ("ttft", "p99"), ("tpot", "p50")):
             label = f"{at} {name.upper()} {quantile}, ms"
             rows.append(_row(label, *(run["report"][name][quantile] * 1e3 for run in (mine, theirs)), 1))
     if not rows:
         return ""
-    starts = record["arms"]["ours"]["start_s"], record["arms"]["vllm"]["start_s"]
-    beside = "two servers on one GPU at once, ours with a second tier; " if schedule == "whole" else ""
-    rows.append(_row(f"start to ready, s ({beside}kernels compiled by an earlier start)", *starts, 0))
-    version = record["arms"]["vllm"]["version"]
+    known = {phase: run for phase, run in of.items() if run.found}
+    last = max(known.values(), key=lambda run: run.record["date"])
+    arms = last.record["arms"]
+    beside = "two servers on one GPU at once, ours with a second tier; " if last.schedule == "whole" else ""
+    started = f"start to ready, s ({beside}kernels compiled by an earlier start)"
+    rows.append(_row(started, arms["ours"]["start_s"], arms["vllm"]["start_s"], 0))
+    files: dict[str, list[str]] = {}
+    for phase, run in known.items():
+        files.setdefault(run.schedule, []).append({"tpot": "TPOT"}.get(phase, phase))
+    said = ", ".join(f"{' and '.join(phases)}: `results/{gpu}-vs-vllm-{name}.json`" for name, phases in files.items())
     return f"""
-Llama-3-8B's shape, random weights, bf16, {record["device"]["gpu"]}, beside vLLM {version} in one run, over HTTP
-([how](docs/benchmarks.md#beside-vllm), `results/{gpu}-vs-vllm-{schedule}.json`):
+Llama-3-8B's shape, random weights, bf16, {last.record["device"]["gpu"]}, beside vLLM {arms["vllm"]["version"]},
+each phase of both in one run, over HTTP ([how](docs/benchmarks.md#beside-vllm); {said}):
 
 | | superinfer | vLLM | faster |
 | --- | --- | --- | --- |
 {"".join(rows)}"""
+
+
+class _Run(NamedTuple):
+    """A phase of ours and of vLLM's in one record; `found` is empty where no record has both."""
+
+    schedule: str
+    record: dict[str, Any]
+    found: tuple[dict[str, Any], ...]
+
+
+def _last_with(gpu: str, phase: str) -> _Run:
+    runs = []
+    for schedule in ("steady", "whole", "ample", "ample-turns"):
+        record = _read(gpu, schedule)
+        if record is not None:
+            both = tuple(_phase(record, arm, phase) for arm in ("ours", "vllm"))
+            if None not in both:
+                runs.append(_Run(schedule, record, both))  # type: ignore[arg-type]
+    return max(runs, key=lambda run: run.record["date"], default=_Run("", {}, ()))
 
 
 def _turns(gpu: str) -> str:
