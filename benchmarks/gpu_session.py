@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in one command: tests, the link, what rotation costs, where a step's time goes.
 
-python benchmarks/gpu_session.py [--only tests link rotation host profile latency kernels products moe] [--out FOLDER]
+python benchmarks/gpu_session.py [--only tests link rotation host variants skinny latency kernels products moe ...] [--out FOLDER]
 
 Each part has a time limit and is a process of its own, so that one that fails or hangs costs only itself. Results are
 benchmarks/results/<gpu>-*.json; with --out they and all output are copied there too. A short table comes last. Needs no
@@ -59,6 +59,7 @@ def parts(gpu: str) -> list[Part]:
     python = sys.executable
     names = ("link", "rotation", "host-time", "profile", "decode-variants", "latency", "kernels", "products", "moe")
     link, rotation, host, profile, variants, latency, kernels, products, moe = (f"{gpu}-{name}" for name in names)
+    skinny = f"{gpu}-skinny"
     bench = [python, "-m", "superinfer", "bench"]
     sizes = ["--model", "llama-3-8b", "--max-batch-size", "256", "--max-batch-tokens", "8192"]
     measured = ["--batch", "1,32,128,256", "--prefill", "16x2048"]
@@ -71,6 +72,7 @@ def parts(gpu: str) -> list[Part]:
         Part("host", [python, "benchmarks/gpu_host_time.py", "--name", host, "--steps", "60"], 240, host, _host),
         Part("profile", [python, "benchmarks/gpu_profile.py", "--name", profile], 120, profile),
         Part("variants", [python, "benchmarks/gpu_decode_variants.py", "--name", variants], 180, variants),
+        Part("skinny", [python, "benchmarks/gpu_skinny.py", "--name", skinny], 120, skinny),
         Part(
             "latency",
             [*bench, "latency", *sizes, *measured, "--json", f"{RESULTS / latency}.json"],

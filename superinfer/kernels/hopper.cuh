@@ -45,11 +45,6 @@ __device__ __forceinline__ void bulk_copy(u32 to, const u16* from, u32 bytes, u3
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
 
-__device__ __forceinline__ void bulk_copy(u32 to, const u16* from, u32 bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
-
 // A tensor's CUtensorMap, of cuda.h, which NVRTC does not have.
 struct alignas(64) TensorMap {
   u64 words[16];
