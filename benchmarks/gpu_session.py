@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in one command: tests, the link, what rotation costs, where a step's time goes.
 
-python benchmarks/gpu_session.py [--only tests link host variants skinny latency kernels products moe ...] [--out FOLDER]
+python benchmarks/gpu_session.py [--only tests link host variants skinny kernels products moe ...] [--out FOLDER]
 
 Each part has a time limit and is a process of its own, so that one that fails or hangs costs only itself. Results are
 benchmarks/results/<gpu>-*.json; with --out they and all output are copied there too. A short table comes last. Needs no
