@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from superinfer.embedded import model_path
 from superinfer.errors import InvalidRequestError, UnsupportedError
 from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
 from superinfer.runtime.kv.copies import BlockCopy
@@ -338,6 +339,29 @@ def test_a_checkpoints_folder_is_a_shape_too(tmp_path):
         shape_of("gpt-9")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read .No such file"),
+        (b"{", "is no JSON "),
+        (b"\xff\xfe", "is no JSON "),
+        (b"[]", "no JSON object"),
+    ],
+)
+def test_a_folder_without_a_config_that_can_be_read_says_so(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InvalidRequestError, match=f"model '{tmp_path}': {tmp_path}/config.json.*{message}"):
+        shape_of(str(tmp_path))
+
+
+def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text((model_path() / "config.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    assert main([*SMALL, "--model", ""]) == 2
+    assert "model='' names no model" in capsys.readouterr().err
+
+
 def test_every_profile_names_its_sources_and_no_share_exceeds_its_peak():
     for profile in PROFILES.values():
         assert profile.sources
@@ -387,6 +411,8 @@ def test_json_on_stdout_is_all_there_is(capsys):
         (["--slo", "speed=1"], "'speed=1' must be one of"),
         (["--slo", "ttft=-1"], "ttft=-1.0 must be"),
         (["--model", "mixtral-8x7b"], "weights, too much"),
+        (["--model", ""], "model='' names no model; give --model one of llama-3-8b, "),
+        (["--model", "gpt-9"], "model 'gpt-9' has no shape here, and is no folder; give --model one of llama-3-8b, "),
     ],
 )
 def test_wrong_input_is_said_in_one_line(arguments, message, capsys):
