@@ -6,12 +6,16 @@ Both arms build the same prompts of them.
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
+from typing import NamedTuple
 
 from superinfer.bench.shapes import filler_words
+from superinfer.errors import InvalidRequestError
 
 Sizes = dict[str, int]
 
@@ -22,6 +26,10 @@ DOCUMENTS = 16  # map-reduce
 FIELDS = 8  # JSON extraction
 MESSAGES = 4  # multi-turn chat
 QUESTIONS, OPTIONS = 6, 5  # select
+PLAIN = ("json_extraction", "select")  # prompts without a chat template
+STEP = 0.05  # of scales that are chosen
+MARGIN = 0.02  # of the context: texts differ
+SAMPLE = 2000  # words
 
 # Tokens of each part. `shared` is the same in all programs of a shape, as instructions and examples are.
 SIZES: dict[str, Sizes] = {
@@ -38,6 +46,59 @@ SHAPES = tuple(SIZES)
 def scaled(sizes: Sizes, scale: float) -> Sizes:
     """All lengths times `scale`, none below 2."""
     return {name: max(2, round(tokens * scale)) for name, tokens in sizes.items()}
+
+
+class Weights(NamedTuple):
+    """Tokens, by a model's tokenizer: of one made-up word on average, of what a chat template puts around a message,
+    and of a field's name."""
+
+    word: float
+    message: int
+    field: int
+
+
+def longest(shape: str, sizes: Sizes, weights: Weights) -> int:
+    """Tokens of the shape's longest prompt with its answer, nearly."""
+    s = sizes
+    match shape:
+        case "tree_of_thought":
+            answers, parts = s["plan"] + s["solution"] + s["verdict"], 8 * weights.message
+            calls = [(s["shared"] + s["question"] + 3 * s["ask"], answers, parts)]
+        case "react":
+            words = s["shared"] + s["question"] + TURNS * s["observation"]
+            calls = [(words, TURNS * s["thought"] + s["answer"], (3 + 2 * TURNS) * weights.message)]
+        case "map_reduce":
+            joint = (s["shared"] + s["ask"], DOCUMENTS * s["note"] + s["answer"], 3 * weights.message)
+            calls = [(s["shared"] + s["document"], s["note"], 3 * weights.message), joint]
+        case "json_extraction":
+            calls = [(s["shared"] + s["document"], FIELDS * s["field"], FIELDS * weights.field)]
+        case "chat":
+            words, parts = s["shared"] + MESSAGES * s["message"], (1 + 2 * MESSAGES) * weights.message
+            calls = [(words, MESSAGES * s["answer"], parts)]
+        case "select":
+            calls = [(s["shared"] + s["document"] + s["question"] + s["option"], 0, 0)]
+        case _:
+            raise ValueError(f"shape={shape!r} must be one of {', '.join(SHAPES)}")
+    return max(math.ceil(words * weights.word) + answers + parts for words, answers, parts in calls)
+
+
+def scale_for(shapes: Sequence[str], context: int, weights: Weights) -> float:
+    """The largest scale, 1 at most, in steps of STEP, at which every call fits into `context` tokens, with MARGIN of
+    them to spare. Raises InvalidRequestError where none does."""
+    for steps in range(round(1 / STEP), 0, -1):
+        scale = round(steps * STEP, 2)
+        most = max(longest(shape, scaled(SIZES[shape], scale), weights) for shape in shapes)
+        if most <= context * (1 - MARGIN):
+            return scale
+    raise InvalidRequestError(
+        f"the model's context of {context} tokens is too short for {', '.join(shapes)}: at --scale {STEP} the longest "
+        f"call has some {most}; give other --shapes, a larger --max-model-len, or a --scale of your own"
+    )
+
+
+def sample() -> str:
+    """SAMPLE made-up words, to weigh them."""
+    return _text("sample", SAMPLE)
 
 
 def output_tokens(shape: str, sizes: Sizes) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +20,7 @@ from superinfer.errors import InvalidRequestError, SuperinferError
 from superinfer.runtime.config import EngineConfig
 
 if TYPE_CHECKING:
-    from superinfer.bench.programs_run import Arm
+    from superinfer.bench.programs_run import Arm, OurArm, Plan
 
 
 @with_engine_options
@@ -45,7 +46,13 @@ def programs(
         str, typer.Option(help="Programs that run at once; several with commas, one after another.")
     ] = "8,32",
     rounds: Annotated[int, typer.Option(help="How often; medians are shown, all are written.")] = 3,
-    scale: Annotated[float, typer.Option(help="Multiplies all lengths, for models with a short context.")] = 1.0,
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Multiplies all lengths, for models with a short context.",
+            show_default="1; with --start, less where the model's context is too short for it",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same prompts.")] = 0,
     limit: Annotated[float, typer.Option(help="Seconds that the programs of one shape may take.")] = 300.0,
     join: Annotated[
@@ -57,21 +64,37 @@ def programs(
     --start, --model also takes llama-3-8b, qwen2.5-32b and mixtral-8x7b: their sizes, with random weights."""
     from superinfer.bench.engine import numbers, save
     from superinfer.bench.programs_report import check_tokens, compare, joined, table
-    from superinfer.bench.programs_run import Plan, measure
+    from superinfer.bench.programs_run import OurArm, Plan, measure
     from superinfer.bench.record import check_writable
 
     check_writable(json_path)
     if join:
         found = joined(join)
     else:
-        plan = Plan.of(shapes, numbers("--at-once", at_once), rounds, scale, seed, limit)
+        plan = Plan.of(shapes, numbers("--at-once", at_once), rounds, 1.0 if scale is None else scale, seed, limit)
         with _arms(config, url_ours, start, url_engine, url_peer, peer_model, select_by) as arms:
+            if start and scale is None:
+                assert isinstance(arms[0], OurArm)
+                plan = _fitted(plan, arms[0])
             found = asyncio.run(measure(arms, plan))
     found = compare(found)
     print(table(found))
     save(json_path, found)
     if wrong := check_tokens(found):
         raise SuperinferError("the arms did not do the same work: " + "; ".join(wrong))
+
+
+def _fitted(plan: Plan, arm: OurArm) -> Plan:
+    """The plan with lengths that the context of our arm's engine takes. Raises InvalidRequestError where none do."""
+    from superinfer.bench.program_texts import scale_for
+
+    context = arm.context
+    scale = scale_for(plan.shapes, context, arm.weights(plan.shapes))
+    if scale == 1.0:
+        return plan
+    fits = f"to fit into the model's context of {context} tokens"
+    print(f"lengths are scaled as by --scale {scale:g}, {fits}", file=sys.stderr)
+    return plan.scaled(scale)
 
 
 @contextlib.contextmanager

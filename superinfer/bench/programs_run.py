@@ -5,14 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from superinfer.bench.program_texts import OPTIONS, SHAPES, SIZES, Sizes, Texts, Tokens, scaled
+from superinfer.bench.program_texts import (
+    OPTIONS,
+    PLAIN,
+    SAMPLE,
+    SHAPES,
+    SIZES,
+    Sizes,
+    Texts,
+    Tokens,
+    Weights,
+    field,
+    sample,
+    scaled,
+)
 from superinfer.errors import EngineUnavailableError, InvalidRequestError, SuperinferError
 
 if TYPE_CHECKING:
@@ -45,6 +59,10 @@ class Plan:
             )
         return cls(chosen, tuple(at_once), rounds, {name: scaled(SIZES[name], scale) for name in chosen}, seed, limit)
 
+    def scaled(self, scale: float) -> Plan:
+        """With lengths of that scale."""
+        return replace(self, sizes={name: scaled(SIZES[name], scale) for name in self.shapes})
+
     def texts(self, shape: str, count: int, round_: int) -> list[Texts]:
         """The programs of one batch. Those of another round have other texts, so that no cache holds them."""
         return [Texts(shape, self.sizes[shape], f"{self.seed} {count} {round_} {at}") for at in range(count)]
@@ -69,6 +87,10 @@ class Arm(ABC):
         """What its engine has done since it began, where that is told: steps, and tokens that it prefilled."""
         return {}
 
+    def refused(self, error: BaseException) -> bool:
+        """Whether a program failed as a request was not taken as it was."""
+        return isinstance(error, InvalidRequestError)
+
     async def end(self) -> None:  # noqa: B027  (not all hold something)
         """After the last."""
 
@@ -86,6 +108,24 @@ class OurArm(Arm):
             from superinfer.bench.engine import info_of
 
             self.what |= {"engine": info_of(backend.info)}
+
+    @property
+    def context(self) -> int:
+        """Of the engine, in tokens; a server tells none."""
+        return int(self._backend.info.max_model_len)
+
+    def weights(self, shapes: Sequence[str]) -> Weights:
+        """By the engine's tokenizer; a server has none here."""
+
+        def count(text: str) -> int:
+            return len(self._backend.encode(text, special=False))
+
+        message = 0
+        if set(shapes) - set(PLAIN):  # else the model need have no chat template
+            roles = ("system", "user", "assistant")
+            chat = [{"role": role, "content": "x"} for role in roles]
+            message = math.ceil(count(self._backend.render_chat(chat, add_generation_prompt=False)) / len(roles))
+        return Weights(count(sample()) / SAMPLE, message, count(field(1)))
 
     async def begin(self) -> None:
         # Should both arms be served by one engine, neither is to find the other's prompts in its cache.
@@ -152,6 +192,11 @@ class OpenAIArm(Arm):
         await PROGRAMS[texts.shape](self._caller, used, texts)
         return used
 
+    def refused(self, error: BaseException) -> bool:
+        import openai
+
+        return isinstance(error, openai.BadRequestError)
+
     async def end(self) -> None:
         if self._client is not None:
             await self._client.close()
@@ -199,7 +244,9 @@ async def _batch(arm: Arm, texts: Sequence[Texts], limit: float) -> dict[str, An
     except TimeoutError:
         raise SuperinferError(f"{what} took over {limit:.0f} s; raise --limit or lower --scale") from None
     except ExceptionGroup as failed:
-        raise SuperinferError(f"{what} failed: {_first(failed)!r}") from failed
+        first = _first(failed)
+        hint = "; where prompts are too long for the model, give a lower --scale" if arm.refused(first) else ""
+        raise SuperinferError(f"{what} failed: {first!r}{hint}") from failed
     seconds, after = time.perf_counter() - started, await arm.counts()
     return {
         "seconds": seconds,

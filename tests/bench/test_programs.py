@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from superinfer.bench import programs_lang, programs_openai
-from superinfer.bench.program_texts import SHAPES, SIZES, Texts, Tokens, output_tokens, scaled
+from superinfer.bench.program_texts import SHAPES, SIZES, Texts, Tokens, longest, output_tokens, scaled
 from superinfer.bench.programs_report import check_tokens, compare, joined, table
+from superinfer.bench.programs_run import OurArm
 from superinfer.bench.shapes import write_tokenizer
 from superinfer.errors import InvalidRequestError
 from superinfer.lang.backend import RuntimeEndpoint
@@ -116,6 +117,39 @@ def test_over_http_our_arm_runs_every_shape(bench: Bench, url: str, tmp_path: Pa
     status, _, err = bench("--url-ours", url, *SMALL, "--shapes", "chat,select", "--at-once", "1", "--json", str(path))
     assert status == 0, err
     assert json.loads(path.read_text())["arms"]["ours"]["runs"]["select"]["1"][0]["calls"] == 6
+
+
+def test_an_engine_started_here_gets_lengths_that_fit_its_context(bench: Bench, tmp_path: Path):
+    out = tmp_path / "found.json"
+    some = ("--shapes", "react,select", "--at-once", "1", "--rounds", "1")
+    status, _, err = bench("--start", "--max-model-len", "450", *some, "--json", str(out))
+    assert status == 0, err
+    assert "lengths are scaled as by --scale 0.1, to fit into the model's context of 450 tokens" in err
+    assert json.loads(out.read_text())["settings"]["sizes"] == {
+        shape: scaled(SIZES[shape], 0.1) for shape in ("react", "select")
+    }
+    status, _, err = bench("--start", "--max-model-len", "50", *some)
+    assert status == 2 and "at --scale 0.05 the longest call has" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("arm", ["ours", "engine", "peer"])
+def test_prompts_that_are_too_long_say_which_option_makes_them_shorter(
+    bench: Bench, tiny_engine: EngineProcess, url: str, arm: str
+):
+    at = tiny_engine.address if arm == "engine" else url
+    status, _, err = bench(f"--url-{arm}", at, "--shapes", "chat", "--at-once", "1", "--rounds", "1", "--scale", "40")
+    assert status == 1 and "give a lower --scale" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_longest_call_of_a_shape_is_foretold(tiny_engine: EngineProcess, shape: str):
+    sizes = scaled(SIZES[shape], 0.1)
+    with RuntimeEndpoint(tiny_engine.address) as backend:
+        state = programs_lang.PROGRAMS[shape].run(Texts(shape, sizes, "long"), backend=backend)
+        metas = [made.get_meta_info(name) for made, name in state.ret_value]
+        weights = OurArm(backend, "").weights([shape])
+    took = max(meta["prompt_tokens"] + meta["completion_tokens"] for meta in metas)
+    assert 0.98 * took <= longest(shape, sizes, weights) <= 1.1 * took
 
 
 def test_both_arms_send_the_same_prompts(tiny_engine: EngineProcess, url: str):

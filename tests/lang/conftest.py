@@ -14,6 +14,7 @@ from scripted_client import ScriptedClient  # noqa: E402
 from slow_engine import SlowEngine, slow_engine  # noqa: E402
 
 from superinfer.lang.backend import RuntimeEndpoint, TextBackend, set_default_backend  # noqa: E402
+from superinfer.runtime import client as client_module  # noqa: E402
 from superinfer.runtime.config import EngineConfig  # noqa: E402
 from superinfer.runtime.launch import EngineProcess, launch_engine  # noqa: E402
 
@@ -21,6 +22,15 @@ CHAT_TEMPLATE = (
     "{%- for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{ '<|assistant|>' }}{%- endif %}"
 )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def patient_links() -> Iterator[None]:
+    """Clients of this process take an engine to be frozen after a minute: a machine may stand still for a second. How
+    soon they are to notice it, and that they do, is for tests/runtime/test_client.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client_module, "HEARTBEAT_TIMEOUT_MS", 60_000)
+        yield
 
 
 @pytest.fixture

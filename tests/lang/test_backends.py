@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from fake_services import Service, serving
@@ -28,16 +29,30 @@ def chat(s, question, **arguments):
 # ------------------------------------------------------------------------------------------------ our own server
 
 
-@pytest.fixture(scope="module")
-def server(talking_engine: EngineProcess) -> Iterator[str]:
-    """The URL of `superinfer serve` in front of the session's engine."""
-    command = [sys.executable, "-m", "superinfer", "serve", "--engine", talking_engine.address, "--port", "0"]
-    process = subprocess.Popen([*command, "--model-name", "tiny"], stdout=subprocess.PIPE, text=True)
+# `superinfer serve` with a patient link, as `patient_links` says: a server takes an engine for dead for good.
+SERVE = (
+    "import sys; from superinfer.runtime import client; from superinfer.cli import main; "
+    "client.HEARTBEAT_TIMEOUT_MS = 60_000; main(['serve', *sys.argv[1:]])"
+)
+
+
+@contextmanager
+def serving_at(*arguments: str) -> Iterator[str]:
+    """The URL of `superinfer serve` with these arguments."""
+    command = [sys.executable, "-c", SERVE, "--port", "0", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     line = next(line for line in process.stdout if "serving at" in line)
     yield line.split("serving at ")[1].split()[0].removesuffix("/v1")
     process.terminate()
     process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def server(talking_engine: EngineProcess) -> Iterator[str]:
+    """One in front of the session's engine."""
+    with serving_at("--engine", talking_engine.address, "--model-name", "tiny") as url:
+        yield url
 
 
 def test_a_program_says_the_same_over_http_as_on_the_engine(server: str, endpoint: si.RuntimeEndpoint) -> None:
@@ -204,14 +219,9 @@ def test_our_server_refuses_by_name_what_it_cannot_do(server: str) -> None:
 
 @pytest.fixture(scope="module")
 def embedded_server() -> Iterator[str]:
-    """The URL of `superinfer serve` with the embedded model."""
-    command = [sys.executable, "-m", "superinfer", "serve", "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    line = next(line for line in process.stdout if "serving at" in line)
-    yield line.split("serving at ")[1].split()[0].removesuffix("/v1")
-    process.terminate()
-    process.wait(10)
+    """One with the embedded model."""
+    with serving_at() as url:
+        yield url
 
 
 def test_a_session_with_tools_works_over_http(embedded_server: str) -> None:
@@ -390,19 +400,19 @@ def test_n_and_plain_text_are_refused_where_there_is_none_of_it(service: Service
 
 @pytest.mark.parametrize("at", [0, 1])
 def test_deadlines_are_enforced_from_here_where_the_service_knows_none(service: Service, at: int) -> None:
-    service.words, service.word_s = ["w "] * 200, 0.02
+    service.words, service.word_s = ["w "] * 2000, 0.02
 
     @si.function
     def program(s, on_miss):
-        deadline = 1.2 if on_miss == "truncate" else 0.2  # time for a few words, however busy the machine is
+        deadline = 3.0 if on_miss == "truncate" else 0.2  # time for a few words, however busy the machine is
         s += si.user("u") + si.assistant(si.gen("x", slo=si.SLO(deadline=deadline, on_miss=on_miss)))
 
     backend = backends(service)[at]
     with backend:
         started = time.monotonic()
         state = program.run("truncate", backend=backend)
-        assert time.monotonic() - started > 1.1
-        assert state["x"].startswith("w w") and state["x"].count("w") < 200
+        assert time.monotonic() - started > 2.9
+        assert state["x"].startswith("w w") and state["x"].count("w") < 2000
         assert state.get_meta_info("x")["finish_reason"] == "deadline"
         with pytest.warns(RuntimeWarning, match="DeadlineMissedError"):
             assert isinstance(program.run("raise", backend=backend).error(), si.DeadlineMissedError)

@@ -536,3 +536,39 @@ async def test_a_client_that_is_closed_as_soon_as_it_is_connected_lets_go(engine
     for _ in range(3):
         client = await AsyncEngineClient.connect(engine.address)
         await asyncio.wait_for(client.close(), 10)
+
+
+ENGINE_GOES_AS_ITS_CLIENT_IS_CLOSED = """
+import asyncio, os, signal, sys, time
+from superinfer.runtime.client import AsyncEngineClient, EngineClient
+
+address, pid = sys.argv[1], int(sys.argv[2])
+
+async def main():
+    client = await AsyncEngineClient.connect(address)
+    await client.health()  # by now it watches
+    witness = EngineClient(address)
+    disable_monitor = client._socket.disable_monitor
+
+    def when_the_engine_is_gone():
+        os.kill(pid, signal.SIGKILL)
+        while witness.alive:
+            time.sleep(0.01)
+        time.sleep(0.2)  # for this client's own socket to have noticed, too
+        disable_monitor()
+
+    client._socket.disable_monitor = when_the_engine_is_gone
+    await client.close()
+    witness.close()
+    print("closed")
+
+asyncio.run(main())
+"""
+
+
+def test_a_client_whose_engine_goes_while_it_is_closed_lets_go(own_engine):
+    """A socket that tells its monitor something waits for ever where that is closed: inside of libzmq, where no timeout
+    of ours can end it. So it is a process of its own that is given up."""
+    arguments = [sys.executable, "-c", ENGINE_GOES_AS_ITS_CLIENT_IS_CLOSED, own_engine.address, str(own_engine.pid)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "closed\n", done.stderr

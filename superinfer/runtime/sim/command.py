@@ -28,6 +28,9 @@ def simulate(
     workload: Annotated[str, typer.Option(help="sharegpt, lmsys, azure or mooncake.")] = "sharegpt",
     trace: Annotated[Path | None, typer.Option(help="The trace's file, for azure and mooncake.")] = None,
     arrivals: Annotated[str, typer.Option(help="poisson, or trace: the trace's own times, stretched.")] = "poisson",
+    turns: Annotated[
+        bool, typer.Option("--turns", help="Prompts of a mooncake conversation have its earlier answers in them.")
+    ] = False,
     rate: Annotated[str, typer.Option(help="Requests/s; several with commas.")] = "10",
     policy: Annotated[str, typer.Option(help=f"Of {', '.join(POLICIES)}; several with commas.")] = "fcfs",
     slo: Annotated[
@@ -58,7 +61,9 @@ def simulate(
     classes = parse_slos(slo)
     points = []
     for at in rates:
-        jobs = make_jobs(workload, rate=at, duration=duration, seed=seed, trace=trace, arrivals=arrivals, slos=classes)
+        jobs = make_jobs(
+            workload, rate=at, duration=duration, seed=seed, trace=trace, arrivals=arrivals, slos=classes, turns=turns
+        )
         for name in _parts(policy):
             config = SimConfig(
                 policy=name,

@@ -66,7 +66,9 @@ class SimStep(NamedTuple):
 
 
 class SimExecutor:
-    """Implements `Executor`. Every sampled token is DUMMY_TOKEN: outputs end at their max_tokens.
+    """Implements `Executor`. What is sampled ends nothing: outputs end at their max_tokens.
+
+    answers: by a sequence's seed, the id of every token that is sampled for it; DUMMY_TOKEN where none are given.
 
     Steps are timed by `rates`, one after another; copies by `link`, as docs/duplexkv.md orders them: a plan's copies
     start when the steps before it are done, its work when those it waits for are over. It has no clock of its own:
@@ -88,6 +90,7 @@ class SimExecutor:
         quirks: Quirks = NO_QUIRKS,
         spread: float = 0.0,
         seed: int = 0,
+        answers: Sequence[int] = (),
     ) -> None:
         self.rates = rates
         self.limits = limits
@@ -102,13 +105,18 @@ class SimExecutor:
         self._spread, self._random = spread, np.random.default_rng(seed)
         self.free_at = 0.0
         self._slots: set[int] = set()
+        self._answers = answers
+        self._sampled = np.full(limits.num_slots, DUMMY_TOKEN)  # by slot
         self._done: deque[tuple[StepResult, SimStep]] = deque()
 
     def submit(self, plan: StepPlan) -> None:
         """Time a step. RuntimeError if it works on a slot that no sequence took, or brings copies to a single tier."""
         self._slots.difference_update(plan.freed)
         self._slots.update(init.slot for init in plan.init)
-        tokens = {work.slot: DUMMY_TOKEN for work in plan.others if work.sample}
+        if self._answers:
+            for init in plan.init:
+                self._sampled[init.slot] = self._answers[init.seed]
+        tokens = {work.slot: int(self._sampled[work.slot]) for work in plan.others if work.sample}
         decoding = plan.decodes.slots.tolist()
         unknown = {*tokens, *decoding} - self._slots
         if unknown:
@@ -124,7 +132,7 @@ class SimExecutor:
         self._chunks = quirks.later(chunks, compute_s, load.tokens > load.decodes)
         self.free_at = end = begin + compute_s
         copied, use = self._copied(end, stall_s=begin - start if plan.has_work else 0.0)
-        decoded = np.full(len(decoding), DUMMY_TOKEN)
+        decoded = self._sampled[plan.decodes.slots]
         result = StepResult(plan.step, tokens, elapsed=end - start, copied=copied, link=use, decoded=decoded)
         self._done.append((result, SimStep(load, compute_s, end)))
 

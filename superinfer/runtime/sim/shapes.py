@@ -95,14 +95,21 @@ def shape_of(model: str) -> ModelShape:
     """
     if model in SHAPES:
         return SHAPES[model]
+    choose = f"give --model one of {', '.join(SHAPES)}, embedded, or the folder of a checkpoint"
+    if not model:  # as a path it would be the working directory
+        raise InvalidRequestError(f"model={model!r} names no model; {choose}")
     folder = _embedded_path() if model == "embedded" else Path(model)
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise InvalidRequestError(f"model {model!r} has no shape here, and is no folder; {choose}")
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise InvalidRequestError(
-            f"model {model!r} has no shape here ({error}); choose one of {', '.join(SHAPES)}, embedded, "
-            "or the folder of a checkpoint"
-        ) from None
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise InvalidRequestError(f"model {model!r}: {path} cannot be read ({error.strerror}); {choose}") from None
+    except ValueError as error:
+        raise InvalidRequestError(f"model {model!r}: {path} is no JSON ({error}); {choose}") from None
+    if not isinstance(config, dict):
+        raise InvalidRequestError(f"model {model!r}: {path} is no JSON object; {choose}")
     return _from_config(model, config)
 
 

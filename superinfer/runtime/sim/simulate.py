@@ -143,7 +143,7 @@ def simulate(
     link = _link(profile, tier.block_bytes) if tier else None
     executor = SimExecutor(
         rates, limits, depth=config.depth, tier=tier, link=link, paces=config.paces, quirks=config.quirks,
-        spread=config.spread, seed=config.spread_seed,
+        spread=config.spread, seed=config.spread_seed, answers=[job.answer for job in jobs],
     )  # fmt: skip
     run = _Run(scheduler, executor, StepCost(rates), config, on_end)
     with spared_collector():  # as in the engine
@@ -303,6 +303,7 @@ class _Run:
             max_tokens=job.output_length,
             sampling=IGNORE_EOS,
             slo=job.slo,
+            seed=number,
         )
         self._scheduler.add(sequence)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ class Job(NamedTuple):
     """One request. at: seconds after the start. Lengths in tokens.
 
     blocks: one id for each `block` tokens of the prompt; prompts share the prefix over which their ids are equal.
+    answer: the id of every token that it is answered with. filled: what blocks hold whose tokens are not all their id.
     """
 
     at: float
@@ -30,12 +32,15 @@ class Job(NamedTuple):
     blocks: tuple[int, ...]
     block: int
     slo: SLO | None = None
+    answer: int = 0
+    filled: Mapping[int, Iterable[int]] | None = None
 
     def prompt(self) -> list[int]:
-        """Token ids: every token of a block is the block's id, so equal ids are equal tokens."""
+        """Token ids: every token of a block is the block's id unless it is `filled`, so equal ids are equal tokens."""
         tokens: list[int] = []
+        filled = self.filled or {}
         for id in self.blocks:
-            tokens += [id] * self.block
+            tokens += filled.get(id) or [id] * self.block
         return tokens[: self.prompt_length]
 
 
@@ -74,6 +79,7 @@ def make_jobs(
     trace: Path | None = None,
     arrivals: str = "poisson",
     slos: Sequence[tuple[float, SLO]] = (),
+    turns: bool = False,
 ) -> list[Job]:
     """Jobs of `duration` seconds at `rate` a second, in order of arrival. The same seed gives the same jobs.
 
@@ -81,9 +87,12 @@ def make_jobs(
         trace without order; Mooncake's keep theirs, from a random point on, as its prompts share prefixes.
     arrivals: "poisson", or "trace": the trace's own times, stretched to the rate, from a random point on.
     slos: (share, SLO) of classes that each job is drawn into; shares need not sum to 1. Empty: no SLO.
+    turns: prompts have the answers in them that they follow, as `as_turns` says; "mooncake" only.
 
     Raises InvalidRequestError for an unknown workload, a missing or malformed trace, a rate or duration not above 0.
     """
+    if turns and workload != "mooncake":
+        raise InvalidRequestError(f"--turns: prompts of workload {workload!r} follow no answers; those of mooncake do")
     if not (math.isfinite(rate) and rate > 0 and math.isfinite(duration) and duration > 0):
         raise InvalidRequestError(f"rate={rate} and duration={duration} must be finite and above 0")
     if arrivals not in ("poisson", "trace"):
@@ -102,7 +111,42 @@ def make_jobs(
         # Ids of single-block prompts are negative: they share with nothing, least of all with a trace's own ids.
         blocks, block = (shape.blocks, MOONCAKE_BLOCK) if shape.blocks else ((-1 - number,), shape.prompt_length)
         jobs.append(Job(float(at), shape.prompt_length, shape.output_length, blocks, block, slo))
-    return jobs
+    return as_turns(jobs) if turns else jobs
+
+
+def as_turns(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs, given in order of arrival, with answers of their own; where one is the next turn of another, its prompt
+    has that one's whole prompt and answer in it.
+
+    A trace tells of whole blocks only: not whether what stands behind the last one of a prompt, and the answer, are in
+    a later prompt that begins with the same blocks. They are taken to be, if these are two at least (the first of
+    Mooncake's is the same in most prompts) and half of the later one. What a block holds is settled by the first prompt
+    that has it: equal ids stay equal tokens.
+    """
+    asked: dict[int, Job] = {}  # the last that arrived, by the last whole block of its prompt
+    filled: dict[int, array[int]] = {}
+    settled: set[int] = set()
+    found = []
+    for number, job in enumerate(jobs):
+        job = job._replace(answer=-1 - number, filled=filled)
+        size, known = job.block, array("i", _before(job, asked))
+        for at, id in enumerate(job.blocks):
+            if id not in settled and (part := known[at * size : (at + 1) * size]):
+                filled[id] = part + array("i", [id]) * (size - len(part))
+        settled.update(job.blocks)
+        if job.prompt_length >= size:
+            asked[job.blocks[job.prompt_length // size - 1]] = job
+        found.append(job)
+    return found
+
+
+def _before(job: Job, asked: Mapping[int, Job]) -> list[int]:
+    """Prompt and answer of the turn before; nothing where it is a first one."""
+    for whole in range(job.prompt_length // job.block, max(2, math.ceil(len(job.blocks) / 2)) - 1, -1):
+        last = asked.get(job.blocks[whole - 1])
+        if last is not None and last.prompt_length + last.output_length <= job.prompt_length:
+            return last.prompt() + [last.answer] * last.output_length
+    return []
 
 
 def _shapes(workload: str, trace: Path | None, rng: np.random.Generator, count: int) -> list[_Shape]:

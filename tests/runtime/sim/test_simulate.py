@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from superinfer.embedded import model_path
 from superinfer.errors import InvalidRequestError, UnsupportedError
 from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
 from superinfer.runtime.kv.copies import BlockCopy
@@ -26,7 +27,7 @@ from superinfer.runtime.sim.report import Point, plot
 from superinfer.runtime.sim.result import Passed
 from superinfer.runtime.sim.shapes import SHAPES, shape_of
 from superinfer.runtime.sim.simulate import HostTimes, SimConfig, kv_room, simulate
-from superinfer.runtime.sim.workload import Job, lognormal, make_jobs
+from superinfer.runtime.sim.workload import Job, as_turns, lognormal, make_jobs
 from superinfer.runtime.slo import SLO
 
 H100, LLAMA = profile_of("h100-pcie5"), shape_of("llama-3-8b")
@@ -303,6 +304,39 @@ def test_shared_prompts_are_computed_once():
     assert result.cached == pytest.approx(2 / 3, abs=0.01)
 
 
+def conversation() -> list[Job]:
+    """Two turns, and a third who begins like the first: blocks of 512, of which prompts share those that are whole."""
+    return [
+        Job(0.0, 1100, 110, (1, 2, 3), 512),
+        Job(60.0, 1800, 7, (1, 2, 4, 5), 512),
+        Job(120.0, 1600, 7, (1, 2, 4, 6), 512),
+    ]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "rota"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_next_turn_finds_the_prompt_and_the_answer_before_it(policy, depth):
+    cached = []
+    for jobs in (conversation(), as_turns(conversation())):
+        ended = []
+        simulate(jobs, H100, LLAMA, SimConfig(policy=policy, depth=depth), ended.append)
+        cached.append([sequence.cached for sequence in ended])
+        assert all(list(s.tokens[: s.num_prompt]) == jobs[s.id].prompt() for s in ended)
+    # Of the first turn 1100 + 110 tokens; the last one's KV was never needed. The third shares blocks 1, 2 and 4.
+    assert cached == [[0, 1024, 1536], [0, 1209 // 16 * 16, 1536]]
+
+
+def test_an_answer_is_found_again_after_its_turn_was_preempted():
+    """In a pool for one of them at a time, the later one's prompt and answer are computed twice."""
+    jobs = as_turns([*conversation()[:1], Job(0.001, 1100, 110, (7, 8, 9), 512), Job(60.0, 1800, 7, (7, 8, 4, 5), 512)])
+    ended = {}
+    result = simulate(
+        jobs, H100, LLAMA, SimConfig(kv_tokens=2352), lambda sequence: ended.update({sequence.id: sequence})
+    )
+    assert result.preemptions == 1 and ended[1].preemptions == 1
+    assert ended[2].cached == 1209 // 16 * 16
+
+
 def test_what_is_longer_than_the_engine_takes_is_refused_and_the_rest_runs():
     result = simulate([job(0.0, 5000, 10), job(0.0, 100, 10, 1)], H100, LLAMA, SimConfig(kv_tokens=4096))
     assert (result.requests, result.refused) == (1, 1)
@@ -336,6 +370,29 @@ def test_a_checkpoints_folder_is_a_shape_too(tmp_path):
         shape_of(str(tmp_path))
     with pytest.raises(InvalidRequestError, match="'gpt-9' has no shape"):
         shape_of("gpt-9")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read .No such file"),
+        (b"{", "is no JSON "),
+        (b"\xff\xfe", "is no JSON "),
+        (b"[]", "no JSON object"),
+    ],
+)
+def test_a_folder_without_a_config_that_can_be_read_says_so(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InvalidRequestError, match=f"model '{tmp_path}': {tmp_path}/config.json.*{message}"):
+        shape_of(str(tmp_path))
+
+
+def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text((model_path() / "config.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    assert main([*SMALL, "--model", ""]) == 2
+    assert "model='' names no model" in capsys.readouterr().err
 
 
 def test_every_profile_names_its_sources_and_no_share_exceeds_its_peak():
@@ -387,6 +444,9 @@ def test_json_on_stdout_is_all_there_is(capsys):
         (["--slo", "speed=1"], "'speed=1' must be one of"),
         (["--slo", "ttft=-1"], "ttft=-1.0 must be"),
         (["--model", "mixtral-8x7b"], "weights, too much"),
+        (["--turns"], "--turns: prompts of workload 'lmsys' follow no answers"),
+        (["--model", ""], "model='' names no model; give --model one of llama-3-8b, "),
+        (["--model", "gpt-9"], "model 'gpt-9' has no shape here, and is no folder; give --model one of llama-3-8b, "),
     ],
 )
 def test_wrong_input_is_said_in_one_line(arguments, message, capsys):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from superinfer.errors import InvalidRequestError
-from superinfer.runtime.sim.workload import MOONCAKE_BLOCK, PUBLISHED, make_jobs
+from superinfer.runtime.sim.workload import MOONCAKE_BLOCK, PUBLISHED, Job, as_turns, make_jobs
 from superinfer.runtime.slo import SLO
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -75,6 +75,54 @@ def test_mooncake_prompts_share_exactly_the_blocks_whose_ids_are_equal(mooncake)
     assert by_length[1500][:1000] == by_length[1000]
     assert by_length[600][:MOONCAKE_BLOCK] == by_length[1000][:MOONCAKE_BLOCK]
     assert by_length[600][MOONCAKE_BLOCK] != by_length[1000][MOONCAKE_BLOCK]
+
+
+def test_a_next_turn_has_the_prompt_and_the_answer_before_it_in_its_own():
+    first, second, short, again = as_turns(
+        [
+            Job(0.0, 1100, 110, (1, 2, 3), 512),
+            Job(1.0, 1800, 7, (1, 2, 4, 5), 512),
+            Job(2.0, 1150, 7, (1, 2, 9), 512),  # too short to have that answer in it
+            Job(3.0, 2700, 7, (1, 2, 4, 5, 6, 7), 512),
+        ]
+    )
+    prompt = second.prompt()
+    assert prompt == first.prompt() + [first.answer] * 110 + [4] * (1536 - 1210) + [5] * (1800 - 1536)
+    assert short.prompt() == [1] * 512 + [2] * 512 + [9] * 126
+    assert again.prompt()[:1800] == prompt
+    answers = {job.answer for job in (first, second, short, again)}
+    assert len(answers) == 4 and not answers & set(range(10))
+
+
+def test_prompts_that_begin_alike_are_not_turns_unless_half_of_them_and_two_blocks_are_the_same():
+    jobs = [
+        Job(0.0, 600, 10, (1, 2), 512),
+        Job(1.0, 1100, 10, (1, 3, 4), 512),  # one block
+        Job(2.0, 2700, 10, (1, 3, 5, 6, 7, 8), 512),  # two of six
+        Job(3.0, 2000, 10, (1, 3, 9, 10), 512),  # two of four
+    ]
+    turned = as_turns(jobs)
+    assert [job.prompt() == turn.prompt() for job, turn in zip(jobs, turned, strict=True)] == [True, True, True, False]
+    assert turned[3].prompt()[1024:1110] == [4] * 76 + [turned[1].answer] * 10
+
+
+def test_what_a_block_holds_is_settled_by_the_first_prompt_that_has_it():
+    jobs = [
+        Job(0.0, 1100, 10, (1, 2, 3), 512),
+        Job(1.0, 1600, 10, (1, 2, 4, 5), 512),
+        Job(2.0, 1200, 10, (1, 2, 6), 512),  # behind the same blocks something else
+        Job(3.0, 1600, 10, (1, 2, 4, 7), 512),
+    ]
+    _, second, _, last = as_turns(jobs)
+    assert last.prompt()[:1536] == second.prompt()[:1536]
+
+
+def test_turns_of_a_trace_share_as_much_as_its_ids_say_and_answers_beside(mooncake):
+    arguments = {"rate": 10, "duration": 5, "seed": 0, "trace": mooncake}
+    plain, turns = make_jobs("mooncake", **arguments), make_jobs("mooncake", **arguments, turns=True)
+    assert [job._replace(answer=0, filled=None) for job in turns] == plain
+    with pytest.raises(InvalidRequestError, match="workload 'lmsys' follow no answers"):
+        make_jobs("lmsys", rate=1, duration=1, seed=0, turns=True)
 
 
 def test_a_traces_own_times_are_stretched_to_the_rate(mooncake):
