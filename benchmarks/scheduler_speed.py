@@ -5,7 +5,8 @@ or, where it is patient, never; tokens are published to four clients, up to the 
 simulator, with about 4,000 and 16,000 requests live. CPU time of the thread, as other processes of the machine are no
 part of it; a busy machine still makes it longer, so a loop of fixed work is timed beside it (`unit_ms`: 1,500
 additions). Garbage is collected as in a serving engine (runtime/collector.py). `looks`: the slices of RotaSched's look
-at everybody (runtime/scheduler/standing.py), one by one, in the same steps.
+at everybody (runtime/scheduler/standing.py), one by one, in the same steps. With --pause-ms each step waits as an
+engine does for its device, so that the caches are as cold as there; without it they are warm.
 """
 
 from __future__ import annotations
@@ -105,7 +106,14 @@ class NoDoor:
 
 
 def step_times(
-    policy: str, resident: int, waiting: int, steps: int, blocked: bool, dram: bool, patient: bool = False
+    policy: str,
+    resident: int,
+    waiting: int,
+    steps: int,
+    blocked: bool,
+    dram: bool,
+    patient: bool = False,
+    pause_s: float = 0.0,
 ) -> dict[str, float]:
     """Milliseconds of steps in which all residents decode.
 
@@ -113,6 +121,8 @@ def step_times(
     blocked: slots are free but no block is, so that every step looks at the queue in vain (blocks are large enough for
     a whole sequence then); otherwise all slots are taken.
     patient: all that wait may still be kept, in every step.
+    pause_s: slept, untimed, between a plan and its commit, where an engine waits for its device: the CPU's caches are
+    cold then.
     """
     page = 1024 if blocked else 16
     rng = random.Random(0)
@@ -136,6 +146,8 @@ def step_times(
         copied, decoded = [copy.id for copy in plan.copies], np.full(len(plan.decodes), 5)
         result = StepResult(plan.step, tokens, elapsed=STEP_S, copied=copied, decoded=decoded)
         now += STEP_S
+        if pause_s:
+            time.sleep(pause_s)
         begun = time.thread_time()
         updates = scheduler.commit(result, now)
         committed = time.thread_time()
@@ -212,20 +224,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=480)
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument("--name", default="scheduler-speed")
+    parser.add_argument("--waiting", type=int, nargs="+", help="only the cases in which so many wait")
+    parser.add_argument("--pause-ms", type=float, default=0.0, help="slept in each step: the device's time")
     parser.add_argument("--live", type=int, nargs="*", default=[4000, 16_000])
     arguments = parser.parse_args()
-    policies = arguments.policies.split(",")
+    policies, pause_s = arguments.policies.split(","), arguments.pause_ms * 1e-3
+    cases = [case for case in CASES if arguments.waiting is None or case[0] in arguments.waiting]
+    if arguments.waiting is not None and set(arguments.waiting) - {case[0] for case in cases}:
+        parser.error(f"--waiting: there are cases of {sorted({case[0] for case in CASES})} only")
     resident = 256
     steps: list[dict[str, Any]] = []
     spare_the_collector()
     for policy in policies:
-        for waiting, blocked, dram, patient in CASES:
-            times = step_times(policy, resident, waiting, arguments.steps, blocked, dram, patient)
+        for waiting, blocked, dram, patient in cases:
+            times = step_times(policy, resident, waiting, arguments.steps, blocked, dram, patient, pause_s)
             case = {"resident": resident, "waiting": waiting, "blocked": blocked, "dram": dram, "patient": patient}
             steps.append({"policy": policy} | case | times)
             if policy == "rota":  # anew: a clock in every slice is no part of the times above
                 with LookTimes() as looks:
-                    step_times(policy, resident, waiting, arguments.steps, blocked, dram, patient)
+                    step_times(policy, resident, waiting, arguments.steps, blocked, dram, patient, pause_s)
                 steps[-1]["looks"] = looks.medians(len(looks.took["residents"]))
             print(
                 f"{policy:9} {resident} resident, {waiting:6,} waiting for {'blocks' if blocked else 'slots '}"
@@ -249,11 +266,13 @@ def main() -> None:
                 flush=True,
             )
     live_list = " ".join(map(str, arguments.live))
+    flags = f" --waiting {' '.join(map(str, arguments.waiting))}" if arguments.waiting is not None else ""
+    flags += f" --pause-ms {arguments.pause_ms:g}" if pause_s else ""
     out = write(
         arguments.name,
         f"python benchmarks/scheduler_speed.py --name {arguments.name} --steps {arguments.steps} "
-        f"--policies {','.join(policies)} --live {live_list}",
-        {"load_average": os.getloadavg()[0], "steps": steps, "simulator": simulated},
+        f"--policies {','.join(policies)} --live {live_list}{flags}",
+        {"pause_ms": arguments.pause_ms, "load_average": os.getloadavg()[0], "steps": steps, "simulator": simulated},
     )
     print(f"written to {out}")
 
