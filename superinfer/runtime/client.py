@@ -95,6 +95,8 @@ class AsyncEngineClient:
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._tokens = itertools.count(1)
         self._dead: Exception | None = None
+        self._is_lost = False  # dead by a broken link alone: the engine may answer again
+        self._name = ""
         self._closed = False
         self._loop = asyncio.get_running_loop()
         self._welcome: asyncio.Future[protocol.ToClient] = self._loop.create_future()
@@ -118,7 +120,8 @@ class AsyncEngineClient:
                     f"engine address {address!r} is not usable ({error}); use ipc://PATH or tcp://HOST:PORT"
                 ) from error
             client._loop.add_reader(client._fd, client._receive)
-            await client._send(Hello(version=PROTOCOL_VERSION, client=name or f"pid {os.getpid()}"))
+            client._name = name or f"pid {os.getpid()}"
+            client._say_hello()
             try:
                 answer = await asyncio.wait_for(client._welcome, timeout)
             except TimeoutError:
@@ -254,7 +257,7 @@ class AsyncEngineClient:
         """Disconnect. Waiting calls raise RequestCancelledError(reason); the engine cancels their requests."""
         if self._closed:
             return
-        self._closed = True
+        self._closed, linger = True, 0 if self._is_lost else None
         for request_id in self._streams:
             self._send_soon(Cancel(request_id=request_id))
         self._fail(RequestCancelledError(reason))
@@ -264,7 +267,7 @@ class AsyncEngineClient:
         self._loop.remove_reader(self._fd)
         self._socket.disable_monitor()
         self._monitor.close(0)
-        self._socket.close()
+        self._socket.close(linger)
         self._context.term()
 
     async def __aenter__(self) -> AsyncEngineClient:
@@ -275,10 +278,15 @@ class AsyncEngineClient:
 
     @property
     def alive(self) -> bool:
-        """False once the link is closed or the engine is known to be dead."""
+        """False once the link is closed or the engine is known to be dead, and while a broken link is not back."""
         return self._dead is None
 
     # ------------------------------------------------------------------ link
+
+    def _say_hello(self) -> None:
+        """Without waiting: it is sent as soon as there is a link."""
+        self._socket.send(protocol.encode(Hello(version=PROTOCOL_VERSION, client=self._name)), zmq.NOBLOCK)
+        self._receive_soon()
 
     async def _send(self, message: protocol.Message) -> None:
         if self._dead is not None:
@@ -342,6 +350,11 @@ class AsyncEngineClient:
         match message:
             case _ if not self._welcome.done():
                 self._welcome.set_result(message)
+            case Welcome(info=info):
+                if self._is_lost and info.pid == self.info.pid:  # the same engine, which has given our requests up
+                    self._is_lost, self._dead = False, None
+            case _ if self._is_lost:
+                pass  # about what was under way when the link broke
             case Deltas(deltas=deltas):
                 for delta in deltas:
                     stream = self._streams.get(delta.request_id)
@@ -363,19 +376,27 @@ class AsyncEngineClient:
                 raise ProtocolError(f"unexpected {type(message).__name__}")
 
     async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
-        """Until the engine is gone. The monitor stays open: libzmq waits for ever to tell something to a closed one."""
+        """Until this is cancelled. The monitor stays open: libzmq waits for ever to tell something to a closed one.
+
+        A link breaks when the engine dies, when it is frozen, and when this process itself has stood still: libzmq
+        finds then that it has heard nothing for too long before it looks at what has come. So the engine is asked
+        again, over the link that libzmq makes anew as soon as it can.
+        """
         while True:
             event = parse_monitor_message(await monitor.recv_multipart())
             if event["event"] == zmq.EVENT_DISCONNECTED:
                 # What the engine said before it went (a Stopping with its reason) may still be on its way.
                 await asyncio.sleep(0.02)
-                self._fail(
-                    EngineDeadError(
-                        f"engine at {self.address} (pid {self.info.pid}) died or its link broke; "
-                        "unfinished requests are lost: restart the engine and connect again"
+                if self._dead is None:
+                    self._fail(
+                        EngineDeadError(
+                            f"engine at {self.address} (pid {self.info.pid}) died or its link broke; unfinished "
+                            "requests are lost: unless it answers again by itself, restart it and connect again"
+                        )
                     )
-                )
-                return
+                    self._is_lost = True
+                if self._is_lost:
+                    self._say_hello()
 
     def _fail(self, error: Exception) -> None:
         """The link is of no further use: everyone who waits, and everyone who calls later, gets `error`."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -74,6 +75,13 @@ def wait_until_idle(client: EngineClient, seconds: float = 30.0) -> None:
 def wait_until_busy(client: EngineClient) -> None:
     deadline = time.monotonic() + 30
     while not client.health().running:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def wait_until_alive(client: EngineClient, alive: bool) -> None:
+    deadline = time.monotonic() + 30
+    while client.alive is not alive:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -572,3 +580,85 @@ def test_a_client_whose_engine_goes_while_it_is_closed_lets_go(own_engine):
     arguments = [sys.executable, "-c", ENGINE_GOES_AS_ITS_CLIENT_IS_CLOSED, own_engine.address, str(own_engine.pid)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
     assert done.stdout == "closed\n", done.stderr
+
+
+class Relay:
+    """Passes TCP connections on to an engine, until they are cut."""
+
+    def __init__(self, engine: str) -> None:
+        host, port = engine.removeprefix("tcp://").split(":")
+        self._engine = (host, int(port))
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self._listening.getsockname()[1]}"
+        self._ends: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client, _ = self._listening.accept()
+                engine = socket.create_connection(self._engine)
+                self._ends += [client, engine]
+                for pair in ((client, engine), (engine, client)):
+                    threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # cut
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+
+    def cut(self) -> None:
+        """End all connections; new ones may be made."""
+        while self._ends:
+            end = self._ends.pop()
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def close(self) -> None:
+        self._listening.close()
+        self.cut()
+
+
+def test_a_link_that_broke_is_made_anew_and_what_was_under_way_is_lost(random_llama):
+    """So it is for a client that has stood still: its own socket then takes the link for broken."""
+    config = EngineConfig(model=str(random_llama), kv_tokens=4096, address="tcp://127.0.0.1:0")
+    with (
+        launch_engine(config) as engine,
+        contextlib.closing(Relay(engine.address)) as relay,
+        EngineClient(relay.address) as client,
+    ):
+        for _ in range(2):
+            under_way = client.generate(request([1, 2], LONG))
+            next(under_way)
+            relay.cut()
+            with pytest.raises(EngineDeadError, match="its link broke"):
+                list(under_way)
+            wait_until_alive(client, True)
+            assert len(tokens(client, request([1, 2]))) == 12
+        wait_until_idle(client)  # the engine has given up what nobody waits for
+
+
+def test_another_engine_at_the_same_address_is_not_taken_for_the_one_before(random_llama, tmp_path):
+    config = EngineConfig(model=str(random_llama), kv_tokens=4096, address=f"ipc://{tmp_path}/engine.sock")
+    with launch_engine(config) as engine:
+        client = EngineClient(engine.address)
+        os.kill(engine.pid, signal.SIGKILL)
+        wait_until_alive(client, False)
+    with launch_engine(config) as engine, EngineClient(engine.address) as other:
+        assert other.health().status == "ok"
+        time.sleep(0.5)  # the first client's socket has found the new engine by now
+        with pytest.raises(EngineDeadError):
+            client.health()
+    client.close()
+
+
+def test_a_frozen_engine_that_goes_on_is_found_again(own_engine):
+    with EngineClient(own_engine.address) as client:
+        os.kill(own_engine.pid, signal.SIGSTOP)
+        wait_until_alive(client, False)
+        with pytest.raises(EngineDeadError):
+            client.health()
+        os.kill(own_engine.pid, signal.SIGCONT)
+        wait_until_alive(client, True)
+        assert client.health().status == "ok" and len(tokens(client, request([1, 2]))) == 12
