@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
 )
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")  # a session's would be for the other folders' tests, too
 def patient_links() -> Iterator[None]:
     """Clients of this process take an engine to be frozen after a minute: a machine may stand still for a second. How
     soon they are to notice it, and that they do, is for tests/runtime/test_client.py."""
