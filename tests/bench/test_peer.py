@@ -107,6 +107,7 @@ def test_several_clients_begin_together_and_their_samples_keep_the_jobs_order():
     assert outcome.window_tokens == sum(job.output_length for job in jobs)
 
 
+@pytest.mark.slow
 def test_what_is_not_finished_when_the_drain_is_over_has_failed():
     from clients import Clients, Work
 

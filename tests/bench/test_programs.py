@@ -119,6 +119,7 @@ def test_over_http_our_arm_runs_every_shape(bench: Bench, url: str, tmp_path: Pa
     assert json.loads(path.read_text())["arms"]["ours"]["runs"]["select"]["1"][0]["calls"] == 6
 
 
+@pytest.mark.slow
 def test_an_engine_started_here_gets_lengths_that_fit_its_context(bench: Bench, tmp_path: Path):
     out = tmp_path / "found.json"
     some = ("--shapes", "react,select", "--at-once", "1", "--rounds", "1")
