@@ -41,7 +41,8 @@ def _speed(gpu: str) -> str:
     ):
         for mine, theirs in zip(*(each[key] for each in of[phase].found), strict=True):
             rows.append(_row(label.format(**mine), mine[number], theirs[number], digits))
-    for mine, theirs in [of["offline"].found] if of["offline"].found else ():
+    if of["offline"].found:
+        mine, theirs = of["offline"].found
         name = f"offline, {mine['requests']:,} mixed requests, output tokens/s"
         rows.append(_row(name, mine["output_tokens_per_s"], theirs["output_tokens_per_s"], 0))
     for mine, theirs in zip(*(each["runs"] for each in of["online"].found), strict=False):

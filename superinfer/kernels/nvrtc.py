@@ -12,8 +12,6 @@ import torch
 from cuda.bindings import driver, nvrtc
 
 FOLDER = Path(__file__).parent
-SHARED_BYTES = 227 << 10  # of a multiprocessor that one program may have
-RESERVED_BYTES = 1 << 10  # of a multiprocessor's, by the driver for each program
 ARCHITECTURE = "sm_90a"
 
 

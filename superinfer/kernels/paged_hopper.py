@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from superinfer.kernels.nvrtc import RESERVED_BYTES, SHARED_BYTES, Arguments, CudaKernel
+from superinfer.kernels.hopper import RESERVED_BYTES, SHARED_BYTES
+from superinfer.kernels.nvrtc import Arguments, CudaKernel
 from superinfer.kernels.paged import PagedBatch
 
 TILE = 16  # tokens; pages are multiples

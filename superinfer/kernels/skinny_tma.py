@@ -17,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from superinfer.kernels.hopper import RESERVED_BYTES, SHARED_BYTES
+
 MOST_ROWS = 64
 MOST_ROWS_BEFORE_TRITON = 32  # above, what `skinny` takes is as quick or quicker by it
 MOST_WARPS, LEAST_WARPS = 8, 4  # that compute
@@ -25,8 +27,6 @@ LEAST_STAGES = 4  # where a stage is two boxes
 MOST_PARTS = 8  # of the depth: more are more sums to add up, fewer more reads of x
 BEST_SHARE = 7  # tiles of a program: 6 for qkv and 8 for o and down of Llama-3-8B are the quickest (h200-skinny.json)
 EVEN = 1.1  # how much more than its share the busiest multiprocessor may have
-SHARED_BYTES = 227 << 10  # of a multiprocessor that one program may have (nvrtc.py)
-RESERVED_BYTES = 1 << 10  # of a multiprocessor's, by the driver for each program (nvrtc.py)
 MOST_TOGETHER = 2  # programs on one multiprocessor, where one cannot have its whole share
 MOST_ROWS_TOGETHER = 32  # above, two have not enough registers
 _BARRIERS = 16  # bytes for each stage

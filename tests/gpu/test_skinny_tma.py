@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from superinfer.kernels.hopper import SHARED_BYTES
+
 CUDA = torch.device("cuda")
 SHAPES = [(6144, 4096), (4096, 4096), (4096, 14336), (7168, 5120), (5120, 27648), (3072, 2048)]
 GATED = [(28672, 4096), (16384, 2048), (55296, 5120)]
@@ -84,7 +86,7 @@ def test_any_cut_of_any_rows(rows, cut):
 
     x, weight = operands(rows, 2064, 3072)
     cut = skinny_tma.Cut(*cut)
-    if cut.shared_bytes(rows) > skinny_tma.SHARED_BYTES:
+    if cut.shared_bytes(rows) > SHARED_BYTES:
         cut = cut.with_most_stages(rows)
     poison(cut.parts, rows, 2064, dtype=torch.float32)
     found = skinny_tma.run(x, weight, cut)

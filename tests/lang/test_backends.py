@@ -29,7 +29,7 @@ def chat(s, question, **arguments):
 # ------------------------------------------------------------------------------------------------ our own server
 
 
-# `superinfer serve` with a patient link, as `patient_links` says: a server takes an engine for dead for good.
+# `superinfer serve` with a patient link, as `patient_links` says: requests under way are lost with a link.
 SERVE = (
     "import sys; from superinfer.runtime import client; from superinfer.cli import main; "
     "client.HEARTBEAT_TIMEOUT_MS = 60_000; main(['serve', *sys.argv[1:]])"

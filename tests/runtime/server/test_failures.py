@@ -138,6 +138,19 @@ def test_a_frozen_engine_is_unhealthy_within_two_seconds(own_served: Any, own_en
             os.kill(own_engine.pid, signal.SIGCONT)
 
 
+def test_a_frozen_engine_that_goes_on_is_served_again(own_served: Any, own_engine: EngineProcess) -> None:
+    """After its link has been given up, too."""
+    with own_served.http() as http, own_served.openai() as client:
+        os.kill(own_engine.pid, signal.SIGSTOP)
+        try:
+            assert until(lambda: http.get("/health").json().get("error", {}).get("code") == "engine_dead")
+        finally:
+            os.kill(own_engine.pid, signal.SIGCONT)
+        assert until(lambda: http.get("/health").status_code == 200)
+        asked = LONG | {"max_tokens": 5}
+        assert client.chat.completions.create(**asked).choices[0].finish_reason == "length"
+
+
 def test_a_killed_engine_ends_streams_and_gives_503(own_served: Any, own_engine: EngineProcess) -> None:
     with own_served.openai() as client, own_served.http() as http:
         stream = client.chat.completions.create(**LONG, n=MANY, stream=True)
