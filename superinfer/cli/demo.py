@@ -32,7 +32,7 @@ from superinfer.cli.overload import (
     run_policy,
 )
 from superinfer.cli.overload_picture import save_picture
-from superinfer.cli.overload_view import OverloadView, explain, results
+from superinfer.cli.overload_view import OverloadView, explain, results, speed_changes
 from superinfer.errors import InvalidRequestError, SuperinferError
 from superinfer.lang.backend import RuntimeEndpoint
 from superinfer.lang.report import CallReport, SLOReport
@@ -119,6 +119,8 @@ def show_overload(console: Console, config: EngineConfig, speed: Speed, info: Mo
     console.print(f"\n[bold]An overload, twice[/bold] [dim]({explain(overload)})[/dim]")
     runs = [_overloaded(console, config, overload, policy) for policy in (BASELINE, options.policy)]
     console.print(results(runs))
+    if warning := speed_changes(overload, runs):
+        console.print(f"[yellow]{warning}[/yellow]")
     path = save_picture(options.picture, overload, runs)
     console.print("Every request of both runs, as a picture:", str(path.absolute()), soft_wrap=True)
 

@@ -41,10 +41,11 @@ MEASURED_PROMPT, MEASURED_OUTPUT = 96, 32  # tokens of the requests that the spe
 
 @dataclass(frozen=True)
 class Speed:
-    """What this machine takes, seconds: for a prompt token, and for a decode step of RESIDENT requests."""
+    """What this machine takes, seconds: for a prompt token, and for a decode step of RESIDENT requests, and of one."""
 
     prefill_s: float
     step_s: float
+    alone_s: float
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Ask:
 @dataclass(frozen=True)
 class Overload:
     """The load, the promise, and the pools it is too much for. seconds: all its work, at this machine's speed."""
+
+    speed: Speed
 
     asks: tuple[Ask, ...]
     slo: SLO
@@ -106,12 +109,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class PolicyRun:
-    """One of the two runs. seconds: until the last token."""
+    """One of the two runs. seconds: until the last token. alone_s: as in Speed, measured after it."""
 
     policy: str
     outcomes: tuple[Outcome, ...]
     seconds: float
     rotations: int
+    alone_s: float
 
     @property
     def ttft_kept(self) -> float:
@@ -144,9 +148,16 @@ async def measure_speed(address: str) -> tuple[Speed, ModelInfo]:
         prefill_s = (first - began) / MEASURED_PROMPT
         prompts = [_prompt(rng, MEASURED_PROMPT, vocab) for _ in range(RESIDENT)]
         arrivals = await asyncio.gather(*[_times(client, prompt, MEASURED_OUTPUT) for prompt in prompts])
+        alone_s = await _alone(client)
     begin = max(times[0] for times in arrivals)
     gaps = [b - a for times in arrivals for a, b in itertools.pairwise(times) if a >= begin]
-    return Speed(prefill_s, statistics.median(gaps)), client.info
+    return Speed(prefill_s, statistics.median(gaps), alone_s), client.info
+
+
+async def _alone(client: AsyncEngineClient) -> float:
+    """Seconds of a decode step of one request, while the engine has no other."""
+    times = await _times(client, _prompt(random.Random(SEED + 2), 16, client.info.vocab_size), MEASURED_OUTPUT)
+    return statistics.median(b - a for a, b in itertools.pairwise(times))
 
 
 async def _times(client: AsyncEngineClient, prompt: list[int], output: int) -> list[float]:
@@ -173,6 +184,7 @@ def plan_overload(speed: Speed, vocab: int, *, seconds: float, page_size: int, m
     longest = max(len(ask.prompt) + ask.output for ask in asks)
     kv_tokens = max(RESIDENT * (prompt + output), longest + page_size) // page_size * page_size
     return Overload(
+        speed=speed,
         asks=asks,
         slo=SLO(ttft=ttft, tbt=(WHOLE_SHARE * whole_s - ttft) / output),
         kv_tokens=kv_tokens,
@@ -202,13 +214,15 @@ def run_policy(
             trace=str(trace),
         )
         with launch_engine(settings, on_progress=on_start) as engine:
-            outcomes, rotations = asyncio.run(_play(engine.address, overload, on_glance))
+            outcomes, rotations, alone_s = asyncio.run(_play(engine.address, overload, on_glance))
         _add_stages(outcomes, trace)
     last = max(outcome.ask.at + (outcome.timeline.last or 0.0) for outcome in outcomes)
-    return PolicyRun(policy, tuple(outcomes), last, rotations)
+    return PolicyRun(policy, tuple(outcomes), last, rotations, alone_s)
 
 
-async def _play(address: str, overload: Overload, on_glance: Callable[[Glance], None]) -> tuple[list[Outcome], int]:
+async def _play(
+    address: str, overload: Overload, on_glance: Callable[[Glance], None]
+) -> tuple[list[Outcome], int, float]:
     outcomes = [Outcome(ask, TokenTimeline(overload.slo)) for ask in overload.asks]
     async with await AsyncEngineClient.connect(address, name="demo") as client:
         await _times(client, _prompt(random.Random(SEED + 1), 16, client.info.vocab_size), 4)  # warm up
@@ -223,7 +237,8 @@ async def _play(address: str, overload: Overload, on_glance: Callable[[Glance], 
                 task.cancel()
         await asyncio.gather(*tasks)
         tiers = (await client.stats()).tiers
-    return outcomes, tiers.rotations_out if tiers is not None else 0
+        alone_s = await _alone(client)
+    return outcomes, tiers.rotations_out if tiers is not None else 0, alone_s
 
 
 async def _one(client: AsyncEngineClient, outcome: Outcome, start: float) -> None:
@@ -255,9 +270,10 @@ def _glance(outcomes: list[Outcome], stats: StatsReport, elapsed_s: float) -> Gl
 
 
 def _add_stages(outcomes: list[Outcome], trace: Path) -> None:
-    """Each request's stages as the engine drew them. Requests reach the engine in the order in which they were sent."""
+    """Each request's stages as the engine drew them. Requests reach the engine in the order in which they were sent:
+    one before these, to warm up, and one after them."""
     events = [event for event in json.loads(trace.read_text()) if event.get("cat") == "request"]
-    ids = sorted({event["id"] for event in events})[-len(outcomes) :]
+    ids = sorted({event["id"] for event in events})[1:-1]
     by_id = dict(zip(ids, outcomes, strict=True))
     first = min(event["ts"] for event in events if event["id"] in by_id)
     origin = first / 1e6 - outcomes[0].ask.at

@@ -15,6 +15,7 @@ from superinfer.cli.overload import Glance, Overload, PolicyRun
 
 LINE_EVERY_S = 2.0
 BAR = "■"
+CHANGED = 1.3  # times: a machine whose steps differ by as much is not the same one
 LANES = (("waiting", "yellow"), ("computing", "green"), ("in host memory", "blue"))
 
 
@@ -91,3 +92,15 @@ def results(runs: Sequence[PolicyRun]) -> Table:
             str(run.rotations),
         )
     return table
+
+
+def speed_changes(overload: Overload, runs: Sequence[PolicyRun]) -> str:
+    """A warning where the machine was not equally fast for both runs, else ""."""
+    took = {"before": overload.speed.alone_s} | {f"after {run.policy}": run.alone_s for run in runs}
+    if max(took.values()) < CHANGED * min(took.values()):
+        return ""
+    steps = ", ".join(f"{1e3 * seconds:.1f} ms {when}" for when, seconds in took.items())
+    return (
+        f"This machine's speed changed meanwhile: a decode step of one request took {steps}. So the figures are not of "
+        "the policies alone; run it again while nothing else runs."
+    )

@@ -11,6 +11,7 @@ import pytest
 
 from superinfer.cli.overload import REQUESTS, RESIDENT, Ask, Outcome, PolicyRun, Speed, plan_overload
 from superinfer.cli.overload_picture import BROKEN, COLOURS, KEPT, picture
+from superinfer.cli.overload_view import speed_changes
 from superinfer.runtime.slo import SLO, TokenTimeline
 
 Run = Callable[..., tuple[int, str, str]]
@@ -22,7 +23,7 @@ def plan(speed: Speed, seconds: float = 10.0, max_model_len: int = 2048):
 
 @pytest.mark.parametrize("slow", [0.2, 1.0, 8.0], ids=["fast", "as here", "slow"])
 def test_it_is_an_overload_on_any_machine(slow):
-    overload = plan(Speed(prefill_s=0.35e-3 * slow, step_s=20e-3 * slow))
+    overload = plan(Speed(prefill_s=0.35e-3 * slow, step_s=20e-3 * slow, alone_s=6e-3 * slow))
     wanted = sum(len(ask.prompt) + ask.output for ask in overload.asks)
     assert len(overload.asks) == REQUESTS
     assert wanted > 3 * overload.kv_tokens and overload.dram_tokens > wanted
@@ -32,11 +33,11 @@ def test_it_is_an_overload_on_any_machine(slow):
     last_due = overload.asks[0].at + overload.slo.ttft + overload.slo.tbt * overload.asks[0].output
     assert work == pytest.approx(overload.seconds, rel=0.1) and overload.seconds < 1.3 * last_due
     assert (overload.seconds < 12) == (slow < 8)
-    assert plan(Speed(0.35e-3 * slow, 20e-3 * slow)) == overload
+    assert plan(Speed(0.35e-3 * slow, 20e-3 * slow, 6e-3 * slow)) == overload
 
 
 def test_requests_fit_a_short_context():
-    overload = plan(Speed(1e-6, 1e-4), max_model_len=256)
+    overload = plan(Speed(1e-6, 1e-4, 1e-4), max_model_len=256)
     assert max(len(ask.prompt) + ask.output for ask in overload.asks) <= 256
 
 
@@ -57,12 +58,20 @@ def test_a_promise_is_broken_from_when_its_next_token_is_overdue():
     assert not outcome([0.5, 0.6]).broken(99.0) and outcome([0.5, 1.6]).broken(99.0)
 
 
+def test_a_machine_whose_speed_changed_is_told_of():
+    overload = plan(Speed(1e-4, 1e-2, 4e-3))
+    for after, says in ((5e-3, ""), (6e-3, "4.0 ms before, 4.0 ms after fcfs, 6.0 ms after rota")):
+        runs = [PolicyRun(policy, (), 1.0, 0, alone_s) for policy, alone_s in (("fcfs", 4e-3), ("rota", after))]
+        warning = speed_changes(overload, runs)
+        assert says in warning and bool(warning) == bool(says)
+
+
 def test_the_picture_has_every_request_stage_and_figure():
     kept, late = outcome([0.5, 0.6, 0.7]), outcome([2.5, 2.6, 2.7])
     kept.stages = [("queue", 1.0, 1.2), ("prefill", 1.2, 1.5), ("decode", 1.5, 1.7)]
     late.stages = [("queue", 1.0, 1.4), ("prefill", 1.4, 1.5), ("rotated out", 1.5, 3.2), ("decode", 3.2, 3.7)]
-    run = PolicyRun("some <policy>", (kept, late), 3.7, 1)
-    root = ET.fromstring(picture(plan(Speed(1e-4, 1e-2)), [run, run]))
+    run = PolicyRun("some <policy>", (kept, late), 3.7, 1, 4e-3)
+    root = ET.fromstring(picture(plan(Speed(1e-4, 1e-2, 4e-3)), [run, run]))
     colours = [node.get("fill") for node in root.iter() if node.tag.endswith("rect")]
     for stage in ("queue", "prefill", "decode", "rotated out"):
         expected = sum(s[0] == stage for o in (kept, late) for s in o.stages) * 2 + 1  # two panels and the legend
