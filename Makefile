@@ -1,7 +1,7 @@
-# `make demo` and `make test` each work alone on a fresh machine with Python 3.11 or 3.12, git and make.
+# `make demo` and `make test` each work alone on a fresh machine with Python 3.11, 3.12 or 3.13, git and make.
 
-PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
-	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
 # Named exactly, so that a CPU build that pip was configured to prefer is taken; any torch >=2.11,<2.14 works.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
@@ -57,7 +57,7 @@ rotation-picture: .venv/.dev
 		--title "Taking turns in HBM: embedded model, CPU body, link of 0.5 GB/s each way"
 
 .venv/bin/python:
-	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed; install one or run make PYTHON=/path/to/it"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11, 3.12 or 3.13 is needed; install one or run make PYTHON=/path/to/it"; exit 1; }
 	$(PYTHON) -m venv .venv
 
 .venv/.runtime: pyproject.toml | .venv/bin/python
