@@ -36,6 +36,10 @@ class PendingCopies:
     def __iter__(self) -> Iterator[BlockCopy]:
         return iter([copy for copy, _ in self._known.values()])
 
+    def is_clear(self) -> bool:
+        """Whether nothing is known of any copy or block: so it is once all copies are reported."""
+        return not (self._known or self._outbox or self._readers or self._spoiled or self.on_hbm or self.on_dram)
+
     @property
     def oldest(self) -> int:
         """Id of the oldest; when there is none, the id that the next one will have."""
