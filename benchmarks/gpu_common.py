@@ -1,4 +1,5 @@
-"""What the GPU scripts share: an executor of Llama-3-8B's shape with prompts in its slots, the machine's ceilings."""
+"""What the GPU scripts share: an executor of Llama-3-8B's shape with prompts in its slots, the device's clock, the
+machine's ceilings."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from superinfer.bench import engine, shapes
 from superinfer.bench.ceilings import measure_ceilings
@@ -20,6 +23,7 @@ MODEL = "Llama-3-8B shape, random weights, bfloat16"  # as results name it
 PROMPT, PAGE = 512, 16  # tokens of the prompts that `fill_slots` computes, and of a block
 ROOM = 64  # tokens that a slot has blocks for beyond its prompt
 GREEDY = SamplingParams(temperature=0)
+PRODUCTS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # [out, in]
 
 
 def gpu_executor(on_progress: Callable[[str, float], None] | None = None, **settings: Any) -> CudaExecutor:
@@ -66,6 +70,26 @@ def device_ms(executor: CudaExecutor, plans: list[StepPlan]) -> float:
         if i:
             elapsed += executor.collect().elapsed
     return (elapsed + executor.collect().elapsed) * 1e3
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    """Device time of what `work` enqueues on the current stream; waits for it."""
+    begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begun.record()
+    work()
+    ended.record()
+    ended.synchronize()
+    return begun.elapsed_time(ended)
+
+
+def milliseconds_a_call(call: Callable[[int], object], calls: int, layers: int) -> float:
+    """The same of one call of call(layer), over `calls` of them in a row, the layers by turns."""
+
+    def every() -> None:
+        for number in range(calls):
+            call(number % layers)
+
+    return milliseconds(every) / calls
 
 
 def ceilings() -> dict[str, float]:
