@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from gpu_common import milliseconds
 from record import write
 
 from superinfer.kernels import fused
@@ -50,14 +51,7 @@ def timed(step: Callable[[], None], replays: int = 7) -> float:
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         step()
-    taken = []
-    for _ in range(replays + 2):
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begun.record()
-        graph.replay()
-        ended.record()
-        ended.synchronize()
-        taken.append(begun.elapsed_time(ended) * 1e3 / LAYERS)
+    taken = [milliseconds(graph.replay) * 1e3 / LAYERS for _ in range(replays + 2)]
     return statistics.median(taken[2:])
 
 

@@ -8,24 +8,16 @@ median of five times 20 steps.
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
-import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu_common import model_folder, random_prompt
-from gpu_profile import GREEDY, PAGE, PROMPT, run
+from gpu_common import MODEL, PROMPT, ROOM, decode_plan, device_ms, fill_slots, gpu_executor
 from record import write
 
 from superinfer.kernels import fused, launch, skinny, skinny_tma
 from superinfer.kernels.paged import Choice, choose_attention
-from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine import cuda_build
-from superinfer.runtime.engine.cuda_executor import CudaExecutor
-from superinfer.runtime.engine.model_executor import build_executor
-from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -65,30 +57,16 @@ def settle(variant: Variant) -> None:
     fused.overlap = skinny.overlap = overlap  # type: ignore[attr-defined]
 
 
-def measure(folder: str) -> dict[int, float]:
+def measure() -> dict[int, float]:
     """Milliseconds of a decode step by batch."""
-    config = EngineConfig(
-        model=folder, device="cuda", load_format="dummy", max_batch_size=max(BATCHES), max_batch_tokens=1024,
-        kv_tokens=max(BATCHES) * (PROMPT + 64),
-    )  # fmt: skip
-    executor = build_executor(config)
-    assert isinstance(executor, CudaExecutor)
-    rng = random.Random(0)
-    blocks = (PROMPT + 64) // PAGE
-    prompts = [tuple(random_prompt(rng, PROMPT)) for _ in range(max(BATCHES))]
-    inits = tuple(SlotInit(slot, GREEDY, 0, prompt) for slot, prompt in enumerate(prompts))
-    works = [
-        SlotWork(slot, 0, PROMPT, prompt, tuple(range(slot * blocks, (slot + 1) * blocks)), sample=True)
-        for slot, prompt in enumerate(prompts)
-    ]
-    for work, init in zip(works, inits, strict=True):
-        executor.submit(StepPlan(0, (work,), (init,)))
-        executor.collect()
+    most = max(BATCHES)
+    executor = gpu_executor(max_batch_size=most, max_batch_tokens=1024, kv_tokens=most * (PROMPT + ROOM))
+    fill_slots(executor, most, 1)
     found = {}
     for batch in BATCHES:
-        plan = StepPlan(0, tuple(SlotWork(slot, PROMPT + 8, 1, sample=True) for slot in range(batch)))
-        run(executor, [plan] * STEPS)
-        found[batch] = statistics.median(run(executor, [plan] * STEPS) / STEPS for _ in range(REPEATS))
+        plans = [decode_plan(batch)] * STEPS
+        device_ms(executor, plans)
+        found[batch] = statistics.median(device_ms(executor, plans) / STEPS for _ in range(REPEATS))
     executor.close()
     return found
 
@@ -100,14 +78,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        path = model_folder(Path(folder))
-        for name in arguments.only:
-            settle(VARIANTS[name])
-            results[name] = measure(path)
-            torch.cuda.empty_cache()
-            print(f"{name:16}", "  ".join(f"{batch}: {ms:.3f}" for batch, ms in results[name].items()), flush=True)
-    record = {"model": "Llama-3-8B shape, random weights, bfloat16", "step_ms": results}
+    for name in arguments.only:
+        settle(VARIANTS[name])
+        results[name] = measure()
+        torch.cuda.empty_cache()
+        print(f"{name:16}", "  ".join(f"{batch}: {ms:.3f}" for batch, ms in results[name].items()), flush=True)
+    record = {"model": MODEL, "step_ms": results}
     print(f"written to {write(arguments.name, 'python benchmarks/gpu_decode_variants.py', record)}")
 
 

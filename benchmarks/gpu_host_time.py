@@ -11,17 +11,13 @@ import argparse
 import itertools
 import random
 import statistics
-import tempfile
 import time
-from pathlib import Path
 from typing import NamedTuple
 
-from gpu_common import model_folder, random_prompt
+from gpu_common import MODEL, gpu_executor, random_prompt
 from record import write
 
 from superinfer.runtime.collector import spare_the_collector
-from superinfer.runtime.config import EngineConfig
-from superinfer.runtime.engine.model_executor import build_executor
 from superinfer.runtime.kv.duplex import build_cache
 from superinfer.runtime.protocol import SamplingParams
 from superinfer.runtime.scheduler.base import SchedulerLimits
@@ -107,15 +103,7 @@ def main() -> None:
     parser.add_argument("--waiting", type=int, default=0, help="With a promise each, as those who decode.")
     arguments = parser.parse_args()
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        config = EngineConfig(
-            model=model_folder(Path(folder)),
-            device="cuda",
-            load_format="dummy",
-            max_batch_size=max(arguments.batch),
-            max_batch_tokens=8192,
-        )
-        executor = build_executor(config)
+    executor = gpu_executor(max_batch_size=max(arguments.batch), max_batch_tokens=8192)
     spare_the_collector()
     promises = PROMISES_S if arguments.waiting else (0.0,)
     for batch, temperature, ttft_s in itertools.product(arguments.batch, arguments.temperature, promises):
@@ -127,7 +115,7 @@ def main() -> None:
         parts = "  ".join(f"{part} {value:.3f}" for part, value in median.items())
         queue = f", {case.waiting:,} wait for {ttft_s:g} s at most" if case.waiting else ""
         print(f"{case.policy}, batch {batch:4d} temperature {temperature}{queue}: {parts} ms", flush=True)
-    record = {"model": "Llama-3-8B shape, random weights, bfloat16", "settings": vars(arguments), "results": results}
+    record = {"model": MODEL, "settings": vars(arguments), "results": results}
     flags = f" --policy {arguments.policy} --waiting {arguments.waiting}" if arguments.waiting else ""
     print(f"written to {write(arguments.name, f'python benchmarks/gpu_host_time.py{flags}', record)}")
 

@@ -15,26 +15,22 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_common import model_folder, random_prompt
-from gpu_profile import GREEDY, PAGE, group_of
+from gpu_common import GREEDY, MODEL, PAGE, gpu_executor, random_prompt
+from gpu_profile import group_of
 from record import write
 from torch.profiler import ProfilerActivity, profile
 
 from superinfer.kernels import host_memory
-from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine import cuda_executor
 from superinfer.runtime.engine.cuda_executor import CudaExecutor
-from superinfer.runtime.engine.model_executor import build_executor
 from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan
 
 DECODES, PROMPTS = 256, 16  # slots for decodes, slots for chunks
@@ -278,18 +274,13 @@ def main() -> None:
         spent[last or "importing"] += now - before
         before, last = now, label
 
-    with tempfile.TemporaryDirectory() as folder:
-        config = EngineConfig(
-            model=model_folder(Path(folder)),
-            device="cuda",
-            load_format="dummy",
-            max_batch_size=DECODES + PROMPTS,
-            max_batch_tokens=LONGEST,
-            kv_tokens=DECODES * (CONTEXT + 2 * PAGE) + LONGEST + PROMPTS * (LONGEST // 8 + 2 * PAGE),
-        )
-        executor = build_executor(config, on_progress)
+    executor = gpu_executor(
+        on_progress,
+        max_batch_size=DECODES + PROMPTS,
+        max_batch_tokens=LONGEST,
+        kv_tokens=DECODES * (CONTEXT + 2 * PAGE) + LONGEST + PROMPTS * (LONGEST // 8 + 2 * PAGE),
+    )
     on_progress("", 1.0)
-    assert isinstance(executor, CudaExecutor)
     memory = capture_memory(executor)
     print("  ".join(f"{name} {value:.2f}" for name, value in [*memory.items(), *spent.items()]), flush=True)
     steps = Steps(executor)
@@ -320,7 +311,7 @@ def main() -> None:
             flush=True,
         )
     measured = {
-        "model": "Llama-3-8B shape, random weights, bfloat16",
+        "model": MODEL,
         "memory": memory,
         "start_s": dict(spent),
         "results": results,

@@ -8,27 +8,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
 from functools import partial
 
 import torch
+from gpu_common import milliseconds_a_call
 from record import write
 
 from superinfer.kernels import fused_moe
 
 SHAPES = {"mixtral-8x7b": (8, 2, 4096, 14336), "qwen3-30b-a3b": (128, 8, 2048, 768)}
-ROUNDS, LEAST_MS, MOST_CALLS = 3, 6.0, 30
-
-
-def milliseconds(layer: Callable[[int], None], calls: int) -> float:
-    """Of one call of layer(0 or 1)."""
-    begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begun.record()
-    for call in range(calls):
-        layer(call % 2)
-    ended.record()
-    ended.synchronize()
-    return begun.elapsed_time(ended) / calls
+LAYERS, ROUNDS, LEAST_MS, MOST_CALLS = 2, 3, 6.0, 30
 
 
 def run(
@@ -51,7 +40,7 @@ def main() -> None:
         given = dict(device="cuda", dtype=torch.bfloat16)
         layers = [
             (torch.randn(experts, 2 * size, hidden, **given) * 0.02, torch.randn(experts, hidden, size, **given) * 0.02)
-            for _ in range(2)
+            for _ in range(LAYERS)
         ]
         for tokens in arguments.tokens:
             x, logits = torch.randn(tokens, hidden, **given), torch.randn(tokens, experts, device="cuda")
@@ -65,8 +54,8 @@ def main() -> None:
                 fused_moe.GROUPED_FROM, fused_moe.GROUPED_LEAST = grouped
                 layer(0)
                 torch.cuda.synchronize()
-                calls = max(3, min(MOST_CALLS, int(LEAST_MS / milliseconds(layer, 2))))
-                row[name] = statistics.median(milliseconds(layer, calls) for _ in range(ROUNDS))
+                calls = max(3, min(MOST_CALLS, int(LEAST_MS / milliseconds_a_call(layer, 2, LAYERS))))
+                row[name] = statistics.median(milliseconds_a_call(layer, calls, LAYERS) for _ in range(ROUNDS))
             results.append(row)
             print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
         del layer, layers

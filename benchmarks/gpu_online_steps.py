@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_common import model_folder
+from gpu_common import MODEL, gpu_executor
 from record import write
 from torch.profiler import ProfilerActivity, profile
 
-from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine.cuda_executor import CudaExecutor
-from superinfer.runtime.engine.model_executor import build_executor
 from superinfer.runtime.engine.seed_cost import seed_cost
 from superinfer.runtime.kv.duplex import build_cache
 from superinfer.runtime.protocol import SamplingParams
@@ -143,13 +141,9 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=25.0)
     parser.add_argument("--duration", type=float, default=30.0)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        config = EngineConfig(
-            model=model_folder(Path(folder)), device="cuda", load_format="dummy", max_batch_size=512,
-            max_batch_tokens=8192, kv_tokens=153_600, dram_tokens=262_144, policy="rota",
-        )  # fmt: skip
-        executor = build_executor(config)
-    assert isinstance(executor, CudaExecutor)
+    executor = gpu_executor(
+        max_batch_size=512, max_batch_tokens=8192, kv_tokens=153_600, dram_tokens=262_144, policy="rota"
+    )
     jobs = make_jobs(
         "azure", rate=arguments.rate, duration=arguments.duration, seed=0, trace=arguments.trace, slos=[(1.0, STREAM)]
     )
@@ -161,7 +155,7 @@ def main() -> None:
         sampler.wait()
         sampled.seek(0)
         power = [line.strip() for line in sampled]
-    record = {"model": "Llama-3-8B shape, random weights, bfloat16", "rate": arguments.rate, **rows, "power": power}
+    record = {"model": MODEL, "rate": arguments.rate, **rows, "power": power}
     _say(rows)
     print("power W, SM MHz, C:", "; ".join(power[len(power) // 2 :: max(1, len(power) // 16)]))
     print(f"written to {write(arguments.name, 'python benchmarks/gpu_online_steps.py azure_conv_2023.csv', record)}")

@@ -9,29 +9,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from gpu_common import PRODUCTS, milliseconds_a_call
 from record import write
 
 from superinfer.kernels.cublaslt import CublasLt, Product
 from superinfer.kernels.tuned_linear import TunedLinear
 
-SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 LAYERS, ROUNDS, MOST_CALLS, LEAST_MS = 4, 7, 40, 5.0
-
-
-def milliseconds(calls: int, product: Callable[[int], object]) -> float:
-    """Of one call of product(layer), over `calls` of them."""
-    begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begun.record()
-    for call in range(calls):
-        product(call % LAYERS)
-    ended.record()
-    ended.synchronize()
-    return begun.elapsed_time(ended) / calls
 
 
 def by_torch(x: torch.Tensor, weights: list[torch.Tensor], layer: int) -> torch.Tensor:
@@ -54,14 +42,14 @@ def main() -> None:
     results = []
     for rows in arguments.rows:
         whole = [0.0, 0.0]
-        for name, (outputs, depth) in SHAPES.items():
+        for name, (outputs, depth) in PRODUCTS.items():
             weights = [torch.randn(outputs, depth, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(LAYERS)]
             x = torch.randn(rows, depth, device="cuda", dtype=torch.bfloat16)
             tuned = TunedLinear(Product(library, outputs, depth, torch.bfloat16, bias=False))
             tuned.tune(rows, weights)
             ways = partial(by_torch, x, weights), partial(by_tuned, tuned, x, weights)
-            calls = min(MOST_CALLS, 2 + int(LEAST_MS / milliseconds(2, ways[0])))
-            rounds = [[milliseconds(calls, way) for way in ways] for _ in range(ROUNDS)]
+            calls = min(MOST_CALLS, 2 + int(LEAST_MS / milliseconds_a_call(ways[0], 2, LAYERS)))
+            rounds = [[milliseconds_a_call(way, calls, LAYERS) for way in ways] for _ in range(ROUNDS)]
             exact = x.float() @ weights[0].float().t()
             wrong = ((ways[1](0).float() - exact).norm() / exact.norm()).item()
             assert wrong < 4e-3, f"{name} of {rows} rows is off by {wrong:.1e}"

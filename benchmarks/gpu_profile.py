@@ -7,24 +7,17 @@ gaps between them.
 from __future__ import annotations
 
 import argparse
-import random
-import tempfile
 from collections import Counter
-from pathlib import Path
 
 import torch
-from gpu_common import ceilings, model_folder, random_prompt
+from gpu_common import MODEL, PROMPT, ceilings, decode_plan, device_ms, fill_slots, gpu_executor
 from record import write
 from torch.profiler import ProfilerActivity, profile
 
-from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine.cuda_executor import CudaExecutor
-from superinfer.runtime.engine.model_executor import build_executor
-from superinfer.runtime.protocol import SamplingParams
-from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan
+from superinfer.runtime.scheduler.plan import SlotWork, StepPlan
 
-PROMPT, PAGE, STEPS = 512, 16, 5
-GREEDY = SamplingParams(temperature=0)
+STEPS, TOGETHER = 5, 16  # of a profile; prompts in a step
 # First match wins. Names as the profiler gives them.
 GROUPS = {
     "attention": ("Prefill", "Decode", "Merge", "merge_state", "persistent"),
@@ -44,22 +37,12 @@ def group_of(kernel: str) -> str:
     return "other"
 
 
-def run(executor: CudaExecutor, plans: list[StepPlan]) -> float:
-    """Device milliseconds of the steps, two under way at a time."""
-    elapsed = 0.0
-    for i, plan in enumerate(plans):
-        executor.submit(plan)
-        if i:
-            elapsed += executor.collect().elapsed
-    return (elapsed + executor.collect().elapsed) * 1e3
-
-
 def profiled(executor: CudaExecutor, plans: list[StepPlan]) -> dict[str, object]:
     """Milliseconds a step by group, the largest kernels, and the step's own length without the profiler's cost."""
-    run(executor, plans)
-    plain = run(executor, plans) / len(plans)
+    device_ms(executor, plans)
+    plain = device_ms(executor, plans) / len(plans)
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        run(executor, plans)
+        device_ms(executor, plans)
         torch.cuda.synchronize()
     groups: Counter[str] = Counter()
     kernels: Counter[str] = Counter()
@@ -77,39 +60,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 128, 256])
     arguments = parser.parse_args()
     roof = ceilings()
-    with tempfile.TemporaryDirectory() as folder:
-        config = EngineConfig(
-            model=model_folder(Path(folder)),
-            device="cuda",
-            load_format="dummy",
-            max_batch_size=max(arguments.batch),
-            max_batch_tokens=8192,
-        )
-        executor = build_executor(config)
-    assert isinstance(executor, CudaExecutor)
-    rng = random.Random(0)
-    blocks = (PROMPT + 64) // PAGE
-    prompts = [tuple(random_prompt(rng, PROMPT)) for _ in range(max(arguments.batch))]
-    results = {}
-    inits = tuple(SlotInit(slot, GREEDY, 0, prompt) for slot, prompt in enumerate(prompts))
-    works = [
-        SlotWork(slot, 0, PROMPT, prompt, tuple(range(slot * blocks, (slot + 1) * blocks)), sample=True)
-        for slot, prompt in enumerate(prompts)
-    ]
-    for first in range(0, len(works), 16):
-        executor.submit(StepPlan(0, tuple(works[first : first + 16]), inits[first : first + 16]))
-        executor.collect()
-    for batch in arguments.batch:
-        decodes = tuple(SlotWork(slot, PROMPT + 8, 1, sample=True) for slot in range(batch))
-        results[f"decode {batch}"] = profiled(executor, [StepPlan(0, decodes)] * STEPS)
-    again = tuple(SlotWork(work.slot, 0, PROMPT, work.tokens, sample=True) for work in works[:16])
+    executor = gpu_executor(max_batch_size=max(arguments.batch), max_batch_tokens=8192)
+    works = fill_slots(executor, max(arguments.batch), TOGETHER)
+    results = {f"decode {batch}": profiled(executor, [decode_plan(batch)] * STEPS) for batch in arguments.batch}
+    again = tuple(SlotWork(work.slot, 0, PROMPT, work.tokens, sample=True) for work in works[:TOGETHER])
     results[f"prefill {len(again)} x {PROMPT}"] = profiled(executor, [StepPlan(0, again)] * STEPS)
     for name, found in results.items():
         groups = found["groups_ms"]
         assert isinstance(groups, dict)
         parts = ", ".join(f"{group} {value:.2f}" for group, value in groups.items())
         print(f"{name}: step {found['step_ms']:.2f} ms: {parts}")
-    measured = {"model": "Llama-3-8B shape, random weights, bfloat16", "ceilings": roof, "results": results}
+    measured = {"model": MODEL, "ceilings": roof, "results": results}
     print(f"written to {write(arguments.name, 'python benchmarks/gpu_profile.py', measured)}")
 
 

@@ -12,17 +12,13 @@ import argparse
 import dataclasses
 import random
 import statistics
-import tempfile
 import time
 from collections import deque
-from pathlib import Path
 
-from gpu_common import model_folder, random_prompt
+from gpu_common import MODEL, gpu_executor, random_prompt
 from record import write
 
-from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine.cuda_executor import CudaExecutor
-from superinfer.runtime.engine.model_executor import build_executor
 from superinfer.runtime.engine.tier_stats import tier_stats
 from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.kv.copies import BlockCopy
@@ -210,20 +206,15 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=60.0)
     parser.add_argument("--blocks", type=int, default=3000, help="HBM blocks of the overload")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        config = EngineConfig(
-            model=model_folder(Path(folder)),
-            device="cuda",
-            load_format="dummy",
-            max_batch_size=max(*arguments.batch, 128),
-            max_batch_tokens=8192,
-            dram_tokens=int(arguments.dram_gib * (1 << 30) / (2 << 20)) * 16,
-        )
-        executor = build_executor(config)
+    executor = gpu_executor(
+        max_batch_size=max(*arguments.batch, 128),
+        max_batch_tokens=8192,
+        dram_tokens=int(arguments.dram_gib * (1 << 30) / (2 << 20)) * 16,
+    )
     if executor.tier is None or executor.tier.link is None or executor.tier.num_blocks < TRAFFIC_BLOCKS:
         raise SystemExit(f"there is no second tier of {TRAFFIC_BLOCKS} blocks to measure; the log above says why")
     measured: dict[str, object] = {"settings": vars(arguments), "link": dataclasses.asdict(executor.tier.link)}
-    measured["model"] = "Llama-3-8B shape, random weights, bfloat16"
+    measured["model"] = MODEL
     path = None
     measured["traffic"] = []
     for batch in arguments.batch:

@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from gpu_common import PRODUCTS, milliseconds
 from record import write
 
 from superinfer.kernels import skinny, skinny_tma
@@ -23,7 +24,6 @@ from superinfer.kernels.activation import silu_and_mul
 from superinfer.kernels.nvrtc import compiled
 from superinfer.kernels.skinny_tma import Cut
 
-SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 LEAST_COPIES, LEAST_BYTES, REPLAYS = 8, 300e6, 20
 TILES = {"qkv": (6, 12), "o": (8, 16), "down": (8, 16)}  # of 16 rows of the weight that a program may have
 Way = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
@@ -34,7 +34,7 @@ def cuts(name: str, rows: int) -> Iterator[Cut]:
     if name == "gate_up":
         shapes = [(1, 7, 2, boxes) for boxes in (1, 2)] + [(1, 8, 2, 1)]
     else:
-        outputs, depth = SHAPES[name]
+        outputs, depth = PRODUCTS[name]
         shapes = []
         for tiles, tall, parts, boxes in itertools.product(TILES[name], (1, 2), (2, 4, 8), (1, 2)):
             programs = -(-outputs // (16 * tiles)) * parts
@@ -70,7 +70,7 @@ def compile_all(every_rows: list[int]) -> None:
     """Several at once, as each takes part of a second."""
     wanted = {
         tuple(skinny_tma.compile_constants(-(-rows // 8), cut, name == "gate_up", False).items())
-        for name in SHAPES
+        for name in PRODUCTS
         for rows in every_rows
         for cut in cuts(name, rows)
     }
@@ -90,16 +90,8 @@ def microseconds(way: Way, x: torch.Tensor, weights: list[torch.Tensor]) -> floa
     with torch.cuda.graph(graph):
         for weight in weights * 2:
             way(x, weight)
-    times = []
     graph.replay()
-    for _ in range(REPLAYS):
-        begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begun.record()
-        graph.replay()
-        ended.record()
-        ended.synchronize()
-        times.append(begun.elapsed_time(ended) * 1e3 / (2 * len(weights)))
-    return statistics.median(times)
+    return statistics.median(milliseconds(graph.replay) for _ in range(REPLAYS)) * 1e3 / (2 * len(weights))
 
 
 def main() -> None:
@@ -110,7 +102,7 @@ def main() -> None:
     arguments = parser.parse_args()
     compile_all(arguments.rows)
     results, wrong = [], 0
-    for name, (outputs, depth) in SHAPES.items():
+    for name, (outputs, depth) in PRODUCTS.items():
         copies = max(LEAST_COPIES, -(-int(LEAST_BYTES) // (outputs * depth * 2)))
         given = dict(device="cuda", dtype=torch.bfloat16)
         weights = [torch.randn(outputs, depth, **given) * depth**-0.5 for _ in range(copies)]

@@ -1,6 +1,6 @@
 """What HTTP costs on a real engine: the same load through the ZMQ client and through `superinfer serve`, in turns.
 
-    python benchmarks/http_vs_client.py --model llama-3-8b --batch 128 --json results/h100-http-vs-client.json
+    python benchmarks/http_vs_client.py --model llama-3-8b --batch 128 --json results/h200-http-vs-client.json
     python benchmarks/http_vs_client.py --model embedded --batch 8 --prompt 64 --output 16
 
 One engine, and a server before it; this process is the client of both. `--batch` clients each send a request, read it

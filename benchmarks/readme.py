@@ -6,6 +6,7 @@ python benchmarks/readme.py --check    # fail if it is not what the results say
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -47,12 +48,15 @@ def _read(name: str) -> dict[str, Any]:
 
 def main() -> int:
     """Exit status 1 with --check where the README differs from the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if the README differs")
+    given = parser.parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text()
     head, rest = text.split(BEGIN)
     tail = rest.split(END, 1)[1]
     wanted = f"{head}{BEGIN}{section()}{END}{tail}"
-    if "--check" in sys.argv:
+    if given.check:
         if wanted != text:
             print("README.md is not what benchmarks/results say; run `python benchmarks/readme.py`", file=sys.stderr)
         return int(wanted != text)

@@ -103,7 +103,7 @@ def _turns(gpu: str) -> str:
     with_tier, without = (found["ttft_returning"]["p50"] * 1e3 for found in (tiers, alone))
     peer = f"; vLLM's offload {offload['ttft_returning']['p50'] * 1e3:.1f} ms" if offload else ""
     return f"""
-Conversations of the Mooncake trace on a KV pool of a {times:.0f}th of their working set{_on(gpu)}: TTFT p50 of
+Conversations of the Mooncake trace on a KV pool of 1/{times:.0f} of their working set{_on(gpu)}: TTFT p50 of
 returning turns {with_tier:.1f} ms with DRAM behind it, {without:.1f} ms recomputed ({without / with_tier:.1f} ×){peer}.
 """
 

@@ -27,7 +27,7 @@ from superinfer.runtime import protocol
 from superinfer.runtime.collector import spare_the_collector
 from superinfer.runtime.engine.loop import EngineLoop
 from superinfer.runtime.kv.duplex import build_cache
-from superinfer.runtime.scheduler.base import SchedulerLimits
+from superinfer.runtime.scheduler.base import Scheduler, SchedulerLimits
 from superinfer.runtime.scheduler.plan import StepResult
 from superinfer.runtime.scheduler.registry import POLICIES, build_scheduler
 from superinfer.runtime.scheduler.sequence import Sequence
@@ -105,6 +105,62 @@ class NoDoor:
         protocol.encode(message)
 
 
+class TimedSteps:
+    """A scheduler's steps, one after another from second 0, and what their parts took, milliseconds of CPU time.
+
+    pause_s: slept, untimed, between a plan and its commit.
+    """
+
+    def __init__(self, scheduler: Scheduler, most_live: int, pause_s: float) -> None:
+        self._scheduler, self._pause_s = scheduler, pause_s
+        self._loop = EngineLoop(NoDoor(), None, scheduler, None, most_live)  # type: ignore[arg-type]
+        self.now = 0.0
+        self.forget()
+
+    def forget(self) -> None:
+        """What was timed until now."""
+        self._plans: list[float] = []
+        self._commits: list[float] = []
+        self._publishes: list[float] = []
+        self._units: list[float] = []
+
+    def step(self) -> None:
+        """Plan, as if a device had then computed, commit and publish."""
+        started = time.thread_time()
+        plan = self._scheduler.plan(self.now)
+        planned = time.thread_time()
+        assert plan is not None
+        tokens = {work.slot: 5 for work in plan.others if work.sample}
+        copied, decoded = [copy.id for copy in plan.copies], np.full(len(plan.decodes), 5)
+        result = StepResult(plan.step, tokens, elapsed=STEP_S, copied=copied, decoded=decoded)
+        self.now += STEP_S
+        if self._pause_s:
+            time.sleep(self._pause_s)
+        begun = time.thread_time()
+        updates = self._scheduler.commit(result, self.now)
+        committed = time.thread_time()
+        self._loop._publish_step(updates, self.now)
+        self._publishes.append((time.thread_time() - committed) * 1e3)
+        self._commits.append((committed - begun) * 1e3)
+        self._plans.append((planned - started) * 1e3)
+        self._units.append(unit_time() * 1e3)
+
+    def figures(self) -> dict[str, float]:
+        """Of what has been timed since it was last forgotten."""
+        plans = self._plans
+        return {
+            "plan_p50_ms": statistics.median(plans),
+            "plan_p90_ms": statistics.quantiles(plans, n=10)[8],
+            "plan_p99_ms": statistics.quantiles(plans, n=100)[98],
+            "plan_max_ms": max(plans),
+            "plan_mean_ms": statistics.fmean(plans),
+            "commit_p50_ms": statistics.median(self._commits),
+            "commit_mean_ms": statistics.fmean(self._commits),
+            "publish_p50_ms": statistics.median(self._publishes),
+            "unit_ms": statistics.median(self._units),
+        }
+
+
 def step_times(
     policy: str,
     resident: int,
@@ -132,31 +188,7 @@ def step_times(
     scheduler = build_scheduler(policy, build_cache(blocks, blocks if dram else 0, page), limits)
     scheduler.headroom = 0  # type: ignore[attr-defined]  # they are all to run, and there is no more
     slo = SLO(ttft=PATIENT_S if patient else TTFT_S, tbt=0.1)
-    now = 0.0
-    plans, commits, publishes, units = [], [], [], []
-    loop = EngineLoop(NoDoor(), None, scheduler, None, len(prompts))  # type: ignore[arg-type]
-
-    def step() -> None:
-        nonlocal now
-        started = time.thread_time()
-        plan = scheduler.plan(now)
-        planned = time.thread_time()
-        assert plan is not None
-        tokens = {work.slot: 5 for work in plan.others if work.sample}
-        copied, decoded = [copy.id for copy in plan.copies], np.full(len(plan.decodes), 5)
-        result = StepResult(plan.step, tokens, elapsed=STEP_S, copied=copied, decoded=decoded)
-        now += STEP_S
-        if pause_s:
-            time.sleep(pause_s)
-        begun = time.thread_time()
-        updates = scheduler.commit(result, now)
-        committed = time.thread_time()
-        loop._publish_step(updates, now)
-        publishes.append((time.thread_time() - committed) * 1e3)
-        commits.append((committed - begun) * 1e3)
-        plans.append((planned - started) * 1e3)
-        units.append(unit_time() * 1e3)
-
+    timed = TimedSteps(scheduler, len(prompts), pause_s)
     sequences = [
         Sequence(
             id=at,
@@ -172,27 +204,14 @@ def step_times(
     for sequence in sequences[:resident]:
         scheduler.add(sequence)
     while any(sequence.num_output == 0 for sequence in sequences[:resident]):
-        step()
+        timed.step()
     for sequence in sequences[resident:]:
-        sequence.arrival = now
+        sequence.arrival = timed.now
         scheduler.add(sequence)
-    plans.clear()
-    commits.clear()
-    publishes.clear()
-    units.clear()
+    timed.forget()
     for _ in range(steps // 2):
-        step()
-    return {
-        "plan_p50_ms": statistics.median(plans),
-        "plan_p90_ms": statistics.quantiles(plans, n=10)[8],
-        "plan_p99_ms": statistics.quantiles(plans, n=100)[98],
-        "plan_max_ms": max(plans),
-        "plan_mean_ms": statistics.fmean(plans),
-        "commit_p50_ms": statistics.median(commits),
-        "commit_mean_ms": statistics.fmean(commits),
-        "publish_p50_ms": statistics.median(publishes),
-        "unit_ms": statistics.median(units),
-    }
+        timed.step()
+    return timed.figures()
 
 
 def simulated_rate(policy: str, live: int) -> dict[str, Any]:

@@ -306,8 +306,8 @@ def paced(
     return machine._replace(pace=(least + most) / 2), known["arm"]
 
 
-def main() -> None:
-    """Simulate, print beside the measured, write results/<name>.json."""
+def parser_of_options() -> argparse.ArgumentParser:
+    """Those of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path, help="azure_conv_2023.csv")
     parser.add_argument("--measured", default="h200-vs-vllm-slo", help="a file of results/ without .json, or a path")
@@ -318,7 +318,12 @@ def main() -> None:
     parser.add_argument("--at-once", action="store_true", help="the measured engine planned each step at once")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--name", default="sim-truth-h200", help="of the result")
-    given = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Simulate, print beside the measured, write results/<name>.json."""
+    given = parser_of_options().parse_args()
     measured = Path(given.measured) if given.measured.endswith(".json") else RESULTS / f"{given.measured}.json"
     record = json.loads(measured.read_text())
     way_s = json.loads((RESULTS / "sim-calibration-h200.json").read_text())["way_s"]

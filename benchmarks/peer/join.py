@@ -1,6 +1,6 @@
 """Joins what several commands of `run.py` measured of one schedule on one machine, each some of its lanes.
 
-python benchmarks/peer/join.py FIRST.json SECOND.json --out benchmarks/results/h100-vs-vllm-slo.json
+python benchmarks/peer/join.py FIRST.json SECOND.json --out benchmarks/results/h200-vs-vllm-slo.json
 """
 
 from __future__ import annotations

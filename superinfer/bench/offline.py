@@ -36,7 +36,7 @@ def offline(
     """Send many requests at once and count tokens per second. --model also takes llama-3-8b, qwen2.5-32b and
     mixtral-8x7b: their sizes, with random weights."""
     from superinfer.bench.ceilings import measure_ceilings
-    from superinfer.bench.engine import save, started_engine, tier_line
+    from superinfer.bench.engine import save, started_engine
     from superinfer.bench.progress import Bar
     from superinfer.bench.record import check_writable
     from superinfer.bench.shapes import engine_of_shape
@@ -54,13 +54,7 @@ def offline(
                 work = _work(requests, prompts, outputs, seed + number, info["vocab_size"], info["max_model_len"])
                 with Bar(f"round {number + 1} of {rounds}", requests) as bar:
                     found.append(asyncio.run(_serve(address, work, bar)))
-                print(
-                    f"{found[-1]['output_tokens_per_s']:,.0f} output tokens/s, {requests} requests in "
-                    f"{found[-1]['seconds']:.1f} s; steps took {found[-1]['device_s']:.1f} s, scheduling "
-                    f"{found[-1]['schedule_s']:.1f} s, {found[-1]['preemptions']} preemptions"
-                )
-                if "tiers" in found[-1]:
-                    print(tier_line(found[-1]["tiers"]))
+                _show(found[-1], requests)
         roof = measure_ceilings(info["device"], info["dtype"], config.threads)
         floors = [_floor_s(shape, one, roof, info) for one in found]
     rate = statistics.median(one["output_tokens_per_s"] for one in found)
@@ -87,6 +81,19 @@ def offline(
             "rounds": found,
         },
     )
+
+
+def _show(found: dict[str, Any], requests: int) -> None:
+    """A round, as `_serve` measured it."""
+    from superinfer.bench.engine import tier_line
+
+    print(
+        f"{found['output_tokens_per_s']:,.0f} output tokens/s, {requests} requests in {found['seconds']:.1f} s; "
+        f"steps took {found['device_s']:.1f} s, scheduling {found['schedule_s']:.1f} s, "
+        f"{found['preemptions']} preemptions"
+    )
+    if "tiers" in found:
+        print(tier_line(found["tiers"]))
 
 
 def _work(requests: int, prompts: Span, outputs: Span, seed: int, vocab: int, room: int) -> Work:

@@ -23,11 +23,10 @@ from superinfer.runtime.client import AsyncEngineClient, new_request_id
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.launch import Progress, launch_engine
 from superinfer.runtime.protocol import Generate, ModelInfo, SamplingParams, StatsReport
-from superinfer.runtime.scheduler.registry import POLICIES
 from superinfer.runtime.slo import SLO, TokenTimeline, Verdict
 
 BASELINE = "fcfs"
-DEADLINE_POLICY = "rota" if "rota" in POLICIES else "lru"
+DEADLINE_POLICY = "rota"
 REQUESTS, RESIDENT = 40, 10  # how many come, and how many of them the HBM pool holds
 # An output is half its prompt: a request that is let in with its prompt has most of its KV.
 PROMPT_TOKENS = 48, 512  # of a prompt, at least and at most; between them as the length of the run asks

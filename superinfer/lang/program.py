@@ -16,6 +16,7 @@ from superinfer.errors import InvalidRequestError, UnsupportedError
 from superinfer.lang.backend import Backend, resolve_backend
 from superinfer.lang.batch import as_tasks, check_at_once, check_items, in_threads
 from superinfer.lang.callgraph import CallGraph
+from superinfer.lang.dry_run import constant_prefix, trace
 from superinfer.lang.history import History
 from superinfer.lang.loop import Threads, language_loop, on_language_loop
 from superinfer.lang.options import TAKEN_NAMES, RunOptions
@@ -26,7 +27,6 @@ from superinfer.lang.report import Ledger
 from superinfer.lang.run import Run
 from superinfer.lang.state import ProgramState, inside_run
 from superinfer.lang.trace import ProgramTrace
-from superinfer.lang.tracing import constant_prefix, trace
 from superinfer.runtime.slo import SLO
 
 # Where `arun` runs programs that are no `async def`; apart from the loop's default threads, which they could fill up.

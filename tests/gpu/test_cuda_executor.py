@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import random
 
 import pytest
 import torch
-from checkpoints import generate, logprobs, make_checkpoint
+from checkpoints import generate, logprobs, make_checkpoint, prompts_of
 from stepper import Stepper
 
 from superinfer.runtime.config import EngineConfig
@@ -42,11 +41,6 @@ WIDE_VARIANTS = {
     "mixtral-every-expert": {},
     "qwen3-moe": dict(num_experts_per_tok=6, norm_topk_prob=True, moe_intermediate_size=256),
 }
-
-
-def prompts_of(lengths: list[int], vocab: int = 211) -> list[list[int]]:
-    rng = random.Random(3)
-    return [[rng.randrange(vocab) for _ in range(length)] for length in lengths]
 
 
 def executor_of(folder, **settings) -> CudaExecutor:

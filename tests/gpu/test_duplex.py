@@ -9,7 +9,7 @@ from collections import deque
 
 import pytest
 import torch
-from checkpoints import generate, make_checkpoint
+from checkpoints import generate, make_checkpoint, prompts_that_share
 from stepper import Stepper
 
 from superinfer.runtime.config import EngineConfig
@@ -131,11 +131,7 @@ def test_the_link_is_measured_and_named():
 def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     model = make_checkpoint(folder)
-    rng = random.Random(5)
-    shared = [rng.randrange(211) for _ in range(40)]
-    prompts = [
-        shared[: 8 * rng.randrange(6)] + [rng.randrange(211) for _ in range(rng.randrange(1, 50))] for _ in range(10)
-    ]
+    prompts = prompts_that_share(8, 10)
     return folder, prompts, [generate(model, prompt, TOKENS) for prompt in prompts]
 
 

@@ -62,6 +62,17 @@ class Bench:
                 return
         raise AssertionError("the scheduler does not come to an end")
 
+    def run_disturbed(self, sequences, cancels, failing_steps):
+        """cancels: pairs of the number of a sequence and of the turn at which it is cancelled. failing_steps: turns."""
+        for turn in range(26):
+            for who, when in cancels:
+                if when == turn and who < len(sequences):
+                    self.scheduler.cancel(sequences[who], self.now)
+            self.executor.fail_next = turn in failing_steps
+            self.step()
+        self.executor.fail_next = False
+        self.run(20_000)
+
     def check(self, sequences, max_tokens=None):
         for sequence in sequences:
             assert sequence.status is Status.FINISHED

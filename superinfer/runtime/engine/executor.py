@@ -1,4 +1,4 @@
-"""What turns a StepPlan into a StepResult. Implementations: `model_executor` (torch, one process)."""
+"""What turns a StepPlan into a StepResult. `model_executor` does it on a CPU, `cuda_executor` on a GPU."""
 
 from __future__ import annotations
 
@@ -60,11 +60,9 @@ class Duplex(Protocol):
 class Executor(Protocol):
     """Runs steps in the order given. `collect` returns results in that order.
 
-    `submit` may return before the step has run, so that the next plan can be made meanwhile: up to `depth` steps may
-    be submitted and not yet collected. An error of either is the end of that step alone. With a second tier it also
-    starts a plan's copies and orders them as docs/duplexkv.md says; without one (`tier` is None) plans bring no copies.
-    `grammars` compiles what requests constrain their output by, before they are planned. `waited_s`: how long `submit`
-    has waited for the device by now, all calls together. `busy`: whether it has work that is not done.
+    depth: how many steps may be submitted and not yet collected. tier: None where plans bring no copies.
+    waited_s: how long `submit` has waited for the device by now, all calls together.
+    grammars: compiles what requests constrain their output by, before they are planned.
     """
 
     limits: ExecutorLimits
@@ -74,10 +72,23 @@ class Executor(Protocol):
     grammars: GrammarCompiler
 
     @property
-    def busy(self) -> bool: ...
+    def busy(self) -> bool:
+        """Whether it has work that is not done."""
+        ...
 
-    def submit(self, plan: StepPlan) -> None: ...
+    def submit(self, plan: StepPlan) -> None:
+        """Begin a step, and with a second tier its copies, in the order that docs/duplexkv.md says.
 
-    def collect(self) -> StepResult: ...
+        It may return before the step has run, so that the next plan can be made meanwhile. An error is the end of that
+        step alone.
+        """
 
-    def close(self) -> None: ...
+    def collect(self) -> StepResult:
+        """The result of the earliest step that was submitted and not collected; waits for it.
+
+        An error is the end of that step alone.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give up memory and threads; nothing is submitted afterwards."""

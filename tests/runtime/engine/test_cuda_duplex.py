@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections import deque
 
@@ -12,7 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
-from checkpoints import generate, make_checkpoint
+from checkpoints import generate, make_checkpoint, prompts_that_share
 from plain_kernels import use_plain_kernels
 from stream_double import LateSubmitter, StreamDouble
 
@@ -42,11 +41,7 @@ def plain_kernels(monkeypatch):
 def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     model = make_checkpoint(folder)
-    rng = random.Random(5)
-    shared = [rng.randrange(211) for _ in range(20)]
-    prompts = [
-        shared[: 4 * rng.randrange(6)] + [rng.randrange(211) for _ in range(rng.randrange(1, 25))] for _ in range(5)
-    ]
+    prompts = prompts_that_share(4, 5)
     return folder, prompts, [generate(model, prompt, TOKENS) for prompt in prompts]
 
 

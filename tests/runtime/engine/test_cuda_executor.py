@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import random
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
-from checkpoints import generate, logprobs, make_checkpoint
+from checkpoints import generate, logprobs, make_checkpoint, prompts_of
 from plain_kernels import use_plain_kernels
 from stepper import Stepper
 
@@ -30,11 +29,6 @@ from superinfer.runtime.protocol import SamplingParams
 from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan
 
 TOKENS = 10
-
-
-def prompts_of(lengths: list[int], vocab: int = 211) -> list[list[int]]:
-    rng = random.Random(3)
-    return [[rng.randrange(vocab) for _ in range(length)] for length in lengths]
 
 
 class TorchFresh(TorchAttention):

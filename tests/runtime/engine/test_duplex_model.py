@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from checkpoints import generate, make_checkpoint
+from checkpoints import generate, make_checkpoint, prompts_that_share
 
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine.model_executor import build_executor
@@ -24,11 +24,7 @@ GREEDY = SamplingParams(temperature=0)
 def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     model = make_checkpoint(folder)
-    rng = random.Random(5)
-    shared = [rng.randrange(211) for _ in range(20)]
-    prompts = [
-        shared[: 4 * rng.randrange(6)] + [rng.randrange(211) for _ in range(rng.randrange(1, 25))] for _ in range(8)
-    ]
+    prompts = prompts_that_share(4, 8)
     return folder, prompts, [generate(model, prompt, TOKENS) for prompt in prompts]
 
 

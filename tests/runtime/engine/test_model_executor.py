@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import VARIANTS, generate, logprobs, make_checkpoint
+from checkpoints import VARIANTS, generate, logprobs, make_checkpoint, prompts_of
 from stepper import Stepper
 
 from superinfer.errors import InvalidRequestError
@@ -17,11 +16,6 @@ from superinfer.runtime.protocol import SamplingParams
 from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan
 
 TOKENS = 24
-
-
-def prompts_of(lengths: list[int], seed: int = 3, vocab: int = 211) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(vocab) for _ in range(length)] for length in lengths]
 
 
 def executor_of(folder, **settings):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
-from checkpoints import generate, make_checkpoint
+from checkpoints import generate, make_checkpoint, prompts_of
 from stepper import Stepper
 
 from superinfer.runtime.config import EngineConfig
@@ -15,11 +13,6 @@ from superinfer.runtime.models.loader import load_model
 
 TOKENS = 16
 VARIANTS = ["mistral-window", "qwen2-upper-layers-windowed", "qwen3-alternating-windows"]
-
-
-def prompts_of(lengths: list[int]) -> list[list[int]]:
-    rng = random.Random(4)
-    return [[rng.randrange(211) for _ in range(length)] for length in lengths]
 
 
 def executor_of(folder):
@@ -33,7 +26,7 @@ def executor_of(folder):
 def test_a_prefix_hit_longer_and_shorter_than_the_window_changes_nothing(tmp_path, variant):
     model = make_checkpoint(tmp_path, variant)
     stepper = Stepper(executor_of(tmp_path))
-    prefix, tail, stranger = prompts_of([32, 9, 21])
+    prefix, tail, stranger = prompts_of([32, 9, 21], seed=4)
     first, other = stepper.add(prefix), stepper.add(stranger)
     stepper.run([first, other], 5, chunk=10)
     hits = [stepper.add(prefix + tail, shared=tuple(first.blocks[:blocks])) for blocks in (8, 1)]
@@ -46,7 +39,7 @@ def test_nothing_outside_the_window_is_read(tmp_path):
     """Blocks that every layer's window has left may hold anything: here NaN, as a read would show."""
     model = make_checkpoint(tmp_path, "mistral-window")
     stepper = Stepper(executor_of(tmp_path))
-    (prompt,) = prompts_of([60])
+    (prompt,) = prompts_of([60], seed=4)
     sequence = stepper.add(prompt)
     while sequence.computed < 48:
         stepper.step((sequence, stepper.prefill(sequence, 16)))
@@ -61,7 +54,7 @@ def test_the_oracle_sees_the_window(tmp_path):
     executor = executor_of(tmp_path)
     executor._assembler._windows = (None,) * 3
     stepper = Stepper(executor)
-    (prompt,) = prompts_of([40])
+    (prompt,) = prompts_of([40], seed=4)
     sequence = stepper.add(prompt)
     stepper.run([sequence], TOKENS)
     assert sequence.output != generate(model, prompt, TOKENS)
@@ -90,7 +83,7 @@ def test_the_cuda_executor_attends_by_layer(tmp_path, variant, monkeypatch):
         model, limits, StepAttention(attention, attention()), max_batch_tokens=128, model_name="", path="", graphs=False
     )
     stepper = Stepper(executor)
-    prompts = prompts_of([3, 30])
+    prompts = prompts_of([3, 30], seed=4)
     batch = [stepper.add(prompt, room=TOKENS) for prompt in prompts]
     stepper.run(batch, 8, chunk=7)
     assert [s.output for s in batch] == [generate(oracle, prompt, 8) for prompt in prompts]

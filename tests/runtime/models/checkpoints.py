@@ -1,7 +1,8 @@
-"""Small random checkpoints of every supported architecture, and transformers' answers about them."""
+"""Small random checkpoints of every supported architecture, prompts for them, and transformers' answers."""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,23 @@ def make_checkpoint(folder: Path, variant: str = "llama", **changes: Any) -> Any
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(folder)
     return model.eval()
+
+
+def prompts_of(lengths: list[int], seed: int = 3) -> list[list[int]]:
+    """Random prompts of these lengths."""
+    rng = random.Random(seed)
+    return [_tokens(rng, length) for length in lengths]
+
+
+def prompts_that_share(page: int, count: int) -> list[list[int]]:
+    """Random prompts, each with none to all of the same five blocks before up to six of its own."""
+    rng = random.Random(5)
+    shared = _tokens(rng, 5 * page)
+    return [shared[: page * rng.randrange(6)] + _tokens(rng, rng.randrange(1, 25 * page // 4)) for _ in range(count)]
+
+
+def _tokens(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(BASE["vocab_size"]) for _ in range(count)]
 
 
 def generate(model: Any, prompt: list[int], tokens: int) -> list[int]:

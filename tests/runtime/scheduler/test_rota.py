@@ -129,14 +129,7 @@ def test_failed_copies_failed_steps_and_cancels_disturb_no_other(work, shape, ca
     bench = Bench(policy="rota", cost=dear_prefills(launch_s), **shape)
     bench.executor.fails = fails
     sequences = play(bench, work)
-    for turn in range(26):
-        for who, when in cancels:
-            if when == turn and who < len(sequences):
-                bench.scheduler.cancel(sequences[who], bench.now)
-        bench.executor.fail_next = turn in failing_steps
-        bench.step()
-    bench.executor.fail_next = False
-    bench.run(20_000)
+    bench.run_disturbed(sequences, cancels, failing_steps)
     bench.check(sequences)
     bench.check_all_given_back()
 
