@@ -120,6 +120,23 @@ def test_what_cannot_be_gone_on_from_is_said(slow, client):
         assert isinstance(error, NothingToExtendError) and "send the whole prompt" in str(error)
 
 
+def test_one_of_several_continuations_cannot_be_gone_on_from_when_it_is_the_last_to_run(slow):
+    several = request(PROMPT, SamplingParams(temperature=0, max_tokens=900, ignore_eos=True, n=2))
+
+    async def followed() -> list[SequenceDelta] | Exception:
+        first, second = asyncio.Queue(), asyncio.Queue()
+        async with await AsyncEngineClient.connect(slow.address) as client:
+            client.open_soon(several, first.put_nowait)
+            client.cancel(several.request_id, 0)
+            await until_end(first)
+            client.open_soon(request([5], after=several.request_id), second.put_nowait)
+            client.cancel(several.request_id)
+            return await until_end(second)
+
+    refused = asyncio.run(followed())
+    assert isinstance(refused, InvalidRequestError) and "several continuations" in str(refused)
+
+
 def test_one_that_cannot_begin_takes_with_it_those_that_follow(slow, client):
     first = request(PROMPT)
     second = request([7] * 2000, after=first.request_id)  # does not fit into the context

@@ -276,10 +276,11 @@ class EngineLoop:
 
     def _hold(self, client: bytes, request: Generate) -> None:
         """Keep a request until the one that it goes on from has ended. Raises SuperinferError where it cannot be."""
-        sequences, held = self._live[client].get(request.after), self._followers.get(client, request.after)
+        sequences, held = self._live[client].get(request.after, []), self._followers.get(client, request.after)
         if not sequences and held is None:
             raise NothingToExtendError(f"request {request.after!r} is not under way: send the whole prompt")
-        if (held.sampling.n if held is not None else len(sequences or ())) != 1:
+        followed = held if held is not None else sequences[0]  # of several continuations some may have ended
+        if followed.sampling.n != 1:
             raise InvalidRequestError(f"request {request.after!r} has several continuations; only one can be extended")
         self._check_room(self._num_live + len(self._followers), request.sampling.n)
         self._followers.hold(client, request)
