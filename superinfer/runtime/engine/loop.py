@@ -258,13 +258,16 @@ class EngineLoop:
         if compiled is not None:
             self._compiling.hold(compiled, sequences)
             return True
+        self._begin(sequences, time.monotonic())
+        return True
+
+    def _begin(self, sequences: list[Sequence], now: float) -> None:
+        """A request's sequences join the others, unless what was promised cannot be kept."""
         for sequence in sequences:
             self._scheduler.add(sequence)
-        now = time.monotonic()
         waits = [wait for sequence in sequences if (wait := self._scheduler.overload(sequence, now)) is not None]
         if waits:
-            self._refuse(client, sequences, max(waits), now)
-        return True
+            self._refuse(sequences[0].owner, sequences, max(waits), now)
 
     def _check_room(self, held: int, wanted: int) -> None:
         """What is held for later leaves no less room for what can begin."""
@@ -323,8 +326,7 @@ class EngineLoop:
             self._scheduler.add(sequence)  # which ends it before it is planned
         for sequences, error in self._compiling.compiled():
             if error is None:
-                for sequence in sequences:
-                    self._scheduler.add(sequence)
+                self._begin(sequences, now)
                 continue
             for sequence in sequences:
                 end(sequence, now)
