@@ -86,6 +86,13 @@ def test_echo_gives_the_prompt_back_and_scores_it(client: openai.OpenAI) -> None
     assert streamed == echoed.text
 
 
+def test_a_promise_of_a_scored_prompt_is_judged(client: openai.OpenAI) -> None:
+    promised = {"ignore_eos": True, "slo": {"deadline_ms": 60_000}}
+    answer = ask(client, ["once upon", "a time"], echo=True, max_tokens=0, logprobs=0, n=2, extra_body=promised)
+    assert answer.slo["met"] is True and answer.slo["e2e_ms"] > 0
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (15, 0)
+
+
 def test_a_stream_of_the_prompt_alone_is_a_stream(client: openai.OpenAI) -> None:
     prompts = ["once upon", "a time"]
     only = {"echo": True, "max_tokens": 0, "n": 2, "stream": True}
