@@ -47,7 +47,8 @@ class Scorer:
 
 @dataclass
 class ScoredChoices:
-    """(log probability, token id, text) of each choice's tokens, from the border that all share on.
+    """(log probability, token id, text) of each choice's tokens, from the border that all share on. Tokens with which
+    several choices begin have the same in each.
 
     alone: the same without the prompt, where that was asked for; the first of each has no probability.
     reports: of all that was scored.
@@ -90,7 +91,7 @@ async def score_choices(
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
     decode = scorer.decode
-    scored = ScoredChoices([_scores(items, decode) for items, _ in answers[: len(tokens)]])
+    scored = ScoredChoices(_agreed([_scores(items, decode) for items, _ in answers[: len(tokens)]]))
     scored.reports = [report for _, report in answers]
     if alone:
         rest = iter(answers[len(tokens) :])
@@ -98,7 +99,32 @@ async def score_choices(
         for ids in tokens:
             first: list[TokenScore] = [(None, ids[start], decode([ids[start]]))]
             scored.alone.append(first + (_scores(next(rest)[0], decode) if len(ids) - start > 1 else []))
+        scored.alone = _agreed(scored.alone)
     return scored
+
+
+class _Shared:
+    """What all choices that begin with the same tokens have in common."""
+
+    __slots__ = ("further", "score")
+
+    def __init__(self, score: TokenScore | None = None) -> None:
+        self.score = score
+        self.further: dict[int, _Shared] = {}
+
+
+def _agreed(scored: list[list[TokenScore]]) -> list[list[TokenScore]]:
+    """The same, with one number for each token that several choices begin with: an engine that scores them side by side
+    rounds differently for each, which must not decide between them."""
+    root, agreed = _Shared(), []
+    for scores in scored:
+        at, own = root, []
+        for score in scores:
+            at = at.further.setdefault(score[1], _Shared(score))
+            assert at.score is not None
+            own.append(at.score)
+        agreed.append(own)
+    return agreed
 
 
 def _scores(items: Sequence[TokenLogprob], decode: Callable[[Sequence[int]], str]) -> list[TokenScore]:

@@ -39,6 +39,11 @@ class Stopper:
         self._text = ""  # all of it where there are expressions, which may look back; else what is held
         self._given = 0
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether there is anything to find."""
+        return bool(self._stop or self._patterns)
+
     def push(self, text: str) -> tuple[str, str | None]:
         """(text that is certain now, stop found). Push nothing more once one is found."""
         if not self._patterns:

@@ -274,12 +274,14 @@ class SequenceReader:
     """Turns one sequence's token deltas into text deltas, holding back what may become a stop string.
 
     stopped_by: the stop string that was found. Its continuation is then to be cancelled, and the last delta brings the
-        report.
+        report. The token that completed it is the last that is told and that the report counts: how many more the
+        engine makes until it hears of it, and how tokens come together in deltas, changes nothing.
     """
 
     def __init__(self, detokenizer: Detokenizer, stopper: Stopper) -> None:
         self._detokenizer = detokenizer
         self._stopper = stopper
+        self._count = 0  # tokens told
         self.stopped_by: str | None = None
 
     def read(self, delta: SequenceDelta) -> TextDelta | None:
@@ -288,22 +290,42 @@ class SequenceReader:
         if self.stopped_by is not None:
             if not finished:
                 return None
-            return TextDelta(delta.index, "", [], None, "stop", self.stopped_by, delta.report)
-        text = self._detokenizer.push(delta.token_ids)
-        if finished:
-            text += self._detokenizer.flush()
-        text, self.stopped_by = self._stopper.push(text)
+            return TextDelta(delta.index, "", [], None, "stop", self.stopped_by, self._counted(delta.report))
+        token_ids, logprobs = delta.token_ids, delta.logprobs
+        if self._stopper.is_needed:
+            text, told = self._until_stop(token_ids)
+            if told < len(token_ids):
+                token_ids, logprobs = token_ids[:told], logprobs[:told] if logprobs is not None else None
+        else:
+            text = self._detokenizer.push(token_ids)
+        self._count += len(token_ids)
         if finished and self.stopped_by is None:
-            text += self._stopper.rest()
+            rest, self.stopped_by = self._stopper.push(self._detokenizer.flush())
+            text += rest
+            if self.stopped_by is None:
+                text += self._stopper.rest()
         reason = delta.finish_reason if self.stopped_by is None or not finished else "stop"
-        if not text and not delta.token_ids and not finished:
+        if not text and not token_ids and not finished:
             return None
         return TextDelta(
             delta.index,
             text,
-            delta.token_ids,
-            delta.logprobs,
+            token_ids,
+            logprobs,
             reason,
             self.stopped_by if finished else None,
-            delta.report,
+            delta.report if self.stopped_by is None else self._counted(delta.report),
         )
+
+    def _until_stop(self, token_ids: Sequence[int]) -> tuple[str, int]:
+        """(certain text of these tokens up to a stop, how many of them that takes)."""
+        text = ""
+        for told, token_id in enumerate(token_ids, 1):
+            certain, self.stopped_by = self._stopper.push(self._detokenizer.push((token_id,)))
+            text += certain
+            if self.stopped_by is not None:
+                return text, told
+        return text, len(token_ids)
+
+    def _counted(self, report: RequestReport | None) -> RequestReport | None:
+        return msgspec.structs.replace(report, output_tokens=self._count) if report is not None else None

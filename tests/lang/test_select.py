@@ -41,6 +41,15 @@ def test_greedy_selection_goes_token_by_token(model: ScriptedClient) -> None:
     assert pick(["cb", "c"], si.greedy_token_selection)["x"] == "c"
 
 
+def test_rounding_of_what_choices_share_does_not_decide_between_them(model: ScriptedClient) -> None:
+    rounded = iter([0.0, -1e-7, -2e-7])
+    model.logprob = lambda before, token: TABLE[token] + (next(rounded) if token == "c" else 0.0)
+    assert pick(["cd", "cb", "ca"], si.greedy_token_selection)["x"] == "ca"
+    rounded = iter([0.0, -1e-7, -2e-7])
+    meta = pick(["cd", "cb", "ca"]).get_meta_info("x")
+    assert {scores[0] for scores in meta["input_token_logprobs"]} == {(-0.5, ord("c"), "c")}
+
+
 def test_unconditional_likelihood_is_subtracted(model: ScriptedClient) -> None:
     def logprob(before: str, token: str) -> float:
         with_prompt = before.startswith("p:")

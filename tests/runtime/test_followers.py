@@ -120,6 +120,23 @@ def test_what_cannot_be_gone_on_from_is_said(slow, client):
         assert isinstance(error, NothingToExtendError) and "send the whole prompt" in str(error)
 
 
+def test_one_of_several_continuations_cannot_be_gone_on_from_when_it_is_the_last_to_run(slow):
+    several = request(PROMPT, SamplingParams(temperature=0, max_tokens=900, ignore_eos=True, n=2))
+
+    async def followed() -> list[SequenceDelta] | Exception:
+        first, second = asyncio.Queue(), asyncio.Queue()
+        async with await AsyncEngineClient.connect(slow.address) as client:
+            client.open_soon(several, first.put_nowait)
+            client.cancel(several.request_id, 0)
+            await until_end(first)
+            client.open_soon(request([5], after=several.request_id), second.put_nowait)
+            client.cancel(several.request_id)
+            return await until_end(second)
+
+    refused = asyncio.run(followed())
+    assert isinstance(refused, InvalidRequestError) and "several continuations" in str(refused)
+
+
 def test_one_that_cannot_begin_takes_with_it_those_that_follow(slow, client):
     first = request(PROMPT)
     second = request([7] * 2000, after=first.request_id)  # does not fit into the context
@@ -157,6 +174,40 @@ def test_cancelling_ends_a_request_that_is_held_and_those_that_follow_it(slow):
     assert asyncio.run(cancelled(0)) == ["cancelled", "nothing_to_extend", "nothing_to_extend"]
     assert asyncio.run(cancelled(1)) == ["cancelled", "nothing_to_extend"]
     assert asyncio.run(cancelled(2)) == ["cancelled"]
+
+
+def test_one_continuation_of_a_request_that_is_held_can_be_cancelled(slow, client):
+    first = request(PROMPT, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
+    three = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, n=3)
+    second, third = (request([5, 6, 7], three, after=first.request_id) for _ in range(2))
+
+    async def made() -> dict[str, dict[int, tuple[list[int], str]]]:
+        ends = {second.request_id: {}, third.request_id: {}}
+        tokens = {name: {at: [] for at in range(3)} for name in ends}
+        arrived: asyncio.Queue = asyncio.Queue()
+        async with await AsyncEngineClient.connect(slow.address) as link:
+            link.open_soon(first, lambda delta: None)
+            for held in (second, third):
+                link.open_soon(held, arrived.put_nowait)
+            link.cancel(second.request_id, 1)
+            link.cancel(second.request_id, 1)  # a second time, and one that there is not
+            link.cancel(second.request_id, 7)
+            for at in (2, 0, 1):
+                link.cancel(third.request_id, at)
+            while any(len(found) < 3 for found in ends.values()):
+                delta = await asyncio.wait_for(arrived.get(), 30.0)
+                tokens[delta.request_id][delta.index] += delta.token_ids
+                if delta.finish_reason is not None:
+                    assert delta.index not in ends[delta.request_id]
+                    ends[delta.request_id][delta.index] = tokens[delta.request_id][delta.index], delta.finish_reason
+        return ends
+
+    ends = asyncio.run(made())
+    assert ends[third.request_id] == dict.fromkeys(range(3), ([], "cancelled"))
+    one = tokens(client, request(PROMPT, first.sampling))
+    alone = tokens(client, request([*PROMPT, *one, 5, 6, 7]))
+    assert ends[second.request_id] == {0: (alone, "length"), 1: ([], "cancelled"), 2: (alone, "length")}
+    assert all(map(told, together(slow.address, *(request(PROMPT) for _ in range(4)))))  # none is held any more
 
 
 def test_an_id_that_is_held_is_in_use(slow):

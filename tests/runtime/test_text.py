@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_engine import slow_engine
 
 from superinfer.embedded import model_path
 from superinfer.errors import InvalidRequestError
+from superinfer.runtime.protocol import RequestReport, SamplingParams, SequenceDelta, TokenLogprob
 from superinfer.runtime.segments import Segments, segments_of
 from superinfer.runtime.stopping import Stopper, split_at_stop
+from superinfer.runtime.text import SequenceReader, TextClient, TextRequest, TextResult
 from superinfer.runtime.tokenization import Tokenizer
 
 letters = st.text("ab<>", max_size=30)
@@ -99,6 +104,57 @@ PIECES = st.lists(
 @cache
 def _embedded() -> Tokenizer:
     return Tokenizer(str(model_path()))
+
+
+REPORT = RequestReport(
+    prompt_tokens=1, cached_tokens=0, output_tokens=99, queue_s=0.0, prefill_s=0.0, decode_s=0.0, e2e_s=0.0
+)
+
+
+@given(
+    st.lists(st.sampled_from(["a", "bc", " the", "abc", "é", "日", "\n"]), min_size=1, max_size=12),
+    st.lists(st.sampled_from(["b", "abc", "c a", "the", "\n", "日"]), min_size=1, max_size=3),
+    st.data(),
+)
+def test_how_tokens_come_together_changes_nothing_of_what_a_stop_string_ends(pieces, stop, data):
+    ids = [token_id for piece in pieces for token_id in _embedded().encode(piece, special=False)]
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(ids)), max_size=6)) | {0, len(ids)})
+
+    def read(bounds: list[int]) -> TextResult:
+        reader, result = SequenceReader(_embedded().detokenizer(), Stopper(stop)), TextResult(0)
+        for begin, end in pairwise(bounds):
+            logprobs = [TokenLogprob(token_id, -1.0) for token_id in ids[begin:end]]
+            finish = "length" if end == len(ids) else None
+            report = REPORT if finish else None
+            delta = SequenceDelta(
+                request_id="", token_ids=ids[begin:end], logprobs=logprobs, finish_reason=finish, report=report
+            )
+            out = reader.read(delta)
+            if out is not None:
+                result.add(out)
+        return result
+
+    result = read(cuts)
+    assert result == read(list(range(len(ids) + 1)))
+    assert [logprob.token_id for logprob in result.logprobs] == result.token_ids
+    if result.stop is not None:
+        assert result.report.output_tokens == len(result.token_ids)
+
+
+def test_tokens_made_until_the_engine_hears_of_a_stop_are_not_counted(tiny_checkpoint):
+    sampling = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True, logprobs=0)
+
+    async def completed() -> TextResult:
+        with slow_engine(tiny_checkpoint, step_s=0.03) as engine:
+            async with await TextClient.connect(engine.address) as text:
+                free = TextRequest(prompt="once", sampling=SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))
+                (whole,) = await text.complete(free)
+                (result,) = await text.complete(TextRequest(prompt="once", sampling=sampling, stop=(whole.text[6:8],)))
+                return result
+
+    result = asyncio.run(completed())
+    assert result.finish_reason == "stop" and len(result.token_ids) <= 8  # a token of this model is a character
+    assert result.report.output_tokens == len(result.token_ids)
 
 
 def test_a_long_prompt_is_not_tokenized_again_for_each_choice():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import chain
 from types import MappingProxyType
 
@@ -232,8 +232,11 @@ class EngineLoop:
             case Shutdown():
                 self.stop("a client asked it to shut down")
 
-    def _take(self, client: bytes, request: Generate | Score, came: float | None = None) -> bool:
-        """Take a request in; False where it could not be, which its client has been told. came: None for now."""
+    def _take(
+        self, client: bytes, request: Generate | Score, came: float | None = None, without: Collection[int] = ()
+    ) -> bool:
+        """Take a request in; False where it could not be, which its client has been told. came: None for now. without:
+        continuations that were cancelled before it could begin."""
         request_id = request.request_id
         try:
             if request_id in self._live[client] or self._followers.get(client, request_id) is not None:
@@ -242,6 +245,7 @@ class EngineLoop:
                 self._hold(client, request)
                 return True
             sequences = self._intake.sequences(client, request, time.monotonic() if came is None else came)
+            sequences = [sequence for sequence in sequences if sequence.index not in without]
             self._check_room(self._num_live, len(sequences))
             grammar = sequences[0].sampling.grammar
             compiled = self._executor.grammars.request(grammar) if grammar is not None else None
@@ -258,13 +262,16 @@ class EngineLoop:
         if compiled is not None:
             self._compiling.hold(compiled, sequences)
             return True
+        self._begin(sequences, time.monotonic())
+        return True
+
+    def _begin(self, sequences: list[Sequence], now: float) -> None:
+        """A request's sequences join the others, unless what was promised cannot be kept."""
         for sequence in sequences:
             self._scheduler.add(sequence)
-        now = time.monotonic()
         waits = [wait for sequence in sequences if (wait := self._scheduler.overload(sequence, now)) is not None]
         if waits:
-            self._refuse(client, sequences, max(waits), now)
-        return True
+            self._refuse(sequences[0].owner, sequences, max(waits), now)
 
     def _check_room(self, held: int, wanted: int) -> None:
         """What is held for later leaves no less room for what can begin."""
@@ -276,10 +283,11 @@ class EngineLoop:
 
     def _hold(self, client: bytes, request: Generate) -> None:
         """Keep a request until the one that it goes on from has ended. Raises SuperinferError where it cannot be."""
-        sequences, held = self._live[client].get(request.after), self._followers.get(client, request.after)
+        sequences, held = self._live[client].get(request.after, []), self._followers.get(client, request.after)
         if not sequences and held is None:
             raise NothingToExtendError(f"request {request.after!r} is not under way: send the whole prompt")
-        if (held.sampling.n if held is not None else len(sequences or ())) != 1:
+        followed = held if held is not None else sequences[0]  # of several continuations some may have ended
+        if followed.sampling.n != 1:
             raise InvalidRequestError(f"request {request.after!r} has several continuations; only one can be extended")
         self._check_room(self._num_live + len(self._followers), request.sampling.n)
         self._followers.hold(client, request)
@@ -291,8 +299,8 @@ class EngineLoop:
         if sequence.finish_reason not in ("stop", "length"):
             self._drop_followers(sequence.owner, sequence.request_id, f"ended by {sequence.finish_reason!r}")
             return
-        for follower in self._followers.take(sequence.owner, sequence.request_id):
-            if not self._take(sequence.owner, whole(follower, sequence)):
+        for follower, without in self._followers.take(sequence.owner, sequence.request_id):
+            if not self._take(sequence.owner, whole(follower, sequence), without=without):
                 self._drop_followers(sequence.owner, follower.request_id, "failed")
 
     def _drop_followers(self, client: bytes, request_id: str, why: str) -> None:
@@ -322,8 +330,7 @@ class EngineLoop:
             self._scheduler.add(sequence)  # which ends it before it is planned
         for sequences, error in self._compiling.compiled():
             if error is None:
-                for sequence in sequences:
-                    self._scheduler.add(sequence)
+                self._begin(sequences, now)
                 continue
             for sequence in sequences:
                 end(sequence, now)
@@ -338,10 +345,11 @@ class EngineLoop:
 
     def _cancel(self, client: bytes, message: Cancel) -> None:
         now = time.monotonic()
-        held = self._followers.cancel(client, message.request_id)
+        held = self._followers.cancel(client, message.request_id, message.index)
         if held is not None:
-            self._drop_followers(client, message.request_id, "was cancelled")
-            self._door.send(client, Deltas(deltas=[_never_begun(held, at) for at in range(held.sampling.n)]))
+            if self._followers.get(client, message.request_id) is None:
+                self._drop_followers(client, message.request_id, "was cancelled")
+            self._door.send(client, Deltas(deltas=[_never_begun(message.request_id, at) for at in held]))
             return
         sequences = self._live[client].get(message.request_id, [])
         chosen = [s for s in sequences if message.index is None or s.index == message.index]
@@ -449,9 +457,9 @@ class EngineLoop:
                 del self._live[sequence.owner]
 
 
-def _never_begun(request: Generate, index: int) -> SequenceDelta:
+def _never_begun(request_id: str, index: int) -> SequenceDelta:
     """The last delta of a request that was cancelled while it was held."""
     report = RequestReport(
         prompt_tokens=0, cached_tokens=0, output_tokens=0, queue_s=0.0, prefill_s=0.0, decode_s=0.0, e2e_s=0.0
     )
-    return SequenceDelta(request_id=request.request_id, index=index, finish_reason="cancelled", report=report)
+    return SequenceDelta(request_id=request_id, index=index, finish_reason="cancelled", report=report)

@@ -102,8 +102,8 @@ class SamplingState:
             self._set_biases(slot, params.logit_bias)
         if params.grammar is not None:
             assert self._constraints is not None, "a grammar came to an executor without grammars"
-            # Whoever asks how likely each token was has it sampled, and so has who weighs it by those before it.
-            self._constraints.start(init, jumps=not self._needs[slot] & (LOGPROBS | PENALIZED))
+            # Whoever asks how likely each token was has it sampled, and so has who weighs some of them otherwise.
+            self._constraints.start(init, jumps=not self._needs[slot] & (LOGPROBS | PENALIZED | BIASED))
         if self._needs[slot] & PENALIZED:
             self._count_tokens(init)
 

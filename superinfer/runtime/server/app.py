@@ -34,7 +34,7 @@ from superinfer.runtime.server.responses import RESPONSES_PASS, ResponsesRequest
 from superinfer.runtime.server.responses_answer import ResponsesWriter
 from superinfer.runtime.server.schema import ChatRequest, CompletionRequest
 from superinfer.runtime.server.select import select
-from superinfer.runtime.server.service import Service, aside, json_response
+from superinfer.runtime.server.service import Service, aside, event_response, json_response
 from superinfer.runtime.server.settings import ServerSettings
 from superinfer.runtime.server.stream import while_connected
 from superinfer.runtime.server.structured import grammar_of_chat, tool_plan
@@ -119,7 +119,9 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         if request.echo and request.logprobs is not None:
             return await _scored(http, service, request, requests, writer)
         if only_prompt(request):
-            return json_response(writer.prompts_only([]))
+            return (
+                event_response(writer.prompts_streamed()) if request.stream else json_response(writer.prompts_only([]))
+            )
         return await service.answer(http, requests, writer, stream=bool(request.stream), interval=interval_of(request))
 
     # Plain routes: `Direct` calls them.
@@ -148,7 +150,9 @@ async def _scored(
 
     async def score(one: TextRequest) -> tuple[list[TokenLogprob], RequestReport]:
         prompt = [token_id for token_id in one.prompt if isinstance(token_id, int)]
-        return await service.text.score(prompt, 1, slo=one.slo, cache_salt=one.cache_salt, program=one.program)
+        return await service.text.score(
+            prompt, 1, slo=one.slo, slo_class=one.slo_class, cache_salt=one.cache_salt, program=one.program
+        )
 
     if any(len(one.prompt) < 2 for one in requests):
         raise bad_request("echo=true with logprobs needs prompts of at least two tokens", param="prompt")

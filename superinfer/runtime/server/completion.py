@@ -197,12 +197,27 @@ class CompletionWriter:
 
     def prompts_only(self, scores: list[tuple[list[TokenLogprob], RequestReport]]) -> bytes:
         """The answer where nothing was to be generated: the prompts, scored where that was asked for."""
+        for at, (_, report) in enumerate(scores):
+            self._tally.finish(at * self._per_prompt, "scored", report)
         choices = [
             self._choice(TextResult(index), "length", [score for score, _ in scores])
             for index in range(len(self._offsets))
         ]
-        tokens, cached = sum(map(len, self._prompts)), sum(report.cached_tokens for _, report in scores)
-        return self._answer(choices, Usage(tokens, 0, tokens, PromptTokensDetails(cached)), UNSET)
+        return self._answer(choices, self._tally.usage() if scores else self._prompt_usage(), self._tally.slo())
+
+    def prompts_streamed(self) -> bytes:
+        """All events of the stream where nothing was to be generated: a chunk for each choice's prompt."""
+        so_far = self._prompt_usage() if self._continuous else None if self._usage else UNSET
+        chunks = [
+            event(self._answer([self._choice(TextResult(index), "length", [])], so_far, UNSET))
+            for index in range(len(self._offsets))
+        ]
+        if self._usage:
+            chunks.append(event(self._answer([], self._prompt_usage(), UNSET)))
+        return b"".join(chunks) + self.event_end
+
+    def _prompt_usage(self) -> Usage:
+        return Usage(self._prompt_tokens, 0, self._prompt_tokens, PromptTokensDetails(0))
 
     def _choice(self, result: TextResult, reason: str, scores: list[list[TokenLogprob]]) -> CompletionChoice:
         index = result.index

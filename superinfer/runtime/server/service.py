@@ -21,7 +21,7 @@ from superinfer.runtime.server.report import Tally
 from superinfer.runtime.server.said import Said
 from superinfer.runtime.server.schema import Common
 from superinfer.runtime.server.settings import ServerSettings
-from superinfer.runtime.server.stream import EventStream, Writer, collect, watched
+from superinfer.runtime.server.stream import EVENT_HEADERS, EventStream, Writer, collect, watched
 from superinfer.runtime.server.structured import ToolPlan
 from superinfer.runtime.server.tracing import trace_request, tracer_to
 from superinfer.runtime.text import TextClient, TextDelta, TextRequest, TextResult
@@ -161,6 +161,13 @@ async def aside(http: Request, work: Callable[..., T], *given: Any, **named: Any
 def json_response(body: bytes) -> Response:
     """A whole answer."""
     return Response(body, media_type="application/json")
+
+
+def event_response(body: bytes) -> Response:
+    """A stream that is there as a whole."""
+    response = Response(body)
+    response.raw_headers = [*EVENT_HEADERS, (b"content-length", str(len(body)).encode())]
+    return response
 
 
 def key_of(headers: Mapping[str, str]) -> str:

@@ -307,3 +307,15 @@ def test_a_logit_bias_makes_a_token_certain_or_impossible(embedded):
         run(embedded, ask("a", logit_bias=((99999, 1.0),)))
     with pytest.raises(InvalidRequestError, match="logit_bias of token 3"):
         ask("a", logit_bias=((3, 101.0),))
+
+
+def test_a_logit_bias_holds_for_tokens_that_a_grammar_would_force(embedded):
+    sentence = Grammar(
+        kind="regex", source="The weather in Oslo is always sunny and warm in the morning(!|, and in the evening)"
+    )
+    (free,) = run(embedded, ask("Say it.", sentence, temperature=0.0))
+    barred = tuple((token_id, -100.0) for token_id in free.token_ids[4:] if token_id > 258)  # of several bytes
+    assert barred
+    (other,) = run(embedded, ask("Say it.", sentence, temperature=0.0, logit_bias=barred))
+    assert re.fullmatch(sentence.source, other.text) and re.fullmatch(sentence.source, free.text)
+    assert not {token_id for token_id, _ in barred} & set(other.token_ids)

@@ -11,18 +11,26 @@ from superinfer.errors import InvalidRequestError, OverloadedError
 from superinfer.runtime.client import EngineClient, new_request_id
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.launch import launch_engine
-from superinfer.runtime.protocol import Generate, Hints, SamplingParams
+from superinfer.runtime.protocol import Generate, Grammar, Hints, SamplingParams
 from superinfer.runtime.slo import SLO
 
 SMALL = dict(policy="rota", page_size=8, kv_tokens=256, dram_tokens=4096, max_batch_size=8, max_batch_tokens=64)
 SLOS = {"chat": SLO(ttft=2.0, tbt=0.05), "late": SLO(ttft=1e-4), "batch": None}
 
 
-def generate(client: EngineClient, prompt: list[int], slo: SLO | None, slo_class: str, tokens: int = 40, n: int = 1):
+def generate(
+    client: EngineClient,
+    prompt: list[int],
+    slo: SLO | None,
+    slo_class: str,
+    tokens: int = 40,
+    n: int = 1,
+    grammar: Grammar | None = None,
+):
     wanted = Generate(
         request_id=new_request_id(),
         prompt=prompt,
-        sampling=SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, n=n),
+        sampling=SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=grammar is None, n=n, grammar=grammar),
         slo=slo,
         slo_class=slo_class,
         hints=Hints(expected_tokens=30.0),
@@ -68,6 +76,19 @@ def test_what_cannot_be_kept_is_refused_with_a_time_to_come_back(random_llama):
         stats = client.stats()
     assert stats.classes["chat"].refused == 120
     assert stats.classes["chat"].met == 1
+    assert stats.waiting == stats.running == 0
+
+
+def test_what_must_follow_a_grammar_is_refused_like_others(tiny_checkpoint):
+    config = EngineConfig(model=str(tiny_checkpoint), load_format="dummy", admission="refuse", **SMALL)
+    letters = Grammar(kind="regex", source="[a-z]{150}")
+    with launch_engine(config) as engine, EngineClient(engine.address) as client:
+        generate(client, [5] * 60, None, "batch", tokens=1, grammar=letters)  # is compiled by now
+        with pytest.raises(OverloadedError, match="try again in"):
+            generate(client, [5] * 60, SLO(deadline=1.0), "chat", tokens=150, n=120, grammar=letters)
+        assert len(generate(client, [5] * 60, SLO(deadline=30.0), "chat", grammar=letters)[0]) == 40
+        stats = client.stats()
+    assert (stats.classes["chat"].refused, stats.classes["chat"].requests) == (120, 121)
     assert stats.waiting == stats.running == 0
 
 

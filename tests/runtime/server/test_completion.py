@@ -86,6 +86,24 @@ def test_echo_gives_the_prompt_back_and_scores_it(client: openai.OpenAI) -> None
     assert streamed == echoed.text
 
 
+def test_a_promise_of_a_scored_prompt_is_judged(client: openai.OpenAI) -> None:
+    promised = {"ignore_eos": True, "slo": {"deadline_ms": 60_000}}
+    answer = ask(client, ["once upon", "a time"], echo=True, max_tokens=0, logprobs=0, n=2, extra_body=promised)
+    assert answer.slo["met"] is True and answer.slo["e2e_ms"] > 0
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (15, 0)
+
+
+def test_a_stream_of_the_prompt_alone_is_a_stream(client: openai.OpenAI) -> None:
+    prompts = ["once upon", "a time"]
+    only = {"echo": True, "max_tokens": 0, "n": 2, "stream": True}
+    *chunks, last = ask(client, prompts, stream_options={"include_usage": True}, **only)
+    said = [(choice.index, choice.text, choice.finish_reason) for chunk in chunks for choice in chunk.choices]
+    assert said == [(at, prompts[at // 2], "length") for at in range(4)]
+    assert last.choices == [] and (last.usage.prompt_tokens, last.usage.completion_tokens) == (15, 0)
+    assert [chunk.usage for chunk in chunks] == [None] * 4
+    assert len(list(ask(client, prompts, **only))) == 4
+
+
 def test_text_and_tokens_turn_into_each_other(http: httpx.Client) -> None:
     made = http.post("/tokenize", json={"model": MODEL, "prompt": "once", "return_token_strs": True}).json()
     assert (made["count"], made["token_strs"], made["max_model_len"]) == (4, list("once"), 2048)
