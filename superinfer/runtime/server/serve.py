@@ -28,6 +28,9 @@ CONNECT_TIMEOUT_S = 5.0
 STOPPING = "the server is stopping; send the request again, to another one or later"
 # Of garbage: the libraries alone take 100 ms to be looked at, in which no stream goes on; requests leave few cycles.
 COLLECTIONS = (10_000, 20, 50)
+# Longer than clients and proxies keep a connection that they do not use (OpenAI's client 5 s, aiohttp 15 s, load
+# balancers 60 s): what closes first must be them, or a request is sent on a connection that is just being closed.
+KEEP_ALIVE_S = 75
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -125,11 +128,12 @@ def uvicorn_config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
     """How uvicorn is to run the application."""
     return uvicorn.Config(
         app,
-        http=http_protocol(),
+        http=http_protocol(settings.write_timeout_s),
         lifespan="off",
         log_level="warning",
         access_log=False,
         backlog=4096,
+        timeout_keep_alive=KEEP_ALIVE_S,
         ssl_certfile=settings.tls_cert or None,
         ssl_keyfile=settings.tls_key or None,
         # The connections have one more second after the streams were ended, to hear of it.

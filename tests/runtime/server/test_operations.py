@@ -209,7 +209,7 @@ def test_head_is_answered_as_get_is_without_the_body(
     tiny_engine: EngineProcess, serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, protocol: str
 ) -> None:
     if protocol == "h11":
-        monkeypatch.setattr("superinfer.runtime.server.serve.http_protocol", lambda: protocol)
+        monkeypatch.setattr("superinfer.runtime.server.serve.http_protocol", lambda _: protocol)
     with serving(tiny_engine.address) as served, served.http() as http:
         for path in ("/health", "/ready", "/v1/models", "/v1/models/tiny", "/metrics", "/openapi.json", "/"):
             read, head = http.get(path), http.head(path)  # on one connection: a body would be in the next one's way
@@ -267,7 +267,7 @@ def test_streams_do_not_need_the_shortcut_to_the_socket(
             return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
     short = text()
-    monkeypatch.setattr("superinfer.runtime.server.serve.http_protocol", lambda: "h11")
+    monkeypatch.setattr("superinfer.runtime.server.serve.http_protocol", lambda _: "h11")
     assert text() == short and len(short) > 50
 
 
