@@ -118,6 +118,9 @@ class Gate:
                 message = f"{said}; send `Authorization: Bearer KEY`"
                 challenge = {"www-authenticate": "Bearer"}
                 return ApiError(401, message, code="invalid_api_key", headers=challenge)
+        if (encoding := headers.get("content-encoding", "identity").lower()) != "identity":
+            message = f"content-encoding={encoding!r:.80} is not supported: send the body as it is, not compressed"
+            return ApiError(415, message, param="content-encoding", code="unsupported_encoding")
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > self._max_body:
             return TooLarge(self._max_body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from typing import Any
 
@@ -175,6 +176,15 @@ def test_a_body_that_is_no_json_object_is_refused(http: httpx.Client, body: byte
     refused(http, "/v1/chat/completions", body, 400, "invalid_json", "the request body")
 
 
+def test_a_compressed_body_is_refused_as_what_it_is(http: httpx.Client) -> None:
+    packed = gzip.compress(json.dumps(CHAT).encode())
+    answer = http.post("/v1/chat/completions", content=packed, headers={"content-encoding": "gzip"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_encoding")
+    assert "'gzip'" in answer.json()["error"]["message"]
+    plain = json.dumps(CHAT).encode()
+    assert http.post("/v1/chat/completions", content=plain, headers={"content-encoding": "identity"}).is_success
+
+
 def test_an_oversized_body_is_refused(http: httpx.Client) -> None:
     refused(http, "/v1/completions", b" " * ((32 << 20) + 1), 413, "request_too_large", "32 MiB")
 
@@ -203,6 +213,7 @@ def test_the_openai_client_raises_its_own_classes(client: openai.OpenAI) -> None
 def test_models_lists_the_one_model(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
+    assert client.get("/models/", cast_to=dict[str, Any])["data"][0]["id"] == "tiny"
     with pytest.raises(openai.NotFoundError, match="other/model"):
         client.models.retrieve("other/model")
 
