@@ -161,7 +161,8 @@ async def _scored(
 
     async def score(one: TextRequest) -> tuple[list[TokenLogprob], RequestReport]:
         prompt = [token_id for token_id in one.prompt if isinstance(token_id, int)]
-        return await service.text.score(prompt, 1, slo=one.slo, cache_salt=one.cache_salt, program=one.program)
+        top = request.logprobs or 0
+        return await service.text.score(prompt, 1, top=top, slo=one.slo, cache_salt=one.cache_salt, program=one.program)
 
     if any(len(one.prompt) < 2 for one in requests):
         raise bad_request("echo=true with logprobs needs prompts of at least two tokens", param="prompt")
