@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from superinfer.errors import SuperinferError
-from superinfer.runtime.protocol import RequestReport, TokenLogprob
+from superinfer.runtime.protocol import TokenLogprob
 from superinfer.runtime.server import completion, schema, tokens
 from superinfer.runtime.server.chat import prompt_of, sampling_of_chat
 from superinfer.runtime.server.chat_answer import ChatWriter
@@ -159,13 +159,17 @@ async def _scored(
 ) -> Response:
     """An answer that begins with its prompts' logprobs."""
 
-    async def score(one: TextRequest) -> tuple[list[TokenLogprob], RequestReport]:
+    async def score(one: TextRequest) -> tuple[list[TokenLogprob], int]:
+        """Logprobs of its prompt from the second token on, as nothing is before the first; and how many were cached."""
         prompt = [token_id for token_id in one.prompt if isinstance(token_id, int)]
+        if len(prompt) == 1:
+            return [], 0
         top = request.logprobs or 0
-        return await service.text.score(prompt, 1, top=top, slo=one.slo, cache_salt=one.cache_salt, program=one.program)
+        scores, report = await service.text.score(
+            prompt, 1, top=top, slo=one.slo, cache_salt=one.cache_salt, program=one.program
+        )
+        return scores, report.cached_tokens
 
-    if any(len(one.prompt) < 2 for one in requests):
-        raise bad_request("echo=true with logprobs needs prompts of at least two tokens", param="prompt")
     found = await while_connected(http, asyncio.gather(*map(score, requests)))
     if only_prompt(request):
         return json_response(writer.prompts_only(found))

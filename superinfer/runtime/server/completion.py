@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from superinfer.runtime.protocol import ModelInfo, RequestReport, SamplingParams, TokenLogprob
+from superinfer.runtime.protocol import ModelInfo, SamplingParams, TokenLogprob
 from superinfer.runtime.server.errors import bad_request
 from superinfer.runtime.server.params import check_ids, sampling_of
 from superinfer.runtime.server.report import PromptTokensDetails, SloReport, Tally, Usage
@@ -189,13 +189,14 @@ class CompletionWriter:
             choices.append(self._choice(result, reason, scores))
         return self._answer(choices, self._tally.usage(), self._tally.slo())
 
-    def prompts_only(self, scores: list[tuple[list[TokenLogprob], RequestReport]]) -> bytes:
-        """The answer where nothing was to be generated: the prompts, scored where that was asked for."""
+    def prompts_only(self, scores: list[tuple[list[TokenLogprob], int]]) -> bytes:
+        """The answer where nothing was to be generated: the prompts, scored where that was asked for. scores: and how
+        many tokens of each prompt were cached."""
         choices = [
             self._choice(TextResult(index), "length", [score for score, _ in scores])
             for index in range(len(self._offsets))
         ]
-        tokens, cached = sum(map(len, self._prompts)), sum(report.cached_tokens for _, report in scores)
+        tokens, cached = sum(map(len, self._prompts)), sum(cached for _, cached in scores)
         return self._answer(choices, Usage(tokens, 0, tokens, PromptTokensDetails(cached)), UNSET)
 
     def _choice(self, result: TextResult, reason: str, scores: list[list[TokenLogprob]]) -> CompletionChoice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import sys
 import time
@@ -154,5 +155,8 @@ class Gate:
             "bytes": sent,
         } | scope.get("superinfer.log", {})
         assert self._log is not None
-        self._log.write(msgspec.json.encode(line).decode() + "\n")
-        self._log.flush()
+        # A log whose reader is gone, or whose disk is full, is no reason to cut connections under their answers; and
+        # there is nowhere to say it.
+        with contextlib.suppress(OSError):
+            self._log.write(msgspec.json.encode(line).decode() + "\n")
+            self._log.flush()

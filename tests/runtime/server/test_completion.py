@@ -80,6 +80,9 @@ def test_echo_gives_the_prompt_back_and_scores_it(client: openai.OpenAI) -> None
     assert "".join(echoed.logprobs.tokens) == echoed.text and echoed.logprobs.token_logprobs[0] is None
     assert all(logprob < 0 for logprob in echoed.logprobs.token_logprobs[1:9])
     assert echoed.logprobs.token_logprobs[9:] == pytest.approx(plain.logprobs.token_logprobs, abs=1e-4)
+    single, other = ask(client, ["o", "on"], echo=True, max_tokens=1, logprobs=1).choices
+    assert [len(one.logprobs.tokens) for one in (single, other)] == [2, 3]
+    assert single.logprobs.token_logprobs[0] is None and single.logprobs.top_logprobs[0] is None
     only = ask(client, echo=True, max_tokens=0, logprobs=0).choices[0]
     assert only.text == "once upon" and len(only.logprobs.tokens) == 9
     streamed = "".join(c.choices[0].text for c in ask(client, echo=True, temperature=0, stream=True))
