@@ -36,6 +36,7 @@ from superinfer.runtime.server.responses import (
     ResponseStore,
     as_stored,
     chat_of,
+    in_own_names,
     items_of,
     page_of,
 )
@@ -210,7 +211,10 @@ def _add_responses(app: FastAPI, service: Service) -> None:
         history: list[dict[str, Any]] = []
         if request.previous_response_id is not None:
             history = store.get(request.previous_response_id, "previous_response_id").items
-        chat = await prepare_chat(http, service, chat_of(request, history))
+        try:
+            chat = await prepare_chat(http, service, chat_of(request, history))
+        except ApiError as error:
+            raise in_own_names(error) from None
 
         def keep(response_id: str, body: bytes, output: list[dict[str, Any]]) -> None:
             given = [as_stored(item) for item in items_of(request)]

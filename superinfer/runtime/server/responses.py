@@ -97,6 +97,22 @@ def chat_of(request: ResponsesRequest, history: list[dict[str, Any]]) -> ChatReq
     )
 
 
+# What is said of a chat, as this API calls it.
+_OWN_NAMES = {"messages": "input", "reasoning_effort": "reasoning.effort", "response_format": "text.format"}
+
+
+def in_own_names(error: ApiError) -> ApiError:
+    """An error of the chat that a request was turned into, with the names of the request's own fields."""
+    name = error.body.param or ""
+    if name not in _OWN_NAMES:
+        return error
+    own = _OWN_NAMES[name]
+    message = error.body.message
+    if message.startswith(name):
+        message = own + message[len(name) :]
+    return ApiError(error.status, message, param=own, code=error.body.code, type=error.body.type, headers=error.headers)
+
+
 def items_of(request: ResponsesRequest) -> list[dict[str, Any]]:
     """The request's input as items."""
     if isinstance(request.input, str):

@@ -82,8 +82,15 @@ def check_tls(settings: ServerSettings) -> None:
     """Raises InvalidRequestError where the certificate or its key cannot be used."""
     if not settings.tls_cert:
         return
+
+    def passphrase() -> str:
+        raise InvalidRequestError(
+            f"tls_key={settings.tls_key!r} is encrypted, and nobody is here to type its passphrase; give it in plain, "
+            "readable by the server alone"
+        )
+
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key, passphrase)
     except (OSError, ssl.SSLError) as error:
         raise InvalidRequestError(
             f"tls_cert={settings.tls_cert!r} with tls_key={settings.tls_key!r} cannot be used: {error}"

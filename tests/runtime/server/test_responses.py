@@ -146,6 +146,21 @@ def test_what_is_wrong_is_refused_by_name(client: openai.OpenAI, change: dict[st
     assert refused.value.code == code
 
 
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"input": "x" * 3000}, "input"),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ({"text": {"format": {"type": "yaml"}}}, "text.format"),
+    ],
+)
+def test_errors_name_the_fields_of_this_api(client: openai.OpenAI, change: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, **change)
+    body: Any = refused.value.body
+    assert refused.value.param == param and body["message"].startswith(param)
+
+
 def test_the_slo_and_tier_are_reported(client: openai.OpenAI) -> None:
     answer = ask(client, extra_body={"slo": {"deadline_ms": 60_000}})
     assert answer.slo["met"] is True and answer.service_tier == "default"
