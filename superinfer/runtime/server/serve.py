@@ -20,8 +20,8 @@ from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.file_limit import raise_file_limit
 from superinfer.runtime.launch import Progress, launch_engine
 from superinfer.runtime.server.app import create_app
-from superinfer.runtime.server.connection import http_protocol
 from superinfer.runtime.server.settings import ServerSettings
+from superinfer.runtime.server.wire import http_protocol
 from superinfer.runtime.text import TextClient
 
 CONNECT_TIMEOUT_S = 5.0

@@ -108,6 +108,22 @@ def test_a_request_that_does_not_come_is_not_waited_for(hasty: Any) -> None:
         assert idle.recv(1) == b""
 
 
+@pytest.mark.parametrize("sent", [20, len(POST) + 5], ids=["of the head", "of the body"])
+def test_a_request_that_does_not_come_leaves_the_answer_before_it_whole(hasty: Any, sent: int) -> None:
+    asked = {"model": "tiny", "prompt": "hello", "max_tokens": 600, "n": 8, "ignore_eos": True, "stream": True}
+    body = json.dumps(asked).encode()
+    with connected(hasty) as line:
+        began = time.monotonic()
+        line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        line.sendall((POST + b"\r\n" + BODY)[:sent])  # without waiting for the first answer, and never the rest
+        got = b""
+        while b"[DONE]" not in got:
+            more = line.recv(1 << 20)
+            assert more and b"request_timeout" not in more
+            got = got[-10:] + more
+        assert time.monotonic() - began > 0.3, "it was answered before the second one was late"
+
+
 def test_a_body_may_come_as_slowly_as_it_keeps_coming(hasty: Any) -> None:
     with connected(hasty) as line:
         line.sendall(POST + b"\r\n")
