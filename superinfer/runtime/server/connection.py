@@ -1,5 +1,5 @@
-"""The shortcuts that streams need to their HTTP connection: write without waiting, hear at once that the
-client went away, and cut the line.
+"""The shortcuts that streams need to their HTTP connection: write without waiting, hear at once that the client went
+away, and cut the line.
 
 ASGI's `send` is a coroutine under every layer of the application. A stream of tokens would pay for all of them, and for
 the task that waits, with each token. Where the connection takes more bytes at once, `Shortcut.push` hands them to it in
