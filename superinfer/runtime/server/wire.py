@@ -20,7 +20,8 @@ MAX_HEAD = 65_536
 def http_protocol(patience_s: float) -> Any:
     """For uvicorn's `http`: its own on httptools with the shortcut; "auto" where httptools is not installed.
 
-    patience_s: seconds within which the head of a request must have come, and then each piece of its body.
+    patience_s: seconds within which the head of a request must have come, and then each piece of its body; and within
+    which a client must read some of what waits for it.
     """
     try:
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -37,7 +38,7 @@ def http_protocol(patience_s: float) -> Any:
             self._came = b""
             self._since = 0.0  # when the head began, or the body's last piece came
             self._patience: Any = None
-            self._refused: ApiError | None = None
+            self._unread: Any = None  # the timer of a client that does not keep up
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -46,9 +47,19 @@ def http_protocol(patience_s: float) -> Any:
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
             self._lose_patience()
+            self._forget_unread()
             self.is_lost = True
             for shortcut in list(self.watching):
                 shortcut.lost()
+
+        def pause_writing(self) -> None:
+            """The client does not keep up. A stream waits for it; a whole answer is written, and is held here."""
+            super().pause_writing()
+            self._watch_unread()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._forget_unread()
 
         def data_received(self, data: bytes) -> None:
             self._came = data
@@ -141,6 +152,21 @@ def http_protocol(patience_s: float) -> Any:
             if self._awaited == "head":
                 return self.cycle is not None and not self.cycle.response_complete
             return bool(self.pipeline)
+
+        def _watch_unread(self) -> None:
+            left = self.transport.get_write_buffer_size()
+            self._unread = self.loop.call_later(patience_s, self._check_unread, left)
+
+        def _check_unread(self, before: int) -> None:
+            if self.transport.get_write_buffer_size() < before:
+                self._watch_unread()
+            else:
+                self.transport.abort()
+
+        def _forget_unread(self) -> None:
+            if self._unread is not None:
+                self._unread.cancel()
+                self._unread = None
 
         def _be_patient(self) -> None:
             self._since = self.loop.time()

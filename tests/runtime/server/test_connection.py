@@ -110,7 +110,7 @@ def test_a_request_that_does_not_come_is_not_waited_for(hasty: Any) -> None:
 
 @pytest.mark.parametrize("sent", [20, len(POST) + 5], ids=["of the head", "of the body"])
 def test_a_request_that_does_not_come_leaves_the_answer_before_it_whole(hasty: Any, sent: int) -> None:
-    asked = {"model": "tiny", "prompt": "hello", "max_tokens": 600, "n": 8, "ignore_eos": True, "stream": True}
+    asked = {"model": "tiny", "prompt": "hello", "max_tokens": 600, "n": 4, "ignore_eos": True, "stream": True}
     body = json.dumps(asked).encode()
     with connected(hasty) as line:
         began = time.monotonic()
@@ -131,6 +131,25 @@ def test_a_body_may_come_as_slowly_as_it_keeps_coming(hasty: Any) -> None:
             line.sendall(BODY[at : at + 10])
             time.sleep(0.1)
         assert answer(line)[0] == 200
+
+
+def test_a_whole_answer_that_nobody_reads_is_let_go(hasty: Any) -> None:
+    asked = {"model": "tiny", "input": "hello", "max_output_tokens": 1, "metadata": {"long": "x" * 12_000_000}}
+    body = json.dumps(asked).encode()
+    for pause, is_whole in ((1.2, False), (0.05, True)):
+        with socket.socket() as line:
+            line.settimeout(20)
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # or the kernel would hold all of it
+            host, port = hasty.url.removeprefix("http://").split(":")
+            line.connect((host, int(port)))
+            line.sendall(b"POST /v1/responses HTTP/1.1\r\nHost: x\r\nConnection: close\r\n")
+            line.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            got = len(line.recv(10))
+            time.sleep(pause)
+            with contextlib.suppress(ConnectionResetError):
+                while more := line.recv(1 << 20):
+                    got += len(more)
+            assert (got > len(asked["metadata"]["long"])) is is_whole  # type: ignore[index]
 
 
 def test_a_connection_outlives_what_clients_and_proxies_keep_of_it(
