@@ -40,7 +40,8 @@ def _server_options(
     ] = None,
     max_concurrent: Annotated[int | None, typer.Option(help="Requests at a time.", show_default="4096")] = None,
     write_timeout_s: Annotated[
-        float | None, typer.Option(help="Seconds until a client that reads nothing is cut off.", show_default="60")
+        float | None,
+        typer.Option(help="Seconds until a client that reads or sends nothing is cut off.", show_default="60"),
     ] = None,
     grace_s: Annotated[
         float | None,

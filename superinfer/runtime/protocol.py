@@ -17,7 +17,7 @@ from superinfer.runtime.sampling_params import SamplingParams as SamplingParams
 from superinfer.runtime.sampling_params import check_float
 from superinfer.runtime.slo import SLO
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 FinishReason = Literal["stop", "length", "deadline", "cancelled", "scored"]
 LiveState = Literal["waiting", "computing", "rotated", "loading"]
@@ -107,11 +107,15 @@ class Generate(Message, frozen=True, kw_only=True):
 
 
 class Score(Message, frozen=True, kw_only=True):
-    """Log probability of each given token from position `start` (>= 1) on, given all before it. Generates none."""
+    """Log probability of each given token from position `start` (>= 1) on, given all before it. Generates none.
+
+    top: of the most likely tokens at each of these positions, so many come too; 0 to 20.
+    """
 
     request_id: str
     prompt: list[int]
     start: int
+    top: int = 0
     slo: SLO | None = None
     slo_class: str = ""
     cache_salt: str = ""

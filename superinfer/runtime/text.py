@@ -191,18 +191,21 @@ class TextClient:
         prompt: Sequence[int],
         start: int,
         *,
+        top: int = 0,
         slo: SLO | None = None,
         slo_class: str = "",
         cache_salt: str = "",
         program: str = "",
         hints: Hints | None = None,
     ) -> tuple[list[TokenLogprob], RequestReport]:
-        """Log probability of each of `prompt[start:]` given all before it; `start` >= 1."""
+        """Log probability of each of `prompt[start:]` given all before it; `start` >= 1. top: and of so many of the
+        most likely tokens there, at most 20."""
         return await self.client.score(
             Score(
                 request_id=new_request_id(),
                 prompt=list(prompt),
                 start=start,
+                top=top,
                 slo=slo,
                 slo_class=slo_class,
                 cache_salt=cache_salt,

@@ -274,11 +274,14 @@ def test_scores_equal_transformers_log_softmax(llama):
     folder, model = llama
     stepper = Stepper(executor_of(folder))
     (prompt,) = prompts_of([90])
-    scored = stepper.add(prompt)
+    scored = stepper.add(prompt, SamplingParams(logprobs=2))
     while len(scored.scores) < len(prompt) - 1:
         stepper.step((scored, stepper.prefill(scored, 32, score=True)))
     expected = logprobs(model, prompt)[:-1].gather(1, torch.tensor(prompt[1:])[:, None]).squeeze(1)
     torch.testing.assert_close(torch.tensor([s.logprob for s in scored.scores]), expected, rtol=1e-3, atol=1e-3)
+    values, _ = logprobs(model, prompt)[:-1].topk(2)
+    rivals = torch.tensor([[value for _, value in s.top] for s in scored.scores])
+    torch.testing.assert_close(rivals, values, rtol=1e-3, atol=1e-3)
 
 
 def test_the_pool_fills_the_memory_that_is_left(wide):

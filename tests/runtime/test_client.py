@@ -294,6 +294,12 @@ def test_a_score_start_outside_the_prompt_is_refused(client, start):
         client.score(Score(request_id=new_request_id(), prompt=[1, 2, 3], start=start))
 
 
+@pytest.mark.parametrize("top", [-1, 21])
+def test_more_rivals_of_a_score_than_there_may_be_are_refused(client, top):
+    with pytest.raises(InvalidRequestError, match=f"top={top}"):
+        client.score(Score(request_id=new_request_id(), prompt=[1, 2, 3], start=1, top=top))
+
+
 def test_a_full_queue_refuses_and_serves_on(client):
     stream = client.generate(request([1], CROWD))
     next(stream)

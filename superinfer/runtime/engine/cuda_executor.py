@@ -371,7 +371,8 @@ class CudaExecutor:
         if wanted.scored:
             scored = [chunks[i] for i in wanted.scored]
             tokens = np.concatenate([np.array(work.score, dtype=np.int64) for work in scored])
-            pending.keep_scores(scored, self._score(hidden[sampled:], tokens))
+            tops = [self._sampling.top_logprobs(work.slot) for work in scored]
+            pending.keep_scores(scored, tops, self._score(hidden[sampled:], tokens, max(tops)))
 
     def _sample(self, logits: torch.Tensor, slots: np.ndarray, pending: Pending) -> None:
         self._keep(slots, self._sampling.sample(logits, slots), pending)
@@ -390,14 +391,15 @@ class CudaExecutor:
         self.waited_s += time.perf_counter() - asked
         return tokens
 
-    def _score(self, hidden: torch.Tensor, tokens: np.ndarray) -> torch.Tensor:
-        """[len(tokens)] logprobs, a piece at a time: float32 logits of a long prompt at once would fill gigabytes."""
+    def _score(self, hidden: torch.Tensor, tokens: np.ndarray, top: int) -> tuple[torch.Tensor, ...]:
+        """What `token_logprobs` gives, without the rivals where top=0. A piece at a time: float32 logits of a long
+        prompt at once would fill gigabytes."""
         parts = []
         for start in range(0, len(tokens), 256):
             piece = slice(start, start + 256)
             logits = self._model.logits(hidden[piece])
-            parts.append(token_logprobs(logits, self._to_device(tokens[piece]), 0)[0])
-        return torch.cat(parts)
+            parts.append(token_logprobs(logits, self._to_device(tokens[piece]), top)[: 3 if top else 1])
+        return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
     def _split(self, places: torch.Tensor, parts: list[Part]) -> SplitAttention:
         return SplitAttention(self._views, places, self._model.config.num_kv_heads, parts)

@@ -68,6 +68,8 @@ class Intake:
                 f"start={request.start} must be between 1 and {len(request.prompt) - 1}: the first token has nothing "
                 "before it to be judged by, and at least one token must follow"
             )
+        if not 0 <= request.top <= 20:
+            raise InvalidRequestError(f"top={request.top} must be between 0 and 20")
         return Sequence(
             id=self._next_id(),
             request_id=request.request_id,
@@ -80,6 +82,7 @@ class Intake:
             hints=request.hints,
             arrival=now,
             max_tokens=0,
+            sampling=SamplingParams(logprobs=request.top) if request.top else None,
             score_start=request.start,
         )
 

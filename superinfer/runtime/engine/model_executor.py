@@ -16,6 +16,7 @@ from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine.constraints import split_forced
 from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
 from superinfer.runtime.engine.grammar import GrammarCompiler
+from superinfer.runtime.engine.readback import split_scores
 from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
 from superinfer.runtime.engine.step_inputs import BlockTables, StepAssembler, StepInputs, Wanted
 from superinfer.runtime.kv.duplex_cpu import CpuDuplex
@@ -192,11 +193,10 @@ class ModelExecutor:
             return
         tokens = np.concatenate([np.array(inputs.work[i].score, dtype=np.int64) for i in scored])
         logits = self._model.logits(hidden[len(wanted.sampled) :])
-        values, _, _ = token_logprobs(logits, torch.from_numpy(tokens).to(self._device), 0)
-        logprobs = iter(values.tolist())
-        for i in scored:
-            work = inputs.work[i]
-            result.scores[work.slot] = [TokenLogprob(token, next(logprobs)) for token in work.score]
+        works = [inputs.work[i] for i in scored]
+        tops = [self._sampling.top_logprobs(work.slot) for work in works]
+        values = token_logprobs(logits, torch.from_numpy(tokens).to(self._device), max(tops))
+        result.scores = split_scores(works, tops, values)
 
 
 def build_executor(config: EngineConfig, on_progress: Progress | None = None) -> ModelExecutor | CudaExecutor:

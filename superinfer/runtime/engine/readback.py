@@ -42,7 +42,8 @@ class Pending:
     top_wanted: list[int] = field(default_factory=list)
     forced: dict[int, tuple[int, ...]] = field(default_factory=dict)
     scored: Sequence[SlotWork] = ()
-    scores: torch.Tensor | None = None
+    score_tops: Sequence[int] = ()
+    scores: tuple[torch.Tensor, ...] = ()
 
     def keep_sampled(self, slots: np.ndarray, sampled: Sampled, top_wanted: list[int]) -> None:
         """Start the copies of what was sampled. slots: of the rows."""
@@ -59,9 +60,10 @@ class Pending:
         this result is read. slots: of the rows."""
         self.slots, self.tokens = slots, tokens
 
-    def keep_scores(self, scored: Sequence[SlotWork], scores: torch.Tensor) -> None:
-        """Start the copy of scored tokens' logprobs, [sum of len(work.score)]."""
-        self.scored, self.scores = scored, to_host(scores)
+    def keep_scores(self, scored: Sequence[SlotWork], tops: Sequence[int], scores: Sequence[torch.Tensor]) -> None:
+        """Start the copies of scored tokens' logprobs. See split_scores."""
+        self.scored, self.score_tops = scored, tops
+        self.scores = tuple(to_host(part) for part in scores)
 
     def read_tokens(self) -> list[int]:
         """The tokens of all rows. Waits for the step, which must have been enqueued whole."""
@@ -85,8 +87,32 @@ class Pending:
                 for i, row in enumerate(self.logprob_rows.tolist()):
                     top = list(zip(ids[i], values[i], strict=True))[: self.top_wanted[i]]
                     result.logprobs[slots[row]] = TokenLogprob(tokens[row], chosen[i], top)
-        if self.scores is not None:
-            logprobs = iter(self.scores.tolist())
-            for work in self.scored:
-                result.scores[work.slot] = [TokenLogprob(token, next(logprobs)) for token in work.score]
+        if self.scores:
+            result.scores = split_scores(self.scored, self.score_tops, self.scores)
         return result
+
+
+def split_scores(
+    scored: Sequence[SlotWork], tops: Sequence[int], scores: Sequence[torch.Tensor]
+) -> dict[int, list[TokenLogprob]]:
+    """The logprobs of scored tokens by slot.
+
+    tops: how many rivals each of `scored` wants. scores: on the host, of all scored tokens in order, [tokens] logprobs,
+    and unless nobody wants rivals [tokens, max(tops)] ids and logprobs of the most likely.
+    """
+    columns = [part.tolist() for part in scores]
+    chosen = columns[0]
+    found: dict[int, list[TokenLogprob]] = {}
+    at = 0
+    for work, top in zip(scored, tops, strict=True):
+        rows = range(at, at + len(work.score))
+        at += len(work.score)
+        if not top:
+            found[work.slot] = [TokenLogprob(token, chosen[i]) for token, i in zip(work.score, rows, strict=True)]
+            continue
+        _, ids, values = columns
+        found[work.slot] = [
+            TokenLogprob(token, chosen[i], list(zip(ids[i][:top], values[i][:top], strict=True)))
+            for token, i in zip(work.score, rows, strict=True)
+        ]
+    return found

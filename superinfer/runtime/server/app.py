@@ -30,7 +30,16 @@ from superinfer.runtime.server.params import check_length, interval_of
 from superinfer.runtime.server.parsing.pieces import AnswerReader
 from superinfer.runtime.server.relay import ClientGone, Wrote
 from superinfer.runtime.server.report import Tally
-from superinfer.runtime.server.responses import RESPONSES_PASS, ResponsesRequest, ResponseStore, chat_of, items_of
+from superinfer.runtime.server.responses import (
+    RESPONSES_PASS,
+    ResponsesRequest,
+    ResponseStore,
+    as_stored,
+    chat_of,
+    in_own_names,
+    items_of,
+    page_of,
+)
 from superinfer.runtime.server.responses_answer import ResponsesWriter
 from superinfer.runtime.server.schema import ChatRequest, CompletionRequest
 from superinfer.runtime.server.select import select
@@ -79,12 +88,16 @@ def _add_models(app: FastAPI, service: Service) -> None:
         "max_model_len": service.text.info.max_model_len,
     }
 
+    listed = {"object": "list", "data": [card]}
+
     @app.get("/v1/models")
     async def models() -> Response:
-        return _json({"object": "list", "data": [card]})
+        return _json(listed)
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
+        if not model:  # a slash too many
+            return _json(listed)
         service.check_model(model)
         return _json(card)
 
@@ -96,7 +109,8 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         request = schema.parse(await http.body(), ChatRequest, schema.CHAT_PASS)
         service.check_model(request.model)
         chat = await prepare_chat(http, service, request)
-        writer = ChatWriter(request, text.tokenizer, chat.tally, chat.readers)
+        asked = len(chat.request.prompt)
+        writer = ChatWriter(request, text.tokenizer, chat.tally, chat.readers, prompt_tokens=asked)
         stream, interval = bool(request.stream), interval_of(request)
         return await service.answer(http, [chat.request], writer, stream=stream, interval=interval, wrote=chat.wrote)
 
@@ -148,14 +162,21 @@ async def _scored(
 ) -> Response:
     """An answer that begins with its prompts' logprobs."""
 
-    async def score(one: TextRequest) -> tuple[list[TokenLogprob], RequestReport]:
+    async def score(one: TextRequest) -> tuple[list[TokenLogprob], RequestReport | None]:
+        """Logprobs of its prompt from the second token on, as nothing is before the first."""
         prompt = [token_id for token_id in one.prompt if isinstance(token_id, int)]
+        if len(prompt) == 1:
+            return [], None
         return await service.text.score(
-            prompt, 1, slo=one.slo, slo_class=one.slo_class, cache_salt=one.cache_salt, program=one.program
+            prompt,
+            1,
+            top=request.logprobs or 0,
+            slo=one.slo,
+            slo_class=one.slo_class,
+            cache_salt=one.cache_salt,
+            program=one.program,
         )
 
-    if any(len(one.prompt) < 2 for one in requests):
-        raise bad_request("echo=true with logprobs needs prompts of at least two tokens", param="prompt")
     found = await while_connected(http, asyncio.gather(*map(score, requests)))
     if only_prompt(request):
         return json_response(writer.prompts_only(found))
@@ -196,10 +217,13 @@ def _add_responses(app: FastAPI, service: Service) -> None:
         history: list[dict[str, Any]] = []
         if request.previous_response_id is not None:
             history = store.get(request.previous_response_id, "previous_response_id").items
-        chat = await prepare_chat(http, service, chat_of(request, history))
+        try:
+            chat = await prepare_chat(http, service, chat_of(request, history))
+        except ApiError as error:
+            raise in_own_names(error) from None
 
         def keep(response_id: str, body: bytes, output: list[dict[str, Any]]) -> None:
-            given = items_of(request)
+            given = [as_stored(item) for item in items_of(request)]
             store.put(response_id, body, given, [*history, *given, *output])
 
         kept = keep if request.store is not False and service.settings.responses_bytes else None
@@ -209,13 +233,15 @@ def _add_responses(app: FastAPI, service: Service) -> None:
     app.add_route("/v1/responses", create, methods=["POST"])
 
     @app.get("/v1/responses/{response_id}")
-    async def retrieve(response_id: str) -> Response:
+    async def retrieve(response_id: str, stream: str = "") -> Response:
+        if stream.lower() not in ("", "false", "0"):
+            message = f"stream={stream:.80} is not supported here: a response is kept as a whole; retrieve it without"
+            raise bad_request(message, param="stream", code="unsupported_parameter")
         return json_response(store.get(response_id).body)
 
     @app.get("/v1/responses/{response_id}/input_items")
-    async def input_items(response_id: str) -> Response:
-        items = store.get(response_id).input
-        return _json({"object": "list", "data": items, "has_more": False, "first_id": None, "last_id": None})
+    async def input_items(response_id: str, http: Request) -> Response:
+        return _json(page_of(store.get(response_id).input, http.query_params))
 
     @app.delete("/v1/responses/{response_id}")
     async def delete(response_id: str) -> Response:

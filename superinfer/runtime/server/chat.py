@@ -27,7 +27,7 @@ def sampling_of_chat(request: ChatRequest, grammar: Grammar | None = None) -> Sa
         )
     if long is not None and long < 1:
         raise bad_request(f"max_completion_tokens={long} must be at least 1", param="max_completion_tokens")
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:  # 0, which asks for nothing, is many clients' default
         raise bad_request(f"top_logprobs={request.top_logprobs} needs logprobs=true", param="top_logprobs")
     if not 0 <= (request.top_logprobs or 0) <= 20:
         raise bad_request(f"top_logprobs={request.top_logprobs} must be between 0 and 20", param="top_logprobs")
@@ -100,7 +100,8 @@ def _for_template(at: int, message: Message) -> ChatMessage:
     where = f"messages[{at}]"
     if message.annotations:
         raise bad_request(f"{where}.annotations={message.annotations!r:.80} is not supported; remove it", param=where)
-    if message.content is None and not (message.role == "assistant" and message.tool_calls):
+    # An assistant may have said nothing: all that it was given tokens for were calls, or thoughts that were cut short.
+    if message.content is None and message.role != "assistant":
         raise bad_request(f"{where}.content is missing; add it", param=f"{where}.content", code="missing_parameter")
     if message.tool_calls and message.role != "assistant":
         raise bad_request(f"{where}.tool_calls belongs to the role 'assistant', not {message.role!r}", param=where)

@@ -100,14 +100,25 @@ class ChatWriter:
     event_end = event(b"[DONE]")
     failure = staticmethod(error_event)
 
-    def __init__(self, request: ChatRequest, tokenizer: Tokenizer, tally: Tally, readers: list[AnswerReader]) -> None:
+    def __init__(
+        self,
+        request: ChatRequest,
+        tokenizer: Tokenizer,
+        tally: Tally,
+        readers: list[AnswerReader],
+        *,
+        prompt_tokens: int,
+    ) -> None:
         """`readers`: one for each choice."""
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = request.model
         self._tokenizer = tokenizer
         self._tally = tally
-        self._usage = bool(request.stream_options and request.stream_options.include_usage)
+        options = request.stream_options
+        self._usage = bool(options and options.include_usage)
+        self._continuous = bool(options and options.continuous_usage_stats)
+        self._prompt_tokens, self._output_tokens = prompt_tokens, 0
         self._readers = readers
         self._started = [False] * len(readers)
         self._frames = [self._frame(index) for index in range(len(readers))] if request.stream else []
@@ -119,20 +130,21 @@ class ChatWriter:
             self._started[index] = True
             yield self._chunk(ChatChoice(index=index, delta=AnswerMessage(role="assistant", content="")))
         calls = reader.calls
+        self._output_tokens += len(delta.token_ids)
         pieces = reader.push(delta.text)
         if delta.finish_reason is not None:
             pieces += reader.finish()
         logprobs = self._logprobs(delta.logprobs)
         for piece in pieces:
             calls += piece.kind == "call"
-            if logprobs is None and piece.kind == "content":
+            if logprobs is None and piece.kind == "content" and not self._continuous:
                 before, after = self._frames[index]
                 yield before + _encode(piece.text) + after  # most of all chunks
             else:
                 yield self._chunk(ChatChoice(index=index, delta=_delta(piece, calls - 1), logprobs=logprobs))
             logprobs = None
         if delta.finish_reason is None:
-            if logprobs is not None:
+            if logprobs is not None or (self._continuous and not pieces):
                 yield self._chunk(ChatChoice(index=index, delta=AnswerMessage(content=""), logprobs=logprobs))
             return
         reason = self._reason(delta, reader)
@@ -172,7 +184,14 @@ class ChatWriter:
         return ChatLogprobs([scored_token(self._tokenizer, t) for t in logprobs])
 
     def _chunk(self, choice: ChatChoice, slo: SloReport | Unset = UNSET) -> bytes:
-        return event(self._answer("chat.completion.chunk", [choice], None if self._usage else UNSET, slo))
+        return event(self._answer("chat.completion.chunk", [choice], self._so_far(), slo))
+
+    def _so_far(self) -> Usage | Unset | None:
+        """What a chunk with a choice says of usage."""
+        if self._continuous:
+            total = self._prompt_tokens + self._output_tokens
+            return Usage(self._prompt_tokens, self._output_tokens, total)
+        return None if self._usage else UNSET
 
     def _answer(
         self, kind: str, choices: list[ChatChoice], usage: Usage | Unset | None, slo: SloReport | Unset

@@ -35,13 +35,6 @@ def sampling_of_completion(request: CompletionRequest, longest_prompt: int, info
     room = max(1, info.max_model_len - longest_prompt)
     default = min(max(DEFAULT_MAX_TOKENS, request.min_tokens or 0), room)
     max_tokens = default if request.max_tokens is None else request.max_tokens
-    if request.echo and request.logprobs:
-        raise bad_request(
-            f"logprobs={request.logprobs} with echo=true is not supported: a prompt's tokens have no rivals; use "
-            "logprobs=0 for the logprob of each token",
-            param="logprobs",
-            code="unsupported_parameter",
-        )
     if request.echo and request.stream and request.logprobs is not None:
         raise bad_request("stream=true with echo=true and logprobs is not supported; leave one out", param="echo")
     if max_tokens == 0 and request.echo:
@@ -87,11 +80,12 @@ def _are_ids(value: object) -> bool:
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
-    """Parallel to the generated tokens. text_offset: of each token in the choice's text, characters."""
+    """Parallel to the generated tokens, behind the prompt's with echo. text_offset: of each token in the choice's text,
+    characters. top_logprobs: the most likely tokens, and the one that is there."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float]] | None
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
@@ -195,15 +189,18 @@ class CompletionWriter:
             choices.append(self._choice(result, reason, scores))
         return self._answer(choices, self._tally.usage(), self._tally.slo())
 
-    def prompts_only(self, scores: list[tuple[list[TokenLogprob], RequestReport]]) -> bytes:
-        """The answer where nothing was to be generated: the prompts, scored where that was asked for."""
-        for at, (_, report) in enumerate(scores):
+    def prompts_only(self, scores: list[tuple[list[TokenLogprob], RequestReport | None]]) -> bytes:
+        """The answer where nothing was to be generated: the prompts, scored where that was asked for and there was
+        something to score."""
+        reports = {at: report for at, (_, report) in enumerate(scores) if report is not None}
+        for at, report in reports.items():
             self._tally.finish(at * self._per_prompt, "scored", report)
         choices = [
             self._choice(TextResult(index), "length", [score for score, _ in scores])
             for index in range(len(self._offsets))
         ]
-        return self._answer(choices, self._tally.usage() if scores else self._prompt_usage(), self._tally.slo())
+        cached = sum(report.cached_tokens for report in reports.values())
+        return self._answer(choices, self._prompt_usage(cached), self._tally.slo())
 
     def prompts_streamed(self) -> bytes:
         """All events of the stream where nothing was to be generated: a chunk for each choice's prompt."""
@@ -216,8 +213,8 @@ class CompletionWriter:
             chunks.append(event(self._answer([], self._prompt_usage(), UNSET)))
         return b"".join(chunks) + self.event_end
 
-    def _prompt_usage(self) -> Usage:
-        return Usage(self._prompt_tokens, 0, self._prompt_tokens, PromptTokensDetails(0))
+    def _prompt_usage(self, cached: int = 0) -> Usage:
+        return Usage(self._prompt_tokens, 0, self._prompt_tokens, PromptTokensDetails(cached))
 
     def _choice(self, result: TextResult, reason: str, scores: list[list[TokenLogprob]]) -> CompletionChoice:
         index = result.index
@@ -243,8 +240,13 @@ class CompletionWriter:
         for token in tokens:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(token)
-        top = [{self._token(token_id): logprob for token_id, logprob in t.top} for t in logprobs]
-        return CompletionLogprobs(tokens, [t.logprob for t in logprobs], top if self._top else None, offsets)
+        top: list[dict[str, float] | None] | None = None
+        if self._top:
+            top = [
+                {self._token(token_id): logprob for token_id, logprob in t.top} | {token: t.logprob}
+                for token, t in zip(tokens, logprobs, strict=True)
+            ]
+        return CompletionLogprobs(tokens, [t.logprob for t in logprobs], top, offsets)
 
     def _token(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id], skip_special=False)
@@ -264,12 +266,13 @@ class CompletionWriter:
 
 
 def _joined(prompt: CompletionLogprobs, output: CompletionLogprobs | None, first: None) -> CompletionLogprobs:
-    values = [first, *prompt.token_logprobs[1:]]
+    top = None if prompt.top_logprobs is None else [first, *prompt.top_logprobs[1:]]
+    joined = CompletionLogprobs(prompt.tokens, [first, *prompt.token_logprobs[1:]], top, prompt.text_offset)
     if output is None:
-        return CompletionLogprobs(prompt.tokens, values, None, prompt.text_offset)
+        return joined
     return CompletionLogprobs(
-        prompt.tokens + output.tokens,
-        values + output.token_logprobs,
-        None,
-        prompt.text_offset + output.text_offset,
+        joined.tokens + output.tokens,
+        joined.token_logprobs + output.token_logprobs,
+        None if top is None else top + (output.top_logprobs or []),
+        joined.text_offset + output.text_offset,
     )

@@ -1,5 +1,5 @@
-"""One HTTP connection: uvicorn's, with the shortcuts that streams need: write without waiting, hear at once that the
-client went away, and cut the line.
+"""The shortcuts that streams need to their HTTP connection: write without waiting, hear at once that the client went
+away, and cut the line.
 
 ASGI's `send` is a coroutine under every layer of the application. A stream of tokens would pay for all of them, and for
 the task that waits, with each token. Where the connection takes more bytes at once, `Shortcut.push` hands them to it in
@@ -105,35 +105,3 @@ def shortcut_of(scope: Scope) -> Shortcut | None:
     """None where another server runs the application."""
     found: Shortcut | None = scope.get("extensions", {}).get(EXTENSION)
     return found
-
-
-def http_protocol() -> Any:
-    """For uvicorn's `http`: its own on httptools with the shortcut; "auto" where httptools is not installed."""
-    try:
-        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-    except ImportError:
-        return "auto"
-
-    class Protocol(HttpToolsProtocol):
-        def __init__(self, *given: Any, **named: Any) -> None:
-            super().__init__(*given, **named)
-            self.is_lost = False
-            self.watching: set[Shortcut] = set()  # more than one where a client sends without waiting for answers
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            super().connection_lost(exc)
-            self.is_lost = True
-            for shortcut in list(self.watching):
-                shortcut.lost()
-
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self._shortcut = Shortcut(self)
-            extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
-            extensions[EXTENSION] = self._shortcut
-
-        def on_headers_complete(self) -> None:
-            super().on_headers_complete()
-            self._shortcut.bind(self.cycle)
-
-    return Protocol

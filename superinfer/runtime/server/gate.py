@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import sys
 import time
@@ -118,6 +119,9 @@ class Gate:
                 message = f"{said}; send `Authorization: Bearer KEY`"
                 challenge = {"www-authenticate": "Bearer"}
                 return ApiError(401, message, code="invalid_api_key", headers=challenge)
+        if (encoding := headers.get("content-encoding", "identity").lower()) != "identity":
+            message = f"content-encoding={encoding!r:.80} is not supported: send the body as it is, not compressed"
+            return ApiError(415, message, param="content-encoding", code="unsupported_encoding")
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > self._max_body:
             return TooLarge(self._max_body)
@@ -151,5 +155,8 @@ class Gate:
             "bytes": sent,
         } | scope.get("superinfer.log", {})
         assert self._log is not None
-        self._log.write(msgspec.json.encode(line).decode() + "\n")
-        self._log.flush()
+        # A log whose reader is gone, or whose disk is full, is no reason to cut connections under their answers; and
+        # there is nowhere to say it.
+        with contextlib.suppress(OSError):
+            self._log.write(msgspec.json.encode(line).decode() + "\n")
+            self._log.flush()

@@ -43,7 +43,6 @@ class SloReport(msgspec.Struct, frozen=True):
     truncated: the deadline passed and `on_miss="truncate"` ended the answer there.
     queue_ms .. preempted_ms: a stage each, see RequestReport; they sum to e2e_ms. lateness_ms: the worst lag behind
     the promise, negative where it was kept. why: the stage that cost most, where it was missed.
-    why: the stage that cost most, where it was missed.
     ttft_met, tbt_met, deadline_met: null where that was not promised. slo_class: the operator's class it counts under.
     """
 

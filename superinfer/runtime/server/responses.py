@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import uuid
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -13,7 +16,6 @@ RESPONSES_PASS: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "context_management": (),
     "conversation": (),
-    "include": ([], ["reasoning.encrypted_content"], ["message.output_text.logprobs"]),
     "max_tool_calls": (),
     "moderation": (),
     "prompt": (),
@@ -22,6 +24,13 @@ RESPONSES_PASS: dict[str, tuple[Any, ...]] = {
     "safety_identifier": (ANYTHING,),
     "truncation": ("disabled",),
 }
+
+
+WITH_LOGPROBS = "message.output_text.logprobs"
+# What `include` may name. The reasoning is shown as it is, not encrypted.
+INCLUDABLE = (WITH_LOGPROBS, "reasoning.encrypted_content")
+ITEM_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
+MAX_PAGE = 100
 
 
 class Reasoning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,6 +56,7 @@ class ResponsesRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields=
     store: bool | None = None
     max_output_tokens: int | None = None
     top_logprobs: int | None = None
+    include: list[str] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -63,6 +73,11 @@ def chat_of(request: ResponsesRequest, history: list[dict[str, Any]]) -> ChatReq
     if request.max_output_tokens is not None and request.max_output_tokens < 1:
         message = f"max_output_tokens={request.max_output_tokens} must be at least 1"
         raise bad_request(message, param="max_output_tokens")
+    included = request.include or []
+    for name in included:
+        if name not in INCLUDABLE:
+            message = f"include={name!r:.80} is not supported by this server; use {' or '.join(INCLUDABLE)}"
+            raise bad_request(message, param="include", code="unsupported_parameter")
     messages = [Message(role="system", content=request.instructions)] if request.instructions else []
     for at, item in enumerate([*history, *items_of(request)]):
         _add_item(messages, item, f"input[{at - len(history)}]")
@@ -71,7 +86,7 @@ def chat_of(request: ResponsesRequest, history: list[dict[str, Any]]) -> ChatReq
         **shared,
         messages=messages,
         max_completion_tokens=request.max_output_tokens,
-        logprobs=True if request.top_logprobs is not None else None,
+        logprobs=True if request.top_logprobs is not None or WITH_LOGPROBS in included else None,
         top_logprobs=request.top_logprobs,
         tools=[_tool(at, tool) for at, tool in enumerate(request.tools or [])] or None,
         tool_choice=_tool_choice(request.tool_choice),
@@ -82,11 +97,67 @@ def chat_of(request: ResponsesRequest, history: list[dict[str, Any]]) -> ChatReq
     )
 
 
+# What is said of a chat, as this API calls it.
+_OWN_NAMES = {"messages": "input", "reasoning_effort": "reasoning.effort", "response_format": "text.format"}
+
+
+def in_own_names(error: ApiError) -> ApiError:
+    """An error of the chat that a request was turned into, with the names of the request's own fields."""
+    name = error.body.param or ""
+    if name not in _OWN_NAMES:
+        return error
+    own = _OWN_NAMES[name]
+    message = error.body.message
+    if message.startswith(name):
+        message = own + message[len(name) :]
+    return ApiError(error.status, message, param=own, code=error.body.code, type=error.body.type, headers=error.headers)
+
+
 def items_of(request: ResponsesRequest) -> list[dict[str, Any]]:
     """The request's input as items."""
     if isinstance(request.input, str):
         return [{"type": "message", "role": "user", "content": request.input}]
     return request.input
+
+
+def as_stored(item: dict[str, Any]) -> dict[str, Any]:
+    """An item of the input as OpenAI gives it back: with an id, and its text in parts."""
+    given = {name: value for name, value in item.items() if value is not None}
+    kind = given.get("type", "message")
+    item = {"id": f"{ITEM_PREFIXES[kind]}_{uuid.uuid4().hex}", "type": kind, "status": "completed"} | given
+    if kind == "message" and isinstance(item["content"], str):
+        text = {"text": item["content"]}
+        mine = item["role"] == "assistant"
+        part = {"type": "output_text", **text, "annotations": []} if mine else {"type": "input_text", **text}
+        item["content"] = [part]
+    return item
+
+
+def page_of(items: list[dict[str, Any]], query: Mapping[str, str]) -> dict[str, Any]:
+    """OpenAI's list of some of `items`: `order` (desc or asc), `limit` (1 to 100) and `after` (an id) of a query.
+
+    Raises ApiError.
+    """
+    order, limit, after = query.get("order", "desc"), query.get("limit", "20"), query.get("after")
+    if order not in ("asc", "desc"):
+        raise bad_request(f"order={order!r:.80} is not known; use asc or desc", param="order")
+    if not re.fullmatch("[0-9]{1,3}", limit) or not 1 <= int(limit) <= MAX_PAGE:
+        raise bad_request(f"limit={limit!r:.80} must be between 1 and {MAX_PAGE}", param="limit")
+    ids = [item["id"] for item in items]
+    if after is not None and after not in ids:
+        raise bad_request(f"after={after!r:.80} is none of this response's items", param="after")
+    if order == "desc":
+        items = items[::-1]
+        ids = ids[::-1]
+    first = 0 if after is None else ids.index(after) + 1
+    data = items[first : first + int(limit)]
+    return {
+        "object": "list",
+        "data": data,
+        "has_more": first + len(data) < len(items),
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+    }
 
 
 def _add_item(messages: list[Message], item: dict[str, Any], where: str) -> None:

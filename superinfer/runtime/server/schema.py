@@ -27,7 +27,7 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     interval_ms: float | None = None
 
 
-class CompletionStreamOptions(StreamOptions, frozen=True, forbid_unknown_fields=True):
+class CountedStreamOptions(StreamOptions, frozen=True, forbid_unknown_fields=True):
     """continuous_usage_stats: every chunk holds the usage so far, and one comes for every token, text or none, so that
     tokens can be counted as they come."""
 
@@ -122,6 +122,7 @@ class ChatRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     messages: list[Message]
     max_completion_tokens: int | None = None
+    stream_options: CountedStreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
@@ -139,7 +140,7 @@ class CompletionRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields
 
     prompt: str | list[Any]
     logprobs: int | None = None
-    stream_options: CompletionStreamOptions | None = None
+    stream_options: CountedStreamOptions | None = None
     echo: bool | None = None
 
 

@@ -20,14 +20,17 @@ from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.file_limit import raise_file_limit
 from superinfer.runtime.launch import Progress, launch_engine
 from superinfer.runtime.server.app import create_app
-from superinfer.runtime.server.connection import http_protocol
 from superinfer.runtime.server.settings import ServerSettings
+from superinfer.runtime.server.wire import http_protocol
 from superinfer.runtime.text import TextClient
 
 CONNECT_TIMEOUT_S = 5.0
 STOPPING = "the server is stopping; send the request again, to another one or later"
 # Of garbage: the libraries alone take 100 ms to be looked at, in which no stream goes on; requests leave few cycles.
 COLLECTIONS = (10_000, 20, 50)
+# Longer than clients and proxies keep a connection that they do not use (OpenAI's client 5 s, aiohttp 15 s, load
+# balancers 60 s): what closes first must be them, or a request is sent on a connection that is just being closed.
+KEEP_ALIVE_S = 75
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -79,8 +82,15 @@ def check_tls(settings: ServerSettings) -> None:
     """Raises InvalidRequestError where the certificate or its key cannot be used."""
     if not settings.tls_cert:
         return
+
+    def passphrase() -> str:
+        raise InvalidRequestError(
+            f"tls_key={settings.tls_key!r} is encrypted, and nobody is here to type its passphrase; give it in plain, "
+            "readable by the server alone"
+        )
+
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key, passphrase)
     except (OSError, ssl.SSLError) as error:
         raise InvalidRequestError(
             f"tls_cert={settings.tls_cert!r} with tls_key={settings.tls_key!r} cannot be used: {error}"
@@ -125,11 +135,12 @@ def uvicorn_config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
     """How uvicorn is to run the application."""
     return uvicorn.Config(
         app,
-        http=http_protocol(),
+        http=http_protocol(settings.write_timeout_s),
         lifespan="off",
         log_level="warning",
         access_log=False,
         backlog=4096,
+        timeout_keep_alive=KEEP_ALIVE_S,
         ssl_certfile=settings.tls_cert or None,
         ssl_keyfile=settings.tls_key or None,
         # The connections have one more second after the streams were ended, to hear of it.

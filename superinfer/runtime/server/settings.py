@@ -46,7 +46,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_body_bytes: a longer request body is refused with 413.
     max_total_body_bytes: of the bodies of all requests being answered; further ones are refused with 429.
     max_concurrent: requests answered at a time; further ones are refused with 429.
-    write_timeout_s: a client that reads nothing for so long is cut off.
+    write_timeout_s: a client that reads nothing for so long is cut off, and one whose request does not come.
     grace_s: how long running answers may go on after SIGTERM.
     responses_bytes: memory for stored responses; the oldest go first. 0 stores none.
     cors_origins: browsers' pages from there may use the API; "*" is any.

@@ -73,7 +73,11 @@ def _allowed(request: ChatRequest, choice: dict[str, Any], tools: list[dict[str,
 
 def _check_tool(at: int, tool: dict[str, Any]) -> None:
     function = tool.get("function")
-    if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    if (
+        tool.get("type") != "function"
+        or not isinstance(function, dict)
+        or not (isinstance(function.get("name"), str) and function["name"])
+    ):
         raise bad_request(
             f"tools[{at}]={tool!r:.80} is not a function tool; "
             'give {"type": "function", "function": {"name": ..., "parameters": {...}}}',

@@ -181,12 +181,16 @@ def test_scores_equal_transformers_log_softmax(llama, plain_kernels):
     folder, model = llama
     stepper = Stepper(executor_of(folder))
     prompt, other = prompts_of([25, 8])
-    scored, stranger = stepper.add(prompt), stepper.add(other)
+    scored, stranger = stepper.add(prompt, SamplingParams(logprobs=2)), stepper.add(other)
     while len(scored.scores) < len(prompt) - 1:
         busy = stepper.prefill(stranger) if not stranger.computed else stepper.decode(stranger)
         stepper.step((scored, stepper.prefill(scored, 7, score=True)), (stranger, busy))
     expected = logprobs(model, prompt)[:-1].gather(1, torch.tensor(prompt[1:])[:, None]).squeeze(1)
     torch.testing.assert_close(torch.tensor([s.logprob for s in scored.scores]), expected, rtol=1e-4, atol=1e-4)
+    values, ids = logprobs(model, prompt)[:-1].topk(2)
+    assert [[token_id for token_id, _ in s.top] for s in scored.scores] == ids.tolist()
+    rivals = torch.tensor([[value for _, value in s.top] for s in scored.scores])
+    torch.testing.assert_close(rivals, values, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("most_chunks", [0, 3])

@@ -51,6 +51,30 @@ def test_usage_comes_as_a_last_chunk_without_choices(client: openai.OpenAI) -> N
     assert chunks[-1].usage.completion_tokens == 12
 
 
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_usage_can_come_with_every_chunk(client: openai.OpenAI, logprobs: bool) -> None:
+    """As guidellm and other load generators ask for it, to count tokens as they come."""
+    counted: Any = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = ask(client, stream=True, stream_options=counted, logprobs=logprobs)
+    text = ""
+    for chunk in chunks:
+        text += chunk.choices[0].delta.content or ""
+        assert chunk.usage.completion_tokens == len(text)  # a token of this model is a character
+    assert text == ask(client).choices[0].message.content and chunks[0].usage.completion_tokens == 0
+    assert {chunk.usage.prompt_tokens for chunk in chunks} == {last.usage.prompt_tokens}
+    assert last.choices == [] and last.usage.completion_tokens == 12
+    alone: Any = {"continuous_usage_stats": True}
+    assert all(chunk.choices and chunk.usage for chunk in ask(client, stream=True, stream_options=alone))
+
+
+def test_an_answer_that_was_cut_short_in_its_thoughts_can_be_sent_back(client: openai.OpenAI) -> None:
+    """Its content is null, and it has no calls."""
+    cut: Any = {"role": "assistant", "content": None, "refusal": None}
+    again = ask(client, messages=[*HELLO, cut, *HELLO])
+    empty = ask(client, messages=[*HELLO, cut | {"content": ""}, *HELLO])
+    assert again.usage.prompt_tokens == empty.usage.prompt_tokens > ask(client).usage.prompt_tokens
+
+
 def test_a_repeated_prompt_is_reported_as_cached(client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": "tell me of the cache, at some length please: " + "x" * 200}]
     first, second = ask(client, messages=messages), ask(client, messages=messages)
@@ -161,8 +185,9 @@ def test_tools_are_rendered_unless_tool_choice_is_none(client: openai.OpenAI) ->
 
 def test_harmless_parameters_are_accepted(client: openai.OpenAI) -> None:
     answer = ask(
-        client, user="me", metadata={"a": "b"}, store=False, response_format={"type": "text"}, logit_bias={}, stop=None
-    )
+        client, user="me", metadata={"a": "b"}, store=False, response_format={"type": "text"}, logit_bias={}, stop=None,
+        top_logprobs=0,
+    )  # fmt: skip
     assert answer.choices[0].finish_reason == "length"
 
 

@@ -80,6 +80,9 @@ def test_echo_gives_the_prompt_back_and_scores_it(client: openai.OpenAI) -> None
     assert "".join(echoed.logprobs.tokens) == echoed.text and echoed.logprobs.token_logprobs[0] is None
     assert all(logprob < 0 for logprob in echoed.logprobs.token_logprobs[1:9])
     assert echoed.logprobs.token_logprobs[9:] == pytest.approx(plain.logprobs.token_logprobs, abs=1e-4)
+    single, other = ask(client, ["o", "on"], echo=True, max_tokens=1, logprobs=1).choices
+    assert [len(one.logprobs.tokens) for one in (single, other)] == [2, 3]
+    assert single.logprobs.token_logprobs[0] is None and single.logprobs.top_logprobs[0] is None
     only = ask(client, echo=True, max_tokens=0, logprobs=0).choices[0]
     assert only.text == "once upon" and len(only.logprobs.tokens) == 9
     streamed = "".join(c.choices[0].text for c in ask(client, echo=True, temperature=0, stream=True))
@@ -102,6 +105,42 @@ def test_a_stream_of_the_prompt_alone_is_a_stream(client: openai.OpenAI) -> None
     assert last.choices == [] and (last.usage.prompt_tokens, last.usage.completion_tokens) == (15, 0)
     assert [chunk.usage for chunk in chunks] == [None] * 4
     assert len(list(ask(client, prompts, **only))) == 4
+
+
+def test_the_rivals_of_the_prompts_tokens_are_those_of_the_same_place_when_it_is_generated(
+    client: openai.OpenAI,
+) -> None:
+    prompt = ask(client, temperature=0, echo=True).choices[0].text
+    said = ask(client, temperature=0, logprobs=3).choices[0].logprobs
+    both = ask(client, [prompt, prompt[:-1] + "Z"], echo=True, max_tokens=1, temperature=0, logprobs=3).choices
+    scored, other = both[0].logprobs, both[1].logprobs
+    start = len("once upon")
+    assert scored.top_logprobs[0] is None and len(scored.top_logprobs) == len(scored.tokens) == len(prompt) + 1
+    for at in range(16):
+        assert scored.top_logprobs[start + at] == pytest.approx(said.top_logprobs[at], abs=1e-4), at
+    assert max(said.top_logprobs[-1], key=said.top_logprobs[-1].get) == prompt[-1]
+    assert "Z" in other.top_logprobs[-2] and len(other.top_logprobs[-2]) == 4  # it too, though it is not likely
+    assert other.top_logprobs[-2]["Z"] == other.token_logprobs[-2] < max(other.top_logprobs[-2].values())
+
+
+def test_a_harness_tells_likely_continuations_by_scored_prompts(http: httpx.Client, client: openai.OpenAI) -> None:
+    """As lm-eval's local-completions does for multiple choice, with token ids: the sum of a continuation's logprobs,
+    and whether it is what would be said."""
+
+    def likelihood(context: list[int], continuation: list[int]) -> tuple[float, bool]:
+        asked = {"model": MODEL, "prompt": [context + continuation], "temperature": 0, "max_tokens": 1, "logprobs": 1}
+        answer = http.post("/v1/completions", json=asked | {"seed": 1234, "echo": True})
+        found = answer.json()["choices"][0]["logprobs"]
+        own, rivals = found["token_logprobs"][len(context) : -1], found["top_logprobs"][len(context) : -1]
+        assert len(own) == len(continuation)
+        return sum(own), all(one == max(top.values()) for one, top in zip(own, rivals, strict=True))
+
+    def ids(text: str) -> list[int]:
+        return list(http.post("/tokenize", json={"prompt": text}).json()["tokens"])
+
+    greedy = ask(client, temperature=0, max_tokens=5).choices[0].text
+    likely, unlikely = (likelihood(ids("once upon"), ids(text)) for text in (greedy, "ZZZZZ"))
+    assert likely[1] and not unlikely[1] and likely[0] > unlikely[0]
 
 
 def test_text_and_tokens_turn_into_each_other(http: httpx.Client) -> None:

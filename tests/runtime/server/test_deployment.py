@@ -26,7 +26,10 @@ from command_line import start
 from typer.testing import CliRunner
 
 from superinfer.cli.main import app
+from superinfer.errors import InvalidRequestError
 from superinfer.runtime.launch import EngineProcess
+from superinfer.runtime.server.serve import check_tls
+from superinfer.runtime.server.settings import ServerSettings
 
 __all__ = ["start"]  # a fixture
 
@@ -97,6 +100,18 @@ def test_tls_files_that_cannot_be_used_are_named(
 ) -> None:
     status, out, err = start("serve", "--port", "0", "--engine", tiny_engine.address, *flags).end()
     assert status == 2 and says in err and "serving" not in out and "Traceback" not in err
+
+
+def test_an_encrypted_key_is_refused_rather_than_its_passphrase_asked_for(certificate: tuple[Path, Path]) -> None:
+    cert, key = certificate
+    locked = key.with_name("locked.pem")
+    subprocess.run(
+        ["openssl", "ec", "-aes256", "-passout", "pass:abc", "-in", str(key), "-out", str(locked)],
+        capture_output=True, check=True,
+    )  # fmt: skip
+    check_tls(ServerSettings(tls_cert=str(cert), tls_key=str(key)))
+    with pytest.raises(InvalidRequestError, match=r"locked\.pem' is encrypted"):
+        check_tls(ServerSettings(tls_cert=str(cert), tls_key=str(locked)))
 
 
 # ---------------------------------------------------------------------------- traces

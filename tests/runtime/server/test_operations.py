@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import io
 import json
+import os
 import re
 import socket
 import threading
@@ -209,7 +212,7 @@ def test_head_is_answered_as_get_is_without_the_body(
     tiny_engine: EngineProcess, serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, protocol: str
 ) -> None:
     if protocol == "h11":
-        monkeypatch.setattr("superinfer.runtime.server.serve.http_protocol", lambda: protocol)
+        monkeypatch.setattr("superinfer.runtime.server.serve.http_protocol", lambda _: protocol)
     with serving(tiny_engine.address) as served, served.http() as http:
         for path in ("/health", "/ready", "/v1/models", "/v1/models/tiny", "/metrics", "/openapi.json", "/"):
             read, head = http.get(path), http.head(path)  # on one connection: a body would be in the next one's way
@@ -267,8 +270,30 @@ def test_streams_do_not_need_the_shortcut_to_the_socket(
             return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
     short = text()
-    monkeypatch.setattr("superinfer.runtime.server.serve.http_protocol", lambda: "h11")
+    monkeypatch.setattr("superinfer.runtime.server.serve.http_protocol", lambda _: "h11")
     assert text() == short and len(short) > 50
+
+
+def test_a_log_that_nobody_reads_any_more_cuts_no_connection(
+    tiny_engine: EngineProcess, serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w", buffering=1) as log:
+        monkeypatch.setattr("superinfer.runtime.server.gate.sys.stderr", log)
+        with (
+            serving(tiny_engine.address, access_log=True) as served,
+            contextlib.closing(http.client.HTTPConnection(served.url.removeprefix("http://"))) as line,
+        ):
+            line.connect()
+            opened = line.sock
+            for _ in range(5):
+                line.request("GET", "/v1/models")
+                assert line.getresponse().read()
+                assert line.sock is opened
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):  # what was not written
+            log.close()
 
 
 def test_the_access_log_is_a_json_line_for_each_request(

@@ -65,7 +65,7 @@ def test_a_response_continues_an_earlier_one(client: openai.OpenAI) -> None:
     assert second.usage.input_tokens == by_hand.usage.input_tokens  # instructions are not carried over, as at OpenAI
     assert second.output_text == by_hand.output_text
     assert client.responses.retrieve(second.id).output_text == second.output_text
-    assert [item.content for item in client.responses.input_items.list(second.id)] == ["and then?"]  # type: ignore[union-attr]
+    assert [item.content[0].text for item in client.responses.input_items.list(second.id)] == ["and then?"]  # type: ignore[union-attr]
     client.responses.delete(first.id)
     with pytest.raises(openai.BadRequestError, match="not stored") as gone:
         ask(client, previous_response_id=first.id)
@@ -87,6 +87,43 @@ def test_items_of_every_kind_are_rendered(client: openai.OpenAI) -> None:
     assert ask(client, input=items).usage.input_tokens == expected
 
 
+def test_the_items_of_a_stored_response_come_in_openais_shape_and_pages(client: openai.OpenAI) -> None:
+    items: list[Any] = [
+        {"role": "user", "content": "how is Oslo?"},
+        {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": '{"city": "Oslo"}', "id": None},
+        {"type": "function_call_output", "call_id": "c1", "output": "rain"},
+        {"role": "assistant", "content": "wet"},
+        {"role": "user", "content": [{"type": "input_text", "text": "and Rome?"}], "id": "mine"},
+    ]
+    listed = client.responses.input_items.list
+    answer = ask(client, input=items)
+    found: list[Any] = list(listed(answer.id, order="asc", limit=2))  # the client asks for page after page
+    kinds = ["message", "function_call", "function_call_output", "message", "message"]
+    assert [item.type for item in found] == kinds and len({item.id for item in found}) == 5
+    assert [found[at].content[0].text for at in (0, 3, 4)] == ["how is Oslo?", "wet", "and Rome?"]
+    assert [found[at].content[0].type for at in (0, 3)] == ["input_text", "output_text"] and found[4].id == "mine"
+    assert list(listed(answer.id)) == found[::-1]  # OpenAI's order unless asked otherwise
+    for wrong in ({"limit": 0}, {"limit": 101}, {"order": "up"}, {"after": "nothing"}):
+        with pytest.raises(openai.BadRequestError) as refused:
+            listed(answer.id, **wrong)  # type: ignore[arg-type]
+        assert refused.value.param == next(iter(wrong))
+
+
+def test_a_stored_response_is_not_replayed_as_a_stream(client: openai.OpenAI) -> None:
+    answer = ask(client)
+    with pytest.raises(openai.BadRequestError, match="stream=true"):  # the client would see a stream without events
+        client.responses.retrieve(answer.id, stream=True)
+    assert client.responses.retrieve(answer.id, stream=False).id == answer.id
+
+
+def test_what_is_to_be_included_is(client: openai.OpenAI) -> None:
+    both: Any = ["reasoning.encrypted_content", "message.output_text.logprobs"]
+    for more in ({"include": both[1:]}, {"include": both}, {"include": both, "top_logprobs": 2}):
+        scored = ask(client, **more).output[0].content[0].logprobs
+        assert len(scored) == 12 and {len(one.top_logprobs) for one in scored} == {more.get("top_logprobs", 0)}
+    assert ask(client, include=both[:1]).output[0].content[0].logprobs == []
+
+
 @pytest.mark.parametrize(
     ("change", "code"),
     [
@@ -97,6 +134,7 @@ def test_items_of_every_kind_are_rendered(client: openai.OpenAI) -> None:
         ({"input": []}, "invalid_request"),
         ({"tools": [{"type": "web_search"}]}, "invalid_request"),
         ({"background": True}, "unsupported_parameter"),
+        ({"include": ["file_search_call.results"]}, "unsupported_parameter"),
         ({"truncation": "auto"}, "unsupported_parameter"),
         ({"max_output_tokens": 0}, "invalid_request"),
         ({"max_output_tokens": 5000}, "context_length_exceeded"),
@@ -106,6 +144,21 @@ def test_what_is_wrong_is_refused_by_name(client: openai.OpenAI, change: dict[st
     with pytest.raises(openai.BadRequestError) as refused:
         ask(client, **change)
     assert refused.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"input": "x" * 3000}, "input"),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ({"text": {"format": {"type": "yaml"}}}, "text.format"),
+    ],
+)
+def test_errors_name_the_fields_of_this_api(client: openai.OpenAI, change: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, **change)
+    body: Any = refused.value.body
+    assert refused.value.param == param and body["message"].startswith(param)
 
 
 def test_the_slo_and_tier_are_reported(client: openai.OpenAI) -> None:

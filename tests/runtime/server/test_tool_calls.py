@@ -42,6 +42,9 @@ WRITTEN = [
     ("llama3_json", '{"answer": 42} is it', '{"answer": 42} is it', 0),
     ("llama3_json", '{"name": "nobody", "parameters": {}} x', '{"name": "nobody", "parameters": {}} x', 0),
     ("llama3_json", "It rains.", "It rains.", 0),
+    ("llama3_json", f"{LLAMA} and so on", "and so on", 1),
+    ("llama3_json", f'{LLAMA}; {{"name": "nobody", "parameters": {{}}}}', '{"name": "nobody", "parameters": {}}', 1),
+    ("llama3_json", f'[{LLAMA}, {{"name": "wea', "", 1),  # cut off, and no text of the answer
     ("mistral", f"[TOOL_CALLS][{INNER}, {INNER}]", "", 2),
     ("mistral", f"So: [TOOL_CALLS]weather[ARGS]{ARGS}[TOOL_CALLS]weather[CALL_ID]a1[ARGS]{ARGS}", "So: ", 2),
     ("mistral", "none [TOOL", "none [TOOL", 0),
@@ -158,7 +161,9 @@ def test_every_model_that_is_loaded_has_a_format_of_its_own(architecture: str) -
 def writer(checkpoint: Path, *, stream: bool = False, tools: str = "hermes") -> ChatWriter:
     tool: dict[str, Any] = {"type": "function", "function": {"name": "weather"}}
     request = ChatRequest(model="tiny", messages=[Message(role="user", content="x")], tools=[tool], stream=stream)
-    return ChatWriter(request, Tokenizer(str(checkpoint)), Tally(1, 1), [reader(tools, reasoning=True)])
+    return ChatWriter(
+        request, Tokenizer(str(checkpoint)), Tally(1, 1), [reader(tools, reasoning=True)], prompt_tokens=1
+    )
 
 
 def test_an_answer_with_a_call_has_openais_shape(tiny_checkpoint: Path) -> None:

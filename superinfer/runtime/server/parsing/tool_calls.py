@@ -122,7 +122,7 @@ class JsonReader:
             if self._call.done:
                 self._held, self._call, self._called = self._call.rest, None, True
             elif self._call.hopeless:
-                self._held, self._call, self._plain = self._call.rest, None, not self._called
+                self._held, self._call, self._plain = self._call.rest, None, True
         if self._plain and self._held:
             out.append(Piece("content", self._held))
             self._held = ""
@@ -154,7 +154,8 @@ class JsonReader:
     def finish(self) -> list[Piece]:
         """See Reader."""
         call, self._call = self._call, None
-        held = ("" if call.begun else call.rest) if call is not None else self._held
+        # What was cut off in the head of a call behind others is no text of the answer.
+        held = ("" if call.begun or self._called else call.rest) if call is not None else self._held
         self._held = ""
         return [Piece("content", held)] if held.strip() and not (self._called and not held.strip(" \n\t;,[]")) else []
 

@@ -1,0 +1,164 @@
+"""What a client may do to a connection, in bytes: offers of other protocols, requests that are none, too large a head,
+and one that does not come."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from superinfer.runtime.launch import EngineProcess
+from superinfer.runtime.server import serve
+
+BODY = json.dumps({"model": "tiny", "prompt": "hello", "max_tokens": 3, "ignore_eos": True}).encode()
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n" % len(BODY)
+# What java.net.http.HttpClient says with the first request to an http:// URL.
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
+
+
+@contextlib.contextmanager
+def connected(served: Any) -> Iterator[socket.socket]:
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as line:
+        yield line
+
+
+def answer(line: socket.socket) -> tuple[int, dict[str, Any]]:
+    """Status and JSON of the next answer."""
+    got = b""
+    while b"\r\n\r\n" not in got:
+        more = line.recv(65536)
+        assert more, got
+        got += more
+    head, _, body = got.partition(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    while len(body) < length:
+        body += line.recv(65536)
+    assert len(body) == length
+    return int(got.split()[1]), json.loads(body)
+
+
+@pytest.fixture(scope="module")
+def hasty(tiny_engine: EngineProcess, serving: Callable[..., Any]) -> Iterator[Any]:
+    """A server that waits for no client."""
+    with serving(tiny_engine.address, write_timeout_s=0.3) as served:
+        yield served
+
+
+@pytest.mark.parametrize("cut", [None, 30, len(POST) + len(H2C) + 2, len(POST) + len(H2C) + 20])
+def test_an_offer_of_another_protocol_is_left_aside_and_the_request_answered(served: Any, cut: int | None) -> None:
+    whole = POST + H2C + b"\r\n" + BODY
+    with connected(served) as line:
+        for part in (whole[:cut], whole[cut:] if cut else b""):
+            line.sendall(part)
+            time.sleep(0.05)  # so that it comes in two pieces
+        status, said = answer(line)
+        assert (status, said["usage"]["completion_tokens"]) == (200, 3)
+        line.sendall(POST + b"\r\n" + BODY)
+        assert answer(line)[0] == 200  # and the connection goes on
+
+
+def test_what_is_no_http_gets_an_error_of_the_usual_shape(served: Any) -> None:
+    for said, status in (
+        (b"hello\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00", 400),
+        (b"CONNECT a:1 HTTP/1.1\r\n\r\n", 405),
+    ):
+        with connected(served) as line:
+            line.sendall(said)
+            found, body = answer(line)
+            assert found == status and set(body["error"]) == {"message", "type", "param", "code"}
+            assert line.recv(1) == b""
+
+
+@pytest.mark.parametrize("head", [b"X-A: " + b"a" * 70_000, b"a: b\r\n" * 12_000], ids=["one header", "many headers"])
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_head_that_is_too_large_is_refused(served: Any, head: bytes, ends: bool) -> None:
+    with connected(served) as line:
+        line.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n" + head + (b"\r\n\r\n" if ends else b""))
+        status, body = answer(line)
+        assert (status, body["error"]["code"]) == (431, "headers_too_large")
+
+
+def test_a_large_head_is_fine_and_counts_for_each_request_alone(served: Any) -> None:
+    with served.http() as http:
+        for _ in range(3):
+            assert http.get("/v1/models", headers={"x-a": "a" * 40_000}).status_code == 200
+
+
+def test_a_request_that_does_not_come_is_not_waited_for(hasty: Any) -> None:
+    with connected(hasty) as idle, connected(hasty) as head, connected(hasty) as body, connected(hasty) as late:
+        body.sendall(POST + b"\r\n" + BODY[:5])
+        late.sendall(POST + b"\r\n" + BODY)
+        assert answer(late)[0] == 200
+        late.sendall(b"GET /he")  # the next one on a connection counts too
+        with contextlib.suppress(OSError):
+            for byte in b"GET /health HTTP/1.1":  # each byte in time is not enough
+                head.sendall(bytes([byte]))
+                time.sleep(0.05)
+        for line in (head, body, late):
+            status, said = answer(line)
+            assert (status, said["error"]["code"]) == (408, "request_timeout")
+            assert line.recv(1) == b""
+        assert idle.recv(1) == b""
+
+
+@pytest.mark.parametrize("sent", [20, len(POST) + 5], ids=["of the head", "of the body"])
+def test_a_request_that_does_not_come_leaves_the_answer_before_it_whole(hasty: Any, sent: int) -> None:
+    asked = {"model": "tiny", "prompt": "hello", "max_tokens": 600, "n": 4, "ignore_eos": True, "stream": True}
+    body = json.dumps(asked).encode()
+    with connected(hasty) as line:
+        began = time.monotonic()
+        line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        line.sendall((POST + b"\r\n" + BODY)[:sent])  # without waiting for the first answer, and never the rest
+        got = b""
+        while b"[DONE]" not in got:
+            more = line.recv(1 << 20)
+            assert more and b"request_timeout" not in more
+            got = got[-10:] + more
+        assert time.monotonic() - began > 0.3, "it was answered before the second one was late"
+
+
+def test_a_body_may_come_as_slowly_as_it_keeps_coming(hasty: Any) -> None:
+    with connected(hasty) as line:
+        line.sendall(POST + b"\r\n")
+        for at in range(0, len(BODY), 10):
+            line.sendall(BODY[at : at + 10])
+            time.sleep(0.1)
+        assert answer(line)[0] == 200
+
+
+def test_a_whole_answer_that_nobody_reads_is_let_go(hasty: Any) -> None:
+    asked = {"model": "tiny", "input": "hello", "max_output_tokens": 1, "metadata": {"long": "x" * 12_000_000}}
+    body = json.dumps(asked).encode()
+    for pause, is_whole in ((1.2, False), (0.05, True)):
+        with socket.socket() as line:
+            line.settimeout(20)
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # or the kernel would hold all of it
+            host, port = hasty.url.removeprefix("http://").split(":")
+            line.connect((host, int(port)))
+            line.sendall(b"POST /v1/responses HTTP/1.1\r\nHost: x\r\nConnection: close\r\n")
+            line.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            got = len(line.recv(10))
+            time.sleep(pause)
+            with contextlib.suppress(ConnectionResetError):
+                while more := line.recv(1 << 20):
+                    got += len(more)
+            assert (got > len(asked["metadata"]["long"])) is is_whole  # type: ignore[index]
+
+
+def test_a_connection_outlives_what_clients_and_proxies_keep_of_it(
+    tiny_engine: EngineProcess, serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert serve.KEEP_ALIVE_S > 60  # load balancers' usual
+    monkeypatch.setattr(serve, "KEEP_ALIVE_S", 0.2)
+    with serving(tiny_engine.address) as served, connected(served) as line:
+        line.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer(line)[0] == 200
+        began = time.monotonic()
+        assert line.recv(1) == b"" and time.monotonic() - began > 0.1
