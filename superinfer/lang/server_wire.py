@@ -28,7 +28,7 @@ from superinfer.errors import (
 from superinfer.runtime.choices import TokenScore
 from superinfer.runtime.protocol import RequestReport
 
-_KEPT_S = 4.0  # the server closes what is idle after 5 s; a request must not cross that
+_KEPT_S = 4.0  # what stands before a server may close what is idle after 5 s; a request must not cross that
 _FIRST_WAIT_S = 0.5  # before another try; twice as long before each further one
 
 T = TypeVar("T")
