@@ -12,7 +12,7 @@ from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.batching import BatchScheduler
 from superinfer.runtime.scheduler.cohort import Cohort
-from superinfer.runtime.scheduler.cost import StepCost
+from superinfer.runtime.scheduler.cost import LEAST_OUTLIER, StepCost
 from superinfer.runtime.scheduler.draft import Draft
 from superinfer.runtime.scheduler.looks import Looks
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
@@ -244,8 +244,8 @@ class Rota(BatchScheduler):
 
         Each step gives each resident stream one token. So a long step is a slow pace: prefills get what the kept
         streams' pace leaves, or what first tokens need, if that is more and streams live on their slack. In every step
-        a little, so that all steps hide the weights; but where launching chunks costs a step more than that saves, in
-        few steps that are as full as the streams' pace allows.
+        a little, so that all steps hide the weights; but where launching chunks costs a step more than that saves, and
+        more than predictions are off anyway, in few steps that are as full as the streams' pace allows.
         """
         units, draft, verdicts = self._standing.units, self._draft, self._standing.verdicts
         token_s = max(units.chunk_s(1.0), 1e-12)
@@ -260,7 +260,7 @@ class Rota(BatchScheduler):
             share = max(share, 1.0 - verdicts.decode_load)
         share = min(share, 0.99)
         room_s = STEP_SHARE * self._standing.tightest - base_s
-        if units.pieces_s <= free_s:
+        if units.pieces_s <= max(free_s, LEAST_OUTLIER * base_s):  # so little may be learnt where it costs nothing
             chunk_s = max(min((base_s - free_s) * share / (1.0 - share), room_s), 0.0)
             tokens = max(self._kv.page_size, int(max(chunk_s, free_s) / token_s))
         else:

@@ -212,32 +212,45 @@ def test_under_overload_whoever_is_kept_gets_its_first_token_before_its_client_s
     assert sum(1.0 < seconds <= 1.1 for seconds in took) < 0.02 * len(took)
 
 
-@pytest.mark.parametrize(("launch_s", "rate"), [(0.0, 26.0), (0.005, 21.0)])
-def test_where_launching_chunks_is_dear_few_steps_have_them_and_those_fill_the_graphs(launch_s, rate):
-    cost = StepCost(StepRates.seed(H100, LLAMA)._replace(pieces_s=launch_s, eager_s=3 * launch_s))
-    scheduler = build_scheduler("rota", KVCache(20_000, 16), SchedulerLimits(256, 8192, 8192), cost)
-    now, filled, steps, number = 0.0, [], 0, 0
-    while now < 5.0:
+def steps_of(cost: StepCost, slots: int, rate: float, prompt: int, seconds: float) -> list[StepLoad]:
+    """The steps from 2 s on, of requests that come evenly, on a machine that takes as long as `cost` says."""
+    scheduler = build_scheduler("rota", KVCache(20_000, 16), SchedulerLimits(slots, 8192, 8192), cost)
+    now, loads, number = 0.0, [], 0
+    while now < seconds:
         while number < rate * now:
-            scheduler.add(Sequence(id=number, prompt=[number] * 1200, max_tokens=200, arrival=now, slo=STREAM))
+            scheduler.add(Sequence(id=number, prompt=[number] * prompt, max_tokens=200, arrival=now, slo=STREAM))
             number += 1
         plan = scheduler.plan(now)
         if plan is None:
             now += 0.001
             continue
         load = StepLoad.of(plan)
-        if now >= 2.0:
-            steps += 1
-            filled += [load.tokens / cost.rates.captured] if load.tokens > load.decodes else []
+        loads += [load] if now >= 2.0 else []
         now += cost.seconds(load)
         tokens = {work.slot: 1 for work in plan.work if work.sample}
         scheduler.commit(StepResult(plan.step, tokens, elapsed=cost.seconds(load)), now)
+    return loads
+
+
+@pytest.mark.parametrize(("launch_s", "rate"), [(0.0, 26.0), (0.005, 21.0)])
+def test_where_launching_chunks_is_dear_few_steps_have_them_and_those_fill_the_graphs(launch_s, rate):
+    cost = StepCost(StepRates.seed(H100, LLAMA)._replace(pieces_s=launch_s, eager_s=3 * launch_s))
+    loads = steps_of(cost, 256, rate, 1200, 5.0)
+    filled = [load.tokens / cost.rates.captured for load in loads if load.tokens > load.decodes]
     if launch_s:
         assert np.median(filled) >= 0.95
         assert np.mean(np.array(filled) > 1.0) < 0.05
-        assert len(filled) < 0.95 * steps
+        assert len(filled) < 0.95 * len(loads)
     else:  # every step has some, and hides reading the weights
-        assert len(filled) >= 0.95 * steps
+        assert len(filled) >= 0.95 * len(loads)
+
+
+def test_where_launches_cost_nothing_what_is_learnt_of_them_by_chance_gathers_no_prompts():
+    # Decodes that read no weights have nothing to hide it in, be it nanoseconds.
+    cost = StepCost(StepRates.seed(H100, LLAMA)._replace(dense_s=0.0))
+    loads = steps_of(cost, 512, 130.0, 100, 8.0)
+    prompts = [load.tokens - load.decodes for load in loads]
+    assert max(prompts) < 2 * np.mean(prompts)
 
 
 def without_wall(result: SimResult) -> dict:
