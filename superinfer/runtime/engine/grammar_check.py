@@ -1,12 +1,14 @@
-"""Which grammars an engine takes: bounds on their size, and JSON schemas of which every word is honoured.
+"""Which grammars an engine takes: bounds on their size, and JSON schemas and expressions of which all is honoured.
 
-The library that compiles schemas passes over keywords it does not know. An output that breaks `uniqueItems` is not
-what was asked for, so what would be passed over is refused here, by name.
+The library that compiles them passes over keywords it does not know, takes `\\Z` for the letter, and leaves out a
+lookahead. An output that breaks `uniqueItems` is not what was asked for, so what would be passed over is refused here,
+by name.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from superinfer.errors import InvalidRequestError, UnsupportedError
@@ -30,6 +32,9 @@ _BY_TYPE = {
     "boolean": set(),
     "null": set(),
 }
+# A class, an escaped character, or the beginning of a group.
+_PIECE = re.compile(r"(?P<members>\[\^?(?:\\.|[^\]\\])*\])|\\(?P<escape>.)|(?P<group>\(\?.{0,2})", re.DOTALL)
+_ESCAPES = "dDwWsSntrfv0xu"  # of letters and digits; in a class \b too
 _KNOWN = {"type", *_COMBINERS, *_ANNOTATIONS, *(word for words in _BY_TYPE.values() for word in words)}
 
 
@@ -43,6 +48,8 @@ def check_grammar(grammar: Grammar) -> None:
     depth = _depth(source)
     if depth > MAX_DEPTH:
         raise InvalidRequestError(f"the {grammar.kind} is nested {depth} deep; at most {MAX_DEPTH} levels are taken")
+    if grammar.kind == "regex":
+        _check_expression(source, "regex")
     if grammar.kind == "json_schema":
         try:
             schema = json.loads(source)
@@ -128,9 +135,29 @@ def _check_words(schema: dict[str, Any], where: str, root: Any) -> None:
     name = schema.get("format")
     if name is not None and name not in FORMATS:
         raise UnsupportedError(f"{where}.format={name!r:.80} is not supported; use one of {', '.join(sorted(FORMATS))}")
+    if isinstance(pattern := schema.get("pattern"), str):
+        _check_expression(pattern, f"{where}.pattern")
     reference = schema.get("$ref")
     if reference is not None:
         _resolve(reference, where, root)
+
+
+def _check_expression(expression: str, where: str) -> None:
+    for piece in _PIECE.finditer(expression):
+        group = piece["group"]
+        if group is not None and not group.startswith("(?:") and (group[2:3] != "<" or group[3:] in ("=", "!")):
+            raise UnsupportedError(
+                f"{where}: {group!r} in {expression!r:.80} is not supported: neither lookaround nor flags are; groups "
+                "are (...), (?:...) and (?<name>...)"
+            )
+        known = _ESCAPES + "b" if piece["members"] else _ESCAPES
+        escapes = re.findall(r"\\(.)", piece["members"], re.DOTALL) if piece["members"] else piece["escape"] or ""
+        for letter in escapes:
+            if letter.isascii() and letter.isalnum() and letter not in known:
+                raise UnsupportedError(
+                    f"{where}: \\{letter} in {expression!r:.80} is not supported; write the character by its number, "
+                    "e.g. \\x07, or leave it out: an expression holds for the whole text, as with anchors around it"
+                )
 
 
 def _resolve(reference: Any, where: str, root: Any) -> None:

@@ -155,6 +155,13 @@ def test_a_stop_token_ends_an_output_only_where_the_grammar_may_end(embedded):
         (Grammar(kind="ebnf", source="root ::= nobody"), "nobody"),
         (Grammar(kind="regex", source="a" * 200_000), "200000 characters"),
         (Grammar(kind="regex", source="[^\\s\\S]"), "cannot be used"),
+        (Grammar(kind="regex", source=r"\\\Aab\Z"), r"\A in '\\\\\\Aab\\Z' is not supported"),
+        (Grammar(kind="regex", source=r"[\d\B]"), r"\B in"),
+        (Grammar(kind="regex", source=r"a(?<=a)b"), "'(?<=' in"),
+        (
+            Grammar(kind="json_schema", source='{"type": "string", "pattern": "^(?=a)ab$"}'),
+            "json_schema.pattern: '(?=a'",
+        ),
         (Grammar(kind="regex", source="(a*a*a*a*a*a*)*b"), "too ambiguous"),
     ],
 )

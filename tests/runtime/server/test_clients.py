@@ -149,6 +149,37 @@ def test_a_tool_call_can_be_demanded(chatty: Any, choice: Any, stream: bool) -> 
         assert calls[0][0] == "weather" and set(calls[0][1]) == {"city"}
 
 
+def test_demanded_calls_may_have_arguments_of_several_models(chatty: Any) -> None:
+    """Schemas with references into themselves, as pydantic makes them: two tools have each its own `Place`."""
+
+    def tool(name: str, place: dict[str, Any]) -> Any:
+        line = {"type": "object", "properties": {"at": {"$ref": "#/$defs/Place"}}, "required": ["at"]}
+        parameters = line | {"additionalProperties": False, "$defs": {"Place": place}}
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    places = {"go": {"type": "boolean"}, "stay": {"enum": [7]}}
+    with chatty.openai() as client:
+        for name, at in (("go", (True, False)), ("stay", (7,))):
+            answer = client.chat.completions.create(
+                model=MODEL,
+                messages=[{"role": "user", "content": QUESTION}],
+                tools=[tool(other, places[other]) for other in places],
+                tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [tool(name, {})]}},
+                parallel_tool_calls=False,
+                max_tokens=100,
+            )
+            (call,) = answer.choices[0].message.tool_calls
+            assert call.function.name == name and json.loads(call.function.arguments)["at"] in at
+        both = [tool(other, places[other]) for other in places]
+        ask: Any = {"model": MODEL, "messages": [{"role": "user", "content": QUESTION}], "tools": both}
+        for seed in range(3):
+            answer = client.chat.completions.create(
+                **ask, tool_choice="required", parallel_tool_calls=False, seed=seed, max_tokens=100
+            )
+            (call,) = answer.choices[0].message.tool_calls
+            assert json.loads(call.function.arguments)["at"] in ((True, False) if call.function.name == "go" else (7,))
+
+
 def test_logit_bias_reaches_the_engine(chatty: Any) -> None:
     with chatty.openai() as client:
         ask: Any = {"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}], "temperature": 0}
