@@ -13,10 +13,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from record import write
+from record import RESULTS, write
 from sim_rows import commit, draw, kept_rows
 
 from superinfer.runtime.sim.hardware import profile_of
+from superinfer.runtime.sim.report import check_can_plot
 from superinfer.runtime.sim.result import SimResult
 from superinfer.runtime.sim.shapes import shape_of
 from superinfer.runtime.sim.simulate import SimConfig, simulate
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument("--keep", action="store_true", help="keep the file's rows of other cells and policies")
     arguments = parser.parse_args()
+    check_can_plot(RESULTS)
     profile = profile_of("gh200-144")
     cells = [cell for cell in _cells(arguments.only) if cell[1] != "azure" or arguments.azure]
     policies = arguments.policies.split(",")

@@ -15,7 +15,7 @@ from record import RESULTS, write
 from sim_rows import commit, draw, kept_rows
 
 from superinfer.runtime.sim.hardware import profile_of
-from superinfer.runtime.sim.report import Point, plot_residency
+from superinfer.runtime.sim.report import Point, check_can_plot, plot_residency
 from superinfer.runtime.sim.result import SimResult
 from superinfer.runtime.sim.shapes import shape_of
 from superinfer.runtime.sim.simulate import SimConfig, simulate
@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--duration", type=float, default=60.0)
     parser.add_argument("--keep", action="store_true", help="keep the file's rows of other rates and policies")
     arguments = parser.parse_args()
+    check_can_plot(RESULTS)
     profile, shape = profile_of(arguments.hardware), shape_of("llama-3-8b")
     name = f"sim-{profile.name.partition('-')[0]}-slo"
     rates, policies = [float(rate) for rate in arguments.rates.split(",")], arguments.policies.split(",")

@@ -51,7 +51,8 @@ def simulate(
 ) -> None:
     """Run the real scheduler and KV bookkeeping on hardware that is only simulated, and say what each policy keeps."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}
-    from superinfer.runtime.sim.report import Point, plot
+    from superinfer.bench.record import check_writable
+    from superinfer.runtime.sim.report import Point, check_can_plot, plot
     from superinfer.runtime.sim.simulate import SimConfig
     from superinfer.runtime.sim.simulate import simulate as run_jobs
     from superinfer.runtime.sim.workload import make_jobs
@@ -59,6 +60,9 @@ def simulate(
     profile, shape = profile_of(hardware), shape_of(model)
     rates = [_number("--rate", part) for part in _parts(rate)]
     classes = parse_slos(slo)
+    check_writable(json_path)
+    if plot_folder is not None:
+        check_can_plot(plot_folder)
     points = []
     for at in rates:
         jobs = make_jobs(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from rich.table import Table
 
-from superinfer.errors import UnsupportedError
+from superinfer.errors import InvalidRequestError, UnsupportedError
 from superinfer.runtime.sim.result import Movement, SimResult
 
 if TYPE_CHECKING:
@@ -76,6 +76,16 @@ def plot_residency(points: Many[Point], folder: Path, name: str) -> Path:
     return path
 
 
+def check_can_plot(folder: Path) -> None:
+    """Before minutes of simulating, not after: make the folder. Raises UnsupportedError where matplotlib is not
+    installed, InvalidRequestError for a folder that cannot be made."""
+    _figure((1, 1))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequestError(f"the folder {str(folder)!r} for plots cannot be made: {error.strerror}") from None
+
+
 def _figure(figsize: tuple[float, float]) -> Figure:
     try:
         from matplotlib.figure import Figure
@@ -87,10 +97,9 @@ def _figure(figsize: tuple[float, float]) -> Figure:
 def plot(points: Many[Point], folder: Path, name: str) -> list[Path]:
     """Two pictures, attainment and TBT against rate, a line for each policy. Returns their paths.
 
-    Raises UnsupportedError where matplotlib is not installed.
+    Raises as `check_can_plot`.
     """
-    _figure((1, 1))
-    folder.mkdir(parents=True, exist_ok=True)
+    check_can_plot(folder)
     paths = []
     for kind, label in (("attainment", "share of requests"), ("tbt", "TBT, ms")):
         figure = _figure((6, 4))

@@ -481,6 +481,19 @@ def test_plots_without_matplotlib_say_what_to_install(tmp_path, monkeypatch):
         plot([], tmp_path, "x")
 
 
+def test_what_cannot_be_written_is_said_before_anything_is_simulated(tmp_path, monkeypatch, capsys):
+    def never(*_: object) -> None:
+        raise AssertionError("it was simulated")
+
+    monkeypatch.setattr("superinfer.runtime.sim.simulate.simulate", never)
+    (tmp_path / "file").touch()
+    assert main(["--json", str(tmp_path / "nowhere" / "x.json")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    pytest.importorskip("matplotlib")
+    assert main(["--plot", str(tmp_path / "file" / "plots")]) == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
 def test_plots_are_written(tmp_path):
     pytest.importorskip("matplotlib")
     result = simulate([job(0.0, 10, 3, slo=SLO(ttft=1.0))], H100, LLAMA, SimConfig())
