@@ -30,6 +30,7 @@ _ROUTES: tuple[tuple[str, str, str, type | None, type | None], ...] = (
     ("/detokenize", "post", "Text of token ids.", DetokenizeRequest, DetokenizeAnswer),
     ("/health", "get", "Whether the engine answers.", None, None),
     ("/ready", "get", "Whether requests can be answered.", None, None),
+    ("/version", "get", "The server's version.", None, None),
 )
 _STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 

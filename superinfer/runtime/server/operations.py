@@ -21,7 +21,7 @@ HEALTH_TIMEOUT_S = 2.0
 
 
 def add_operations(app: FastAPI, service: Service) -> None:
-    """Adds /health, /ready, /metrics, the OpenAPI document, and the page with its /v1/live."""
+    """Adds /health, /ready, /version, /metrics, the OpenAPI document, and the page with its /v1/live."""
 
     @app.get("/health")
     async def health() -> Response:
@@ -30,6 +30,10 @@ def add_operations(app: FastAPI, service: Service) -> None:
     @app.get("/ready")
     async def ready() -> Response:
         return await _health(service)
+
+    @app.get("/version")
+    async def running() -> Response:
+        return Response(msgspec.json.encode({"version": version()}), media_type="application/json")
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -26,6 +26,7 @@ from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.launch import EngineProcess, launch_engine
 from superinfer.runtime.server.service import SHORT_BODY, aside
 from superinfer.runtime.server.settings import load_settings
+from superinfer.version import version
 
 ASK: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 # Takes an engine ten seconds.
@@ -66,6 +67,10 @@ def test_a_request_needs_a_key(operated: Any, keyed: httpx.Client) -> None:
         assert http.get("/health").status_code == 200 and http.get("/ready").status_code == 200
         assert http.get("/v1/models", headers={"api-key": "rich"}).status_code == 200
     assert keyed.get("/v1/models").status_code == 200
+
+
+def test_it_tells_its_version(keyed: httpx.Client) -> None:
+    assert keyed.get("/version").json() == {"version": version()}
 
 
 @pytest.mark.parametrize("told", [True, False])
