@@ -7,7 +7,7 @@ import math
 from superinfer.runtime.scheduler.batching import BatchScheduler
 from superinfer.runtime.scheduler.sequence import Sequence
 
-PATIENCE_S = 60.0  # a token that nothing promises is due this long after the request's arrival, so that its turn comes
+DUE_AFTER_S = 60.0  # a token that nothing promises is due this long after the request's arrival, so that its turn comes
 
 
 class EDF(BatchScheduler):
@@ -21,4 +21,4 @@ class EDF(BatchScheduler):
     def rank(self, sequence: Sequence, now: float) -> tuple[float, ...]:
         """See BatchScheduler.rank."""
         due = sequence.timeline.due(sequence.timeline.count)
-        return (sequence.arrival + (due if due < math.inf else PATIENCE_S), sequence.id)
+        return (sequence.arrival + (due if due < math.inf else DUE_AFTER_S), sequence.id)

@@ -16,7 +16,7 @@ from superinfer.runtime.scheduler.sequence import Sequence
 
 MOST = 1024  # turns expected back at a time; more are kept all the same, and loaded when they come
 KEEP = 2.0  # times as long as was said: a tool is late now and then
-EARLY = 0.2  # share of the time by which a turn may be back before it was said to be
+EARLY_SHARE = 0.2  # share of the time by which a turn may be back before it was said to be
 RETRY_S = 0.1  # where nothing could make room
 
 
@@ -41,7 +41,7 @@ class Returns:
         self._rotation.kv.keep(table, until)
         if len(self._expected) < MOST:
             load_s = 2.0 * len(table.nodes) * self._rotation.block_s
-            start = now + max(0.0, (1.0 - EARLY) * keep_s - load_s)
+            start = now + max(0.0, (1.0 - EARLY_SHARE) * keep_s - load_s)
             entry = (start, next(self._numbers), until, sequence.tokens, sequence.salt)
             heapq.heappush(self._expected, entry)
 

@@ -37,7 +37,7 @@ LEFTOVER_SHARE = 0.05  # of the machine's time, for leftovers however much is pr
 # Steps by which a token is planned for before it is due. A request is read when the step under way is over, and waits
 # for one that computes prompts; that is planned while another runs; it has more to do than this one; and its client is
 # told while the next is made ready. Each is up to a step.
-EARLY = 5.0
+EARLY_STEPS = 5.0
 SMOOTHING = 0.1  # weight of the newest step
 FRESH_S = 0.2  # how old the curves of lengths and what is foreseen may be: both are of what has been in seconds
 PATIENCE_S = 30.0  # a leftover that has waited so long may displace others
@@ -105,11 +105,11 @@ class Standing:
 
     @property
     def early_s(self) -> float:
-        """How much sooner than promised a token is planned for, s: EARLY steps of the length that a moment falls into.
+        """How much sooner than promised a token is planned for, s: EARLY_STEPS of the length that a moment falls into.
 
         That is above the mean: most moments fall into the long ones.
         """
-        return EARLY * self._square_s / self.step_s
+        return EARLY_STEPS * self._square_s / self.step_s
 
     def look(self, residents: Residents, block_s: float, now: float) -> Generator[Slice, None, None]:
         """See what is lost, what is kept, and how much of the machine that asks for.
