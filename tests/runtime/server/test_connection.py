@@ -8,9 +8,11 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from slow_engine import slow_engine
 
 from superinfer.runtime.launch import EngineProcess
 from superinfer.runtime.server import serve
@@ -47,6 +49,13 @@ def answer(line: socket.socket) -> tuple[int, dict[str, Any]]:
 def hasty(tiny_engine: EngineProcess, serving: Callable[..., Any]) -> Iterator[Any]:
     """A server that waits for no client."""
     with serving(tiny_engine.address, write_timeout_s=0.3) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def patient(tiny_engine: EngineProcess, serving: Callable[..., Any]) -> Iterator[Any]:
+    """A server that waits so long that a client which stands still for a second is not cut off."""
+    with serving(tiny_engine.address, write_timeout_s=1.5) as served:
         yield served
 
 
@@ -109,11 +118,16 @@ def test_a_request_that_does_not_come_is_not_waited_for(hasty: Any) -> None:
 
 
 @pytest.mark.parametrize("sent", [20, len(POST) + 5], ids=["of the head", "of the body"])
-def test_a_request_that_does_not_come_leaves_the_answer_before_it_whole(hasty: Any, sent: int) -> None:
-    asked = {"model": "tiny", "prompt": "hello", "max_tokens": 600, "n": 4, "ignore_eos": True, "stream": True}
+def test_a_request_that_does_not_come_leaves_the_answer_before_it_whole(
+    tiny_checkpoint: Path, serving: Callable[..., Any], sent: int
+) -> None:
+    asked = {"model": "tiny", "prompt": "hello", "max_tokens": 20, "ignore_eos": True, "stream": True}
     body = json.dumps(asked).encode()
-    with connected(hasty) as line:
-        began = time.monotonic()
+    with (
+        slow_engine(tiny_checkpoint, step_s=0.05) as engine,
+        serving(engine.address, write_timeout_s=0.3) as served,
+        connected(served) as line,
+    ):
         line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         line.sendall((POST + b"\r\n" + BODY)[:sent])  # without waiting for the first answer, and never the rest
         got = b""
@@ -121,26 +135,25 @@ def test_a_request_that_does_not_come_leaves_the_answer_before_it_whole(hasty: A
             more = line.recv(1 << 20)
             assert more and b"request_timeout" not in more
             got = got[-10:] + more
-        assert time.monotonic() - began > 0.3, "it was answered before the second one was late"
 
 
-def test_a_body_may_come_as_slowly_as_it_keeps_coming(hasty: Any) -> None:
-    with connected(hasty) as line:
+def test_a_body_may_come_as_slowly_as_it_keeps_coming(patient: Any) -> None:
+    with connected(patient) as line:
         line.sendall(POST + b"\r\n")
         for at in range(0, len(BODY), 10):
             line.sendall(BODY[at : at + 10])
-            time.sleep(0.1)
+            time.sleep(0.25)
         assert answer(line)[0] == 200
 
 
-def test_a_whole_answer_that_nobody_reads_is_let_go(hasty: Any) -> None:
+def test_a_whole_answer_that_nobody_reads_is_let_go(hasty: Any, patient: Any) -> None:
     asked = {"model": "tiny", "input": "hello", "max_output_tokens": 1, "metadata": {"long": "x" * 12_000_000}}
     body = json.dumps(asked).encode()
-    for pause, is_whole in ((1.2, False), (0.05, True)):
+    for served, pause, is_whole in ((hasty, 1.2, False), (patient, 0.05, True)):
         with socket.socket() as line:
             line.settimeout(20)
             line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # or the kernel would hold all of it
-            host, port = hasty.url.removeprefix("http://").split(":")
+            host, port = served.url.removeprefix("http://").split(":")
             line.connect((host, int(port)))
             line.sendall(b"POST /v1/responses HTTP/1.1\r\nHost: x\r\nConnection: close\r\n")
             line.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
@@ -158,7 +171,7 @@ def test_a_connection_outlives_what_clients_and_proxies_keep_of_it(
     assert serve.KEEP_ALIVE_S > 60  # load balancers' usual
     monkeypatch.setattr(serve, "KEEP_ALIVE_S", 0.2)
     with serving(tiny_engine.address) as served, connected(served) as line:
+        began = time.monotonic()
         line.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
         assert answer(line)[0] == 200
-        began = time.monotonic()
         assert line.recv(1) == b"" and time.monotonic() - began > 0.1
