@@ -157,12 +157,11 @@ def test_each_of_many_kinds_of_requests_gets_what_it_gets_alone(tiny_checkpoint,
             rng, compared = random.Random(7), 0
             for _ in range(2):
                 compared += await check(text, ample, mixture(rng, text.info.vocab_size, 20))
-            assert compared > 500
+            assert compared > 2 * SMALL["kv_tokens"]  # who is preempted or rotated is for policy and pace to say
             stats, live = await text.client.stats(), await text.client.live()
         assert not live.requests and (stats.running, stats.waiting, stats.failed) == (0, 0, 0)
         assert stats.blocks_free + stats.blocks_cached == stats.blocks_total
         assert stats.tiers is not None and stats.tiers.dram_pinned == 0
-        assert stats.preemptions + stats.tiers.rotations_out > 0
 
     config = EngineConfig(model=str(tiny_checkpoint), load_format="dummy", threads=1, **SMALL, **settings)
     with launch_engine(config) as engine:
