@@ -68,6 +68,7 @@ class ScriptedClient:
         self.report: RequestReport | None = None
         self.requests: list[TextRequest] = []
         self.came: list[float] = []  # when each of `requests` did, on the monotonic clock
+        self.ended: list[float] = []  # when the last token of each that was not cancelled was given, in that order
         self.given: list[int] = []  # how many tokens each of `requests` was given
         self.scored: list[tuple[list[int], int, SLO | None]] = []
         self.scored_came: list[float] = []
@@ -104,6 +105,8 @@ class ScriptedClient:
                     await _until(lambda: self.may_go_on())
                 report = self.report or make_report(prompt_tokens=len(prompt), output_tokens=len(text))
                 finished = index == request.sampling.n - 1
+                if finished:
+                    self.ended.append(time.monotonic())
                 yield TextDelta(index, "", [], None, "stop", stop, report)
         finally:
             self.open -= 1
