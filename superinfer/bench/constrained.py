@@ -38,8 +38,8 @@ def constrained(
     """Time tokens that must follow a JSON schema, and tokens that need not, at the same batch. Every output is read by
     its schema. --model also takes llama-3-8b, qwen2.5-32b and mixtral-8x7b: their sizes, with random weights."""
     from superinfer.bench.engine import numbers, save, started_engine
-    from superinfer.bench.record import check_writable
     from superinfer.bench.shapes import engine_of_shape
+    from superinfer.out_file import check_writable
 
     check_writable(json_path)
     batches = numbers("--batch", batch)

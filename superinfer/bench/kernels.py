@@ -36,7 +36,7 @@ def kernels(
     from superinfer.bench.engine import save
     from superinfer.bench.kernel_cases import CASES, Setting
     from superinfer.bench.progress import Bar
-    from superinfer.bench.record import check_writable
+    from superinfer.out_file import check_writable
     from superinfer.runtime.sim.shapes import shape_of
 
     check_writable(json_path)

@@ -38,8 +38,8 @@ def latency(
     """Time tokens and prompts on an engine that has nothing else to do. --model also takes llama-3-8b, qwen2.5-32b and
     mixtral-8x7b: their sizes, with random weights."""
     from superinfer.bench.engine import numbers, save, started_engine
-    from superinfer.bench.record import check_writable
     from superinfer.bench.shapes import engine_of_shape
+    from superinfer.out_file import check_writable
 
     check_writable(json_path)
     plan = _Plan(

@@ -21,7 +21,8 @@ def link(
     if not torch.cuda.is_available():
         raise UnsupportedError("bench link measures a GPU's link to host memory, and torch sees no GPU here")
     from superinfer.bench.link_methods import BLOCK_SIZES, LinkBench, Row
-    from superinfer.bench.record import check_writable, write_record
+    from superinfer.bench.record import write_record
+    from superinfer.out_file import check_writable
 
     check_writable(json_path)
     bench = LinkBench(gib, rounds)

@@ -38,9 +38,9 @@ def offline(
     from superinfer.bench.ceilings import measure_ceilings
     from superinfer.bench.engine import save, started_engine
     from superinfer.bench.progress import Bar
-    from superinfer.bench.record import check_writable
     from superinfer.bench.shapes import engine_of_shape
     from superinfer.bench.workload import Span
+    from superinfer.out_file import check_writable
 
     check_writable(json_path)
     if requests < 1 or rounds < 1:

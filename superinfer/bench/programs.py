@@ -65,7 +65,7 @@ def programs(
     from superinfer.bench.engine import numbers, save
     from superinfer.bench.programs_report import check_tokens, compare, joined, table
     from superinfer.bench.programs_run import OurArm, Plan, measure
-    from superinfer.bench.record import check_writable
+    from superinfer.out_file import check_writable
 
     check_writable(json_path)
     if join:

@@ -34,12 +34,6 @@ def write_record(path: Path, command: str, measured: dict[str, Any]) -> Path:
     return path
 
 
-def check_writable(path: Path | None) -> None:
-    """Before minutes of measuring, not after. Raises InvalidRequestError."""
-    if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
-        raise InvalidRequestError(f"the folder of {str(path)!r} does not exist; create it or choose another file")
-
-
 def environment(command: str) -> dict[str, Any]:
     """What every record says of the machine and the code."""
     return {

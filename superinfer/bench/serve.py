@@ -56,8 +56,8 @@ def serve(
         import aiohttp  # noqa: F401
     except ImportError:
         raise UnsupportedError("bench serve needs aiohttp; install it with: pip install 'superinfer[bench]'") from None
-    from superinfer.bench.record import check_writable
     from superinfer.bench.workload import Load, Span, workload_name
+    from superinfer.out_file import check_writable
     from superinfer.runtime.sim.command import parse_slos
 
     check_writable(json_path)

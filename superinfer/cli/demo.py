@@ -18,7 +18,6 @@ from rich.table import Table
 from rich.text import Text
 
 import superinfer
-from superinfer.bench.record import check_writable
 from superinfer.cli.engines import CONNECT_TIMEOUT_S, engine_address, start_progress
 from superinfer.cli.overload import (
     BASELINE,
@@ -36,6 +35,7 @@ from superinfer.cli.overload_view import OverloadView, explain, results, speed_c
 from superinfer.errors import InvalidRequestError, SuperinferError
 from superinfer.lang.backend import RuntimeEndpoint
 from superinfer.lang.report import CallReport, SLOReport
+from superinfer.out_file import check_writable
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.protocol import ModelInfo
 from superinfer.runtime.scheduler.registry import POLICIES

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from superinfer.runtime.engine.grammar_rewrite import are_lengths, with_inner
+from superinfer.runtime.engine.grammar_rewrite import are_lengths
+from superinfer.runtime.json_schema import with_inner
 from superinfer.runtime.protocol import Grammar
 
 LONG = 100  # characters; shorter bounds are unfolded

@@ -14,16 +14,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 from superinfer.runtime.engine.grammar_utf8 import character, code_points, in_pattern
+from superinfer.runtime.json_schema import with_inner
 
 AT_ONCE = 100  # characters of one repetition: the compiler does not unfold one of over 128, and masks are slow then
-
-_MAPS = ("$defs", "definitions", "properties")
-_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
-_SINGLE = ("items", "additionalProperties")
 
 
 def rewrite(schema: Any) -> Any:
@@ -38,19 +34,6 @@ def rewrite(schema: Any) -> Any:
         found["pattern"] = f"^{_any(least, most)}$"
     if isinstance(found.get("pattern"), str):
         found["pattern"] = escaped(found["pattern"])
-    return found
-
-
-def with_inner(schema: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    """A copy in which each schema directly within is what `change` makes of it."""
-    found = dict(schema)
-    for word in found:
-        if word in _MAPS:
-            found[word] = {name: change(value) for name, value in found[word].items()}
-        elif word in _LISTS:
-            found[word] = [change(value) for value in found[word]]
-        elif word in _SINGLE:
-            found[word] = change(found[word])
     return found
 
 

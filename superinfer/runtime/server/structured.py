@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
+from superinfer.runtime.json_schema import standing_at
 from superinfer.runtime.protocol import Grammar
 from superinfer.runtime.server.errors import ApiError, bad_request
 from superinfer.runtime.server.schema import ChatRequest, Common
@@ -114,31 +115,12 @@ def _grammar_of_tools(plan: ToolPlan) -> Grammar | None:
         for name, tool in zip(arguments, plan.tools, strict=True)
     ]
     calls: dict[str, Any] = {
-        "$defs": {name: _standing_at(f"#/$defs/{name}", schema) for name, schema in arguments.items()},
+        "$defs": {name: standing_at(f"#/$defs/{name}", schema) for name, schema in arguments.items()},
         "type": "array",
         "minItems": 1,
         "items": items[0] if len(items) == 1 else {"anyOf": items},
     }
     return _schema(calls | ({"maxItems": 1} if plan.one_call else {}))
-
-
-def _standing_at(place: str, schema: Any) -> Any:
-    """A schema that is part of another, there: its references to parts of itself are made to point to them."""
-    if isinstance(schema, list):
-        return [_standing_at(place, one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found: dict[str, Any] = {}
-    for word, value in schema.items():
-        if word == "$ref" and isinstance(value, str) and value.startswith("#"):
-            found[word] = place + value[1:]
-        elif word in ("$defs", "definitions", "properties") and isinstance(value, dict):  # any names, of schemas
-            found[word] = {name: _standing_at(place, one) for name, one in value.items()}
-        elif word in ("const", "enum", "default", "example", "examples"):  # values, not schemas
-            found[word] = value
-        else:
-            found[word] = _standing_at(place, value)
-    return found
 
 
 def _parameters(tool: dict[str, Any]) -> dict[str, Any]:

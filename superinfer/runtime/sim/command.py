@@ -51,7 +51,7 @@ def simulate(
 ) -> None:
     """Run the real scheduler and KV bookkeeping on hardware that is only simulated, and say what each policy keeps."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}
-    from superinfer.bench.record import check_writable
+    from superinfer.out_file import check_writable
     from superinfer.runtime.sim.report import Point, check_can_plot, plot
     from superinfer.runtime.sim.simulate import SimConfig
     from superinfer.runtime.sim.simulate import simulate as run_jobs
