@@ -26,10 +26,15 @@ GREEDY = SamplingParams(temperature=0)
 PRODUCTS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # [out, in]
 
 
-def gpu_executor(on_progress: Callable[[str, float], None] | None = None, **settings: Any) -> CudaExecutor:
-    """On a GPU, of that model. settings: further fields of EngineConfig."""
+def gpu_executor(
+    on_progress: Callable[[str, float], None] | None = None,
+    shape: str = "llama-3-8b",
+    layers: int | None = None,
+    **settings: Any,
+) -> CudaExecutor:
+    """On a GPU, of that model, or of another `shape` of `bench`. settings: further fields of EngineConfig."""
     with tempfile.TemporaryDirectory() as folder:
-        model = str(shapes.write_shape("llama-3-8b", Path(folder)))
+        model = str(shapes.write_shape(shape, Path(folder), layers))
         config = EngineConfig(model=model, device="cuda", load_format="dummy", **settings)
         executor = build_executor(config, on_progress)
     assert isinstance(executor, CudaExecutor)
