@@ -284,6 +284,41 @@ def test_scores_equal_transformers_log_softmax(llama):
     torch.testing.assert_close(rivals, values, rtol=1e-3, atol=1e-3)
 
 
+def test_the_first_steps_compile_nothing(wide, monkeypatch):
+    """Neither long ones, which no graph holds, nor those that sample: a server's first requests have deadlines too."""
+    import importlib
+    import pkgutil
+
+    import triton
+
+    import superinfer.kernels
+
+    for module in pkgutil.iter_modules(superinfer.kernels.__path__, "superinfer.kernels."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, triton.runtime.JITFunction):
+                value.device_caches.clear()  # what other tests have compiled
+    folder, _ = wide
+    executor = executor_of(folder, dtype="bfloat16", max_batch_tokens=4096)
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *, fn, **_: compiled.append(fn.name))
+    stepper = Stepper(executor)
+    ways = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.7),
+        SamplingParams(temperature=0.7, top_p=0.9, logprobs=3),
+        SamplingParams(temperature=0.7, repetition_penalty=1.2, min_tokens=3),
+    ]
+    batch = [
+        stepper.add(prompt, ways[i % len(ways)], stop_ids=(1,), seed=i)
+        for i, prompt in enumerate(prompts_of([400] * 9))
+    ]
+    first, *others = batch
+    stepper.step((first, stepper.prefill(first)))
+    stepper.step(*((s, stepper.prefill(s, 330)) for s in others), (first, stepper.decode(first)))
+    stepper.run(batch, 6)
+    assert compiled == []
+
+
 def test_the_pool_fills_the_memory_that_is_left(wide):
     folder, _ = wide
     executor = executor_of(folder, dtype="bfloat16", kv_tokens=None, max_batch_size=4)

@@ -19,6 +19,7 @@ from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine.cuda_attention import StepAttention
 from superinfer.runtime.engine.cuda_executor import CudaExecutor
 from superinfer.runtime.engine.cuda_mixed import CapturedChunks, graph_rows
+from superinfer.runtime.engine.cuda_rehearsal import rehearse
 from superinfer.runtime.engine.cuda_tier import add_cuda_tier
 from superinfer.runtime.engine.cuda_tuning import tune_linears
 from superinfer.runtime.engine.model_executor import executor_limits
@@ -70,6 +71,7 @@ def build_cuda_executor(
         path=path,
         on_progress=on_progress,
     )
+    rehearse(executor, config.max_batch_tokens, on_progress)
     if config.dram_tokens:
         add_cuda_tier(executor, config.dram_tokens // config.page_size, on_progress)
     return executor

@@ -18,11 +18,13 @@ from checkpoints import generate, logprobs, make_checkpoint, prompts_of
 from plain_kernels import use_plain_kernels
 from stepper import Stepper
 
+from superinfer.errors import ModelLoadError
 from superinfer.kernels.paged import PagedBatch, TorchAttention, choose_attention
 from superinfer.runtime.engine.cuda_attention import StepAttention
 from superinfer.runtime.engine.cuda_batch import decode_buckets
 from superinfer.runtime.engine.cuda_executor import CudaExecutor
 from superinfer.runtime.engine.cuda_mixed import CapturedChunks
+from superinfer.runtime.engine.cuda_rehearsal import rehearse
 from superinfer.runtime.engine.executor import ExecutorLimits
 from superinfer.runtime.models.loader import load_model
 from superinfer.runtime.protocol import SamplingParams
@@ -119,6 +121,51 @@ def test_prompts_that_begin_are_attended_over_what_the_step_itself_made(tmp_path
     stepper.step((fifth, stepper.prefill(fifth)), (fourth, stepper.prefill(fourth)))
     stepper.run(batch, 6)
     assert [s.output for s in batch] == [generate(model, prompt, 6) for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("slots", "blocks", "most_chunks", "fresh"), [(6, 200, 0, True), (2, 200, 3, False), (1, 40, 0, False)]
+)
+def test_a_rehearsed_executor_answers_as_a_fresh_one(llama, plain_kernels, slots, blocks, most_chunks, fresh):
+    folder, model = llama
+    sampling = SamplingParams(temperature=0.9, top_p=0.8, repetition_penalty=1.2, seed=3)
+
+    def sampled_by(executor):
+        stepper = Stepper(executor)
+        sequence = stepper.add([5, 6, 7], sampling, seed=3, room=8)
+        stepper.run([sequence], 6)
+        stepper.remove(sequence)
+        return sequence.output
+
+    executor = executor_of(folder, slots=slots, blocks=blocks, most_chunks=most_chunks, fresh=fresh)
+    rehearse(executor, 512)
+    assert sampled_by(executor) == sampled_by(executor_of(folder, slots=slots, blocks=blocks))
+    prompts = prompts_of([1, 9, 17][:slots])
+    stepper = Stepper(executor)
+    batch = [stepper.add(prompt) for prompt in prompts]
+    stepper.run(batch, 4, chunk=7)
+    assert [s.output for s in batch] == [generate(model, prompt, 4) for prompt in prompts]
+
+
+@pytest.mark.parametrize(("slots", "blocks"), [(6, 1), (2, 2), (1, 1), (3, 200)])
+def test_a_rehearsal_fits_every_pool(llama, plain_kernels, slots, blocks):
+    rehearse(executor_of(llama[0], slots=slots, blocks=blocks), 512)
+
+
+def test_a_rehearsal_without_memory_for_a_step_says_what_to_lower():
+    class Full:
+        limits = ExecutorLimits(200, 4, 6, 256, 211)
+
+        def submit(self, plan):
+            pass
+
+        def collect(self):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(
+        ModelLoadError, match=r"max_batch_tokens=512 .* 2.00 GiB.*; lower max_batch_tokens or kv_tokens"
+    ):
+        rehearse(Full(), 512)
 
 
 @pytest.mark.parametrize("most_chunks", [0, 3])
