@@ -216,10 +216,7 @@ class Machine(NamedTuple):
 
 
 def host_of(calibration: dict[str, Any] | None) -> HostTimes:
-    """What steps cost the host: as h200-mixed-steps and h200-host-time have it, or a calibration's trace.
-
-    That trace's `submit` of a step with chunks has waiting in it, until the step before is over (`slots_wait`), so that
-    launching one in a graph is of h200-mixed-steps all the same; what a long one takes more has none."""
+    """What steps cost the host: as h200-mixed-steps and h200-host-time have it, or a calibration's trace."""
     alone = _host_alone()
     if calibration is None:
         return alone
@@ -232,11 +229,10 @@ def host_of(calibration: dict[str, Any] | None) -> HostTimes:
         plan_s=decodes["plan_s"]["p50"],
         plan_chunks_s=max(0.0, chunks["plan_s"]["p50"] - decodes["plan_s"]["p50"]),
         decodes_s=decodes["submit_s"]["p50"],
-        chunks_s=alone.chunks_s,
+        chunks_s=chunks["submit_s"]["p50"],
         eager_s=eager_s,
         commit_s=decodes["commit_s"]["p50"],
         in_steps=True,
-        slots_wait=True,
     )
 
 

@@ -47,8 +47,6 @@ class HostTimes(msgspec.Struct, frozen=True, kw_only=True):
     commit_s: taking in what came of it, and telling it.
     in_steps: what the device waits for while a step is launched is in the times of steps already, as it is in those
         that a `CudaExecutor` tells: a step begins when it is planned, and submitting it keeps the host alone.
-    slots_wait: a step in which a sequence takes a slot is launched only when the steps before it are over; until then
-        the host waits.
     """
 
     plan_s: float = 0.0
@@ -58,7 +56,6 @@ class HostTimes(msgspec.Struct, frozen=True, kw_only=True):
     eager_s: float = 0.0
     commit_s: float = 0.0
     in_steps: bool = False
-    slots_wait: bool = False
 
 
 class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -318,8 +315,7 @@ class _Run:
         load = StepLoad.of(plan)
         has_chunks, is_captured = load.tokens > load.decodes, load.tokens <= executor.rates.captured
         executor.now = planned = now + host.plan_s + (host.plan_chunks_s if has_chunks else 0.0)
-        launched = max(planned, executor.free_at) if host.slots_wait and plan.init else planned
-        launched += host.chunks_s if has_chunks else host.decodes_s
+        launched = planned + (host.chunks_s if has_chunks else host.decodes_s)
         if not host.in_steps:
             executor.now = launched
         executor.submit(plan)

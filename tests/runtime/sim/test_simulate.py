@@ -91,20 +91,6 @@ def test_launching_that_is_in_the_times_of_steps_keeps_the_host_alone():
     assert planned.ttft.mean > quick.ttft.mean + 0.01  # nothing else runs when the first prompt is planned
 
 
-def test_a_step_that_lets_somebody_in_is_launched_when_those_before_it_are_over():
-    jobs = [job(0.0, 1000, 200), job(0.2, 1000, 2, 1)]
-    results = {
-        slots_wait: simulate(
-            jobs, H100, LLAMA, SimConfig(depth=2, host=HostTimes(chunks_s=0.003, slots_wait=slots_wait))
-        )
-        for slots_wait in (False, True)
-    }
-    # Shorter than the step before, launching it is hidden; else the device waits once for each who comes. The first one
-    # finds it idle either way.
-    assert results[True].duration == pytest.approx(results[False].duration + 0.003, abs=1e-6)
-    assert results[True].ttft.mean == pytest.approx(results[False].ttft.mean + 0.0015, abs=1e-6)
-
-
 def test_steps_take_longer_behind_chunks_and_what_was_measured_of_each_number_of_decodes():
     quirks = Quirks(slower=0.1, slower_s=0.05, by_decodes=(1.2, 0.9))
     chunk, few, more = StepLoad(900, 0, 0, 1e5), StepLoad(8, 8, 800, 0.0), StepLoad(9, 9, 900, 0.0)
