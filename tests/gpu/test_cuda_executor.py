@@ -290,11 +290,14 @@ def test_the_first_steps_compile_nothing(wide, monkeypatch):
     import pkgutil
 
     import triton
+    import xgrammar
+    from xgrammar.kernels import apply_token_bitmask_inplace_triton
 
     import superinfer.kernels
 
-    for module in pkgutil.iter_modules(superinfer.kernels.__path__, "superinfer.kernels."):
-        for value in vars(importlib.import_module(module.name)).values():
+    names = pkgutil.iter_modules(superinfer.kernels.__path__, "superinfer.kernels.")
+    for module in [*(importlib.import_module(found.name) for found in names), apply_token_bitmask_inplace_triton]:
+        for value in vars(module).values():
             if isinstance(value, triton.runtime.JITFunction):
                 value.device_caches.clear()  # what other tests have compiled
     folder, _ = wide
@@ -316,6 +319,12 @@ def test_the_first_steps_compile_nothing(wide, monkeypatch):
     stepper.step((first, stepper.prefill(first)))
     stepper.step(*((s, stepper.prefill(s, 330)) for s in others), (first, stepper.decode(first)))
     stepper.run(batch, 6)
+    vocab = executor.limits.vocab_size
+    for rows in (1, 5, 16, 48):
+        bitmask = xgrammar.allocate_token_bitmask(rows, vocab).cuda()
+        chosen = torch.arange(rows, dtype=torch.int32, device="cuda")
+        xgrammar.apply_token_bitmask_inplace(torch.zeros(rows, vocab, device="cuda"), bitmask)
+        xgrammar.apply_token_bitmask_inplace(torch.zeros(2 * rows, vocab, device="cuda"), bitmask, indices=chosen)
     assert compiled == []
 
 

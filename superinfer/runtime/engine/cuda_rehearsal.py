@@ -7,10 +7,13 @@ that never compiled their kernels, the first requests of a server would wait for
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from superinfer.errors import ModelLoadError
-from superinfer.runtime.engine.executor import Executor, ExecutorLimits
+from superinfer.runtime.engine.cuda_executor import CudaExecutor
+from superinfer.runtime.engine.executor import ExecutorLimits
 from superinfer.runtime.models.loader import Progress
 from superinfer.runtime.protocol import SamplingParams
 from superinfer.runtime.scheduler.plan import SlotInit, SlotWork, StepPlan
@@ -22,10 +25,12 @@ SAMPLED = (
     SamplingParams(temperature=0.0, logprobs=1),
     SamplingParams(temperature=1.0, min_tokens=2, repetition_penalty=1.1, logit_bias=((0, 1.0),), logprobs=1),
 )
+# Triton compiles a kernel for one row apart, and for a multiple of 16.
+MASKED_ROWS = 1, 2, 16
 DECODES = 2  # tokens of each prompt's answer that are computed, at most
 
 
-def rehearse(executor: Executor, max_batch_tokens: int, on_progress: Progress | None = None) -> None:
+def rehearse(executor: CudaExecutor, max_batch_tokens: int, on_progress: Progress | None = None) -> None:
     """Run the longest steps there may be, and each way to pick a token; afterwards all slots are free again.
 
     The KV cache has something in its blocks then, and nobody's. Raises ModelLoadError where the device has no memory
@@ -36,6 +41,7 @@ def rehearse(executor: Executor, max_batch_tokens: int, on_progress: Progress | 
         return
     if on_progress is not None:
         on_progress("rehearsing steps", 0.0)
+    _mask(torch.device(executor.device), executor.limits.vocab_size)
     try:
         for plan in _plans(executor.limits, prompts):
             executor.submit(plan)
@@ -45,6 +51,17 @@ def rehearse(executor: Executor, max_batch_tokens: int, on_progress: Progress | 
             f"a step of max_batch_tokens={max_batch_tokens} finds no memory beside the weights and the KV pool: "
             f"{error}; lower max_batch_tokens or kv_tokens"
         ) from error
+
+
+def _mask(device: torch.device, vocab_size: int) -> None:
+    """Forbid nothing in rows of logits, as `Constraints.mask` does: of all rows, and of some."""
+    import xgrammar
+
+    for rows in MASKED_ROWS:
+        bitmask = xgrammar.allocate_token_bitmask(rows, vocab_size).to(device)
+        indices: Any = torch.arange(rows, dtype=torch.int32, device=device)
+        for logits, masked in ((torch.zeros(rows, vocab_size), None), (torch.zeros(rows + 1, vocab_size), indices)):
+            xgrammar.apply_token_bitmask_inplace(logits.to(device), bitmask, indices=masked)
 
 
 def _prompts(limits: ExecutorLimits, max_batch_tokens: int) -> list[tuple[int, ...]]:

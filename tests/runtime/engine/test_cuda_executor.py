@@ -154,7 +154,7 @@ def test_a_rehearsal_fits_every_pool(llama, plain_kernels, slots, blocks):
 
 def test_a_rehearsal_without_memory_for_a_step_says_what_to_lower():
     class Full:
-        limits = ExecutorLimits(200, 4, 6, 256, 211)
+        limits, device = ExecutorLimits(200, 4, 6, 256, 211), "cpu"
 
         def submit(self, plan):
             pass
