@@ -124,3 +124,20 @@ def test_texts_that_share_a_beginning_are_tokenized_as_each_alone(tokenizers, ki
         prompt, each = tokenizer.encode_each(text, ends)
         assert prompt == tokenizer.encode(text)
         assert each == [tokenizer.encode(text + end) for end in ends], (text, ends)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_length_that_the_tokenizer_was_trained_with_cuts_and_fills_no_prompt(tmp_path, tokenizers, kind):
+    write_tokenizer(tmp_path, kind)
+    file = tmp_path / "tokenizer.json"
+    told = json.loads(file.read_text())
+    told["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    told["padding"] = {
+        "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": "<unk>",
+    }  # fmt: skip
+    file.write_text(json.dumps(told))
+    tokenizer = Tokenizer(str(tmp_path))
+    for text in ("é", "the token of the request " * 4):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.encode(text)[-1] != 0
