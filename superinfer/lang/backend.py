@@ -254,7 +254,7 @@ class Runtime(RuntimeEndpoint):
             settings = EngineConfig(model=model_path or model, **config)
         except TypeError as error:
             raise InvalidRequestError(f"{error}; Runtime takes {', '.join(EngineConfig.__struct_fields__)}") from None
-        self._engine = launch_engine(settings, on_progress=on_progress)
+        self._engine = launch_engine(settings, for_text=True, on_progress=on_progress)
         try:
             super().__init__(self._engine.address)
         except BaseException:

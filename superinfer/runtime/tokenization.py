@@ -6,22 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from superinfer.errors import InvalidRequestError, ModelLoadError
 from superinfer.runtime.detokenization import ByteDetokenizer, Detokenizer, LibraryDetokenizer, byte_pieces_of
 from superinfer.runtime.segments import Known, segments_of
+from superinfer.runtime.tokenizer_files import check_tokenizer, template_beside
 
 ChatMessage = dict[str, Any]
 
 # Of a text's end: how it is split into words may look a few characters ahead, and special tokens are no longer.
 SAFE_TOKENS, SAFE_CHARACTERS = 8, 40
-
-
-class ProcessorFields(msgspec.Struct):
-    """chat_template.json, where checkpoints for transformers' processors keep their chat template."""
-
-    chat_template: str | dict[str, str]
 
 
 class Tokenizer:
@@ -33,16 +26,15 @@ class Tokenizer:
         # class is the one of every tokenizer.json, which alone says how to tokenize.
         from transformers import PreTrainedTokenizerFast
 
+        check_tokenizer(Path(path))
         try:
             self._hf = PreTrainedTokenizerFast.from_pretrained(path)
         except Exception as error:  # whatever a broken file makes the library raise
             raise ModelLoadError(f"cannot load a tokenizer from {path!r}: {error}") from error
-        if not getattr(self._hf, "is_fast", False):
-            raise ModelLoadError(f"the tokenizer in {path!r} has no tokenizer.json; convert it with transformers first")
         self._backend = self._hf.backend_tokenizer
         self._backend.no_truncation()  # tokenizer.json may hold what its trainer had set, for batches of one length
         self._backend.no_padding()
-        self._hf.chat_template = self._hf.chat_template or _template_beside(Path(path))
+        self._hf.chat_template = self._hf.chat_template or template_beside(Path(path))
         self._segments = segments_of(self._backend)
         self._byte_pieces = byte_pieces_of(self._backend)
         added = self._backend.get_added_tokens_decoder()
@@ -176,14 +168,3 @@ class Tokenizer:
         if self._byte_pieces is not None:
             return ByteDetokenizer(self._byte_pieces, skip_special, begun)
         return LibraryDetokenizer(self._backend, skip_special)
-
-
-def _template_beside(folder: Path) -> str | dict[str, str] | None:
-    """The template of chat_template.json, which transformers reads for processors alone; None where there is none."""
-    file = folder / "chat_template.json"
-    if not file.is_file():
-        return None
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=ProcessorFields).chat_template
-    except (OSError, msgspec.DecodeError) as error:
-        raise ModelLoadError(f"{file} holds no chat template: {error}") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from published_tokenizers import BUILT, OTHER_SCRIPTS, write_tokenizer
 
+from superinfer.errors import ModelLoadError
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.launch import launch_engine
 from superinfer.runtime.protocol import SamplingParams
@@ -141,3 +142,24 @@ def test_a_length_that_the_tokenizer_was_trained_with_cuts_and_fills_no_prompt(t
     for text in ("é", "the token of the request " * 4):
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert tokenizer.encode(text)[-1] != 0
+
+
+@pytest.mark.parametrize(
+    "files,match",
+    [
+        ([], r"has no tokenizer; copy tokenizer\.json and tokenizer_config\.json from the model"),
+        (["tokenizer.model"], r"has tokenizer\.model, but no tokenizer\.json.*convert it.*save_pretrained"),
+        (["vocab.json", "merges.txt"], r"has vocab\.json, but no tokenizer\.json"),
+        (["tekken.json"], r"has tekken\.json, but no tokenizer\.json"),
+    ],
+)
+def test_a_model_without_its_tokenizer_is_refused_before_an_engine_is_started(folders, tmp_path, files, match):
+    write_model(folders["qwen"])
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((folders["qwen"] / name).read_text())
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ModelLoadError, match=match):
+        launch_engine(EngineConfig(model=str(tmp_path), address="ipc:///nowhere/engine"), for_text=True)
+    with pytest.raises(ModelLoadError, match=match):
+        Tokenizer(str(tmp_path))

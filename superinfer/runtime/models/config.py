@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import torch
@@ -16,6 +16,7 @@ import torch
 from superinfer.errors import ModelLoadError, UnsupportedError
 from superinfer.runtime.models.rope import RopeConfig, read_rope
 
+F = TypeVar("F")
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
@@ -159,13 +160,32 @@ class GenerationFields(msgspec.Struct):
     eos_token_id: int | list[int] | msgspec.UnsetType | None = msgspec.UNSET
 
 
+class AddedToken(msgspec.Struct):
+    """A token that the tokenizer does not split. id: there in tokenizer.json alone."""
+
+    content: str
+    id: int = -1
+
+
+class TokenizerConfigFields(msgspec.Struct):
+    """tokenizer_config.json."""
+
+    eos_token: str | AddedToken | None = None
+
+
+class TokenizerFields(msgspec.Struct):
+    """tokenizer.json; a vocabulary of 150,000 is passed over in 15 ms."""
+
+    added_tokens: list[AddedToken] = []
+
+
 # Where tools that quantize say so: transformers, compressed-tensors once, MLX; AutoGPTQ, AutoAWQ, ModelOpt.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
 def load_config(path: Path) -> ModelConfig:
-    """Read `path`/config.json (and generation_config.json for the eos ids).
+    """Read `path`/config.json (and generation_config.json and the tokenizer's files for the eos ids).
 
     Raises ModelLoadError (missing, malformed or inconsistent) or UnsupportedError (a feature not implemented).
     """
@@ -297,17 +317,34 @@ def _experts(fields: MixtralFields | Qwen3MoeFields, default: int) -> int:
 
 
 def _eos_token_ids(path: Path, fields: LlamaFields) -> tuple[int, ...]:
+    """Those of generation_config.json, or else config.json, and the tokenizer's, often all that a fine-tune for
+    chats has changed. Ids beyond the vocabulary, which never come, are left out."""
     eos = fields.eos_token_id
     generation = path / "generation_config.json"
     if generation.is_file():
-        try:
-            stated = msgspec.convert(_read_json(generation), GenerationFields).eos_token_id
-        except msgspec.ValidationError as error:
-            raise ModelLoadError(f"{generation} is not valid: {error}") from error
+        stated = _read_fields(generation, GenerationFields).eos_token_id
         eos = eos if isinstance(stated, msgspec.UnsetType) else stated
-    if eos is None:
-        return ()
-    return (eos,) if isinstance(eos, int) else tuple(eos)
+    ids = [] if eos is None else [eos] if isinstance(eos, int) else eos
+    found = dict.fromkeys([*ids, *_tokenizer_eos(path)])
+    return tuple(token_id for token_id in found if 0 <= token_id < fields.vocab_size)
+
+
+def _tokenizer_eos(path: Path) -> list[int]:
+    """The id of the tokenizer's end-of-text token, where it has one."""
+    config, tokenizer = path / "tokenizer_config.json", path / "tokenizer.json"
+    if not config.is_file() or not tokenizer.is_file():
+        return []
+    eos = _read_fields(config, TokenizerConfigFields).eos_token
+    added = _read_fields(tokenizer, TokenizerFields).added_tokens
+    return [token.id for token in added if token.content == (eos.content if isinstance(eos, AddedToken) else eos)]
+
+
+def _read_fields(path: Path, fields: type[F]) -> F:
+    """Raises ModelLoadError."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=fields)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ModelLoadError(f"{path} is not valid: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def _load_weights(model: CausalLM, path: Path, on_progress: Progress | None) -> 
     if missing:
         raise ModelLoadError(
             f"{path} lacks {len(missing)} of {total} tensors, the first is {min(missing)!r}; "
-            "download the checkpoint again, all of its files"
+            "download the checkpoint again, all of its files, or take the config.json that belongs to it"
         )
     if head is not None and not torch.equal(head.to(model.lm_head.weight), model.lm_head.weight):
         raise ModelLoadError(

@@ -212,6 +212,27 @@ def test_eos_ids_come_from_the_generation_config_if_there_is_one(folder, config,
     assert load_config(folder).eos_token_ids == expected
 
 
+@pytest.mark.parametrize("eos", ["<|im_end|>", {"__type": "AddedToken", "content": "<|im_end|>", "lstrip": False}])
+def test_the_tokenizers_eos_ends_an_answer_too(folder, eos):
+    """Who teaches a model to chat often gives its tokenizer another end than its config."""
+    edit_config(folder, eos_token_id=7)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    tokens = [{"id": 8, "content": "<s>", "special": True}, {"id": 9, "content": "<|im_end|>", "special": True}]
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens, "model": {"vocab": {"a": 0}}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    assert load_config(folder).eos_token_ids == (7, 9)
+    (folder / "tokenizer.json").write_text('{"added_tokens": ')
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.json is not valid"):
+        load_config(folder)
+
+
+def test_an_eos_that_no_token_has_is_none(folder):
+    """It would be looked for among the logits where a request has min_tokens."""
+    edit_config(folder, eos_token_id=[-1, 7, 211])
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    assert load_config(folder).eos_token_ids == (7,)
+
+
 @pytest.mark.parametrize(
     "variant,changes,expected",
     [
