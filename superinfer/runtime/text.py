@@ -151,7 +151,8 @@ class TextClient:
 
     def readers(self, request: TextRequest, wire: Generate) -> list[SequenceReader]:
         """One for each continuation of the request. wire: its message."""
-        begun = bool(wire.after) or self.tokenizer.is_text(wire.prompt)
+        # A space that a grammar asks for is no beginning to be left out.
+        begun = bool(wire.after) or wire.sampling.grammar is not None or self.tokenizer.is_text(wire.prompt)
         return [
             SequenceReader(
                 self.tokenizer.detokenizer(skip_special=request.skip_special, begun=begun),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from published_tokenizers import BUILT, OTHER_SCRIPTS, write_tokenizer
 from superinfer.errors import ModelLoadError
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.launch import launch_engine
-from superinfer.runtime.protocol import SamplingParams
+from superinfer.runtime.protocol import Grammar, SamplingParams
 from superinfer.runtime.text import TextClient, TextRequest
 from superinfer.runtime.tokenization import Tokenizer
 
@@ -91,6 +92,7 @@ def write_model(folder: Path) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab + 11, "hidden_size": 32,
         "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 1024,
+        "eos_token_id": None,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -101,15 +103,22 @@ def test_what_an_engine_answers_goes_on_from_the_prompt_whatever_it_says(folders
     write_model(folders[kind])
     prompt = "The capital of France is"
     sampling = SamplingParams(max_tokens=100, n=4, seed=3, ignore_eos=True)
+    pattern = " (it is|they are)  the é日 (first|second) answer"
+    constrained = SamplingParams(seed=3, grammar=Grammar(kind="regex", source=pattern))
     config = EngineConfig(model=str(folders[kind]), load_format="dummy", device="cpu", kv_tokens=4096, threads=1)
 
     async def answers():
         with launch_engine(config) as engine:
             async with await TextClient.connect(engine.address) as text:
-                return await text.complete(TextRequest(prompt=prompt, sampling=sampling))
+                free = await text.complete(TextRequest(prompt=prompt, sampling=sampling))
+                return free, [
+                    (await text.complete(TextRequest(prompt=before, sampling=constrained)))[0].text
+                    for before in (prompt, tokenizer.special_tokens[0])
+                ]
 
     tokenizer = tokenizers[kind]
-    results = asyncio.run(answers())
+    results, forced = asyncio.run(answers())
+    assert all(re.fullmatch(pattern, text) for text in forced), forced
     assert all(len(result.token_ids) == 100 for result in results)
     for result in results:
         assert prompt + result.text == tokenizer.decode(tokenizer.encode(prompt) + result.token_ids)
