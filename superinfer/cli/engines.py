@@ -70,7 +70,7 @@ def engine_address(config: EngineConfig, address: str) -> Iterator[str]:
         yield address
         return
     with start_progress("starting the engine") as progress:
-        process = launch_engine(config, on_progress=progress)
+        process = launch_engine(config, for_text=True, on_progress=progress)
     with process:
         yield process.address
 

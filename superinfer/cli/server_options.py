@@ -34,6 +34,12 @@ def _server_options(
         str | None, typer.Option(help="hermes, llama3_json, mistral or pythonic.", show_default="by model")
     ] = None,
     reasoning_parser: Annotated[str | None, typer.Option(help="think or none.", show_default="by model")] = None,
+    sampling_defaults: Annotated[
+        str | None,
+        typer.Option(
+            help="Where requests say nothing: model (generation_config.json) or openai.", show_default="model"
+        ),
+    ] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Longest request body.", show_default="32 MiB")] = None,
     max_total_body_bytes: Annotated[
         int | None, typer.Option(help="Of all request bodies at a time.", show_default="1 GiB")

@@ -88,8 +88,8 @@ class Backend(ABC):
         """Token ids; `special`: with the model's BOS and the like."""
 
     @abstractmethod
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens included."""
+    def piece(self, token_id: int) -> str:
+        """Text of one token, special or not."""
 
     @abstractmethod
     def render_chat(
@@ -166,8 +166,8 @@ class TextBackend(Backend):
     def encode(self, text: str, *, special: bool) -> list[int]:
         return self.client.tokenizer.encode(text, special=special)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self.client.tokenizer.decode(token_ids, skip_special=False)
+    def piece(self, token_id: int) -> str:
+        return self.client.tokenizer.piece(token_id)
 
     def render_chat(
         self,
@@ -254,7 +254,7 @@ class Runtime(RuntimeEndpoint):
             settings = EngineConfig(model=model_path or model, **config)
         except TypeError as error:
             raise InvalidRequestError(f"{error}; Runtime takes {', '.join(EngineConfig.__struct_fields__)}") from None
-        self._engine = launch_engine(settings, on_progress=on_progress)
+        self._engine = launch_engine(settings, for_text=True, on_progress=on_progress)
         try:
             super().__init__(self._engine.address)
         except BaseException:

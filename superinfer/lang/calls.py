@@ -235,17 +235,17 @@ def _meta(result: TextResult, backend: Backend | None, sampling: Sampling) -> di
         "report": report,
     }
     if result.logprobs is not None and backend is not None:
-        text = backend.decode if sampling.return_text_in_logprobs else None
+        text = backend.piece if sampling.return_text_in_logprobs else None
         meta["output_token_logprobs"] = _scores(result.logprobs, text)
         meta["output_top_logprobs"] = [
-            [(logprob, token_id, text([token_id]) if text else None) for token_id, logprob in item.top]
+            [(logprob, token_id, text(token_id) if text else None) for token_id, logprob in item.top]
             for item in result.logprobs
         ]
     return meta
 
 
-def _scores(items: Sequence[TokenLogprob], text: Callable[[Sequence[int]], str] | None) -> list[TokenScore]:
-    return [(item.logprob, item.token_id, text([item.token_id]) if text else None) for item in items]
+def _scores(items: Sequence[TokenLogprob], text: Callable[[int], str] | None) -> list[TokenScore]:
+    return [(item.logprob, item.token_id, text(item.token_id) if text else None) for item in items]
 
 
 async def choose(context: Context, select: Select) -> Answer:

@@ -33,7 +33,7 @@ class NoModel(Backend):
     def encode(self, text: str, *, special: bool) -> list[int]:
         raise UnsupportedError("there is no tokenizer in a trace")
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def piece(self, token_id: int) -> str:
         raise UnsupportedError("there is no tokenizer in a trace")
 
     def render_chat(

@@ -40,6 +40,7 @@ _OWN_NAMES = {
     name: name
     for name in ("min_tokens", "top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos")
 }  # fmt: skip
+_DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # by the model, where nobody says them
 _ELSEWHERE = Abilities(frozenset({*_NAMES, "max_tokens"}), tools=True)
 _GRAMMARS = {"json_schema": "json", "regex": "regex", "ebnf": "grammar"}  # by our server's names
 _OURS = Abilities(
@@ -232,6 +233,7 @@ class OpenAI(RemoteBackend):
     def _extra(self, request: CallRequest) -> dict[str, Any]:
         """What our server takes beyond OpenAI's fields."""
         extra = given(request.sampling, _OWN_NAMES)
+        extra |= {name: getattr(request.sampling, name) for name in _DEFAULTED}
         if (grammar := request.sampling.grammar) is not None:
             kind = _GRAMMARS.get(grammar.kind)
             extra["structured_outputs"] = {kind: grammar.source} if kind else {"json_object": True}

@@ -150,7 +150,7 @@ class RemoteBackend(Backend):
     def encode(self, text: str, *, special: bool) -> list[int]:
         raise UnsupportedError(f"select(): {self.name} gives no tokens of given text; use an engine")
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def piece(self, token_id: int) -> str:
         raise UnsupportedError(f"return_text_in_logprobs: {self.name} gives no tokens")
 
     def render_chat(

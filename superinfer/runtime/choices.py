@@ -26,9 +26,9 @@ class Scorer:
     slo_class: str = ""
     cache_salt: str = ""
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens included."""
-        return self.text.tokenizer.decode(token_ids, skip_special=False)
+    def piece(self, token_id: int) -> str:
+        """Text of one token, special or not."""
+        return self.text.tokenizer.piece(token_id)
 
     async def score(
         self, prompt: Sequence[int], start: int, *, slo: SLO | None, program: str, hints: Hints
@@ -90,15 +90,15 @@ async def score_choices(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
-    decode = scorer.decode
-    scored = ScoredChoices(_agreed([_scores(items, decode) for items, _ in answers[: len(tokens)]]))
+    piece = scorer.piece
+    scored = ScoredChoices(_agreed([_scores(items, piece) for items, _ in answers[: len(tokens)]]))
     scored.reports = [report for _, report in answers]
     if alone:
         rest = iter(answers[len(tokens) :])
         scored.alone = []
         for ids in tokens:
-            first: list[TokenScore] = [(None, ids[start], decode([ids[start]]))]
-            scored.alone.append(first + (_scores(next(rest)[0], decode) if len(ids) - start > 1 else []))
+            first: list[TokenScore] = [(None, ids[start], piece(ids[start]))]
+            scored.alone.append(first + (_scores(next(rest)[0], piece) if len(ids) - start > 1 else []))
         scored.alone = _agreed(scored.alone)
     return scored
 
@@ -127,8 +127,8 @@ def _agreed(scored: list[list[TokenScore]]) -> list[list[TokenScore]]:
     return agreed
 
 
-def _scores(items: Sequence[TokenLogprob], decode: Callable[[Sequence[int]], str]) -> list[TokenScore]:
-    return [(item.logprob, item.token_id, decode([item.token_id])) for item in items]
+def _scores(items: Sequence[TokenLogprob], piece: Callable[[int], str]) -> list[TokenScore]:
+    return [(item.logprob, item.token_id, piece(item.token_id)) for item in items]
 
 
 def at_border(scorer: Scorer, text: str, choices: Sequence[str], *, special: bool) -> Bordered:

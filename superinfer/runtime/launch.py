@@ -24,6 +24,7 @@ import msgspec
 
 from superinfer.errors import EngineUnavailableError, error_from_code
 from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.tokenizer_files import check_tokenizer
 
 Progress = Callable[[str, float], None]
 
@@ -104,14 +105,22 @@ class EngineProcess:
 
 
 def launch_engine(
-    config: EngineConfig | None = None, *, on_progress: Progress | None = None, timeout: float = 600.0
+    config: EngineConfig | None = None,
+    *,
+    for_text: bool = False,
+    on_progress: Progress | None = None,
+    timeout: float = 600.0,
 ) -> EngineProcess:
     """Start an engine process and wait until it serves. `on_progress(stage, fraction)` is called while it starts.
 
+    for_text: text will be asked of it, so that its model must have a tokenizer.
     Raises what stopped the engine from starting (ModelLoadError, InvalidRequestError, ...), or EngineUnavailableError
     when it is not ready within `timeout` seconds.
     """
     config = config or EngineConfig()
+    model = Path(config.model).expanduser()
+    if for_text and (model / "config.json").is_file():  # before minutes of loading; all else the engine tells of
+        check_tokenizer(model)
     folder = None
     if not config.address:
         folder = Path(tempfile.mkdtemp(prefix="superinfer-"))  # mode 0700: only this user can connect

@@ -14,6 +14,7 @@ import msgspec
 
 from superinfer.errors import DeadlineMissedError, InvalidRequestError
 from superinfer.runtime.client import AsyncEngineClient, deadline_text, new_request_id
+from superinfer.runtime.detokenization import Detokenizer
 from superinfer.runtime.protocol import (
     FinishReason,
     Generate,
@@ -28,7 +29,7 @@ from superinfer.runtime.protocol import (
 from superinfer.runtime.slo import SLO
 from superinfer.runtime.stopping import Stopper, stop_pattern
 from superinfer.runtime.stopping import split_at_stop as split_at_stop
-from superinfer.runtime.tokenization import Detokenizer, Tokenizer
+from superinfer.runtime.tokenization import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,11 +149,14 @@ class TextClient:
         """Send a request whose answer is read later, or never. Raises EngineDeadError, InvalidRequestError."""
         return Begun(self, request)
 
-    def readers(self, request: TextRequest) -> list[SequenceReader]:
-        """One for each continuation of the request."""
+    def readers(self, request: TextRequest, wire: Generate) -> list[SequenceReader]:
+        """One for each continuation of the request. wire: its message."""
+        # A space that a grammar asks for is no beginning to be left out.
+        begun = bool(wire.after) or wire.sampling.grammar is not None or self.tokenizer.is_text(wire.prompt)
         return [
             SequenceReader(
-                self.tokenizer.detokenizer(skip_special=request.skip_special), Stopper(request.stop, request.stop_regex)
+                self.tokenizer.detokenizer(skip_special=request.skip_special, begun=begun),
+                Stopper(request.stop, request.stop_regex),
             )
             for _ in range(request.sampling.n)
         ]
@@ -160,7 +164,8 @@ class TextClient:
     async def stream(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
         """Text deltas of all continuations as they come. Closing the iterator early cancels. Raises like `generate`."""
         wire = self.wire(request)
-        async with contextlib.aclosing(self._read(wire, self.client.generate(wire), self.readers(request))) as deltas:
+        read = self._read(wire, self.client.generate(wire), self.readers(request, wire))
+        async with contextlib.aclosing(read) as deltas:
             async for delta in deltas:
                 yield delta
 
@@ -232,7 +237,7 @@ class Begun:
         """Send it. Raises EngineDeadError, InvalidRequestError."""
         self._text = text
         self._wire = text.wire(request)
-        self._readers = text.readers(request)
+        self._readers = text.readers(request, self._wire)
         self._open = request.sampling.n
         self._arrived: asyncio.Queue[SequenceDelta | Exception] = asyncio.Queue()
         text.client.open_soon(self._wire, self._arrived.put_nowait)

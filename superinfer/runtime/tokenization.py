@@ -1,14 +1,15 @@
-"""Text to tokens and back: tokenizer, chat template, incremental detokenization. Never inside the engine."""
+"""Text to tokens and back: tokenizer and chat template. Never inside the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
 from superinfer.errors import InvalidRequestError, ModelLoadError
+from superinfer.runtime.detokenization import ByteDetokenizer, Detokenizer, LibraryDetokenizer, byte_pieces_of
 from superinfer.runtime.segments import Known, segments_of
+from superinfer.runtime.tokenizer_files import check_tokenizer, template_beside
 
 ChatMessage = dict[str, Any]
 
@@ -25,14 +26,19 @@ class Tokenizer:
         # class is the one of every tokenizer.json, which alone says how to tokenize.
         from transformers import PreTrainedTokenizerFast
 
+        check_tokenizer(Path(path))
         try:
             self._hf = PreTrainedTokenizerFast.from_pretrained(path)
         except Exception as error:  # whatever a broken file makes the library raise
             raise ModelLoadError(f"cannot load a tokenizer from {path!r}: {error}") from error
-        if not getattr(self._hf, "is_fast", False):
-            raise ModelLoadError(f"the tokenizer in {path!r} has no tokenizer.json; convert it with transformers first")
         self._backend = self._hf.backend_tokenizer
+        self._backend.no_truncation()  # tokenizer.json may hold what its trainer had set, for batches of one length
+        self._backend.no_padding()
+        self._hf.chat_template = self._hf.chat_template or template_beside(Path(path))
         self._segments = segments_of(self._backend)
+        self._byte_pieces = byte_pieces_of(self._backend)
+        added = self._backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.eos_token_id: int | None = self._hf.eos_token_id
 
     @property
@@ -41,8 +47,9 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str:
-        """The template's source; "" where there is none."""
-        return str(self._hf.chat_template or "")
+        """The template's source, of all templates where there are several; "" where there is none."""
+        template = self._hf.chat_template or ""
+        return "\n".join(template.values()) if isinstance(template, dict) else str(template)
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
@@ -107,7 +114,16 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of `token_ids`."""
+        if self._byte_pieces is not None:
+            detokenizer = self.detokenizer(skip_special=skip_special)
+            return detokenizer.push(token_ids) + detokenizer.flush()
         return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special))
+
+    def piece(self, token_id: int) -> str:
+        """Text of one token, special or not, where other text is before it."""
+        if self._byte_pieces is not None:
+            return self._byte_pieces.piece(token_id).later.decode(errors="replace")
+        return self.decode([token_id], skip_special=False)
 
     def render_chat(
         self,
@@ -142,35 +158,13 @@ class Tokenizer:
         except Exception as error:  # a template is a program of the model's author: it may raise anything
             raise InvalidRequestError(f"the chat template refused these messages: {error}") from error
 
-    def detokenizer(self, *, skip_special: bool = True) -> Detokenizer:
-        """A fresh incremental detokenizer for one sequence."""
-        return Detokenizer(self, skip_special)
+    def is_text(self, token_ids: Sequence[int]) -> bool:
+        """Whether there are others among them than special tokens."""
+        return any(token_id not in self._special_ids for token_id in token_ids)
 
-
-class Detokenizer:
-    """Text of a growing token sequence, given out as soon as it is certain (a character may span tokens)."""
-
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special
-        self._stream = DecodeStream(skip_special_tokens=skip_special)
-        self._ids: list[int] = []
-        self._given = 0
-
-    def push(self, token_ids: Sequence[int]) -> str:
-        """The new text after `token_ids`; "" while a character is incomplete."""
-        pieces = []
-        for token_id in token_ids:
-            self._ids.append(token_id)
-            piece = self._stream.step(self._tokenizer._backend, token_id)
-            if piece:
-                pieces.append(piece)
-        text = "".join(pieces)
-        self._given += len(text)
-        return text
-
-    def flush(self) -> str:
-        """What is left at the end, such as the bytes of a character that was cut off."""
-        whole = self._tokenizer.decode(self._ids, skip_special=self._skip_special)
-        rest, self._given = whole[self._given :], len(whole)
-        return rest
+    def detokenizer(self, *, skip_special: bool = True, begun: bool = False) -> Detokenizer:
+        """A fresh incremental detokenizer for one sequence. begun: it goes on from other text. Tokenizers such as
+        Llama 2's begin every text with a space, which is left out where that text begins, and nowhere else."""
+        if self._byte_pieces is not None:
+            return ByteDetokenizer(self._byte_pieces, skip_special, begun)
+        return LibraryDetokenizer(self._backend, skip_special)

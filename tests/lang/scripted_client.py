@@ -33,9 +33,11 @@ class CharTokenizer:
     def encode_each(self, text: str, ends: Sequence[str], *, special: bool = True) -> tuple[list[int], list[list[int]]]:
         return self.encode(text, special=special), [self.encode(text + end, special=special) for end in ends]
 
-    def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
-        plain = [i for i in token_ids if i != BOS]
-        return "".join(self.merges[i - MERGED] if i >= MERGED else chr(i) for i in plain)
+    def piece(self, token_id: int) -> str:
+        return "" if token_id == BOS else self.merges[token_id - MERGED] if token_id >= MERGED else chr(token_id)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(self.piece, token_ids))
 
     def render_chat(
         self,

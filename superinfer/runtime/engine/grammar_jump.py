@@ -22,6 +22,8 @@ class Retokenizer:
         from tokenizers import Tokenizer
 
         self._tokenizer = Tokenizer.from_file(os.path.join(path, "tokenizer.json"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._bytes: list[bytes] = info.decoded_vocab
 
     def forced(self, matcher: xgrammar.GrammarMatcher, tail: Sequence[int]) -> list[int]:

@@ -250,7 +250,7 @@ def resolve_device(config: EngineConfig) -> torch.device:
 
 def model_length(config: EngineConfig, model: ModelConfig) -> int:
     """The longest sequence wanted, in tokens."""
-    return min(model.max_position_embeddings, config.max_model_len or model.max_position_embeddings)
+    return min(model.max_length, config.max_model_len or model.max_length)
 
 
 def executor_limits(config: EngineConfig, model: ModelConfig, length: int, pool_tokens: int) -> ExecutorLimits:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import torch
@@ -16,6 +16,7 @@ import torch
 from superinfer.errors import ModelLoadError, UnsupportedError
 from superinfer.runtime.models.rope import RopeConfig, read_rope
 
+F = TypeVar("F")
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
@@ -35,6 +36,7 @@ class MoEConfig:
 class ModelConfig:
     """Sizes and switches of a Llama-like decoder.
 
+    max_length: the longest sequence that its positions are made for, in tokens.
     windows: by layer, how many tokens a position attends to, itself included; None: all before it.
     dtype: the checkpoint's own.
     """
@@ -47,7 +49,7 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    max_position_embeddings: int
+    max_length: int
     rms_norm_eps: float
     rope: RopeConfig
     tie_word_embeddings: bool
@@ -101,7 +103,6 @@ class LlamaFields(msgspec.Struct, kw_only=True, tag_field="model_type", tag="lla
     sliding_window: int | None = None
     max_window_layers: int = 28
     layer_types: list[str] | None = None
-    quantization_config: Any = None
 
 
 class MistralFields(LlamaFields, kw_only=True, tag="mistral"):
@@ -159,8 +160,32 @@ class GenerationFields(msgspec.Struct):
     eos_token_id: int | list[int] | msgspec.UnsetType | None = msgspec.UNSET
 
 
+class AddedToken(msgspec.Struct):
+    """A token that the tokenizer does not split. id: there in tokenizer.json alone."""
+
+    content: str
+    id: int = -1
+
+
+class TokenizerConfigFields(msgspec.Struct):
+    """tokenizer_config.json."""
+
+    eos_token: str | AddedToken | None = None
+
+
+class TokenizerFields(msgspec.Struct):
+    """tokenizer.json; a vocabulary of 150,000 is passed over in 15 ms."""
+
+    added_tokens: list[AddedToken] = []
+
+
+# Where tools that quantize say so: transformers, compressed-tensors once, MLX; AutoGPTQ, AutoAWQ, ModelOpt.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+
+
 def load_config(path: Path) -> ModelConfig:
-    """Read `path`/config.json (and generation_config.json for the eos ids).
+    """Read `path`/config.json (and generation_config.json and the tokenizer's files for the eos ids).
 
     Raises ModelLoadError (missing, malformed or inconsistent) or UnsupportedError (a feature not implemented).
     """
@@ -171,6 +196,7 @@ def load_config(path: Path) -> ModelConfig:
         raise ModelLoadError(f'{file} names no "architectures"; is this a causal language model?')
     if architecture not in FIELDS:  # before anything else in the file is believed
         raise ModelLoadError(f"architecture {architecture!r} is not supported; supported: {', '.join(sorted(FIELDS))}")
+    _check_unquantized(path, values)
     try:
         config = msgspec.convert(values, FIELDS[architecture])
         return _model_config(architecture, config, _eos_token_ids(path, config))
@@ -178,10 +204,22 @@ def load_config(path: Path) -> ModelConfig:
         raise ModelLoadError(f"{file} is not a valid {architecture} config: {error}") from error
 
 
+def _check_unquantized(path: Path, values: dict[str, Any]) -> None:
+    """Raises UnsupportedError naming the method, or what tells of one."""
+    key = next((key for key in QUANTIZATION_KEYS if values.get(key)), None)
+    file = next((name for name in QUANTIZATION_FILES if (path / name).is_file()), None)
+    if key is None and file is None:
+        return
+    stated = values[key] if key is not None else None
+    method = stated.get("quant_method") if isinstance(stated, dict) else stated
+    raise UnsupportedError(
+        f"weights quantized by {method or 'a method of its own'} are not supported ({path / (file or 'config.json')}"
+        f"{f' has {key!r}' if key is not None else ' says so'}); take the model's unquantized weights, "
+        f"or remove {'that' if key is not None else 'the file'} where these are not quantized"
+    )
+
+
 def _model_config(architecture: str, fields: LlamaFields, eos_token_ids: tuple[int, ...]) -> ModelConfig:
-    if quantization := fields.quantization_config:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UnsupportedError(f"weights quantized by {method} are not supported; take the model's unquantized weights")
     if fields.hidden_act != "silu":
         raise UnsupportedError(f"hidden_act={fields.hidden_act!r} is not supported; only 'silu' is")
     heads, kv_heads = fields.num_attention_heads, fields.num_key_value_heads or fields.num_attention_heads
@@ -190,6 +228,7 @@ def _model_config(architecture: str, fields: LlamaFields, eos_token_ids: tuple[i
     if fields.head_dim is None and fields.hidden_size % heads:
         raise ModelLoadError(f"hidden_size={fields.hidden_size} is not a multiple of num_attention_heads={heads}")
     head_dim = fields.head_dim or fields.hidden_size // heads
+    rope = _rope(fields, head_dim)
     return ModelConfig(
         architecture=architecture,
         vocab_size=fields.vocab_size,
@@ -199,13 +238,13 @@ def _model_config(architecture: str, fields: LlamaFields, eos_token_ids: tuple[i
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=fields.max_position_embeddings,
+        max_length=rope.positions,
         rms_norm_eps=fields.rms_norm_eps,
-        rope=_rope(fields, head_dim),
+        rope=rope,
         tie_word_embeddings=fields.tie_word_embeddings,
         attention_bias=fields.attention_bias,
         mlp_bias=fields.mlp_bias,
-        windows=_windows(architecture, fields),
+        windows=_windows(architecture, fields, rope.positions),
         moe=_moe(fields),
         initializer_range=fields.initializer_range,
         eos_token_ids=eos_token_ids,
@@ -215,7 +254,7 @@ def _model_config(architecture: str, fields: LlamaFields, eos_token_ids: tuple[i
 
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise ModelLoadError(f"dtype={name!r} is no type of weights; float32, bfloat16 and float16 are")
     return dtype
 
@@ -230,9 +269,9 @@ def _rope(fields: LlamaFields, head_dim: int) -> RopeConfig:
     return read_rope(parameters, head_dim, fields.rope_theta, fields.max_position_embeddings)
 
 
-def _windows(architecture: str, fields: LlamaFields) -> tuple[int | None, ...]:
-    """Which layers look back how far. Mistral, Mixtral and Qwen3-MoE limit every layer once sliding_window is set;
-    Qwen2 and Qwen3 name the limited ones in layer_types, or else count the unlimited ones in max_window_layers."""
+def _windows(architecture: str, fields: LlamaFields, max_length: int) -> tuple[int | None, ...]:
+    """Which layers look back how far: those that layer_types names. Where there is none, Mistral, Mixtral and Qwen3-MoE
+    limit every layer once sliding_window is set; Qwen2 and Qwen3 count the unlimited ones in max_window_layers."""
     layers = fields.num_hidden_layers
     unlimited = (None,) * layers
     window = fields.sliding_window if fields.use_sliding_window else None
@@ -240,12 +279,11 @@ def _windows(architecture: str, fields: LlamaFields) -> tuple[int | None, ...]:
         return unlimited
     if window < 1:
         raise ModelLoadError(f"sliding_window={window} must be at least 1, or null for none")
-    if window >= fields.max_position_embeddings:  # reaches back to the first token from everywhere
+    if window >= max_length:  # reaches back to the first token from everywhere
         return unlimited
-    if architecture not in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
-        return (window,) * layers
     if fields.layer_types is None:
-        return tuple(window if layer >= fields.max_window_layers else None for layer in range(layers))
+        first = fields.max_window_layers if architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM") else 0
+        return tuple(window if layer >= first else None for layer in range(layers))
     kinds = {"sliding_attention": window, "full_attention": None}
     if unknown := set(fields.layer_types) - set(kinds):
         raise UnsupportedError(f"layer_types has {sorted(unknown)}; only {', '.join(kinds)} are supported")
@@ -279,26 +317,57 @@ def _experts(fields: MixtralFields | Qwen3MoeFields, default: int) -> int:
 
 
 def _eos_token_ids(path: Path, fields: LlamaFields) -> tuple[int, ...]:
+    """Those of generation_config.json, or else config.json, and the tokenizer's, often all that a fine-tune for
+    chats has changed. Ids beyond the vocabulary, which never come, are left out."""
     eos = fields.eos_token_id
     generation = path / "generation_config.json"
     if generation.is_file():
-        try:
-            stated = msgspec.convert(_read_json(generation), GenerationFields).eos_token_id
-        except msgspec.ValidationError as error:
-            raise ModelLoadError(f"{generation} is not valid: {error}") from error
+        stated = _read_fields(generation, GenerationFields).eos_token_id
         eos = eos if isinstance(stated, msgspec.UnsetType) else stated
-    if eos is None:
-        return ()
-    return (eos,) if isinstance(eos, int) else tuple(eos)
+    ids = [] if eos is None else [eos] if isinstance(eos, int) else eos
+    found = dict.fromkeys([*ids, *_tokenizer_eos(path)])
+    return tuple(token_id for token_id in found if 0 <= token_id < fields.vocab_size)
+
+
+def _tokenizer_eos(path: Path) -> list[int]:
+    """The id of the tokenizer's end-of-text token, where it has one."""
+    config, tokenizer = path / "tokenizer_config.json", path / "tokenizer.json"
+    if not config.is_file() or not tokenizer.is_file():
+        return []
+    eos = _read_fields(config, TokenizerConfigFields).eos_token
+    added = _read_fields(tokenizer, TokenizerFields).added_tokens
+    return [token.id for token in added if token.content == (eos.content if isinstance(eos, AddedToken) else eos)]
+
+
+def _read_fields(path: Path, fields: type[F]) -> F:
+    """Raises ModelLoadError."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=fields)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ModelLoadError(f"{path} is not valid: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelLoadError(f"{path} does not exist; the folder is not a Hugging Face checkpoint") from error
+        raise ModelLoadError(f"{path} does not exist; {_kind_of_folder(path.parent)}") from error
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise ModelLoadError(f"{path} holds {type(value).__name__}, not a JSON object")
     return value
+
+
+def _kind_of_folder(path: Path) -> str:
+    """What a folder without config.json is, and what to take instead."""
+    if (path / "adapter_config.json").is_file():
+        return (
+            "the folder holds a LoRA adapter, and adapters are not served: merge it into its base model "
+            "(PEFT's merge_and_unload, then save_pretrained) and give that folder"
+        )
+    if next(path.glob("*.gguf"), None) is not None:
+        return "GGUF files are not read; take the checkpoint in safetensors that they were made from"
+    if (path / "params.json").is_file():
+        return "the folder is in its maker's own format; take the checkpoint in Hugging Face's"
+    return "the folder is not a Hugging Face checkpoint"

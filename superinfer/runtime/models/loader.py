@@ -23,8 +23,11 @@ from superinfer.runtime.models.registry import model_class
 
 Progress = Callable[[str, float], None]
 
+# What names of tensors end with where others quantize: GPTQ and AWQ, bitsandbytes, and scales of 8 bits.
+QUANTIZED = (".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".quant_map", "_scale", "_scale_inv", "_packed")
 DUMMY_PIECE = 1 << 26  # numbers drawn at once, 256 MiB
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_COPIES = ["consolidated*", "original/*"]  # the same weights once more, in their makers' own format
 
 
 def resolve_model(model: str) -> Path:
@@ -39,6 +42,10 @@ def resolve_model(model: str) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if path.suffix == ".gguf":
+        raise ModelLoadError(
+            f"model={model!r} is a GGUF file, which is not read; take the safetensors checkpoint that it was made from"
+        )
     if path.exists():
         raise ModelLoadError(f"model={model!r} is a file; give the folder that holds config.json and *.safetensors")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
@@ -50,7 +57,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES))
     except Exception as error:  # HTTP, DNS, authentication and cache errors share no base class
         raise ModelLoadError(
             f"model={name!r} is no local folder and could not be had from the Hugging Face hub "
@@ -158,7 +165,7 @@ def _load_weights(model: CausalLM, path: Path, on_progress: Progress | None) -> 
     total, head = len(missing), None
     for file in _weight_files(path):
         for name, tensor in _read_tensors(file):
-            if name.endswith("rotary_emb.inv_freq"):  # old Llamas carry it, although it follows from the config
+            if ".rotary_emb." in name:  # old Llamas carry tables that follow from the config
                 continue
             if name == "lm_head.weight" and model.config.tie_word_embeddings:
                 head = tensor
@@ -167,10 +174,14 @@ def _load_weights(model: CausalLM, path: Path, on_progress: Progress | None) -> 
             missing.difference_update(targets[name].fills)
             if on_progress is not None:
                 on_progress("loading weights", 1.0 - len(missing) / total)
+    embedding = "model.embed_tokens.weight"
+    if head is not None and embedding in missing:  # of a shared tensor one name was kept, and it is the head's
+        _fill(targets, embedding, head, path, model.config)
+        missing.remove(embedding)
     if missing:
         raise ModelLoadError(
             f"{path} lacks {len(missing)} of {total} tensors, the first is {min(missing)!r}; "
-            "download the checkpoint again, all of its files"
+            "download the checkpoint again, all of its files, or take the config.json that belongs to it"
         )
     if head is not None and not torch.equal(head.to(model.lm_head.weight), model.lm_head.weight):
         raise ModelLoadError(
@@ -182,18 +193,32 @@ def _load_weights(model: CausalLM, path: Path, on_progress: Progress | None) -> 
 def _fill(targets: dict[str, Target], name: str, tensor: torch.Tensor, file: Path, config: ModelConfig) -> None:
     """Copy one tensor to its place, converting it. Raises ModelLoadError where it has none or does not fit."""
     if name not in targets:
-        raise ModelLoadError(
-            f"{file} holds tensor {name!r}, which {config.architecture} has no place for; "
-            "config.json and weights are not of the same model"
-        )
+        reason = "config.json and weights are not of the same model"
+        if name.endswith(QUANTIZED):
+            reason = "it belongs to quantized weights; take the model's unquantized ones"
+        raise ModelLoadError(f"{file} holds tensor {name!r}, which {config.architecture} has no place for; {reason}")
     target = targets[name].tensor
     if tensor.shape != target.shape:
         raise ModelLoadError(
             f"{file}: tensor {name!r} is {list(tensor.shape)}, but config.json asks for {list(target.shape)}"
         )
-    if not tensor.is_floating_point():
-        raise ModelLoadError(f"{file}: tensor {name!r} holds {tensor.dtype}, which is no weight; is it quantized?")
+    if not tensor.is_floating_point() or tensor.itemsize < 2:
+        raise ModelLoadError(
+            f"{file}: tensor {name!r} holds {tensor.dtype}, which is no weight but a quantized one; take the model's "
+            "unquantized weights"
+        )
     target.copy_(tensor)
+    if not _is_finite(target):
+        if _is_finite(tensor):
+            dtype = str(target.dtype).removeprefix("torch.")
+            raise ModelLoadError(
+                f"{file}: tensor {name!r} holds numbers beyond {dtype}; take dtype bfloat16 or float32"
+            )
+        raise ModelLoadError(f"{file}: tensor {name!r} holds NaN or infinity, which is no weight; download it again")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())  # NaN is passed on; no second copy is made
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -201,9 +226,11 @@ def _weight_files(path: Path) -> list[Path]:
     if not index.is_file():
         single = path / "model.safetensors"
         if not single.is_file():
+            if next(path.glob("model-*.safetensors"), None) is not None:
+                raise ModelLoadError(f"{path} holds parts of a model, but not {index.name}; download it too")
             raise ModelLoadError(
                 f"{path} holds neither model.safetensors nor {index.name}; other formats are not read: "
-                "save the model again with safe_serialization=True"
+                "load the model with transformers and save it with save_pretrained"
             )
         return [single]
     try:

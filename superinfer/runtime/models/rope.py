@@ -17,10 +17,12 @@ from superinfer.errors import ModelLoadError, UnsupportedError
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """inv_freq: head_dim / 2 inverse frequencies in radians per position; scaling: factor on cos and sin (YaRN)."""
+    """inv_freq: head_dim / 2 inverse frequencies in radians per position; scaling: factor on cos and sin (YaRN).
+    positions: how many they are made for."""
 
     inv_freq: tuple[float, ...]
     scaling: float
+    positions: int
 
 
 class RopeParameters(msgspec.Struct, kw_only=True):
@@ -78,7 +80,16 @@ def read_rope(parameters: dict[str, Any], head_dim: int, theta: float, max_posit
         raise ModelLoadError(f"rope_theta={theta:g} must be above 1")
     wavelengths = theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # over 2 pi
     inv_freq, scaling = ROPE_TYPES[rope.kind](wavelengths, rope, theta, max_positions)
-    return RopeConfig(tuple(inv_freq.tolist()), scaling)
+    return RopeConfig(tuple(inv_freq.tolist()), scaling, _positions(rope, max_positions))
+
+
+def _positions(rope: RopeParameters, max_positions: int) -> int:
+    """`factor` times as many as before, as vLLM has it: configs are published with max_position_embeddings as it was
+    (Qwen's, where its users are to add YaRN; Vicuna 16k), or as it has become. Llama 3.1 and later say the latter."""
+    if rope.kind not in ("linear", "yarn") or rope.factor is None:
+        return max_positions
+    before = max_positions if rope.kind == "linear" else rope.original_max_position_embeddings or max_positions
+    return max(max_positions, int(before * rope.factor))
 
 
 def _default(

@@ -106,7 +106,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     text = service.text
 
     async def chat_completions(http: Request) -> Response:
-        request = schema.parse(await http.body(), ChatRequest, schema.CHAT_PASS)
+        request = service.defaults.fill(schema.parse(await http.body(), ChatRequest, schema.CHAT_PASS))
         service.check_model(request.model)
         chat = await prepare_chat(http, service, request)
         asked = len(chat.request.prompt)
@@ -115,7 +115,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         return await service.answer(http, [chat.request], writer, stream=stream, interval=interval, wrote=chat.wrote)
 
     async def completions(http: Request) -> Response:
-        request = schema.parse(await http.body(), CompletionRequest, schema.COMPLETION_PASS)
+        request = service.defaults.fill(schema.parse(await http.body(), CompletionRequest, schema.COMPLETION_PASS))
         service.check_model(request.model)
         prompts = await aside(http, prompts_of, request, text.tokenizer, text.info)
         sampling = sampling_of_completion(request, max(map(len, prompts)), text.info)
@@ -212,7 +212,7 @@ def _add_responses(app: FastAPI, service: Service) -> None:
     store = ResponseStore(service.settings.responses_bytes)
 
     async def create(http: Request) -> Response:
-        request = schema.parse(await http.body(), ResponsesRequest, RESPONSES_PASS)
+        request = service.defaults.fill(schema.parse(await http.body(), ResponsesRequest, RESPONSES_PASS))
         service.check_model(request.model)
         history: list[dict[str, Any]] = []
         if request.previous_response_id is not None:

@@ -250,7 +250,7 @@ def scored_token(tokenizer: Tokenizer, scored: TokenLogprob) -> ScoredToken:
 
 
 def _token(tokenizer: Tokenizer, token_id: int, logprob: float) -> tuple[str, float, list[int] | None]:
-    text = tokenizer.decode([token_id], skip_special=False)
+    text = tokenizer.piece(token_id)
     return text, logprob, None if "\ufffd" in text else list(text.encode())
 
 

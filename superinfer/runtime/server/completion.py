@@ -249,7 +249,7 @@ class CompletionWriter:
         return CompletionLogprobs(tokens, [t.logprob for t in logprobs], top, offsets)
 
     def _token(self, token_id: int) -> str:
-        return self._tokenizer.decode([token_id], skip_special=False)
+        return self._tokenizer.piece(token_id)
 
     def _answer(self, choices: list[CompletionChoice], usage: Usage | Unset | None, slo: SloReport | Unset) -> bytes:
         return _encode(

@@ -92,7 +92,8 @@ class Feed:
             kept_s = self._interval if self._eager else math.inf
             self._wires = [msgspec.structs.replace(wire, interval_s=kept_s) for wire in self._wires]
             self._interval = 0.0
-        self._readers = [reader for request in requests for reader in text.readers(request)]
+        asked = zip(requests, self._wires, strict=True)
+        self._readers = [reader for request, wire in asked for reader in text.readers(request, wire)]
         self._owner = [at for at, request in enumerate(requests) for _ in range(request.sampling.n)]
         self._first = [self._owner.index(at) for at in range(len(requests))]
         self._open = [request.sampling.n for request in requests]

@@ -58,7 +58,7 @@ def serve(
         if isinstance(engine, str):
             run(_serve(engine, listener, settings, on_ready))
             return
-        with launch_engine(engine, on_progress=on_progress) as process:
+        with launch_engine(engine, for_text=True, on_progress=on_progress) as process:
             run(_serve(process.address, listener, settings, on_ready))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -12,6 +13,7 @@ from fastapi.responses import Response
 from superinfer.runtime.protocol import FinishReason, RequestReport, SamplingParams
 from superinfer.runtime.server.errors import ApiError
 from superinfer.runtime.server.metrics import Metrics
+from superinfer.runtime.server.model_defaults import ModelDefaults, model_defaults
 from superinfer.runtime.server.params import check_ids, stop_of
 from superinfer.runtime.server.parsing.families import formats_of
 from superinfer.runtime.server.parsing.pieces import AnswerReader
@@ -35,13 +37,15 @@ class Service:
     """One engine behind HTTP. Does not own `text`."""
 
     def __init__(self, text: TextClient, settings: ServerSettings) -> None:
-        """Raises InvalidRequestError for a parser that is unknown."""
+        """Raises InvalidRequestError for a parser that is unknown, ModelLoadError for defaults that cannot be."""
         self.text = text
         self.settings = settings
         self.model = settings.model_name or text.info.model
         self.promises = Promises(settings)
         self.metrics = Metrics(self.model)
         self.said = Said(text.tokenizer)
+        own = settings.sampling_defaults == "model"
+        self.defaults = model_defaults(Path(text.info.path)) if own else ModelDefaults()
         self._outbox = Outbox()
         self._tracer = tracer_to(settings.otlp_endpoint, self.model) if settings.otlp_endpoint else None
         self.formats = formats_of(

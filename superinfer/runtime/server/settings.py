@@ -6,7 +6,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -43,6 +43,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     api_keys: a request must bring one of them; none: no key is asked for.
     slo_classes: by name; "default" is for requests that name no other.
     tool_parser, reasoning_parser: "auto" goes by the model.
+    sampling_defaults: what a request leaves out is as the checkpoint's generation_config.json says ("model"), or as
+        OpenAI has it ("openai").
     max_body_bytes: a longer request body is refused with 413.
     max_total_body_bytes: of the bodies of all requests being answered; further ones are refused with 429.
     max_concurrent: requests answered at a time; further ones are refused with 429.
@@ -61,6 +63,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     slo_classes: dict[str, SloClass] = {}
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
+    sampling_defaults: Literal["model", "openai"] = "model"
     max_body_bytes: int = 32 << 20
     max_total_body_bytes: int = 1 << 30
     max_concurrent: int = 4096

@@ -67,7 +67,7 @@ def tokenize(request: TokenizeRequest, tokenizer: Tokenizer, info: ModelInfo) ->
             chat_template_kwargs=request.chat_template_kwargs,
         )
         ids = prompt_of(chat, tool_plan(chat), tokenizer, None, constrained=False).ids
-    pieces = [tokenizer.decode([token_id], skip_special=False) for token_id in ids]
+    pieces = [tokenizer.piece(token_id) for token_id in ids]
     return TokenizeAnswer(len(ids), info.max_model_len, ids, pieces if request.return_token_strs else None)
 
 

@@ -69,6 +69,12 @@ VARIANTS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen2": (Qwen2Config, {}),
     "qwen2-tied": (Qwen2Config, dict(tie_word_embeddings=True)),
     "qwen2-upper-layers-windowed": (Qwen2Config, dict(use_sliding_window=True, sliding_window=9, max_window_layers=1)),
+    "qwen2-yarn-beyond-max-position": (
+        Qwen2Config,
+        dict(
+            max_position_embeddings=32, rope_parameters=dict(YARN, original_max_position_embeddings=32, rope_theta=1e6)
+        ),
+    ),
     "qwen3": (Qwen3Config, dict(head_dim=32)),
     "qwen3-biases": (Qwen3Config, dict(head_dim=16, attention_bias=True)),
     "qwen3-alternating-windows": (

@@ -40,8 +40,8 @@ def hf_frequencies(hf, head_dim: int) -> tuple[list[float], float]:
 def assert_read_as_by_transformers(folder) -> None:
     """Every value that a model's code uses, to the bit."""
     ours, hf = load_config(folder), AutoConfig.from_pretrained(folder)
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "rms_norm_eps",
-                 "initializer_range", "tie_word_embeddings"):  # fmt: skip
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "rms_norm_eps", "initializer_range",
+                 "tie_word_embeddings"):  # fmt: skip
         assert getattr(ours, name) == getattr(hf, name), name
     assert (ours.num_layers, ours.num_heads) == (hf.num_hidden_layers, hf.num_attention_heads)
     assert ours.num_kv_heads == (hf.num_key_value_heads or hf.num_attention_heads)
@@ -53,7 +53,7 @@ def assert_read_as_by_transformers(folder) -> None:
     assert ours.eos_token_ids == (() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,))
     assert (list(ours.rope.inv_freq), ours.rope.scaling) == hf_frequencies(hf, ours.head_dim)
     window = None if ours.architecture == "LlamaForCausalLM" else hf.sliding_window
-    if window is not None and window >= hf.max_position_embeddings:
+    if window is not None and window >= ours.max_length:
         window = None
     kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
     assert ours.windows == tuple(window if kind == "sliding_attention" else None for kind in kinds)
@@ -100,6 +100,25 @@ def test_frequencies_are_those_of_transformers_to_the_bit(tmp_path, parameters, 
         assert_read_as_by_transformers(write(tmp_path, **values, **{form: parameters}))
 
 
+@pytest.mark.parametrize(
+    "scaling,length",
+    [
+        (None, 4096),
+        (dict(type="linear", factor=4.0), 16384),  # lmsys/vicuna-7b-v1.5-16k
+        (dict(type="yarn", factor=4.0, original_max_position_embeddings=2048), 8192),
+        (dict(type="yarn", factor=4.0), 16384),  # as Qwen2.5's cards say to add it
+        (dict(type="yarn", factor=2.0, original_max_position_embeddings=2048), 4096),  # already counted in
+        (dict(rope_type="yarn", original_max_position_embeddings=1024), 4096),
+        (dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=512), 4096),
+    ],
+)  # fmt: skip
+def test_stretched_positions_reach_further_than_those_the_model_was_trained_for(tmp_path, scaling, length):
+    config = load_config(write(tmp_path, "MistralForCausalLM", max_position_embeddings=4096, rope_scaling=scaling))
+    assert config.max_length == length
+    assert set(config.windows) == {4096 if length > 4096 else None}  # of Mistral by default: no limit, or now one
+
+
 def test_a_mixture_may_name_its_experts_either_way(tmp_path):
     for architecture in ("MixtralForCausalLM", "Qwen3MoeForCausalLM"):
         for name in ("num_experts", "num_local_experts"):
@@ -132,6 +151,7 @@ def test_the_type_of_weights_has_an_old_and_a_new_name(tmp_path, dtype, expected
         (dict(model_type="mistral"), "Invalid value 'mistral'.*model_type"),
         (dict(dtype="int8"), "dtype='int8' is no type of weights"),
         (dict(dtype="nonsense"), "dtype='nonsense' is no type of weights"),
+        (dict(dtype="float8_e4m3fn"), "dtype='float8_e4m3fn' is no type of weights"),
         (dict(rope_theta=0), "rope_theta=0 must be above 1"),
         (dict(rope_scaling=dict(rope_type="linear")), "rope_type='linear' needs 'factor'"),
         (dict(rope_scaling=dict(rope_type="linear", factor=0)), "rope_type='linear' needs a 'factor' above 0, not 0"),
@@ -156,6 +176,13 @@ def test_a_size_that_is_missing_is_named(tmp_path):
         load_config(folder)
 
 
+@pytest.mark.parametrize("architecture", [name for name in FIELDS if name != "LlamaForCausalLM"])
+def test_layers_that_layer_types_names_are_limited_and_no_others(tmp_path, architecture):
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    values = dict(use_sliding_window=True, sliding_window=7, layer_types=kinds, num_experts=4, num_experts_per_tok=2)
+    assert load_config(write(tmp_path, architecture, **values)).windows == (None, 7, None)
+
+
 def test_layer_types_must_name_every_layer(tmp_path):
     values = dict(use_sliding_window=True, sliding_window=7, layer_types=["sliding_attention"] * 2)
     with pytest.raises(ModelLoadError, match="layer_types names 2 layers, and num_hidden_layers=3"):
@@ -166,6 +193,46 @@ def test_frequencies_by_kind_of_layer_are_refused_by_name(tmp_path):
     nested = {"full_attention": dict(rope_type="default", rope_theta=1e6)}
     with pytest.raises(UnsupportedError, match=r"by kind of layer \(full_attention\)"):
         load_config(write(tmp_path, rope_parameters=nested))
+
+
+@pytest.mark.parametrize(
+    "values,files,match",
+    [
+        (
+            dict(quantization_config=dict(quant_method="gptq", bits=4)),
+            [],
+            "quantized by gptq.*has 'quantization_config'",
+        ),
+        (
+            dict(compression_config=dict(quant_method="compressed-tensors")),
+            [],
+            "by compressed-tensors are not supported",
+        ),
+        (dict(quantization=dict(group_size=64, bits=4)), [], "by a method of its own.*has 'quantization'"),
+        ({}, ["quantize_config.json"], r"quantize_config\.json says so.*or remove the file"),
+        ({}, ["hf_quant_config.json"], r"take the model's unquantized weights"),
+    ],
+)
+def test_quantized_checkpoints_are_refused_by_what_says_so(tmp_path, values, files, match):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UnsupportedError, match=match):
+        load_config(write(tmp_path, **values))
+
+
+@pytest.mark.parametrize(
+    "file,match",
+    [
+        ("adapter_config.json", "holds a LoRA adapter.*merge_and_unload"),
+        ("model-q4_k_m.gguf", "GGUF files are not read; take the checkpoint in safetensors"),
+        ("params.json", "its maker's own format; take the checkpoint in Hugging Face's"),
+        ("README.md", "is not a Hugging Face checkpoint"),
+    ],
+)
+def test_a_folder_of_another_kind_is_told_what_it_is(tmp_path, file, match):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(ModelLoadError, match=rf"config\.json does not exist; .*{match}"):
+        load_config(tmp_path)
 
 
 def test_a_damaged_generation_config_is_named(tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from superinfer.errors import ModelLoadError, UnsupportedError
 from superinfer.runtime.models.config import load_config
-from superinfer.runtime.models.loader import load_model, resolve_model
+from superinfer.runtime.models.loader import HUB_COPIES, HUB_FILES, load_model, resolve_model
 
 
 @pytest.fixture
@@ -69,6 +69,21 @@ def test_tied_embeddings_are_one_tensor_whether_or_not_the_file_repeats_them(tmp
     assert model.lm_head.weight is model.model.embed_tokens.weight
     edit_weights(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert torch.equal(load_model(tmp_path).lm_head.weight, model.lm_head.weight)
+
+
+def test_a_shared_tensor_may_have_been_kept_under_the_name_of_the_head(tmp_path):
+    """As `safetensors.torch.save_model` keeps it."""
+    make_checkpoint(tmp_path, "llama-tied")
+    whole = load_model(tmp_path)
+    edit_weights(tmp_path, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    assert torch.equal(load_model(tmp_path).model.embed_tokens.weight, whole.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("table", ["inv_freq", "cos_cached", "sin_cached"])
+def test_tables_of_positions_that_old_checkpoints_carry_are_left_aside(folder, table):
+    name = f"model.layers.0.self_attn.rotary_emb.{table}"
+    edit_weights(folder, lambda t: t.update({name: torch.full((8,), float("nan"))}))
+    load_model(folder)
 
 
 def test_progress_ends_at_one_and_never_falls(folder):
@@ -197,6 +212,27 @@ def test_eos_ids_come_from_the_generation_config_if_there_is_one(folder, config,
     assert load_config(folder).eos_token_ids == expected
 
 
+@pytest.mark.parametrize("eos", ["<|im_end|>", {"__type": "AddedToken", "content": "<|im_end|>", "lstrip": False}])
+def test_the_tokenizers_eos_ends_an_answer_too(folder, eos):
+    """Who teaches a model to chat often gives its tokenizer another end than its config."""
+    edit_config(folder, eos_token_id=7)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    tokens = [{"id": 8, "content": "<s>", "special": True}, {"id": 9, "content": "<|im_end|>", "special": True}]
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens, "model": {"vocab": {"a": 0}}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    assert load_config(folder).eos_token_ids == (7, 9)
+    (folder / "tokenizer.json").write_text('{"added_tokens": ')
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.json is not valid"):
+        load_config(folder)
+
+
+def test_an_eos_that_no_token_has_is_none(folder):
+    """It would be looked for among the logits where a request has min_tokens."""
+    edit_config(folder, eos_token_id=[-1, 7, 211])
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    assert load_config(folder).eos_token_ids == (7,)
+
+
 @pytest.mark.parametrize(
     "variant,changes,expected",
     [
@@ -269,6 +305,15 @@ def test_a_hub_name_already_downloaded_needs_no_network(folder, tmp_path_factory
     assert found == snapshot and load_config(found).num_layers == 3
 
 
+def test_of_a_repository_only_what_is_read_is_downloaded():
+    from huggingface_hub.utils import filter_repo_objects
+
+    read = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "chat_template.jinja"]
+    other = ["consolidated.safetensors", "consolidated.00.pth", "original/params.json", "pytorch_model.bin", "a.gguf"]
+    kept = filter_repo_objects(read + other, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES)
+    assert list(kept) == read
+
+
 def test_an_unknown_architecture_is_named_with_those_supported(folder):
     edit_config(folder, architectures=["GPT2LMHeadModel"])
     with pytest.raises(
@@ -315,13 +360,34 @@ def test_a_file_that_is_no_safetensors_is_named(folder, content):
         load_model(folder)
 
 
-def test_quantized_weights_are_refused_by_name(folder):
-    edit_weights(folder, lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}))
-    with pytest.raises(ModelLoadError, match=r"'model\.norm\.weight' holds torch\.int8.*quantized"):
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_weights_are_refused_by_name(folder, dtype):
+    edit_weights(folder, lambda t: t.update({"model.norm.weight": torch.ones(64).to(dtype)}))
+    with pytest.raises(ModelLoadError, match=rf"'model\.norm\.weight' holds {dtype}.*quantized"):
         load_model(folder)
-    edit_config(folder, quantization_config=dict(quant_method="fp8"))
-    with pytest.raises(UnsupportedError, match="quantized by fp8 are not supported"):
+
+
+@pytest.mark.parametrize("name", ["down_proj.qweight", "down_proj.weight_scale", "down_proj.g_idx"])
+def test_tensors_that_belong_to_quantized_weights_say_so(folder, name):
+    edit_weights(folder, lambda t: t.update({f"model.layers.0.mlp.{name}": torch.ones(8)}))
+    with pytest.raises(ModelLoadError, match=rf"mlp\.{name}'.*belongs to quantized weights; take the model's unquant"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_number_that_is_no_weight_is_refused_where_it_is(folder, name, value):
+    """A model with one answers nonsense, and says nothing of it."""
+    edit_weights(folder, lambda t: t[name].view(-1)[5].fill_(value))
+    with pytest.raises(ModelLoadError, match=rf"model\.safetensors: tensor '{name}' holds NaN or infinity.*again"):
+        load_model(folder)
+
+
+def test_a_weight_beyond_the_dtype_asked_for_is_named(folder):
+    edit_weights(folder, lambda t: t["model.norm.weight"][5].fill_(70000.0))
+    load_model(folder, dtype=torch.bfloat16)
+    with pytest.raises(ModelLoadError, match=r"'model\.norm\.weight' holds numbers beyond float16; take dtype bf"):
+        load_model(folder, dtype=torch.float16)
 
 
 def test_tied_embeddings_that_differ_on_disk_are_not_guessed_at(tmp_path):
@@ -359,6 +425,17 @@ def test_a_folder_without_safetensors_is_told_what_is_read(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ModelLoadError, match=r"neither model\.safetensors nor"):
         load_model(folder)
+
+
+def test_parts_without_their_index_and_a_gguf_file_are_told_what_to_take(tmp_path):
+    make_checkpoint(tmp_path).save_pretrained(tmp_path, max_shard_size="60KB")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelLoadError, match=r"parts of a model, but not model\.safetensors\.index\.json; download it"):
+        load_model(tmp_path)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ModelLoadError, match=r"model\.gguf' is a GGUF file, which is not read; take the safetensors"):
+        resolve_model(str(tmp_path / "model.gguf"))
 
 
 def test_a_missing_shard_and_a_damaged_index_are_named(tmp_path):
