@@ -13,11 +13,12 @@ from superinfer.errors import InvalidRequestError
 class Grammar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the output must look like.
 
-    kind: "json_schema" (source: a JSON schema as JSON text), "json_object" (any JSON object; no source), "regex", or
-        "ebnf" (a grammar as xgrammar reads it).
+    kind: "json_schema" (source: a JSON schema as JSON text), "json_object" (any JSON object; no source), "regex",
+        "ebnf" (a grammar as xgrammar reads it), or "structural_tag" (a format of xgrammar's structural tags as JSON
+        text; which are taken: `engine/structural_tag.py`).
     """
 
-    kind: Literal["json_schema", "json_object", "regex", "ebnf"]
+    kind: Literal["json_schema", "json_object", "regex", "ebnf", "structural_tag"]
     source: str = ""
 
     def __post_init__(self) -> None:

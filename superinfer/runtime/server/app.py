@@ -196,7 +196,7 @@ async def prepare_chat(http: Request, service: Service, request: ChatRequest) ->
     """Raises ApiError, InvalidRequestError."""
     text = service.text
     plan = tool_plan(request)
-    sampling = sampling_of_chat(request, grammar_of_chat(request, plan))
+    sampling = sampling_of_chat(request, grammar_of_chat(request, plan, service.formats))
     constrained = sampling.grammar is not None
     prompt = await aside(http, prompt_of, request, plan, text.tokenizer, service.said, constrained=constrained)
     check_length("messages", len(prompt.ids), sampling, text.info)

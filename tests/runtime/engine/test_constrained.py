@@ -38,6 +38,10 @@ SCHEMA = Grammar(kind="json_schema", source=json.dumps(PERSON))
 PHONE = Grammar(kind="regex", source=r"\+[0-9]{2} [0-9]{3}-[0-9]{4}")
 
 
+def tag(format: object) -> Grammar:
+    return Grammar(kind="structural_tag", source=json.dumps(format))
+
+
 @pytest.fixture(scope="module")
 def embedded():
     """An engine whose pool is so small that sequences preempt each other."""
@@ -163,6 +167,17 @@ def test_a_stop_token_ends_an_output_only_where_the_grammar_may_end(embedded):
             "json_schema.pattern: '(?=a'",
         ),
         (Grammar(kind="regex", source="(a*a*a*a*a*a*)*b"), "too ambiguous"),
+        (tag({"type": "any_text"}), "structural_tag.type='any_text' is not supported"),
+        (tag({"type": "or", "elements": []}), "structural_tag of type 'or' is empty"),
+        (tag({"type": "or", "elements": [{"type": "token", "token": "<a>"}]}), "elements[0].token='<a>' is of the"),
+        (tag({"type": "plus", "content": {"type": "regex"}}), "structural_tag.content.pattern is missing"),
+        (tag({"type": "regex", "pattern": "a", "excludes": []}), "structural_tag.excludes is not supported"),
+        (tag({"type": "optional", "content": {"type": "regex", "pattern": r"\Z"}}), r"content.pattern: \Z"),
+        (
+            tag({"type": "sequence", "elements": [{"type": "json_schema", "json_schema": {"not": {}}}]}),
+            "structural_tag.elements[0].json_schema: keyword 'not' is not supported",
+        ),
+        (tag([]), "structural_tag=[] is no format"),
     ],
 )
 def test_a_wrong_grammar_is_refused_with_the_reason_and_harms_nobody(embedded, grammar, said):
