@@ -185,9 +185,7 @@ def test_every_model_that_is_loaded_has_a_format_of_its_own(architecture: str) -
 def writer(checkpoint: Path, *, stream: bool = False, tools: str = "hermes") -> ChatWriter:
     tool: dict[str, Any] = {"type": "function", "function": {"name": "weather"}}
     request = ChatRequest(model="tiny", messages=[Message(role="user", content="x")], tools=[tool], stream=stream)
-    return ChatWriter(
-        request, Tokenizer(str(checkpoint)), Tally(1, 1), [reader(tools, reasoning=True)], prompt_tokens=1
-    )
+    return ChatWriter(request, Tokenizer(str(checkpoint)), Tally(1, 1), [reader(tools, reasoning=True)], prompt=[1])
 
 
 def test_an_answer_with_a_call_has_openais_shape(tiny_checkpoint: Path) -> None:
