@@ -317,6 +317,18 @@ def test_a_checkpoint_without_a_tokenizer_says_so(tmp_path):
     compiler.close()
 
 
+@pytest.mark.parametrize("source", ["abcdeé", "a[é]x", "ab?(é|ü)"])
+def test_a_grammar_that_the_vocabulary_cannot_spell_ends_the_output_and_is_logged_once(tiny_config, capfd, source):
+    """The model's tokens are ASCII characters."""
+    with launch_engine(tiny_config) as engine:
+        (result,) = run(engine.address, ask("a", Grammar(kind="regex", source=source)))
+        (after,) = run(engine.address, ask("b", PHONE))
+    assert result.finish_reason == "stop" and result.text and source.startswith(result.text[0])
+    assert re.fullmatch(PHONE.source, after.text)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "ERROR" in line]
+    assert "a grammar allows no token that the vocabulary has; the sequence ends there" in line
+
+
 def test_a_logit_bias_makes_a_token_certain_or_impossible(embedded):
     greedy = dict(temperature=0.0, max_tokens=1, ignore_eos=True)
     (free,) = run(embedded, ask("2 + 2 =", **greedy))
