@@ -55,6 +55,18 @@ def penalize(
     return logits - frequency[:, None] * output_counts - presence[:, None] * generated
 
 
+def bar_words(logits: torch.Tensor, before: torch.Tensor, last: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Without the last token of each word whose earlier tokens are those that the output ends with.
+
+    logits: [rows, vocab] float32, changed in place. before: [rows, words, earlier] int32, right-aligned; -1 stands for
+    any token. last: [rows, words] int64. output: [rows, earlier] int32, the last ones generated. Returns the logits.
+    """
+    met = ((before == output[:, None, :]) | (before == -1)).all(dim=-1)
+    # Added, as two words may have the same last token: only where one is met it is barred, whichever comes last.
+    barred = torch.zeros(met.shape, dtype=logits.dtype, device=logits.device).masked_fill_(met, -torch.inf)
+    return logits.scatter_add_(1, last, barred)
+
+
 def temper(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
     """(logits − their maximum) / temperature: subtracting first keeps small temperatures from overflowing.
 

@@ -17,7 +17,7 @@ from superinfer.runtime.sampling_params import SamplingParams as SamplingParams
 from superinfer.runtime.sampling_params import check_float
 from superinfer.runtime.slo import SLO
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 FinishReason = Literal["stop", "length", "deadline", "cancelled", "scored"]
 LiveState = Literal["waiting", "computing", "rotated", "loading"]

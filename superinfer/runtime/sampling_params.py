@@ -9,15 +9,19 @@ import msgspec
 
 from superinfer.errors import InvalidRequestError
 
+MAX_ALLOWED = 16_384
+MAX_BAD_WORDS, MAX_BAD_WORD = 512, 32  # sequences; tokens of one
+
 
 class Grammar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the output must look like.
 
-    kind: "json_schema" (source: a JSON schema as JSON text), "json_object" (any JSON object; no source), "regex", or
-        "ebnf" (a grammar as xgrammar reads it).
+    kind: "json_schema" (source: a JSON schema as JSON text), "json_object" (any JSON object; no source), "regex",
+        "ebnf" (a grammar as xgrammar reads it), or "structural_tag" (a format of xgrammar's structural tags as JSON
+        text; which are taken: `engine/structural_tag.py`).
     """
 
-    kind: Literal["json_schema", "json_object", "regex", "ebnf"]
+    kind: Literal["json_schema", "json_object", "regex", "ebnf", "structural_tag"]
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -40,7 +44,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: do not end at the model's eos ids.
     logprobs: None for none; k >= 0 returns the chosen token's logprob and the k most likely (at most 20).
     logit_bias: (token id, bias) pairs, each bias in [-100, 100], added to the logits before anything else.
-    grammar: constrains the output; None: free.
+    allowed_token_ids: the only ids that may be chosen, 1 to 16,384 of them; None: all.
+    bad_words: sequences of token ids, at most 512 of at most 32 ids, that do not occur in the output: the last id of
+        one cannot be chosen behind the others.
+    grammar: constrains the output; None: free. It alone says what may come: neither of the two before goes with it.
     """
 
     max_tokens: int | None = None
@@ -58,6 +65,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
@@ -76,9 +85,34 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for token_id, bias in self.logit_bias:
             check_int("logit_bias token id", token_id, 0, None)
             check_float(f"logit_bias of token {token_id}", bias, -100.0, 100.0)
+        self._check_barred()
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
                 f"min_tokens={self.min_tokens} is greater than max_tokens={self.max_tokens}; lower min_tokens"
+            )
+
+    def _check_barred(self) -> None:
+        """What may not be chosen, and that something is left."""
+        allowed, bad = self.allowed_token_ids, self.bad_words
+        if allowed is not None and not 1 <= len(allowed) <= MAX_ALLOWED:
+            raise InvalidRequestError(f"allowed_token_ids holds {len(allowed)} ids; give 1 to {MAX_ALLOWED}")
+        if len(bad) > MAX_BAD_WORDS:
+            raise InvalidRequestError(f"bad_words holds {len(bad)} sequences of tokens; give at most {MAX_BAD_WORDS}")
+        for word in bad:
+            if not 1 <= len(word) <= MAX_BAD_WORD:
+                raise InvalidRequestError(f"bad_words has one of {len(word)} tokens; each may have 1 to {MAX_BAD_WORD}")
+        for name, ids in (("allowed_token_ids", allowed or ()), ("bad_words", [i for word in bad for i in word])):
+            for token_id in ids:
+                check_int(f"{name}: token id", token_id, 0, None)
+        given = [name for name, one in (("allowed_token_ids", allowed), ("bad_words", bad)) if one]
+        if given and self.grammar is not None:
+            raise InvalidRequestError(
+                f"{given[0]} contradicts a grammar, which alone says which tokens may come; leave one of them out"
+            )
+        if len(given) == 2:
+            raise InvalidRequestError(
+                "bad_words beside allowed_token_ids could leave no token to choose; leave the tokens that are not "
+                "wanted out of allowed_token_ids"
             )
 
 

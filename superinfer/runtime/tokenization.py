@@ -52,10 +52,10 @@ class Tokenizer:
         return "\n".join(template.values()) if isinstance(template, dict) else str(template)
 
     @property
-    def special_tokens(self) -> tuple[str, ...]:
-        """Text of the tokens that `skip_special` leaves out."""
-        added = self._backend.get_added_tokens_decoder().values()
-        return tuple(token.content for token in added if token.special)
+    def special_tokens(self) -> dict[str, int]:
+        """Text and id of the tokens that `skip_special` leaves out."""
+        added = self._backend.get_added_tokens_decoder().items()
+        return {token.content: token_id for token_id, token in added if token.special}
 
     @property
     def cuts_anywhere(self) -> bool:

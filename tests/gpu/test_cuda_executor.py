@@ -197,7 +197,13 @@ def test_steps_submitted_ahead_give_the_tokens_of_steps_one_by_one(wide, samplin
 
 @pytest.mark.parametrize(
     "sampling",
-    [SamplingParams(temperature=0), SamplingParams(temperature=0.8), SamplingParams(top_p=0.9, top_k=40, min_p=0.01)],
+    [
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=0.8),
+        SamplingParams(top_p=0.9, top_k=40, min_p=0.01),
+        SamplingParams(bad_words=((3,), (4, 5))),
+        SamplingParams(allowed_token_ids=(3, 4, 5)),
+    ],
 )
 def test_submitting_a_decode_never_waits_for_the_device(wide, sampling):
     folder, _ = wide
@@ -216,7 +222,13 @@ def test_submitting_a_decode_never_waits_for_the_device(wide, sampling):
 
 @pytest.mark.parametrize(
     "sampling",
-    [SamplingParams(temperature=0), SamplingParams(temperature=0.8), SamplingParams(top_p=0.9, top_k=40, min_tokens=9)],
+    [
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=0.8),
+        SamplingParams(top_p=0.9, top_k=40, min_tokens=9),
+        SamplingParams(bad_words=((3,), (4, 5))),
+        SamplingParams(allowed_token_ids=(3, 4, 5)),
+    ],
 )
 def test_whoever_comes_is_given_to_the_device_without_waiting_for_it(wide, sampling):
     """A sequence that takes its slot beside decodes: nothing that is written for it may wait for the step under way."""
@@ -252,11 +264,13 @@ def test_a_prefix_hit_gives_the_tokens_of_computing_it(wide, dtype):
 def test_sampling_with_filters_penalties_and_seeds_runs_beside_greedy_rows(llama):
     folder, model = llama
     executor = executor_of(folder)
-    prompts = prompts_of([20, 31, 8])
+    prompts = prompts_of([20, 31, 8, 14, 9])
     kinds = [
         SamplingParams(temperature=0),
         SamplingParams(temperature=0.9, top_p=0.8, top_k=30),
         SamplingParams(temperature=0.7, repetition_penalty=1.3, min_tokens=5),
+        SamplingParams(temperature=0.9, bad_words=((3,), (4, 5), (6, 7, 8))),
+        SamplingParams(temperature=0.9, allowed_token_ids=(3, 4, 5)),
     ]
 
     def outputs(which: list[int]) -> dict[int, list[int]]:
@@ -265,9 +279,9 @@ def test_sampling_with_filters_penalties_and_seeds_runs_beside_greedy_rows(llama
         stepper.run(list(batch.values()), TOKENS, chunk=9)
         return {i: s.output for i, s in batch.items()}
 
-    together = outputs([0, 1, 2])
+    together = outputs([0, 1, 2, 3, 4])
     assert together[0] == generate(model, prompts[0], TOKENS)
-    assert {i: outputs([i])[i] for i in range(3)} == together
+    assert {i: outputs([i])[i] for i in range(5)} == together
 
 
 def test_scores_equal_transformers_log_softmax(llama):

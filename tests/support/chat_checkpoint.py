@@ -20,14 +20,17 @@ TEMPLATE = (
 )
 
 
-def write_checkpoint(folder: Path) -> Path:
-    """Config and tokenizer of a two-layer Llama whose tokens are printable ASCII characters; no weights."""
+def write_checkpoint(folder: Path, markers: tuple[str, ...] = ()) -> Path:
+    """Config and tokenizer of a two-layer Llama whose tokens are printable ASCII characters; no weights.
+
+    markers: special tokens beside its own; its template names them.
+    """
     plain = [c for c in string.printable if c.isprintable() and c != " "] + ["Ġ", "Ċ"]
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *plain])}
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *plain, *markers])}
     backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIAL))
+    backend.add_special_tokens([*SPECIAL, *markers])
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
@@ -36,7 +39,7 @@ def write_checkpoint(folder: Path) -> Path:
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "eos_token": "<|im_end|>",
                 "unk_token": "<unk>",
-                "chat_template": TEMPLATE,
+                "chat_template": TEMPLATE + "".join(f"{{# {marker} #}}" for marker in markers),
             }
         )
     )

@@ -25,7 +25,8 @@ log = logging.getLogger("superinfer.engine")
 @dataclass(slots=True, eq=False)
 class _Constrained:
     """One slot's. tail: the tokens before; None where what the grammar forces is sampled all the same. given: forced
-    tokens that the matcher has accepted ahead of the slot's steps. has_ended: a token of stop_ids has been accepted."""
+    tokens that the matcher has accepted ahead of the slot's steps. has_ended: a token of stop_ids has been accepted, or
+    nothing else could come."""
 
     matcher: xgrammar.GrammarMatcher
     stop_ids: frozenset[int]
@@ -91,8 +92,9 @@ class Constraints:
         used = self._bitmask[: indices[-1] + 1]
         bits = used.numpy().view(np.uint32)
         if free:
-            self._batch.batch_fill_next_token_bitmask(list(free.values()), self._bitmask, list(free))
-            for row, matcher in free.items():
+            matchers = [constrained.matcher for constrained in free.values()]
+            self._batch.batch_fill_next_token_bitmask(matchers, self._bitmask, list(free))
+            for row, matcher in zip(free, matchers, strict=True):
                 if isinstance(matcher, CountingMatcher):
                     matcher.narrow(bits[row])
             _let_dead_ends_end(bits, free)
@@ -106,11 +108,11 @@ class Constraints:
                 masked = self._send(np.array(indices, dtype=np.int32))
         xgrammar.apply_token_bitmask_inplace(logits, used, indices=masked)
 
-    def _divided(self, slots: list[int], rows: list[int]) -> tuple[dict[int, int], dict[int, xgrammar.GrammarMatcher]]:
-        """The token of each row that has no choice; the matchers of the others. By row, without those that have ended:
+    def _divided(self, slots: list[int], rows: list[int]) -> tuple[dict[int, int], dict[int, _Constrained]]:
+        """The token of each row that has no choice; what constrains the others. By row, without those that have ended:
         they are in a step planned ahead, whose token nobody will see. Says in `forced` what is forced from here on."""
         only: dict[int, int] = {}
-        free: dict[int, xgrammar.GrammarMatcher] = {}
+        free: dict[int, _Constrained] = {}
         self.forced = {}
         for slot, row in zip(slots, rows, strict=True):
             constrained = self._slots[slot]
@@ -126,7 +128,7 @@ class Constraints:
             if given:
                 only[row] = given.popleft()
             else:
-                free[row] = constrained.matcher
+                free[row] = constrained
         self._known = only.keys()
         return only, free
 
@@ -180,14 +182,16 @@ def split_forced(
     return {slot: tokens[1:] for slot, tokens in forced.items() if slot not in earlier}, earlier
 
 
-def _let_dead_ends_end(bits: np.ndarray, matchers: dict[int, xgrammar.GrammarMatcher]) -> None:
-    """Where nothing is allowed, allow the end. bits: [rows, vocab / 32] uint32. matchers: by row."""
+def _let_dead_ends_end(bits: np.ndarray, free: dict[int, _Constrained]) -> None:
+    """Where nothing is allowed, allow the end, which the matcher would not accept: it has no more to say. bits: [rows,
+    vocab / 32] uint32. free: by row."""
     if np.bitwise_or.reduce(bits, axis=1).all():
         return
-    for row, matcher in matchers.items():
+    for row, constrained in free.items():
         if not bits[row].any():
             log.error("a grammar allows no token that the vocabulary has; the sequence ends there")
-            for token_id in matcher.stop_token_ids:
+            constrained.has_ended = bool(constrained.stop_ids)
+            for token_id in constrained.stop_ids:
                 bits[row, token_id // 32] |= np.uint32(1 << token_id % 32)
 
 

@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 from superinfer.errors import InvalidRequestError, UnsupportedError
+from superinfer.runtime.engine.structural_tag import Format, check_format
 from superinfer.runtime.protocol import Grammar
 
 MAX_SOURCE = 1 << 16  # characters
@@ -50,12 +51,23 @@ def check_grammar(grammar: Grammar) -> None:
         raise InvalidRequestError(f"the {grammar.kind} is nested {depth} deep; at most {MAX_DEPTH} levels are taken")
     if grammar.kind == "regex":
         _check_expression(source, "regex")
-    if grammar.kind == "json_schema":
+    if grammar.kind in ("json_schema", "structural_tag"):
         try:
-            schema = json.loads(source)
+            found = json.loads(source)
         except ValueError as error:
-            raise InvalidRequestError(f"json_schema={source!r:.80} is not JSON: {error}") from None
-        _check_schema(schema, "json_schema", schema)
+            raise InvalidRequestError(f"{grammar.kind}={source!r:.80} is not JSON: {error}") from None
+        if grammar.kind == "json_schema":
+            _check_schema(found, "json_schema", found)
+        else:
+            check_format(found, "structural_tag", _check_leaf)
+
+
+def _check_leaf(given: Format, where: str) -> None:
+    """A structural tag's format that holds no others."""
+    if given["type"] == "regex":
+        _check_expression(given["pattern"], f"{where}.pattern")
+    if given["type"] == "json_schema":
+        _check_schema(given["json_schema"], f"{where}.json_schema", given["json_schema"])
 
 
 def _depth(source: str) -> int:

@@ -24,7 +24,8 @@ class Retokenizer:
         self._tokenizer = Tokenizer.from_file(os.path.join(path, "tokenizer.json"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._bytes: list[bytes] = info.decoded_vocab
+        special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._bytes = [b"" if i in special else text for i, text in enumerate(info.decoded_vocab)]
 
     def forced(self, matcher: xgrammar.GrammarMatcher, tail: Sequence[int]) -> list[int]:
         """Tokens that must follow `tail`, the last ones generated, and that no text behind them would change. The

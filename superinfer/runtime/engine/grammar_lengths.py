@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from superinfer.runtime.engine.grammar_rewrite import are_lengths
+from superinfer.runtime.engine.structural_tag import Format, Placed, schemas_of, with_leaves
 from superinfer.runtime.json_schema import with_inner
 from superinfer.runtime.protocol import Grammar
 
@@ -42,14 +43,40 @@ def without_long(grammar: Grammar) -> tuple[Grammar, list[Bound]]:
     None are replaced where a text may be read in two ways, only one of which has the bound: the grammar's own branches
     could not be told apart by a sign.
     """
-    if grammar.kind != "json_schema" or "@@long text" in grammar.source:
+    if grammar.kind not in ("json_schema", "structural_tag") or "@@long text" in grammar.source:
         return grammar, []
-    schema = json.loads(grammar.source)
-    if _Beginnings(schema).may_be_two(schema):
+    found = json.loads(grammar.source)
+    tag: Format = {"type": "json_schema", "json_schema": found} if grammar.kind == "json_schema" else found
+    if _may_be_confused(schemas_of(tag)):
         return grammar, []
     bounds: list[Bound] = []
-    marked = _marked(schema, bounds)
-    return (Grammar(kind="json_schema", source=json.dumps(marked)), bounds) if bounds else (grammar, [])
+
+    def leaf(given: Format) -> Format:
+        is_schema = given["type"] == "json_schema"
+        return given | {"json_schema": _marked(given["json_schema"], bounds)} if is_schema else given
+
+    tag = with_leaves(tag, leaf)
+    source = json.dumps(tag["json_schema"] if grammar.kind == "json_schema" else tag)
+    return (Grammar(kind=grammar.kind, source=source), bounds) if bounds else (grammar, [])
+
+
+def _may_be_confused(schemas: list[Placed]) -> bool:
+    """Whether what has been written may leave open which of several schemas it follows, of one of these or of two
+    behind the same text."""
+    seen: list[tuple[str, set[_Kind]]] = []
+    for before, schema in schemas:
+        beginnings = _Beginnings(schema)
+        if beginnings.may_be_two(schema):
+            return True
+        kinds = beginnings.of(schema)
+        if any(before == other and _overlap(kinds, theirs) for other, theirs in seen):
+            return True
+        seen.append((before, kinds))
+    return False
+
+
+def _overlap(some: set[_Kind], others: set[_Kind]) -> bool:
+    return any(one.may_be(other) for one in some for other in others)
 
 
 def with_signs(ebnf: str) -> str:
@@ -169,7 +196,7 @@ class _Beginnings:
         for word in ("anyOf", "oneOf"):
             seen: set[_Kind] = set()
             for kinds in map(self.of, schema.get(word, ())):
-                if any(one.may_be(other) for one in kinds for other in seen):
+                if _overlap(kinds, seen):
                     return True
                 seen |= kinds
         if schema.get("properties") and schema.get("additionalProperties", False) is not False:

@@ -109,7 +109,12 @@ def in_utf8(serialized: str, among: Ranges) -> str:
 
 def numbers_of_characters(ebnf: str) -> str:
     r"""A grammar of JSON as the compiler prints it, without `\ud800` in a text that has no other half behind it."""
-    return _ESCAPE.sub(_four_digits, ebnf).replace(_ANY_NUMBER, _NUMBER)
+    return readable(ebnf).replace(_ANY_NUMBER, _NUMBER)
+
+
+def readable(ebnf: str) -> str:
+    """A grammar as the compiler prints it, so that the compiler reads the same."""
+    return _ESCAPE.sub(_four_digits, ebnf)
 
 
 def _four_digits(escape: re.Match[str]) -> str:

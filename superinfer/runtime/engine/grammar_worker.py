@@ -27,7 +27,8 @@ import numpy as np
 from superinfer.errors import InvalidRequestError, UnsupportedError
 from superinfer.runtime.engine.grammar_lengths import Bound, TokenLengths, with_signs, without_long
 from superinfer.runtime.engine.grammar_rewrite import rewrite
-from superinfer.runtime.engine.grammar_utf8 import IN_JSON, VALID, in_utf8, numbers_of_characters
+from superinfer.runtime.engine.grammar_utf8 import IN_JSON, VALID, in_utf8, numbers_of_characters, readable
+from superinfer.runtime.engine.structural_tag import Format, with_leaves
 from superinfer.runtime.protocol import Grammar
 
 READY = b"ready"
@@ -35,6 +36,9 @@ COMPILE_S = 10.0  # one grammar, on the wall
 MEMORY_BYTES = 1 << 30  # beyond what the process has once it is ready
 SLOW_CALL_S = 0.05  # CPU time of one call of the matcher: a step of the engine waits for it
 WALK_TOKENS = 160
+SPECIAL = b"\xff"  # stands for a special token's text: what no UTF-8 has
+# How each kind of vocabulary writes it.
+_WRITTEN = {"RAW": SPECIAL, "BYTE_FALLBACK": b"<0xFF>", "BYTE_LEVEL": "ÿ".encode()}
 WALKS_S = 1.0  # CPU time of all walks; those of a large vocabulary are cut short
 
 
@@ -59,7 +63,8 @@ def write_frame(stream: IO[bytes], body: bytes) -> None:
 
 
 def load_tokenizer_info(path: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> Any:
-    """xgrammar's view of the checkpoint's vocabulary. Special tokens have no text: no grammar can allow them as such.
+    """xgrammar's view of the checkpoint's vocabulary. Special tokens have a byte that no text has: only a grammar that
+    names one by its id allows it.
 
     Raises UnsupportedError where the checkpoint has no tokenizer.json.
     """
@@ -70,12 +75,12 @@ def load_tokenizer_info(path: str, vocab_size: int, eos_token_ids: tuple[int, ..
         tokenizer = Tokenizer.from_file(os.path.join(path, "tokenizer.json"))
     except Exception as error:  # the library raises Exception itself
         raise UnsupportedError(f"grammars need the model's tokenizer.json, which cannot be read: {error}") from None
-    vocabulary = [""] * vocab_size
+    found = xgrammar.TokenizerInfo._detect_metadata_from_hf(tokenizer.to_str())
+    vocabulary = [b""] * vocab_size
     special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     for text, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
-        if token_id < vocab_size and token_id not in special and token_id not in eos_token_ids:
-            vocabulary[token_id] = text
-    found = xgrammar.TokenizerInfo._detect_metadata_from_hf(tokenizer.to_str())
+        if token_id < vocab_size and token_id not in eos_token_ids:
+            vocabulary[token_id] = _WRITTEN[found["vocab_type"].name] if token_id in special else text.encode()
     return xgrammar.TokenizerInfo(
         vocabulary,
         vocab_type=found["vocab_type"],
@@ -87,9 +92,16 @@ def load_tokenizer_info(path: str, vocab_size: int, eos_token_ids: tuple[int, ..
 
 def compile_grammar(compiler: Any, grammar: Grammar) -> Any:
     """Raises RuntimeError with the library's words."""
+    return compiler.compile_grammar(_parsed(grammar))
+
+
+def _parsed(grammar: Grammar) -> Any:
     from xgrammar import Grammar as Parsed
 
     match grammar.kind:
+        case "structural_tag":
+            tag = with_leaves(json.loads(grammar.source), _as_ebnf)
+            return Parsed.from_structural_tag(json.dumps({"type": "structural_tag", "format": tag}))
         case "json_schema":
             schema = json.dumps(rewrite(json.loads(grammar.source)))
             parsed = Parsed.from_json_schema(schema, any_whitespace=False)
@@ -103,7 +115,22 @@ def compile_grammar(compiler: Any, grammar: Grammar) -> Any:
     parsed = Parsed.deserialize_json(in_utf8(parsed.serialize_json(), IN_JSON if is_json else VALID))
     if is_json:
         parsed = Parsed.from_ebnf(with_signs(numbers_of_characters(str(parsed))))
-    return compiler.compile_grammar(parsed)
+    return parsed
+
+
+def _as_ebnf(leaf: Format) -> Format:
+    """A leaf of a structural tag as it is compiled where it is all that there is: the library's own way with one has
+    none of what is mended here."""
+    match leaf["type"]:
+        case "json_schema":
+            grammar = Grammar(kind="json_schema", source=json.dumps(leaf["json_schema"]))
+        case "regex":
+            grammar = Grammar(kind="regex", source=leaf["pattern"])
+        case "grammar":
+            grammar = Grammar(kind="ebnf", source=leaf["grammar"])
+        case _:
+            return leaf
+    return {"type": "grammar", "grammar": readable(str(_parsed(grammar)))}
 
 
 def new_matcher(compiled: Any, bounds: list[Bound], lengths: TokenLengths | None, stop_ids: Sequence[int]) -> Any:

@@ -40,6 +40,11 @@ class Intake:
         if sampling.min_tokens > room:
             raise InvalidRequestError(f"min_tokens={sampling.min_tokens} exceeds the {room} tokens left in the context")
         stop_ids = self._stop_ids(sampling)
+        if sampling.min_tokens and set(sampling.allowed_token_ids or (-1,)) <= set(stop_ids):
+            raise InvalidRequestError(
+                f"allowed_token_ids={sampling.allowed_token_ids!r:.80} holds only tokens that end the output, which "
+                f"min_tokens={sampling.min_tokens} forbids at first; lower min_tokens to 0 or allow others"
+            )
         seed = sampling.seed if sampling.seed is not None else self._random.getrandbits(64)
         return [
             Sequence(
@@ -101,10 +106,14 @@ class Intake:
             )
 
     def _check_constraints(self, sampling: SamplingParams) -> None:
-        for token_id, _ in sampling.logit_bias:
-            if token_id >= self.info.vocab_size:
+        for name, ids in (
+            ("logit_bias", [token_id for token_id, _ in sampling.logit_bias]),
+            ("allowed_token_ids", sampling.allowed_token_ids or ()),
+            ("bad_words", [token_id for word in sampling.bad_words for token_id in word]),
+        ):
+            if ids and (token_id := max(ids)) >= self.info.vocab_size:
                 raise InvalidRequestError(
-                    f"logit_bias token id {token_id} is not in the vocabulary of {self.info.vocab_size} tokens"
+                    f"{name} token id {token_id} is not in the vocabulary of {self.info.vocab_size} tokens"
                 )
         if sampling.grammar is not None and (sampling.ignore_eos or sampling.min_tokens):
             name = f"min_tokens={sampling.min_tokens}" if sampling.min_tokens else "ignore_eos"

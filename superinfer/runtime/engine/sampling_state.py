@@ -16,6 +16,7 @@ from superinfer.kernels import sampling
 from superinfer.runtime.engine.constraints import Constraints
 from superinfer.runtime.engine.grammar import GrammarCompiler
 from superinfer.runtime.engine.staging import HostStage
+from superinfer.runtime.engine.token_limits import TokenLimits
 from superinfer.runtime.protocol import SamplingParams
 from superinfer.runtime.scheduler.plan import SlotInit
 
@@ -23,7 +24,7 @@ from superinfer.runtime.scheduler.plan import SlotInit
 MIN_TEMPERATURE = 1e-5
 
 # What a slot's request needs beyond an argmax. A step does only what some row of it needs.
-DRAWN, FILTERED, PENALIZED, BARRED, LOGPROBS, BIASED, CONSTRAINED = 1, 2, 4, 8, 16, 32, 64
+DRAWN, FILTERED, PENALIZED, BARRED, LOGPROBS, BIASED, CONSTRAINED, LIMITED = 1, 2, 4, 8, 16, 32, 64, 128
 
 TEMPERATURE, TOP_P, MIN_P, REPETITION, FREQUENCY, PRESENCE = range(6)
 
@@ -40,7 +41,7 @@ class Sampled:
 
 
 class SamplingState:
-    """Parameters, seeds, output counts, biases and stop ids of all slots."""
+    """Parameters, seeds, output counts, biases, limits and stop ids of all slots."""
 
     def __init__(
         self, slots: int, vocab_size: int, device: torch.device, grammars: GrammarCompiler | None = None,
@@ -57,6 +58,7 @@ class SamplingState:
         self._bias_ids = torch.zeros(slots, 1, dtype=torch.int64, device=device)
         self._biases = torch.zeros(slots, 1, dtype=torch.float32, device=device)
         self._constraints = Constraints(slots, device, grammars, self._to_device) if grammars is not None else None
+        self._limits = TokenLimits(slots, vocab_size, device, self._to_device)
         self._prompt_seen: torch.Tensor | None = None
         self._output_counts: torch.Tensor | None = None
 
@@ -97,6 +99,7 @@ class SamplingState:
             | LOGPROBS * (params.logprobs is not None)
             | BIASED * bool(params.logit_bias)
             | CONSTRAINED * (params.grammar is not None)
+            | LIMITED * self._limits.start(slot, params, init.output)
         )
         if params.logit_bias:
             self._set_biases(slot, params.logit_bias)
@@ -110,6 +113,7 @@ class SamplingState:
     def release(self, slot: int) -> None:
         """The slot is free. Memory for penalties goes when no live slot uses it."""
         self._needs[slot] = 0
+        self._limits.release(slot)
         if self._constraints is not None:
             self._constraints.release(slot)
         if self._output_counts is not None and not (self._needs & PENALIZED).any():
@@ -185,6 +189,8 @@ class SamplingState:
             adjusted = self._penalize(adjusted, index, _rows(row_needs, PENALIZED))
         if needs & BARRED:
             adjusted = self._bar_stop_ids(adjusted, index, slots)
+        if needs & LIMITED:
+            adjusted = self._limits.apply(adjusted, slots, _rows(row_needs, LIMITED))
         forced: dict[int, tuple[int, ...]] = {}
         if needs & CONSTRAINED:
             if adjusted is given or (needs & LOGPROBS and adjusted is logits):  # masked in place, and wanted as it is
@@ -202,6 +208,8 @@ class SamplingState:
             rows = self._to_device(drawn)
             tokens[rows] = self._draw(adjusted[rows], slots[drawn], index[rows])
         self._generated[slots] += 1
+        if needs & LIMITED:
+            self._limits.sampled(tokens, slots, _rows(row_needs, LIMITED))
         if needs & PENALIZED and self._output_counts is not None:
             rows = self._to_device(_rows(row_needs, PENALIZED))
             self._output_counts[index[rows], tokens[rows]] += 1

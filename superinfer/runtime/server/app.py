@@ -26,7 +26,7 @@ from superinfer.runtime.server.errors import ApiError, as_api_error, bad_request
 from superinfer.runtime.server.gate import Gate
 from superinfer.runtime.server.live import LIVE
 from superinfer.runtime.server.operations import add_operations, answered
-from superinfer.runtime.server.params import check_length, interval_of
+from superinfer.runtime.server.params import check_length, interval_of, least_output, truncated
 from superinfer.runtime.server.parsing.pieces import AnswerReader
 from superinfer.runtime.server.relay import ClientGone, Wrote
 from superinfer.runtime.server.report import Tally
@@ -106,19 +106,16 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     text = service.text
 
     async def chat_completions(http: Request) -> Response:
-        request = service.defaults.fill(schema.parse(await http.body(), ChatRequest, schema.CHAT_PASS))
-        service.check_model(request.model)
+        request = service.defaults.fill(service.parse(await http.body(), ChatRequest, schema.CHAT_PASS))
         chat = await prepare_chat(http, service, request)
-        asked = len(chat.request.prompt)
-        writer = ChatWriter(request, text.tokenizer, chat.tally, chat.readers, prompt_tokens=asked)
+        writer = ChatWriter(request, text.tokenizer, chat.tally, chat.readers, prompt=chat.prompt)
         stream, interval = bool(request.stream), interval_of(request)
         return await service.answer(http, [chat.request], writer, stream=stream, interval=interval, wrote=chat.wrote)
 
     async def completions(http: Request) -> Response:
-        request = service.defaults.fill(schema.parse(await http.body(), CompletionRequest, schema.COMPLETION_PASS))
-        service.check_model(request.model)
+        request = service.defaults.fill(service.parse(await http.body(), CompletionRequest, schema.COMPLETION_PASS))
         prompts = await aside(http, prompts_of, request, text.tokenizer, text.info)
-        sampling = sampling_of_completion(request, max(map(len, prompts)), text.info)
+        sampling = sampling_of_completion(request, max(map(len, prompts)), text.tokenizer, text.info)
         for prompt in prompts:
             check_length("prompt", len(prompt), sampling, text.info)
         choices = len(prompts) * sampling.n
@@ -184,9 +181,11 @@ async def _scored(
 
 
 class Chat(NamedTuple):
-    """A chat request made ready: what to ask the engine, a reader for each choice, and who is told what was written."""
+    """A chat request made ready: what to ask the engine, a reader for each choice, and who is told what was written.
+    prompt: its token ids."""
 
     request: TextRequest
+    prompt: list[int]
     tally: Tally
     readers: list[AnswerReader]
     wrote: Wrote
@@ -196,24 +195,24 @@ async def prepare_chat(http: Request, service: Service, request: ChatRequest) ->
     """Raises ApiError, InvalidRequestError."""
     text = service.text
     plan = tool_plan(request)
-    sampling = sampling_of_chat(request, grammar_of_chat(request, plan))
+    sampling = sampling_of_chat(request, text.tokenizer, grammar_of_chat(request, plan, service.formats))
     constrained = sampling.grammar is not None
     prompt = await aside(http, prompt_of, request, plan, text.tokenizer, service.said, constrained=constrained)
+    prompt = prompt._replace(ids=truncated(prompt.ids, request, least_output(sampling), text.info))
     check_length("messages", len(prompt.ids), sampling, text.info)
     promise = service.promise(request, http)
     skip = not service.formats.sees_special(plan.names)
     asked = service.request(request, prompt.ids, sampling, promise, skip_special=skip)
     readers = [service.reader(plan, prompt.end, constrained=constrained) for _ in range(sampling.n)]
     wrote = partial(service.said.note, asked.cache_salt, prompt.end)
-    return Chat(asked, service.tally(http, sampling.n, sampling.n, promise), readers, wrote)
+    return Chat(asked, prompt.ids, service.tally(http, sampling.n, sampling.n, promise), readers, wrote)
 
 
 def _add_responses(app: FastAPI, service: Service) -> None:
     store = ResponseStore(service.settings.responses_bytes)
 
     async def create(http: Request) -> Response:
-        request = service.defaults.fill(schema.parse(await http.body(), ResponsesRequest, RESPONSES_PASS))
-        service.check_model(request.model)
+        request = service.defaults.fill(service.parse(await http.body(), ResponsesRequest, RESPONSES_PASS))
         history: list[dict[str, Any]] = []
         if request.previous_response_id is not None:
             history = store.get(request.previous_response_id, "previous_response_id").items

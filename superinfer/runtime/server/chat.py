@@ -18,7 +18,7 @@ from superinfer.runtime.tokenization import ChatMessage, Tokenizer
 _RENDERING = {"messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "chat_template"}
 
 
-def sampling_of_chat(request: ChatRequest, grammar: Grammar | None = None) -> SamplingParams:
+def sampling_of_chat(request: ChatRequest, tokenizer: Tokenizer, grammar: Grammar | None = None) -> SamplingParams:
     """Raises ApiError or InvalidRequestError."""
     short, long = request.max_tokens, request.max_completion_tokens
     if short is not None and long is not None and short != long:
@@ -32,7 +32,8 @@ def sampling_of_chat(request: ChatRequest, grammar: Grammar | None = None) -> Sa
     if not 0 <= (request.top_logprobs or 0) <= 20:
         raise bad_request(f"top_logprobs={request.top_logprobs} must be between 0 and 20", param="top_logprobs")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return sampling_of(request, max_tokens=short if long is None else long, logprobs=logprobs, grammar=grammar)
+    max_tokens = short if long is None else long
+    return sampling_of(request, tokenizer, max_tokens=max_tokens, logprobs=logprobs, grammar=grammar)
 
 
 class ChatPrompt(NamedTuple):

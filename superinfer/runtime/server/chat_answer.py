@@ -71,17 +71,18 @@ class AnswerMessage(msgspec.Struct, frozen=True):
 
 
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """A choice has a message, a chunk's choice a delta."""
+    """A choice has a message, a chunk's choice a delta. token_ids: of all of it, or of this chunk's tokens."""
 
     index: int
     message: AnswerMessage | Unset = UNSET
     delta: AnswerMessage | Unset = UNSET
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
+    token_ids: list[int] | Unset = UNSET
 
 
 class ChatAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole answer or a chunk, by `object`."""
+    """A whole answer or a chunk, by `object`. prompt_token_ids: in a stream only with each choice's first chunk."""
 
     id: str
     object: str
@@ -92,6 +93,7 @@ class ChatAnswer(msgspec.Struct, frozen=True, kw_only=True):
     system_fingerprint: str | Unset | None = UNSET
     usage: Usage | Unset | None = UNSET
     slo: SloReport | Unset = UNSET
+    prompt_token_ids: list[int] | Unset = UNSET
 
 
 class ChatWriter:
@@ -107,9 +109,9 @@ class ChatWriter:
         tally: Tally,
         readers: list[AnswerReader],
         *,
-        prompt_tokens: int,
+        prompt: list[int],
     ) -> None:
-        """`readers`: one for each choice."""
+        """`readers`: one for each choice. prompt: its token ids."""
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = request.model
@@ -118,7 +120,8 @@ class ChatWriter:
         options = request.stream_options
         self._usage = bool(options and options.include_usage)
         self._continuous = bool(options and options.continuous_usage_stats)
-        self._prompt_tokens, self._output_tokens = prompt_tokens, 0
+        self._prompt_tokens, self._output_tokens = len(prompt), 0
+        self._shown: list[int] | Unset = prompt if request.return_token_ids else UNSET
         self._readers = readers
         self._started = [False] * len(readers)
         self._frames = [self._frame(index) for index in range(len(readers))] if request.stream else []
@@ -128,28 +131,32 @@ class ChatWriter:
         index, reader = delta.index, self._readers[delta.index]
         if not self._started[index]:
             self._started[index] = True
-            yield self._chunk(ChatChoice(index=index, delta=AnswerMessage(role="assistant", content="")))
+            begun = ChatChoice(index=index, delta=AnswerMessage(role="assistant", content=""))
+            yield self._chunk(begun, prompt_token_ids=self._shown)
         calls = reader.calls
         self._output_tokens += len(delta.token_ids)
         pieces = reader.push(delta.text)
         if delta.finish_reason is not None:
             pieces += reader.finish()
         logprobs = self._logprobs(delta.logprobs)
+        ids = delta.token_ids if self._shown is not UNSET else UNSET  # these and the logprobs go with one chunk
         for piece in pieces:
             calls += piece.kind == "call"
-            if logprobs is None and piece.kind == "content" and not self._continuous:
+            if logprobs is None and ids is UNSET and piece.kind == "content" and not self._continuous:
                 before, after = self._frames[index]
                 yield before + _encode(piece.text) + after  # most of all chunks
             else:
-                yield self._chunk(ChatChoice(index=index, delta=_delta(piece, calls - 1), logprobs=logprobs))
-            logprobs = None
+                part = _delta(piece, calls - 1)
+                yield self._chunk(ChatChoice(index=index, delta=part, logprobs=logprobs, token_ids=ids))
+            logprobs, ids = None, UNSET
         if delta.finish_reason is None:
-            if logprobs is not None or (self._continuous and not pieces):
-                yield self._chunk(ChatChoice(index=index, delta=AnswerMessage(content=""), logprobs=logprobs))
+            if logprobs is not None or ids or (self._continuous and not pieces):
+                part = AnswerMessage(content="")
+                yield self._chunk(ChatChoice(index=index, delta=part, logprobs=logprobs, token_ids=ids))
             return
         reason = self._reason(delta, reader)
         slo = self._tally.slo() if self._tally.complete else UNSET
-        last = ChatChoice(index=index, delta=AnswerMessage(), logprobs=logprobs, finish_reason=reason)
+        last = ChatChoice(index=index, delta=AnswerMessage(), logprobs=logprobs, finish_reason=reason, token_ids=ids)
         yield self._chunk(last, slo=slo)
         if self._tally.complete and self._usage:
             yield event(self._answer("chat.completion.chunk", [], self._tally.usage(), slo))
@@ -175,16 +182,21 @@ class ChatWriter:
             message = message_of(reader.push(result.text) + reader.finish())
             reason = self._reason(result, reader)
             logprobs = self._logprobs(result.logprobs)
-            choices.append(ChatChoice(index=result.index, message=message, logprobs=logprobs, finish_reason=reason))
-        return self._answer("chat.completion", choices, self._tally.usage(), self._tally.slo())
+            ids = result.token_ids if self._shown is not UNSET else UNSET
+            choices.append(
+                ChatChoice(index=result.index, message=message, logprobs=logprobs, finish_reason=reason, token_ids=ids)
+            )
+        return self._answer("chat.completion", choices, self._tally.usage(), self._tally.slo(), self._shown)
 
     def _logprobs(self, logprobs: list[TokenLogprob] | None) -> ChatLogprobs | None:
         if logprobs is None:
             return None
         return ChatLogprobs([scored_token(self._tokenizer, t) for t in logprobs])
 
-    def _chunk(self, choice: ChatChoice, slo: SloReport | Unset = UNSET) -> bytes:
-        return event(self._answer("chat.completion.chunk", [choice], self._so_far(), slo))
+    def _chunk(
+        self, choice: ChatChoice, slo: SloReport | Unset = UNSET, prompt_token_ids: list[int] | Unset = UNSET
+    ) -> bytes:
+        return event(self._answer("chat.completion.chunk", [choice], self._so_far(), slo, prompt_token_ids))
 
     def _so_far(self) -> Usage | Unset | None:
         """What a chunk with a choice says of usage."""
@@ -194,7 +206,12 @@ class ChatWriter:
         return None if self._usage else UNSET
 
     def _answer(
-        self, kind: str, choices: list[ChatChoice], usage: Usage | Unset | None, slo: SloReport | Unset
+        self,
+        kind: str,
+        choices: list[ChatChoice],
+        usage: Usage | Unset | None,
+        slo: SloReport | Unset,
+        prompt_token_ids: list[int] | Unset = UNSET,
     ) -> bytes:
         return _encode(
             ChatAnswer(
@@ -206,6 +223,7 @@ class ChatWriter:
                 service_tier=self._tally.promise.tier or UNSET,
                 usage=usage,
                 slo=slo,
+                prompt_token_ids=prompt_token_ids,
             )
         )
 

@@ -10,7 +10,7 @@ import msgspec
 
 from superinfer.runtime.protocol import ModelInfo, RequestReport, SamplingParams, TokenLogprob
 from superinfer.runtime.server.errors import bad_request
-from superinfer.runtime.server.params import check_ids, sampling_of
+from superinfer.runtime.server.params import check_ids, sampling_of, truncated
 from superinfer.runtime.server.report import PromptTokensDetails, SloReport, Tally, Usage
 from superinfer.runtime.server.schema import CompletionRequest
 from superinfer.runtime.server.stream import error_event, event
@@ -30,16 +30,25 @@ _encode = msgspec.json.Encoder().encode
 # ---------------------------------------------------------------------------- request
 
 
-def sampling_of_completion(request: CompletionRequest, longest_prompt: int, info: ModelInfo) -> SamplingParams:
+def sampling_of_completion(
+    request: CompletionRequest, longest_prompt: int, tokenizer: Tokenizer, info: ModelInfo
+) -> SamplingParams:
     """Raises InvalidRequestError. Where max_tokens was left out, the default shrinks to what fits the context."""
     room = max(1, info.max_model_len - longest_prompt)
-    default = min(max(DEFAULT_MAX_TOKENS, request.min_tokens or 0), room)
+    default = min(_wanted(request), room)
     max_tokens = default if request.max_tokens is None else request.max_tokens
     if request.echo and request.stream and request.logprobs is not None:
         raise bad_request("stream=true with echo=true and logprobs is not supported; leave one out", param="echo")
     if max_tokens == 0 and request.echo:
         max_tokens = 1  # only the prompt is asked for: see `only_prompt`
-    return sampling_of(request, max_tokens=max_tokens, logprobs=request.logprobs, grammar=grammar_of(request))
+    grammar = grammar_of(request)
+    return sampling_of(request, tokenizer, max_tokens=max_tokens, logprobs=request.logprobs, grammar=grammar)
+
+
+def _wanted(request: CompletionRequest) -> int:
+    """How many tokens are asked for, where the context has room for them."""
+    default = max(DEFAULT_MAX_TOKENS, request.min_tokens or 0)
+    return max(1, default if request.max_tokens is None else request.max_tokens)
 
 
 def only_prompt(request: CompletionRequest) -> bool:
@@ -66,7 +75,7 @@ def prompts_of(request: CompletionRequest, tokenizer: Tokenizer, info: ModelInfo
             raise bad_request(f"{name}={one!r:.80} is neither a string nor a list of token ids", param=name)
         if not ids:
             raise bad_request(f"{name}={one!r} is empty; give at least one token", param=name)
-        prompts.append(ids)
+        prompts.append(truncated(ids, request, _wanted(request), info))
     if not prompts:
         raise bad_request("prompt=[] is empty; give at least one prompt", param="prompt")
     return prompts
@@ -90,12 +99,14 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
 
 
 class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """A choice, or the new part of it."""
+    """A choice, or the new part of it. prompt_token_ids: in a stream only with its first part."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
+    token_ids: list[int] | Unset = UNSET
+    prompt_token_ids: list[int] | Unset = UNSET
 
 
 class CompletionAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,7 +131,7 @@ class CompletionWriter:
     def __init__(
         self, request: CompletionRequest, tokenizer: Tokenizer, tally: Tally, prompts: list[list[int]], *, choices: int
     ) -> None:
-        """`prompts`: token ids of each, for `echo`."""
+        """`prompts`: token ids of each."""
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = request.model
@@ -134,16 +145,18 @@ class CompletionWriter:
         self._prompt_tokens, self._output_tokens = sum(map(len, prompts)), 0
         self._offsets = [0] * choices
         self._prompts = prompts if request.echo else []
+        self._shown = prompts if request.return_token_ids else []
         self._per_prompt = choices // len(prompts)
-        self._begun = [not request.echo] * choices
+        self._begun = [False] * choices
         self._frames = [self._frame(index) for index in range(choices)] if request.stream else []
 
     def events(self, delta: TextDelta) -> Iterator[bytes]:
         """The chunks for one delta; after the last, the closing ones."""
         index, text = delta.index, delta.text
-        if not self._begun[index]:
+        is_first = not self._begun[index]
+        if is_first:
             self._begun[index], text = True, self._echoed(index) + text
-        if delta.finish_reason is None and delta.logprobs is None and not self._continuous:
+        if delta.finish_reason is None and delta.logprobs is None and not self._continuous and not self._shown:
             if text:
                 before, after = self._frames[index]
                 yield before + _encode(text) + after  # most of all chunks
@@ -153,7 +166,14 @@ class CompletionWriter:
         if delta.finish_reason is not None:
             reason = self._tally.finish(index, delta.finish_reason, delta.report)
         slo = self._tally.slo() if reason and self._tally.complete else UNSET
-        choice = CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=reason)
+        choice = CompletionChoice(
+            index=index,
+            text=text,
+            logprobs=logprobs,
+            finish_reason=reason,
+            token_ids=delta.token_ids if self._shown else UNSET,
+            prompt_token_ids=self._prompt_ids(index) if is_first else UNSET,
+        )
         yield event(self._answer([choice], self._so_far(delta), slo))
         if reason and self._tally.complete and self._usage:
             yield event(self._answer([], self._tally.usage(), slo))
@@ -164,6 +184,9 @@ class CompletionWriter:
         whole = event(self._answer([CompletionChoice(index=index, text=mark)], None if self._usage else UNSET, UNSET))
         before, after = whole.split(_encode(mark))
         return before, after
+
+    def _prompt_ids(self, index: int) -> list[int] | Unset:
+        return self._shown[index // self._per_prompt] if self._shown else UNSET
 
     def _echoed(self, index: int) -> str:
         return self._tokenizer.decode(self._prompts[index // self._per_prompt]) if self._prompts else ""
@@ -229,7 +252,12 @@ class CompletionWriter:
                 # nothing is before the first token, so that it has no probability
                 logprobs = _joined(prompt, logprobs, first=None)
         return CompletionChoice(
-            index=index, text=self._echoed(index) + result.text, logprobs=logprobs, finish_reason=reason
+            index=index,
+            text=self._echoed(index) + result.text,
+            logprobs=logprobs,
+            finish_reason=reason,
+            token_ids=result.token_ids if self._shown else UNSET,
+            prompt_token_ids=self._prompt_ids(index),
         )
 
     def _logprobs(self, index: int, logprobs: list[TokenLogprob] | None) -> CompletionLogprobs | None:

@@ -30,6 +30,8 @@ _STATUS: tuple[tuple[type[SuperinferError], int, str], ...] = (
     (RequestCancelledError, 503, "server_error"),
 )
 
+STOPPING = "the server is stopping; send the request again, to another one or later"
+
 
 class ErrorBody(msgspec.Struct, frozen=True):
     """The inside of an OpenAI error."""

@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from superinfer.runtime.protocol import Grammar, ModelInfo, SamplingParams
+from superinfer.runtime.sampling_params import MAX_BAD_WORD, MAX_BAD_WORDS
 from superinfer.runtime.server.errors import bad_request
 from superinfer.runtime.server.schema import Common
+from superinfer.runtime.tokenization import Tokenizer
 
 MAX_STOP = 16
 MAX_INTERVAL_MS = 10_000.0
 
 
 def sampling_of(
-    request: Common, *, max_tokens: int | None, logprobs: int | None, grammar: Grammar | None = None
+    request: Common,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
-    """Raises InvalidRequestError for a value out of its range."""
+    """Raises ApiError, InvalidRequestError for a value out of its range."""
     given = {
         name: getattr(request, name)
         for name in [
@@ -40,6 +47,8 @@ def sampling_of(
         logprobs=logprobs,
         stop_token_ids=tuple(request.stop_token_ids or ()),
         logit_bias=bias_of(request.logit_bias),
+        allowed_token_ids=None if request.allowed_token_ids is None else tuple(request.allowed_token_ids),
+        bad_words=words_of(request.bad_words or (), tokenizer),
         grammar=grammar,
         **given,
     )
@@ -83,6 +92,42 @@ def bias_of(bias: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
     return tuple(pairs)
 
 
+def words_of(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each word as it may begin a text, and with a space before it: vLLM's, but for those that it leaves
+    out because they have another length. Raises ApiError."""
+    if len(words) > MAX_BAD_WORDS // 2:
+        raise bad_request(f"bad_words has {len(words)} words; give at most {MAX_BAD_WORDS // 2}", param="bad_words")
+    found: dict[tuple[int, ...], None] = {}
+    for at, word in enumerate(words):
+        plain = word.lstrip()
+        if not plain:
+            raise bad_request(f"bad_words[{at}]={word!r} has no letter; leave it out", param="bad_words")
+        for written in (plain, " " + plain):
+            ids = tuple(tokenizer.encode(written, special=False))
+            if len(ids) > MAX_BAD_WORD:
+                message = f"bad_words[{at}]={word!r:.80} is {len(ids)} tokens; each may have {MAX_BAD_WORD}"
+                raise bad_request(message, param="bad_words")
+            found[ids] = None
+    return tuple(found)
+
+
+def least_output(sampling: SamplingParams) -> int:
+    """For how many tokens of output a context must have room."""
+    return max(1, sampling.min_tokens if sampling.max_tokens is None else sampling.max_tokens)
+
+
+def truncated(ids: list[int], request: Common, output: int, info: ModelInfo) -> list[int]:
+    """The last of a prompt's tokens, as many as the request wants at most. output: tokens that are to follow. Raises
+    ApiError."""
+    most, limit = request.truncate_prompt_tokens, info.max_model_len
+    if most is None:
+        return ids
+    if most != -1 and not 1 <= most <= limit:
+        message = f"truncate_prompt_tokens={most} must be 1 to {limit}, or -1 for what the context has room for"
+        raise bad_request(message, param="truncate_prompt_tokens")
+    return ids[-(max(1, limit - output) if most == -1 else most) :]
+
+
 def check_ids(name: str, ids: Sequence[int], info: ModelInfo) -> None:
     """Token ids that a client gave must be in the model's vocabulary."""
     for at, token_id in enumerate(ids):
@@ -95,7 +140,7 @@ def check_ids(name: str, ids: Sequence[int], info: ModelInfo) -> None:
 def check_length(name: str, prompt_tokens: int, sampling: SamplingParams, info: ModelInfo) -> None:
     """The prompt and what is to follow must fit the model's context."""
     limit = info.max_model_len
-    wanted = max(1, sampling.min_tokens if sampling.max_tokens is None else sampling.max_tokens)
+    wanted = least_output(sampling)
     if prompt_tokens + wanted <= limit:
         return
     what = f"{name} has {prompt_tokens} tokens"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import msgspec
 
@@ -55,9 +55,9 @@ class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
 
 class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What all endpoints that generate share."""
+    """What all endpoints that generate share. model: "" where it was left out: the one that is served."""
 
-    model: str
+    model: str = ""
     max_tokens: int | None = None
     min_tokens: int | None = None
     n: int | None = None
@@ -73,6 +73,9 @@ class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    truncate_prompt_tokens: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     slo: SloFields | None = None
@@ -118,7 +121,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class ChatRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of /v1/chat/completions."""
+    """Body of /v1/chat/completions. return_token_ids: the answer holds the ids of its tokens and of the prompt's."""
 
     messages: list[Message]
     max_completion_tokens: int | None = None
@@ -133,15 +136,17 @@ class ChatRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
+    return_token_ids: bool | None = None
 
 
 class CompletionRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of /v1/completions. prompt: a string, token ids, or a list of either."""
+    """Body of /v1/completions. prompt: a string, token ids, or a list of either. return_token_ids: as of a chat."""
 
     prompt: str | list[Any]
     logprobs: int | None = None
     stream_options: CountedStreamOptions | None = None
     echo: bool | None = None
+    return_token_ids: bool | None = None
 
 
 # Documented parameters that have no field above, with the values that ask for nothing: these pass, others are refused.
@@ -176,16 +181,17 @@ COMPLETION_PASS: dict[str, tuple[Any, ...]] = _VLLM_PASS | {
     "suffix": ("",),
 }
 
-T = TypeVar("T", bound=msgspec.Struct)
+T = TypeVar("T")
 
 
-def parse(body: bytes, cls: type[T], passing: dict[str, tuple[Any, ...]]) -> T:
-    """The request in `body`. Raises ApiError naming the parameter and its value."""
+def parse(body: bytes, cls: type[T], passing: dict[str, tuple[Any, ...]], **defaults: Any) -> T:
+    """The request in `body`: a struct. defaults: fields that it may leave out. Raises ApiError naming the parameter and
+    its value."""
     raw = _loaded(body)
     if not isinstance(raw, dict):
         raise bad_request(f"the request body is a JSON {type(raw).__name__}; send an object", code="invalid_json")
-    fields = cls.__struct_fields__  # `structs.fields` would evaluate every annotation, for each request
-    raw = {name: value for name, value in raw.items() if value is not None}
+    fields = cast(Any, cls).__struct_fields__  # `structs.fields` would evaluate every annotation, for each request
+    raw = defaults | {name: value for name, value in raw.items() if value is not None}
     for name in [name for name in raw if name not in fields]:
         _check_refused(name, raw.pop(name), passing)
     try:

@@ -13,7 +13,6 @@ from fastapi.responses import Response
 
 from superinfer.runtime.choices import Bordered, ScoredChoices, Scorer, TokenScore, at_border, score_choices
 from superinfer.runtime.protocol import Hints, RequestReport, SamplingParams
-from superinfer.runtime.server import schema
 from superinfer.runtime.server.chat import rendered
 from superinfer.runtime.server.errors import bad_request
 from superinfer.runtime.server.params import check_length
@@ -31,8 +30,8 @@ class SelectRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Body of /v1/select: `choices` behind a `prompt`, or behind `messages` as a chat's next answer, or the rest of one
     that has begun (continue_final_message). alone: score each choice without the prompt too."""
 
-    model: str
     choices: list[str]
+    model: str = ""
     prompt: str | None = None
     messages: list[Message] | None = None
     tools: list[dict[str, Any]] | None = None
@@ -80,8 +79,7 @@ class SelectAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 async def select(http: Request, service: Service) -> Response:
     """Score the choices of a request. Raises ApiError, InvalidRequestError."""
-    request = schema.parse(await http.body(), SelectRequest, {})
-    service.check_model(request.model)
+    request = service.parse(await http.body(), SelectRequest, {})
     _check_choices(request.choices)
     promise = service.promise(request, http)
     scorer = Scorer(service.text, promise.slo_class, request.cache_salt or "")

@@ -20,12 +20,12 @@ from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.file_limit import raise_file_limit
 from superinfer.runtime.launch import Progress, launch_engine
 from superinfer.runtime.server.app import create_app
+from superinfer.runtime.server.errors import STOPPING
 from superinfer.runtime.server.settings import ServerSettings
 from superinfer.runtime.server.wire import http_protocol
 from superinfer.runtime.text import TextClient
 
 CONNECT_TIMEOUT_S = 5.0
-STOPPING = "the server is stopping; send the request again, to another one or later"
 # Of garbage: the libraries alone take 100 ms to be looked at, in which no stream goes on; requests leave few cycles.
 COLLECTIONS = (10_000, 20, 50)
 # Longer than clients and proxies keep a connection that they do not use (OpenAI's client 5 s, aiohttp 15 s, load

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -21,7 +21,7 @@ from superinfer.runtime.server.promises import Promise, Promised, Promises
 from superinfer.runtime.server.relay import Feed, Outbox, Wrote
 from superinfer.runtime.server.report import Tally
 from superinfer.runtime.server.said import Said
-from superinfer.runtime.server.schema import Common
+from superinfer.runtime.server.schema import Common, parse
 from superinfer.runtime.server.settings import ServerSettings
 from superinfer.runtime.server.stream import EVENT_HEADERS, EventStream, Writer, collect, watched
 from superinfer.runtime.server.structured import ToolPlan
@@ -31,6 +31,16 @@ from superinfer.runtime.text import TextClient, TextDelta, TextRequest, TextResu
 SHORT_BODY = 16384  # bytes; about a millisecond of rendering and tokenizing, mostly less: what was said before is kept
 
 T = TypeVar("T")
+
+
+class ForModel(Protocol):
+    """A request that names a model."""
+
+    @property
+    def model(self) -> str: ...
+
+
+Asked = TypeVar("Asked", bound=ForModel)
 
 
 class Service:
@@ -55,6 +65,12 @@ class Service:
             reasoning=settings.reasoning_parser,
         )
 
+    def parse(self, body: bytes, cls: type[Asked], passing: dict[str, tuple[Any, ...]]) -> Asked:
+        """The request in `body`, for the model served here, which it need not name. Raises ApiError."""
+        request = parse(body, cls, passing, model=self.model)
+        self.check_model(request.model)
+        return request
+
     def check_model(self, asked: str) -> None:
         """Raises ApiError for another model than the one served."""
         if asked != self.model:
@@ -77,6 +93,7 @@ class Service:
         """One prompt's request. Raises ApiError."""
         check_ids("stop_token_ids", sampling.stop_token_ids, self.text.info)
         check_ids("logit_bias", [token_id for token_id, _ in sampling.logit_bias], self.text.info)
+        check_ids("allowed_token_ids", sampling.allowed_token_ids or (), self.text.info)
         return TextRequest(
             prompt=prompt,
             sampling=sampling,

@@ -6,9 +6,10 @@ import json
 import re
 from typing import Any, NamedTuple
 
-from superinfer.runtime.json_schema import standing_at
 from superinfer.runtime.protocol import Grammar
 from superinfer.runtime.server.errors import ApiError, bad_request
+from superinfer.runtime.server.parsing.families import Formats
+from superinfer.runtime.server.parsing.written import Tool, either, list_schema, schema_of
 from superinfer.runtime.server.schema import ChatRequest, Common
 
 
@@ -88,43 +89,43 @@ def _check_tool(at: int, tool: dict[str, Any]) -> None:
         raise bad_request(f"tools[{at}].function.parameters is not a JSON schema", param=f"tools[{at}]")
 
 
-def grammar_of_chat(request: ChatRequest, plan: ToolPlan) -> Grammar | None:
-    """The constraint on the answer. Raises ApiError where two exclude each other."""
+def grammar_of_chat(request: ChatRequest, plan: ToolPlan, formats: Formats) -> Grammar | None:
+    """The constraint on the answer. formats: how the model writes calls. Raises ApiError where two exclude each other,
+    UnsupportedError for a tool that no answer can be constrained to call."""
     own = [grammar_of_format(request.response_format), grammar_of(request)]
     if own[0] is not None and own[1] is not None:
         raise bad_request("response_format and structured_outputs exclude each other", param="structured_outputs")
-    demanded = _grammar_of_tools(plan)
-    # OpenAI's meaning: the format is that of an answer in words; a demanded call is not one.
-    return demanded or own[0] or own[1]
-
-
-def _grammar_of_tools(plan: ToolPlan) -> Grammar | None:
+    format = own[0] or own[1]
+    tools = [Tool(tool["function"]["name"], _parameters(tool)) for tool in plan.tools]
     if plan.named:
-        (tool,) = [t for t in plan.tools if t["function"]["name"] == plan.named][:1]
-        return _schema(_parameters(tool))
-    if not plan.listed:
-        return None
-    arguments = {f"arguments of tool {at}": _parameters(tool) for at, tool in enumerate(plan.tools)}
-    items = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": tool["function"]["name"]}, "arguments": {"$ref": f"#/$defs/{name}"}},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for name, tool in zip(arguments, plan.tools, strict=True)
-    ]
-    calls: dict[str, Any] = {
-        "$defs": {name: standing_at(f"#/$defs/{name}", schema) for name, schema in arguments.items()},
-        "type": "array",
-        "minItems": 1,
-        "items": items[0] if len(items) == 1 else {"anyOf": items},
-    }
-    return _schema(calls | ({"maxItems": 1} if plan.one_call else {}))
+        return _schema(next(tool.arguments for tool in tools if tool.name == plan.named))
+    if plan.listed:
+        return _schema(list_schema(tools, plan.one_call))
+    if format is None or not tools:
+        return format
+    # OpenAI's meaning: the format is that of an answer in words; a call is not one.
+    written = either(_as_tag(format), formats.calls(tools, one=plan.one_call))
+    return Grammar(kind="structural_tag", source=json.dumps(written))
 
 
 def _parameters(tool: dict[str, Any]) -> dict[str, Any]:
     return tool["function"].get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def _as_tag(grammar: Grammar) -> dict[str, Any]:
+    """A grammar as a format of a structural tag. Raises ApiError."""
+    match grammar.kind:
+        case "regex":
+            return {"type": "regex", "pattern": grammar.source}
+        case "ebnf":
+            return {"type": "grammar", "grammar": grammar.source}
+        case "json_object":
+            return schema_of({"type": "object", "additionalProperties": True})
+    try:
+        return schema_of(json.loads(grammar.source))
+    except ValueError as error:
+        message = f"structured_outputs.json={grammar.source!r:.80} is not JSON: {error}"
+        raise bad_request(message, param="structured_outputs") from None
 
 
 def grammar_of_format(given: dict[str, Any] | None) -> Grammar | None:

@@ -10,11 +10,14 @@ from http import HTTPStatus
 from typing import Any, Literal
 
 from superinfer.runtime.server.connection import EXTENSION, Shortcut
-from superinfer.runtime.server.errors import ApiError, bad_request
+from superinfer.runtime.server.errors import STOPPING, ApiError, bad_request
+from superinfer.runtime.server.unread import UnreadWatch
 
 # Of a request line and its headers, bytes. The parser joins a header from its pieces: one of 200 MiB takes it a minute,
 # in which no stream goes on.
 MAX_HEAD = 65_536
+# Seconds within which each piece of a body must come when the server is ending: as long as a busy network may take.
+STOPPING_PATIENCE_S = 2.0
 
 
 def http_protocol(patience_s: float) -> Any:
@@ -38,16 +41,18 @@ def http_protocol(patience_s: float) -> Any:
             self._came = b""
             self._since = 0.0  # when the head began, or the body's last piece came
             self._patience: Any = None
-            self._unread: Any = None  # the timer of a client that does not keep up
+            self._patience_s = patience_s
+            self._stopping = False
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            self._unread = UnreadWatch(transport, self.loop, patience_s, tls=self.scheme == "https")
             self._be_patient()
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
             self._lose_patience()
-            self._forget_unread()
+            self._unread.stop()
             self.is_lost = True
             for shortcut in list(self.watching):
                 shortcut.lost()
@@ -55,11 +60,27 @@ def http_protocol(patience_s: float) -> Any:
         def pause_writing(self) -> None:
             """The client does not keep up. A stream waits for it; a whole answer is written, and is held here."""
             super().pause_writing()
-            self._watch_unread()
+            self._unread.start()
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            self._forget_unread()
+            if self.scheme != "https":  # where this says nothing of what the client takes
+                self._unread.stop()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self.scheme == "https":
+                self._unread.start()
+
+        def shutdown(self) -> None:
+            """The server ends. A request that is still to come is waited for while it comes, but not for long."""
+            super().shutdown()
+            self._stopping, self._patience_s = True, min(patience_s, STOPPING_PATIENCE_S)
+            if self._patience is not None:
+                self._lose_patience()
+                self._check()
+            if self.scheme == "https":
+                self._unread.start()
 
         def data_received(self, data: bytes) -> None:
             self._came = data
@@ -153,24 +174,9 @@ def http_protocol(patience_s: float) -> Any:
                 return self.cycle is not None and not self.cycle.response_complete
             return bool(self.pipeline)
 
-        def _watch_unread(self) -> None:
-            left = self.transport.get_write_buffer_size()
-            self._unread = self.loop.call_later(patience_s, self._check_unread, left)
-
-        def _check_unread(self, before: int) -> None:
-            if self.transport.get_write_buffer_size() < before:
-                self._watch_unread()
-            else:
-                self.transport.abort()
-
-        def _forget_unread(self) -> None:
-            if self._unread is not None:
-                self._unread.cancel()
-                self._unread = None
-
         def _be_patient(self) -> None:
             self._since = self.loop.time()
-            self._patience = self.loop.call_later(patience_s, self._check)
+            self._patience = self.loop.call_later(self._patience_s, self._check)
 
         def _lose_patience(self) -> None:
             if self._patience is not None:
@@ -178,15 +184,18 @@ def http_protocol(patience_s: float) -> Any:
                 self._patience = None
 
         def _check(self) -> None:
-            left = self._since + patience_s - self.loop.time()
+            left = self._since + self._patience_s - self.loop.time()
             if self._answers_another():  # which is not to be cut: the client did not wait for it
-                left = patience_s
+                left = self._patience_s
             if left > 0:
                 self._patience = self.loop.call_later(left, self._check)
                 return
             self._patience = None
             if self._awaited == "head" and not self._head:  # a connection kept open in advance, and never used
                 self.transport.close()
+                return
+            if self._stopping:
+                self._refuse(ApiError(503, STOPPING, code="cancelled", type="server_error"))
                 return
             message = f"the {self._awaited} of the request did not come within {patience_s:g} s"
             self._refuse(ApiError(408, message, code="request_timeout"))

@@ -38,6 +38,10 @@ SCHEMA = Grammar(kind="json_schema", source=json.dumps(PERSON))
 PHONE = Grammar(kind="regex", source=r"\+[0-9]{2} [0-9]{3}-[0-9]{4}")
 
 
+def tag(format: object) -> Grammar:
+    return Grammar(kind="structural_tag", source=json.dumps(format))
+
+
 @pytest.fixture(scope="module")
 def embedded():
     """An engine whose pool is so small that sequences preempt each other."""
@@ -163,6 +167,17 @@ def test_a_stop_token_ends_an_output_only_where_the_grammar_may_end(embedded):
             "json_schema.pattern: '(?=a'",
         ),
         (Grammar(kind="regex", source="(a*a*a*a*a*a*)*b"), "too ambiguous"),
+        (tag({"type": "any_text"}), "structural_tag.type='any_text' is not supported"),
+        (tag({"type": "or", "elements": []}), "structural_tag of type 'or' is empty"),
+        (tag({"type": "or", "elements": [{"type": "token", "token": "<a>"}]}), "elements[0].token='<a>' is of the"),
+        (tag({"type": "plus", "content": {"type": "regex"}}), "structural_tag.content.pattern is missing"),
+        (tag({"type": "regex", "pattern": "a", "excludes": []}), "structural_tag.excludes is not supported"),
+        (tag({"type": "optional", "content": {"type": "regex", "pattern": r"\Z"}}), r"content.pattern: \Z"),
+        (
+            tag({"type": "sequence", "elements": [{"type": "json_schema", "json_schema": {"not": {}}}]}),
+            "structural_tag.elements[0].json_schema: keyword 'not' is not supported",
+        ),
+        (tag([]), "structural_tag=[] is no format"),
     ],
 )
 def test_a_wrong_grammar_is_refused_with_the_reason_and_harms_nobody(embedded, grammar, said):
@@ -300,6 +315,18 @@ def test_a_checkpoint_without_a_tokenizer_says_so(tmp_path):
     with pytest.raises(InvalidRequestError, match="tokenizer"):
         compiler.request(PHONE).result(60)
     compiler.close()
+
+
+@pytest.mark.parametrize("source", ["abcdeé", "a[é]x", "ab?(é|ü)"])
+def test_a_grammar_that_the_vocabulary_cannot_spell_ends_the_output_and_is_logged_once(tiny_config, capfd, source):
+    """The model's tokens are ASCII characters."""
+    with launch_engine(tiny_config) as engine:
+        (result,) = run(engine.address, ask("a", Grammar(kind="regex", source=source)))
+        (after,) = run(engine.address, ask("b", PHONE))
+    assert result.finish_reason == "stop" and result.text and source.startswith(result.text[0])
+    assert re.fullmatch(PHONE.source, after.text)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "ERROR" in line]
+    assert "a grammar allows no token that the vocabulary has; the sequence ends there" in line
 
 
 def test_a_logit_bias_makes_a_token_certain_or_impossible(embedded):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 
 import numpy as np
 import pytest
@@ -189,6 +190,36 @@ def test_steps_submitted_ahead_continue_from_tokens_the_host_has_not_seen(llama,
     for s, token in zip(batch, executor.collect().tokens.values(), strict=True):
         s.output.append(token)
     assert [s.output for s in batch] == [generate(model, prompt, TOKENS) for prompt in prompts]
+
+
+def test_limits_hold_behind_tokens_the_host_has_not_seen(llama, plain_kernels):
+    folder, model = llama
+    (prompt,) = prompts_of([12])
+    greedy = generate(model, prompt, TOKENS)
+    kinds = [
+        SamplingParams(temperature=0, bad_words=((greedy[0], greedy[1]), (greedy[0],) * 9)),
+        SamplingParams(temperature=0, bad_words=((greedy[0],),)),
+        SamplingParams(temperature=0, allowed_token_ids=(3, 4, 5)),
+        SamplingParams(temperature=0),
+    ]
+    stepped = Stepper(executor_of(folder))
+    alone = [stepped.add(prompt, kind) for kind in kinds]
+    stepped.run(alone, TOKENS)
+    executor = executor_of(folder)
+    ahead = Stepper(executor)
+    batch = [ahead.add(prompt, kind) for kind in kinds]
+    for _ in range(TOKENS):
+        works = tuple(ahead.prefill(s) if not s.computed else ahead.decode(s) for s in batch)
+        executor.submit(StepPlan(ahead.steps, works, tuple(ahead.inits)))
+        ahead.inits, ahead.steps = [], ahead.steps + 1
+    for _ in range(TOKENS):
+        for s, token in zip(batch, executor.collect().tokens.values(), strict=True):
+            s.output.append(token)
+    assert [s.output for s in batch] == [s.output for s in alone]
+    two, one, few, free = (s.output for s in batch)
+    assert two[0] == greedy[0] and two[1] != greedy[1] and one[0] != greedy[0] and free == greedy
+    assert (greedy[0], greedy[1]) not in itertools.pairwise(two)
+    assert greedy[0] not in one and set(few) <= {3, 4, 5}
 
 
 def test_a_seeded_draw_is_the_same_in_any_batch_and_logprobs_come_back(llama, plain_kernels):

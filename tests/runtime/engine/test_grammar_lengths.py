@@ -33,7 +33,9 @@ class Vocabulary:
         self.lengths = TokenLengths(self.tokens)
 
     def compile(self, schema: Any) -> CompiledFrame:
-        grammar = Grammar(kind="json_schema", source=json.dumps(schema))
+        return self.compiled(Grammar(kind="json_schema", source=json.dumps(schema)))
+
+    def compiled(self, grammar: Grammar) -> CompiledFrame:
         return answer(self.compiler, grammar, VOCAB, EOS, lambda: self.lengths)
 
     def matcher(self, frame: CompiledFrame) -> Any:
@@ -232,6 +234,59 @@ def test_the_bound_costs_no_time_to_compile(vocabulary: Vocabulary):
 def test_what_could_be_read_in_two_ways_is_left_to_the_compiler(schema: Any):
     grammar = Grammar(kind="json_schema", source=json.dumps(schema))
     assert without_long(grammar) == (grammar, [])
+
+
+def one_of(*formats: Any) -> Grammar:
+    return Grammar(kind="structural_tag", source=json.dumps({"type": "or", "elements": formats}))
+
+
+def json_of(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": schema}
+
+
+def behind(text: str, *formats: Any) -> dict[str, Any]:
+    return {"type": "sequence", "elements": [{"type": "const_string", "value": text}, *formats]}
+
+
+def test_the_bounds_of_a_structural_tags_schemas_are_counted_together():
+    grammar = one_of(json_of(texts(maxLength=400)), behind("<", json_of(action("go", minLength=200, maxLength=300))))
+    marked, bounds = without_long(grammar)
+    assert bounds == [Bound(0, 400), Bound(200, 300)] and marked.kind == "structural_tag"
+
+
+@pytest.mark.parametrize(
+    "formats",
+    [
+        (json_of(texts(maxLength=400)), json_of({"type": "string"})),
+        (json_of(action("go", maxLength=400)), json_of({"type": "object", "properties": {}})),
+        (behind("<", json_of(texts(maxLength=400))), behind("<", json_of(texts(maxLength=300)))),
+        (behind("<", json_of({"type": "null"}), json_of({"anyOf": [texts(maxLength=400), texts()]})),),
+    ],
+)
+def test_nor_are_those_of_schemas_behind_the_same_text(formats: Any):
+    assert without_long(one_of(*formats)) == (one_of(*formats), [])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1 << 32), st.sampled_from([0.0, 0.9, 1.0]))
+@example(1, 1.0)
+def test_texts_of_a_structural_tag_keep_their_bounds(seed: int, keen: float):
+    vocabulary = embedded()
+    grammar = one_of(
+        json_of(texts(minLength=120, maxLength=150)),
+        behind("<call>", json_of(action("say", minLength=140, maxLength=210)), {"type": "regex", "pattern": "</call>"}),
+    )
+    text = written(vocabulary, vocabulary.matcher(tagged_frame(grammar)), random.Random(seed), keen)
+    if text.startswith("<call>"):
+        assert text.endswith("</call>")
+        assert 140 <= len(json.loads(text[6:-7])["with"]) <= 210
+    else:
+        assert 120 <= len(json.loads(text)) <= 150
+
+
+@cache
+def tagged_frame(grammar: Grammar) -> CompiledFrame:
+    return embedded().compiled(grammar)
 
 
 def test_as_many_bounds_as_there_are_signs_are_counted():

@@ -210,6 +210,22 @@ def test_what_is_forced_is_the_same_text_with_and_without_jumps_in_fewer_steps(
         assert len(rest) <= 12, (text, rest)  # all is written as the tokenizer writes it, but the last word or two
 
 
+def test_what_a_structural_tag_forces_is_taken_around_its_special_tokens_too(
+    executor: ModelExecutor, tokenizer: Tokenizer
+):
+    marker = 1  # <|im_start|>
+    call = {"type": "json_schema", "json_schema": record(customer_name={"const": "Mira"}, number={"enum": [1, 2]})}
+    begun = {"type": "sequence", "elements": [{"type": "token", "token": marker}, call]}
+    twice = {"type": "sequence", "elements": [begun, begun, {"type": "token", "token": marker}]}
+    grammar = Grammar(kind="structural_tag", source=json.dumps(twice))
+    jumping, walking = Run(executor, tokenizer, [grammar]), Run(executor, tokenizer, [grammar], jumps=False)
+    assert jumping.steps < walking.steps
+    for run in (jumping, walking):
+        assert run.outputs[0][0] == marker and run.outputs[0].count(marker) == 3
+        for text in run.texts[0].replace("}{", "}\n{").splitlines():
+            assert json.loads(text)["customer_name"] == "Mira"
+
+
 def test_preempted_sequences_end_as_if_they_had_not_been(executor: ModelExecutor, tokenizer: Tokenizer):
     long = record(**{f"field_number_{i}": {"type": "string", "maxLength": 6} for i in range(7)})
     grammars = [schema_of(long | {"title": str(i)}) for i in range(6)]

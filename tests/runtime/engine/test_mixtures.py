@@ -28,6 +28,12 @@ GRAMMARS = (
 )
 
 
+LIMITS: list[dict[str, Any]] = [
+    {"allowed_token_ids": tuple(range(5, 45))},
+    {"bad_words": ((20,), (30, 31), (5, 6, 7, 8))},
+]
+
+
 @dataclass(frozen=True)
 class Asked:
     """after: which of those before it goes on. cancelled_at: tokens after which its client gives it up."""
@@ -52,6 +58,7 @@ def mixture(rng: random.Random, vocab: int, count: int) -> list[Asked]:
             (0.3, {"logprobs": 2}),
             (0.2, {"repetition_penalty": 1.3, "frequency_penalty": 0.5}),
             (0.2, {"logit_bias": ((20, 2.0), (30, -100.0))}),
+            (0.0 if "grammar" in more else 0.2, rng.choice(LIMITS)),
             (0.2, {"stop_token_ids": (rng.randrange(3, vocab), rng.randrange(3, vocab))}),
         ):
             more |= options if rng.random() < likely else {}

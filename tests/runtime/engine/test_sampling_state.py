@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from superinfer.errors import InvalidRequestError
 from superinfer.runtime.engine.sampling_state import SamplingState
-from superinfer.runtime.protocol import SamplingParams
+from superinfer.runtime.protocol import Grammar, SamplingParams
 from superinfer.runtime.scheduler.plan import SlotInit
 
 VOCAB = 40
@@ -43,9 +44,9 @@ def test_top_k_of_one_is_greedy():
 
 
 def test_a_row_depends_on_its_own_request_alone():
-    """Ten requests of every kind, alone and together, on other slots and in another order."""
+    """Requests of every kind, alone and together, on other slots and in another order."""
     torch.manual_seed(1)
-    logits = torch.randn(10, VOCAB) * 2
+    logits = torch.randn(13, VOCAB) * 2
     kinds = [
         dict(temperature=0.0),
         dict(),
@@ -57,20 +58,88 @@ def test_a_row_depends_on_its_own_request_alone():
         dict(frequency_penalty=0.5, presence_penalty=-0.3, output=(4, 4)),
         dict(min_tokens=3, stop_ids=(5, 6)),
         dict(temperature=0.3, seed=-1),
+        dict(allowed_token_ids=(3, 4, 11, 12)),
+        dict(bad_words=((3,), (4, 11), (12, 3, 4)), top_k=20),
+        dict(bad_words=((5,),), temperature=0.0),
     ]
     requests = [lambda slot, i=i, kind=kind: init(slot, **{"seed": i, **kind}) for i, kind in enumerate(kinds)]
     alone = []
     for i, request in enumerate(requests):
         state = state_of(request(0), slots=1)
         alone.append([tokens(state, logits[[i]], 0)[0] for _ in range(12)])
-    order = [3, 7, 1, 9, 0, 2, 8, 5, 4, 6]
-    state = state_of(*(request(order[i]) for i, request in enumerate(requests)), slots=10)
-    rows = [6, 2, 9, 0, 5, 1, 8, 3, 7, 4]
+    order = [3, 7, 1, 9, 12, 0, 2, 8, 5, 10, 4, 6, 11]
+    state = state_of(*(request(order[i]) for i, request in enumerate(requests)), slots=13)
+    rows = [6, 12, 2, 9, 0, 5, 1, 10, 8, 3, 7, 4, 11]
     together = [tokens(state, logits[rows], *(order[i] for i in rows)) for _ in range(12)]
     assert {i: list(column) for i, column in zip(rows, zip(*together, strict=True), strict=True)} == dict(
         enumerate(alone)
     )
     assert len(set(alone[1])) > 3  # an unfiltered row does draw different tokens step by step
+
+
+def test_only_allowed_tokens_are_chosen():
+    logits = torch.arange(VOCAB, dtype=torch.float32)[None].repeat(2, 1)
+    state = state_of(init(0, temperature=0.0, allowed_token_ids=(3, 7, 3)), init(1, temperature=0.0))
+    assert tokens(state, logits, 0, 1) == [7, VOCAB - 1]
+    drawn = state_of(init(0, temperature=50.0, allowed_token_ids=(3, 7)))
+    assert {tokens(drawn, logits[:1], 0)[0] for _ in range(40)} == {3, 7}
+
+
+def test_the_last_token_of_a_bad_word_is_barred_behind_its_others():
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 5:9] = torch.tensor([1.0, 2.0, 3.0, 4.0])  # 8, 7, 6, 5 in the order of their worth
+    state = state_of(init(0, temperature=0.0, bad_words=((8, 8, 8), (8, 7), (6, 8, 8), (5,))))
+    told = [tokens(state, logits, 0)[0] for _ in range(8)]
+    #  8 8, then neither 8 nor 7; then 8, for 6 8 is no word; then neither 8 (6 8 8) nor 7 (8 7)
+    assert told == [8, 8, 6, 8, 6, 8, 6, 8]
+    for count in range(1, 8):  # who was preempted goes on the same
+        again = state_of(
+            init(0, temperature=0.0, output=tuple(told[:count]), bad_words=((8, 8, 8), (8, 7), (6, 8, 8), (5,)))
+        )
+        assert [tokens(again, logits, 0)[0] for _ in range(8 - count)] == told[count:]
+
+
+def test_bad_words_of_one_slot_leave_the_others_as_they_are():
+    logits = torch.zeros(3, VOCAB)
+    logits[:, 0] = 9.0  # the token that stands for none in what is padded
+    logits[:, 4] = 5.0
+    state = state_of(init(0, temperature=0.0, bad_words=((4, 0),)), init(1, temperature=0.0))
+    state.start(init(2, temperature=0.0, bad_words=((0,), (4, 4), (1, 2, 3, 4, 5))))
+    assert tokens(state, logits, 0, 1, 2) == [0, 0, 4]
+    assert tokens(state, logits, 2, 1, 0) == [1, 0, 0]
+    state.release(2)
+    state.start(init(2, temperature=0.0))
+    assert tokens(state, logits, 0, 1, 2) == [0, 0, 0]
+
+
+def test_limits_leave_logprobs_as_the_model_has_them():
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 8] = 5.0
+    plain = state_of(init(0, temperature=0.0, logprobs=2)).sample(logits, np.array([0]))
+    for limit in (dict(allowed_token_ids=(3,)), dict(bad_words=((8,),))):
+        found = state_of(init(0, temperature=0.0, logprobs=2, **limit)).sample(logits, np.array([0]))
+        assert found.tokens.tolist() == [3 if "allowed_token_ids" in limit else 0]
+        assert torch.equal(found.logprobs[1], plain.logprobs[1]) and torch.equal(found.logprobs[2], plain.logprobs[2])
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        (dict(allowed_token_ids=()), "allowed_token_ids holds 0 ids; give 1 to 16384"),
+        (dict(allowed_token_ids=tuple(range(20_000))), "allowed_token_ids holds 20000 ids"),
+        (dict(allowed_token_ids=(-1,)), "allowed_token_ids: token id=-1"),
+        (dict(bad_words=((1,),) * 513), "bad_words holds 513 sequences"),
+        (dict(bad_words=((),)), "bad_words has one of 0 tokens"),
+        (dict(bad_words=((1,) * 33,)), "bad_words has one of 33 tokens"),
+        (dict(bad_words=((-3,),)), "bad_words: token id=-3"),
+        (dict(bad_words=((3,),), allowed_token_ids=(3,)), "bad_words beside allowed_token_ids could leave no token"),
+        (dict(bad_words=((3,),), grammar=Grammar(kind="json_object")), "bad_words contradicts a grammar"),
+        (dict(allowed_token_ids=(3,), grammar=Grammar(kind="json_object")), "allowed_token_ids contradicts a grammar"),
+    ],
+)
+def test_limits_that_cannot_hold_are_refused(params, said):
+    with pytest.raises(InvalidRequestError, match=said):
+        SamplingParams(**params)
 
 
 def test_draws_over_many_seeds_follow_the_tempered_and_filtered_distribution():

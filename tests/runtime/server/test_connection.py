@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -163,6 +164,30 @@ def test_a_whole_answer_that_nobody_reads_is_let_go(hasty: Any, patient: Any) ->
                 while more := line.recv(1 << 20):
                     got += len(more)
             assert (got > len(asked["metadata"]["long"])) is is_whole  # type: ignore[index]
+
+
+def test_under_tls_too(tiny_engine: EngineProcess, serving: Callable[..., Any], certificate: tuple[Path, Path]) -> None:
+    context = ssl.create_default_context(cafile=str(certificate[0]))
+    long = "x" * 12_000_000
+    body = json.dumps({"input": "hello", "max_output_tokens": 1, "metadata": {"long": long}}).encode()
+    tls = {"tls_cert": str(certificate[0]), "tls_key": str(certificate[1])}
+    for patience, kept, is_whole in ((0.3, "close", False), (0.3, "keep-alive", False), (1.5, "close", True)):
+        with serving(tiny_engine.address, write_timeout_s=patience, **tls) as served, socket.socket() as plain:
+            plain.settimeout(20)
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            host, port = served.url.removeprefix("http://").split(":")
+            plain.connect((host, int(port)))
+            with context.wrap_socket(plain, server_hostname=host) as line:
+                line.sendall(b"POST /v1/responses HTTP/1.1\r\nHost: x\r\nConnection: %s\r\n" % kept.encode())
+                line.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+                got = len(line.recv(10))
+                time.sleep(0.05 if is_whole else 3.0)
+                with contextlib.suppress(OSError):  # cut off: a reset, or an end that TLS did not announce
+                    while more := line.recv(1 << 20):
+                        got += len(more)
+                        if is_whole and got % 40 == 0:
+                            time.sleep(0.01)
+            assert (got > len(long)) is is_whole
 
 
 def test_a_connection_outlives_what_clients_and_proxies_keep_of_it(

@@ -9,6 +9,7 @@ import re
 import resource
 import shlex
 import signal
+import socket
 import ssl
 import subprocess
 import threading
@@ -54,20 +55,6 @@ def stop(command: Any) -> str:
 
 
 # ---------------------------------------------------------------------------- TLS
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 that signs itself, and its key."""
-    folder = tmp_path_factory.mktemp("tls")
-    cert, key = folder / "cert.pem", folder / "key.pem"
-    made = subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    return cert, key
 
 
 def test_tls_by_flag(start: Callable[..., Any], tiny_engine: EngineProcess, certificate: tuple[Path, Path]) -> None:
@@ -277,6 +264,60 @@ def test_a_second_signal_ends_the_server_at_once(start: Callable[..., Any], tiny
     assert "event: error" in rest and "data: [DONE]" not in rest, rest[-4:]
     assert "the server is stopping" in rest[rest.index("event: error") + 1]
     assert command.end(30)[0] == 0
+
+
+def test_sigterm_does_not_wait_for_a_request_that_does_not_come(
+    start: Callable[..., Any], tiny_engine: EngineProcess
+) -> None:
+    command, url = serve(start, tiny_engine, "--grace", "600")
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps(ASK).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with contextlib.ExitStack() as lines:
+        part, half, whole = (
+            lines.enter_context(socket.create_connection((host, int(port)), timeout=60)) for _ in range(3)
+        )
+        part.sendall(head[:20])
+        half.sendall(head + body[:10])
+        whole.sendall(head + body)
+        assert whole.recv(20).startswith(b"HTTP/1.1 200")  # so the others have come as far as they do
+        command.process.send_signal(signal.SIGTERM)
+        said = b"".join(iter(lambda: half.recv(65536), b""))
+        assert said.startswith(b"HTTP/1.1 503") and b'"code":"cancelled"' in said and b"send the request again" in said
+        assert part.recv(65536) == b""
+    assert command.end(60)[0] == 0
+
+
+def test_sigterm_lets_a_request_come_that_keeps_coming(start: Callable[..., Any], tiny_engine: EngineProcess) -> None:
+    command, url = serve(start, tiny_engine, "--grace", "600")
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps(ASK | {"metadata": {"long": "x" * 3000}}).encode()
+    with socket.create_connection((host, int(port)), timeout=60) as line:
+        line.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body))
+        line.sendall(body[:1000])
+        httpx.get(f"{url}/health", timeout=30)
+        command.process.send_signal(signal.SIGTERM)
+        until_it_refuses(url)
+        for at in range(1000, len(body), 100):
+            line.sendall(body[at : at + 100])
+            time.sleep(0.05)
+        answer = b"".join(iter(lambda: line.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 200")
+    assert command.end(60)[0] == 0
+
+
+def test_sigterm_does_not_wait_for_clients_to_say_that_tls_ends(
+    start: Callable[..., Any], tiny_engine: EngineProcess, certificate: tuple[Path, Path]
+) -> None:
+    cert, key = certificate
+    command, url = serve(start, tiny_engine, "--tls-cert", str(cert), "--tls-key", str(key), "--grace", "600")
+    host, port = url.removeprefix("https://").split(":")
+    context = ssl.create_default_context(cafile=str(cert))
+    with context.wrap_socket(socket.create_connection((host, int(port)), timeout=60), server_hostname=host) as line:
+        line.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert line.recv(65536).startswith(b"HTTP/1.1 200")
+        command.process.send_signal(signal.SIGTERM)
+        assert command.end(60)[0] == 0  # the connection is open, and says nothing
 
 
 def test_a_low_limit_of_open_files_is_raised_as_far_as_it_may_be(

@@ -42,6 +42,9 @@ WRITTEN = [
     ("llama3_json", '{"answer": 42} is it', '{"answer": 42} is it', 0),
     ("llama3_json", '{"name": "nobody", "parameters": {}} x', '{"name": "nobody", "parameters": {}} x', 0),
     ("llama3_json", "It rains.", "It rains.", 0),
+    ("llama3_json", ' [ {"answer": 42}, 1]', ' [ {"answer": 42}, 1]', 0),
+    ("llama3_json", '[{"name": "nobody", "param', '[{"name": "nobody", "param', 0),
+    ("llama3_json", '<|python_tag|>{"answer": 42}', '{"answer": 42}', 0),
     ("llama3_json", f"{LLAMA} and so on", "and so on", 1),
     ("llama3_json", f'{LLAMA}; {{"name": "nobody", "parameters": {{}}}}', '{"name": "nobody", "parameters": {}}', 1),
     ("llama3_json", f'[{LLAMA}, {{"name": "wea', "", 1),  # cut off, and no text of the answer
@@ -49,6 +52,7 @@ WRITTEN = [
     ("mistral", f"So: [TOOL_CALLS]weather[ARGS]{ARGS}[TOOL_CALLS]weather[CALL_ID]a1[ARGS]{ARGS}", "So: ", 2),
     ("mistral", "none [TOOL", "none [TOOL", 0),
     ("pythonic", f"[{PYTHON}, {PYTHON}]", "", 2),
+    ("pythonic", f'[weather(city={json.dumps(ARGUMENTS["city"])}, days=[1, {{"a": 2}}])]', "", 1),
     ("pythonic", "[1, 2] are numbers", "[1, 2] are numbers", 0),
     ("pythonic", "[weather('Oslo')]", "[weather('Oslo')]", 0),
     ("pythonic", "It rains.", "It rains.", 0),
@@ -96,6 +100,26 @@ def test_every_format_is_tried_above() -> None:
 @given(cuts=st.lists(st.integers(0, 40), max_size=4))
 def test_what_is_no_call_stays_text(text: str, cuts: list[int]) -> None:
     assert gather(read(reader("hermes"), pieces(text, cuts))) == (text, "", [])
+
+
+def test_pythonic_calls_may_hold_literals_of_json() -> None:
+    texts = 'c="\\/ \\ud83d\\ude00 \\u00e9", d=\'\\x41\', e={"true": "true"}'
+    text = f"[weather(a=true, b=[false, null, True, None], {texts})]"
+    _, _, (call,) = gather(read(reader("pythonic"), [text]))
+    assert json.loads(call.arguments) == {
+        "a": True, "b": [False, None, True, None], "c": "/ \U0001f600 é", "d": "A", "e": {"true": "true"}
+    }  # fmt: skip
+    assert gather(read(reader("pythonic"), ["[weather(a=nobody)]"]))[2] == []
+
+
+@given(cuts=st.lists(st.integers(0, 40), max_size=4))
+def test_a_constrained_answer_calls_from_its_beginning_on_or_not_at_all(cuts: list[int]) -> None:
+    formats = Formats("hermes", False, ())
+    inside = json.dumps({"said": CALL})
+    for text, content, calls in ((inside, inside, 0), (f"{CALL}\n{CALL}", "", 2), ("<tool", "<tool", 0), ("", "", 0)):
+        reader = formats.reader(frozenset(["weather"]), prompt_end="", constrained=True, one_call=False)
+        found = gather(read(reader, pieces(text, cuts)))
+        assert (found[0], len(found[2])) == (content, calls)
 
 
 def test_arguments_come_while_they_are_written() -> None:
@@ -161,9 +185,7 @@ def test_every_model_that_is_loaded_has_a_format_of_its_own(architecture: str) -
 def writer(checkpoint: Path, *, stream: bool = False, tools: str = "hermes") -> ChatWriter:
     tool: dict[str, Any] = {"type": "function", "function": {"name": "weather"}}
     request = ChatRequest(model="tiny", messages=[Message(role="user", content="x")], tools=[tool], stream=stream)
-    return ChatWriter(
-        request, Tokenizer(str(checkpoint)), Tally(1, 1), [reader(tools, reasoning=True)], prompt_tokens=1
-    )
+    return ChatWriter(request, Tokenizer(str(checkpoint)), Tally(1, 1), [reader(tools, reasoning=True)], prompt=[1])
 
 
 def test_an_answer_with_a_call_has_openais_shape(tiny_checkpoint: Path) -> None:

@@ -39,6 +39,31 @@ class PlainReader:
         return []
 
 
+class OpeningReader:
+    """For an answer that is calls from its beginning on, or none, whatever its text holds further on."""
+
+    def __init__(self, marker: str, calls: Reader) -> None:
+        """`marker`: what `calls` begin with."""
+        self._marker, self._calls = marker, calls
+        self._held = ""
+        self._chosen: Reader | None = None
+
+    def push(self, text: str) -> list[Piece]:
+        """See Reader."""
+        if self._chosen is None:
+            text = self._held = self._held + text
+            if len(text) < len(self._marker) and self._marker.startswith(text):
+                return []
+            self._chosen = self._calls if text.startswith(self._marker) else PlainReader()
+        return self._chosen.push(text)
+
+    def finish(self) -> list[Piece]:
+        """See Reader."""
+        if self._chosen is None:
+            return PlainReader().push(self._held)
+        return self._chosen.finish()
+
+
 class SpecialFilter:
     """Leaves special tokens' text out, for formats whose markers are special tokens and must be seen."""
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
+from typing import ClassVar
 
 from superinfer.runtime.server.parsing.json_call import JsonCall, JsonObject
 from superinfer.runtime.server.parsing.pieces import Piece
@@ -103,6 +105,7 @@ class JsonReader:
     def __init__(self, names: frozenset[str]) -> None:
         self._names = names
         self._held = ""
+        self._before = ""  # what stood before a call that may be none
         self._call: JsonCall | None = None
         self._plain = self._called = False
 
@@ -122,7 +125,7 @@ class JsonReader:
             if self._call.done:
                 self._held, self._call, self._called = self._call.rest, None, True
             elif self._call.hopeless:
-                self._held, self._call, self._plain = self._call.rest, None, True
+                self._held, self._call, self._plain = self._before + self._call.rest, None, True
         if self._plain and self._held:
             out.append(Piece("content", self._held))
             self._held = ""
@@ -133,8 +136,8 @@ class JsonReader:
         start = self._held.lstrip()
         if not self._called and self.TAG.startswith(start[: len(self.TAG)]) and len(start) < len(self.TAG):
             return False
-        start = start.removeprefix(self.TAG)
-        start = start.lstrip(" \n\t;,[]") if self._called else start.lstrip()
+        text = start.removeprefix(self.TAG) if start.startswith(self.TAG) else self._held
+        start = text.lstrip(" \n\t;,[]") if self._called else text.lstrip()
         if not start:
             return False
         if start[0] != "{" and not (self._called or start[0] == "["):
@@ -147,7 +150,7 @@ class JsonReader:
             if start[0] != "{":
                 self._plain = True
                 return True
-        self._held = start
+        self._held, self._before = start, "" if self._called else text[: len(text) - len(start)]
         self._call = JsonCall(self._names)
         return True
 
@@ -155,7 +158,7 @@ class JsonReader:
         """See Reader."""
         call, self._call = self._call, None
         # What was cut off in the head of a call behind others is no text of the answer.
-        held = ("" if call.begun or self._called else call.rest) if call is not None else self._held
+        held = ("" if call.begun or self._called else self._before + call.rest) if call is not None else self._held
         self._held = ""
         return [Piece("content", held)] if held.strip() and not (self._called and not held.strip(" \n\t;,[]")) else []
 
@@ -229,7 +232,8 @@ _ANY = _Any()
 
 
 class PythonicReader:
-    """The whole answer is a list of Python calls with literal arguments, `[f(a=1), g()]`: Llama 3.2 and 4.
+    """The whole answer is a list of Python calls with literal arguments, `[f(a=1), g()]`: Llama 3.2 and 4. Literals
+    may be JSON's: `true`, and escapes that Python does not have.
 
     Held until it is complete: Python's literals become JSON only as a whole.
     """
@@ -255,26 +259,50 @@ class PythonicReader:
         if self._plain or not held.strip():
             return []
         try:
-            calls = [self._call(node) for node in _elements(held)]
+            calls = [self._call(node, held.strip()) for node in _elements(held)]
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             return [Piece("content", held)]
         return [piece for call in calls for piece in call]
 
-    def _call(self, node: ast.expr) -> tuple[Piece, Piece]:
+    def _call(self, node: ast.expr, source: str) -> tuple[Piece, Piece]:
         if not isinstance(node, ast.Call) or node.args or any(k.arg is None for k in node.keywords):
             raise ValueError("not a call with named arguments")
         name = ast.unparse(node.func)
         if name not in self._names:
             raise ValueError("not one of the tools")
-        arguments = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+        literals = _JsonLiterals(source)
+        arguments = {str(k.arg): ast.literal_eval(literals.visit(k.value)) for k in node.keywords}
         try:
             return Piece("call", name), Piece("arguments", json.dumps(arguments, ensure_ascii=False))
         except TypeError as error:
             raise ValueError("a literal that JSON does not have") from error
 
 
+class _JsonLiterals(ast.NodeTransformer):
+    """Literals that are JSON's become Python's."""
+
+    _NAMES: ClassVar = {"true": True, "false": False, "null": None}
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(self._NAMES[node.id]) if node.id in self._NAMES else node
+
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:
+        if not isinstance(node.value, str) or "\\" not in self._source:
+            return node
+        try:
+            value = json.loads(ast.get_source_segment(self._source, node) or "")
+        except ValueError:
+            return node
+        return ast.Constant(value) if isinstance(value, str) else node
+
+
 def _elements(text: str) -> list[ast.expr]:
-    tree = ast.parse(text.strip(), mode="eval").body
+    with warnings.catch_warnings():  # of escapes that are JSON's
+        warnings.simplefilter("ignore", SyntaxWarning)
+        tree = ast.parse(text.strip(), mode="eval").body
     if not isinstance(tree, ast.List) or not tree.elts:
         raise ValueError("not a list")
     return tree.elts
