@@ -28,10 +28,10 @@ from superinfer.runtime.server.live import LIVE
 from superinfer.runtime.server.operations import add_operations, answered
 from superinfer.runtime.server.params import check_length, interval_of, least_output, truncated
 from superinfer.runtime.server.parsing.pieces import AnswerReader
+from superinfer.runtime.server.refused import CHAT_PASS, COMPLETION_PASS, RESPONSES_PASS
 from superinfer.runtime.server.relay import ClientGone, Wrote
 from superinfer.runtime.server.report import Tally
 from superinfer.runtime.server.responses import (
-    RESPONSES_PASS,
     ResponsesRequest,
     ResponseStore,
     as_stored,
@@ -106,14 +106,14 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     text = service.text
 
     async def chat_completions(http: Request) -> Response:
-        request = service.defaults.fill(service.parse(await http.body(), ChatRequest, schema.CHAT_PASS))
+        request = service.defaults.fill(service.parse(await http.body(), ChatRequest, CHAT_PASS))
         chat = await prepare_chat(http, service, request)
         writer = ChatWriter(request, text.tokenizer, chat.tally, chat.readers, prompt=chat.prompt)
         stream, interval = bool(request.stream), interval_of(request)
         return await service.answer(http, [chat.request], writer, stream=stream, interval=interval, wrote=chat.wrote)
 
     async def completions(http: Request) -> Response:
-        request = service.defaults.fill(service.parse(await http.body(), CompletionRequest, schema.COMPLETION_PASS))
+        request = service.defaults.fill(service.parse(await http.body(), CompletionRequest, COMPLETION_PASS))
         prompts = await aside(http, prompts_of, request, text.tokenizer, text.info)
         sampling = sampling_of_completion(request, max(map(len, prompts)), text.tokenizer, text.info)
         for prompt in prompts:

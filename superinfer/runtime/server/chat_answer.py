@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from superinfer.runtime.protocol import TokenLogprob
+from superinfer.runtime.server.params import id_of
 from superinfer.runtime.server.parsing.pieces import AnswerReader, Piece
 from superinfer.runtime.server.report import SloReport, Tally, Usage
 from superinfer.runtime.server.schema import ChatRequest, FunctionCall
@@ -112,7 +113,11 @@ class ChatWriter:
         prompt: list[int],
     ) -> None:
         """`readers`: one for each choice. prompt: its token ids."""
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._id = f"chatcmpl-{id_of(request)}"
+        self._as_ids, self._with_stop = (
+            bool(request.return_tokens_as_token_ids),
+            bool(request.include_stop_str_in_output),
+        )
         self._created = int(time.time())
         self._model = request.model
         self._tokenizer = tokenizer
@@ -135,7 +140,7 @@ class ChatWriter:
             yield self._chunk(begun, prompt_token_ids=self._shown)
         calls = reader.calls
         self._output_tokens += len(delta.token_ids)
-        pieces = reader.push(delta.text)
+        pieces = reader.push(delta.text + self._stop(delta))
         if delta.finish_reason is not None:
             pieces += reader.finish()
         logprobs = self._logprobs(delta.logprobs)
@@ -179,7 +184,7 @@ class ChatWriter:
         choices = []
         for result in results:
             reader = self._readers[result.index]
-            message = message_of(reader.push(result.text) + reader.finish())
+            message = message_of(reader.push(result.text + self._stop(result)) + reader.finish())
             reason = self._reason(result, reader)
             logprobs = self._logprobs(result.logprobs)
             ids = result.token_ids if self._shown is not UNSET else UNSET
@@ -188,10 +193,14 @@ class ChatWriter:
             )
         return self._answer("chat.completion", choices, self._tally.usage(), self._tally.slo(), self._shown)
 
+    def _stop(self, end: TextDelta | TextResult) -> str:
+        """The stop string that ended a text, where it is wanted."""
+        return end.stop or "" if self._with_stop else ""
+
     def _logprobs(self, logprobs: list[TokenLogprob] | None) -> ChatLogprobs | None:
         if logprobs is None:
             return None
-        return ChatLogprobs([scored_token(self._tokenizer, t) for t in logprobs])
+        return ChatLogprobs([scored_token(self._tokenizer, t, as_ids=self._as_ids) for t in logprobs])
 
     def _chunk(
         self, choice: ChatChoice, slo: SloReport | Unset = UNSET, prompt_token_ids: list[int] | Unset = UNSET
@@ -261,15 +270,15 @@ def gather(pieces: list[Piece]) -> tuple[str, str, list[FunctionCall]]:
     return text, reasoning, calls
 
 
-def scored_token(tokenizer: Tokenizer, scored: TokenLogprob) -> ScoredToken:
-    """A token with its rivals, as OpenAI shows them."""
-    rivals = [TokenInfo(*_token(tokenizer, *pair)) for pair in scored.top]
-    return ScoredToken(*_token(tokenizer, scored.token_id, scored.logprob), rivals)
+def scored_token(tokenizer: Tokenizer, scored: TokenLogprob, *, as_ids: bool = False) -> ScoredToken:
+    """A token with its rivals, as OpenAI shows them. as_ids: the name of each is `token_id:N`."""
+    rivals = [TokenInfo(*_token(tokenizer, *pair, as_ids)) for pair in scored.top]
+    return ScoredToken(*_token(tokenizer, scored.token_id, scored.logprob, as_ids), rivals)
 
 
-def _token(tokenizer: Tokenizer, token_id: int, logprob: float) -> tuple[str, float, list[int] | None]:
+def _token(tokenizer: Tokenizer, token_id: int, logprob: float, as_id: bool) -> tuple[str, float, list[int] | None]:
     text = tokenizer.piece(token_id)
-    return text, logprob, None if "\ufffd" in text else list(text.encode())
+    return f"token_id:{token_id}" if as_id else text, logprob, None if "\ufffd" in text else list(text.encode())
 
 
 def call_id() -> str:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Iterator
 
 import msgspec
 
 from superinfer.runtime.protocol import ModelInfo, RequestReport, SamplingParams, TokenLogprob
 from superinfer.runtime.server.errors import bad_request
-from superinfer.runtime.server.params import check_ids, sampling_of, truncated
+from superinfer.runtime.server.params import check_ids, id_of, sampling_of, truncated
 from superinfer.runtime.server.report import PromptTokensDetails, SloReport, Tally, Usage
 from superinfer.runtime.server.schema import CompletionRequest
 from superinfer.runtime.server.stream import error_event, event
-from superinfer.runtime.server.structured import grammar_of
+from superinfer.runtime.server.structured import own_grammar
 from superinfer.runtime.text import TextDelta, TextResult
 from superinfer.runtime.tokenization import Tokenizer
 
@@ -41,7 +40,7 @@ def sampling_of_completion(
         raise bad_request("stream=true with echo=true and logprobs is not supported; leave one out", param="echo")
     if max_tokens == 0 and request.echo:
         max_tokens = 1  # only the prompt is asked for: see `only_prompt`
-    grammar = grammar_of(request)
+    grammar = own_grammar(request)
     return sampling_of(request, tokenizer, max_tokens=max_tokens, logprobs=request.logprobs, grammar=grammar)
 
 
@@ -66,7 +65,7 @@ def prompts_of(request: CompletionRequest, tokenizer: Tokenizer, info: ModelInfo
     for at, one in enumerate(given):
         name = "prompt" if len(given) == 1 else f"prompt[{at}]"
         if isinstance(one, str):
-            ids = tokenizer.encode(one)
+            ids = tokenizer.encode(one, special=request.add_special_tokens is not False)
         elif _are_ids(one):
             assert isinstance(one, list)
             ids = one
@@ -132,7 +131,11 @@ class CompletionWriter:
         self, request: CompletionRequest, tokenizer: Tokenizer, tally: Tally, prompts: list[list[int]], *, choices: int
     ) -> None:
         """`prompts`: token ids of each."""
-        self._id = f"cmpl-{uuid.uuid4().hex}"
+        self._id = f"cmpl-{id_of(request)}"
+        self._as_ids, self._with_stop = (
+            bool(request.return_tokens_as_token_ids),
+            bool(request.include_stop_str_in_output),
+        )
         self._created = int(time.time())
         self._model = request.model
         self._top = request.logprobs or 0
@@ -152,7 +155,7 @@ class CompletionWriter:
 
     def events(self, delta: TextDelta) -> Iterator[bytes]:
         """The chunks for one delta; after the last, the closing ones."""
-        index, text = delta.index, delta.text
+        index, text = delta.index, delta.text + self._stop(delta)
         is_first = not self._begun[index]
         if is_first:
             self._begun[index], text = True, self._echoed(index) + text
@@ -184,6 +187,10 @@ class CompletionWriter:
         whole = event(self._answer([CompletionChoice(index=index, text=mark)], None if self._usage else UNSET, UNSET))
         before, after = whole.split(_encode(mark))
         return before, after
+
+    def _stop(self, end: TextDelta | TextResult) -> str:
+        """The stop string that ended a text, where it is wanted."""
+        return end.stop or "" if self._with_stop else ""
 
     def _prompt_ids(self, index: int) -> list[int] | Unset:
         return self._shown[index // self._per_prompt] if self._shown else UNSET
@@ -253,7 +260,7 @@ class CompletionWriter:
                 logprobs = _joined(prompt, logprobs, first=None)
         return CompletionChoice(
             index=index,
-            text=self._echoed(index) + result.text,
+            text=self._echoed(index) + result.text + self._stop(result),
             logprobs=logprobs,
             finish_reason=reason,
             token_ids=result.token_ids if self._shown else UNSET,
@@ -265,9 +272,9 @@ class CompletionWriter:
             return None
         tokens = [self._token(t.token_id) for t in logprobs]
         offsets = []
-        for token in tokens:
+        for scored in logprobs:
             offsets.append(self._offsets[index])
-            self._offsets[index] += len(token)
+            self._offsets[index] += len(self._tokenizer.decode([scored.token_id], skip_special=False))
         top: list[dict[str, float] | None] | None = None
         if self._top:
             top = [
@@ -277,6 +284,8 @@ class CompletionWriter:
         return CompletionLogprobs(tokens, [t.logprob for t in logprobs], top, offsets)
 
     def _token(self, token_id: int) -> str:
+        if self._as_ids:
+            return f"token_id:{token_id}"
         return self._tokenizer.piece(token_id)
 
     def _answer(self, choices: list[CompletionChoice], usage: Usage | Unset | None, slo: SloReport | Unset) -> bytes:

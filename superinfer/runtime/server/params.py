@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 
 from superinfer.runtime.protocol import Grammar, ModelInfo, SamplingParams
 from superinfer.runtime.sampling_params import MAX_BAD_WORD, MAX_BAD_WORDS
 from superinfer.runtime.server.errors import bad_request
-from superinfer.runtime.server.schema import Common
+from superinfer.runtime.server.schema import Common, Written
 from superinfer.runtime.tokenization import Tokenizer
 
 MAX_STOP = 16
 MAX_INTERVAL_MS = 10_000.0
+MAX_REQUEST_ID = 128  # characters
 
 
 def sampling_of(
@@ -111,21 +113,33 @@ def words_of(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...
     return tuple(found)
 
 
+def id_of(request: Written) -> str:
+    """What the id of the answer ends with. Raises ApiError."""
+    given = request.request_id
+    if given is None:
+        return uuid.uuid4().hex
+    if not 1 <= len(given) <= MAX_REQUEST_ID:
+        message = f"request_id={given!r:.80} has {len(given)} characters; give 1 to {MAX_REQUEST_ID}"
+        raise bad_request(message, param="request_id")
+    return given
+
+
 def least_output(sampling: SamplingParams) -> int:
     """For how many tokens of output a context must have room."""
     return max(1, sampling.min_tokens if sampling.max_tokens is None else sampling.max_tokens)
 
 
 def truncated(ids: list[int], request: Common, output: int, info: ModelInfo) -> list[int]:
-    """The last of a prompt's tokens, as many as the request wants at most. output: tokens that are to follow. Raises
-    ApiError."""
+    """The last of a prompt's tokens, or the first, as many as the request wants at most. output: tokens that are to
+    follow. Raises ApiError."""
     most, limit = request.truncate_prompt_tokens, info.max_model_len
     if most is None:
         return ids
     if most != -1 and not 1 <= most <= limit:
         message = f"truncate_prompt_tokens={most} must be 1 to {limit}, or -1 for what the context has room for"
         raise bad_request(message, param="truncate_prompt_tokens")
-    return ids[-(max(1, limit - output) if most == -1 else most) :]
+    kept = max(1, limit - output) if most == -1 else most
+    return ids[:kept] if request.truncation_side == "right" else ids[-kept:]
 
 
 def check_ids(name: str, ids: Sequence[int], info: ModelInfo) -> None:

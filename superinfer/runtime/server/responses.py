@@ -10,21 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from superinfer.runtime.server.errors import ApiError, bad_request
-from superinfer.runtime.server.schema import ANYTHING, ChatRequest, Common, FunctionCall, Message, ToolCall
-
-RESPONSES_PASS: dict[str, tuple[Any, ...]] = {
-    "background": (False,),
-    "context_management": (),
-    "conversation": (),
-    "max_tool_calls": (),
-    "moderation": (),
-    "prompt": (),
-    "prompt_cache_options": (),
-    "prompt_cache_retention": ("in_memory",),
-    "safety_identifier": (ANYTHING,),
-    "truncation": ("disabled",),
-}
-
+from superinfer.runtime.server.schema import ChatRequest, Common, FunctionCall, Message, ToolCall
 
 WITH_LOGPROBS = "message.output_text.logprobs"
 # What `include` may name. The reasoning is shown as it is, not encrypted.

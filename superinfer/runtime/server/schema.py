@@ -1,6 +1,7 @@
-"""What a request may hold: the structs of both endpoints, and the parameters that are refused by name.
+"""What a request may hold: the structs of the endpoints.
 
-A parameter is honoured, or refused with a 400 that names it; none is dropped in silence. `null` means absent.
+A parameter is honoured, or refused with a 400 that names it (`refused.py`); none is dropped in silence. `null` means
+absent.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import msgspec
 
 from superinfer.runtime.protocol import Hints
 from superinfer.runtime.server.errors import ApiError, bad_request
+from superinfer.runtime.server.refused import Passing, check_refused
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -45,13 +47,17 @@ class SloFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """vLLM's way to constrain an output; at most one of them. grammar: EBNF as xgrammar reads it."""
+    """vLLM's way to constrain an output; at most one of them. grammar: EBNF as xgrammar reads it. structural_tag:
+    xgrammar's, as an object or its JSON. From `disable_any_whitespace` on: what is so here in any case."""
 
     json: dict[str, Any] | str | None = None
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    structural_tag: dict[str, Any] | str | None = None
+    disable_any_whitespace: bool | None = None
+    disable_fallback: bool | None = None
 
 
 class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,6 +82,7 @@ class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     slo: SloFields | None = None
@@ -120,71 +127,52 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     reasoning: str | None = None
 
 
-class ChatRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of /v1/chat/completions. return_token_ids: the answer holds the ids of its tokens and of the prompt's."""
+class Written(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What chats and completions share: how the answer is written.
+
+    response_format: OpenAI's. return_token_ids: it holds the ids of its tokens and of the prompt's.
+    return_tokens_as_token_ids: its logprobs name tokens as `token_id:N`. include_stop_str_in_output: a text that a stop
+    string ended ends with it. request_id: part of its id.
+    """
+
+    response_format: dict[str, Any] | None = None
+    stream_options: CountedStreamOptions | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    request_id: str | None = None
+
+
+class ChatRequest(Written, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of /v1/chat/completions."""
 
     messages: list[Message]
     max_completion_tokens: int | None = None
-    stream_options: CountedStreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
-    return_token_ids: bool | None = None
 
 
-class CompletionRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of /v1/completions. prompt: a string, token ids, or a list of either. return_token_ids: as of a chat."""
+class CompletionRequest(Written, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of /v1/completions. prompt: a string, token ids, or a list of either. add_special_tokens: to a string, what
+    the model's tokenizer puts around one."""
 
     prompt: str | list[Any]
     logprobs: int | None = None
-    stream_options: CountedStreamOptions | None = None
     echo: bool | None = None
-    return_token_ids: bool | None = None
+    add_special_tokens: bool | None = None
 
-
-# Documented parameters that have no field above, with the values that ask for nothing: these pass, others are refused.
-ANYTHING = object()
-# Those of vLLM, at the values that it has unless told otherwise.
-_VLLM_PASS: dict[str, tuple[Any, ...]] = {
-    "add_special_tokens": (False,),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1, 1.0),
-    "priority": (0,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "use_beam_search": (False,),
-}
-CHAT_PASS: dict[str, tuple[Any, ...]] = _VLLM_PASS | {
-    "audio": (),
-    "function_call": ("none",),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "moderation": (),
-    "prediction": (),
-    "prompt_cache_options": (),
-    "prompt_cache_retention": ("in_memory",),
-    "safety_identifier": (ANYTHING,),
-    "store": (False,),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-COMPLETION_PASS: dict[str, tuple[Any, ...]] = _VLLM_PASS | {
-    "add_special_tokens": (True,),
-    "best_of": (1,),
-    "suffix": ("",),
-}
 
 T = TypeVar("T")
 
 
-def parse(body: bytes, cls: type[T], passing: dict[str, tuple[Any, ...]], **defaults: Any) -> T:
+def parse(body: bytes, cls: type[T], passing: Passing, **defaults: Any) -> T:
     """The request in `body`: a struct. defaults: fields that it may leave out. Raises ApiError naming the parameter and
     its value."""
     raw = _loaded(body)
@@ -193,7 +181,7 @@ def parse(body: bytes, cls: type[T], passing: dict[str, tuple[Any, ...]], **defa
     fields = cast(Any, cls).__struct_fields__  # `structs.fields` would evaluate every annotation, for each request
     raw = defaults | {name: value for name, value in raw.items() if value is not None}
     for name in [name for name in raw if name not in fields]:
-        _check_refused(name, raw.pop(name), passing)
+        check_refused(name, raw.pop(name), passing)
     try:
         return msgspec.convert(raw, cls)
     except msgspec.ValidationError as error:
@@ -209,24 +197,6 @@ def _loaded(body: bytes) -> Any:
         return json.loads(body)  # takes NaN and Infinity, so that the error can name the field that holds them
     except (ValueError, RecursionError) as error:
         raise bad_request(f"the request body is not valid JSON: {error}", code="invalid_json") from None
-
-
-def _check_refused(name: str, value: Any, passing: dict[str, tuple[Any, ...]]) -> None:
-    if name not in passing:
-        raise bad_request(
-            f"unknown parameter {name!r}; remove it, or see docs/serving.md for those that this server takes",
-            param=name,
-            code="unknown_parameter",
-        )
-    allowed = passing[name]
-    if ANYTHING in allowed or any(value == a and type(value) is type(a) for a in allowed):
-        return
-    only = f" (only {' or '.join(json.dumps(a) for a in allowed)} is)" if allowed else ""
-    raise bad_request(
-        f"{name}={value!r:.80} is not supported by this server{only}; remove it",
-        param=name,
-        code="unsupported_parameter",
-    )
 
 
 def _type_error(raw: dict[str, Any], message: str) -> ApiError:

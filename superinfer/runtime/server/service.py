@@ -18,6 +18,7 @@ from superinfer.runtime.server.params import check_ids, stop_of
 from superinfer.runtime.server.parsing.families import formats_of
 from superinfer.runtime.server.parsing.pieces import AnswerReader
 from superinfer.runtime.server.promises import Promise, Promised, Promises
+from superinfer.runtime.server.refused import Passing
 from superinfer.runtime.server.relay import Feed, Outbox, Wrote
 from superinfer.runtime.server.report import Tally
 from superinfer.runtime.server.said import Said
@@ -65,7 +66,7 @@ class Service:
             reasoning=settings.reasoning_parser,
         )
 
-    def parse(self, body: bytes, cls: type[Asked], passing: dict[str, tuple[Any, ...]]) -> Asked:
+    def parse(self, body: bytes, cls: type[Asked], passing: Passing) -> Asked:
         """The request in `body`, for the model served here, which it need not name. Raises ApiError."""
         request = parse(body, cls, passing, model=self.model)
         self.check_model(request.model)

@@ -10,7 +10,7 @@ from superinfer.runtime.protocol import Grammar
 from superinfer.runtime.server.errors import ApiError, bad_request
 from superinfer.runtime.server.parsing.families import Formats
 from superinfer.runtime.server.parsing.written import Tool, either, list_schema, schema_of
-from superinfer.runtime.server.schema import ChatRequest, Common
+from superinfer.runtime.server.schema import ChatRequest, Common, Written
 
 
 class ToolPlan(NamedTuple):
@@ -92,10 +92,7 @@ def _check_tool(at: int, tool: dict[str, Any]) -> None:
 def grammar_of_chat(request: ChatRequest, plan: ToolPlan, formats: Formats) -> Grammar | None:
     """The constraint on the answer. formats: how the model writes calls. Raises ApiError where two exclude each other,
     UnsupportedError for a tool that no answer can be constrained to call."""
-    own = [grammar_of_format(request.response_format), grammar_of(request)]
-    if own[0] is not None and own[1] is not None:
-        raise bad_request("response_format and structured_outputs exclude each other", param="structured_outputs")
-    format = own[0] or own[1]
+    format = own_grammar(request)
     tools = [Tool(tool["function"]["name"], _parameters(tool)) for tool in plan.tools]
     if plan.named:
         return _schema(next(tool.arguments for tool in tools if tool.name == plan.named))
@@ -106,6 +103,14 @@ def grammar_of_chat(request: ChatRequest, plan: ToolPlan, formats: Formats) -> G
     # OpenAI's meaning: the format is that of an answer in words; a call is not one.
     written = either(_as_tag(format), formats.calls(tools, one=plan.one_call))
     return Grammar(kind="structural_tag", source=json.dumps(written))
+
+
+def own_grammar(request: Written) -> Grammar | None:
+    """Of a request's response_format or structured_outputs. Raises ApiError where it has both."""
+    own = [grammar_of_format(request.response_format), grammar_of(request)]
+    if own[0] is not None and own[1] is not None:
+        raise bad_request("response_format and structured_outputs exclude each other", param="structured_outputs")
+    return own[0] or own[1]
 
 
 def _parameters(tool: dict[str, Any]) -> dict[str, Any]:
@@ -119,6 +124,8 @@ def _as_tag(grammar: Grammar) -> dict[str, Any]:
             return {"type": "regex", "pattern": grammar.source}
         case "ebnf":
             return {"type": "grammar", "grammar": grammar.source}
+        case "structural_tag":
+            return dict(json.loads(grammar.source))
         case "json_object":
             return schema_of({"type": "object", "additionalProperties": True})
     try:
@@ -141,7 +148,11 @@ def grammar_of_format(given: dict[str, Any] | None) -> Grammar | None:
             raise _bad_format("response_format.json_schema.schema is missing; add it")
         case {"type": "json_schema"}:
             raise _bad_format("response_format.json_schema is missing; add it")
-    raise _bad_format(f"response_format={given!r:.80} is not known; use the type text, json_object or json_schema")
+        case {"type": "structural_tag"}:
+            return _tag_of(given, "response_format")
+    raise _bad_format(
+        f"response_format={given!r:.80} is not known; use the type text, json_object, json_schema or structural_tag"
+    )
 
 
 def _bad_format(message: str) -> ApiError:
@@ -164,12 +175,27 @@ def grammar_of(request: Common) -> Grammar | None:
         found.append(Grammar(kind="regex", source="|".join(f"({re.escape(choice)})" for choice in given.choice)))
     if given.grammar:
         found.append(Grammar(kind="ebnf", source=given.grammar))
+    if given.structural_tag is not None:
+        found.append(_tag_of(given.structural_tag, "structured_outputs.structural_tag"))
     if len(found) != 1:
         message = (
-            f"structured_outputs holds {len(found)} constraints; give one of json, regex, choice, grammar, json_object"
+            f"structured_outputs holds {len(found)} constraints; give one of json, regex, choice, grammar, "
+            "json_object, structural_tag"
         )
         raise bad_request(message, param="structured_outputs")
     return found[0]
+
+
+def _tag_of(given: dict[str, Any] | str, where: str) -> Grammar:
+    """Of a structural tag, as an object or its JSON. Raises ApiError."""
+    try:
+        tag = json.loads(given) if isinstance(given, str) else given
+    except ValueError as error:
+        raise bad_request(f"{where}={given!r:.80} is not JSON: {error}", param=where) from None
+    match tag:
+        case {"type": "structural_tag", "format": dict(format)}:
+            return Grammar(kind="structural_tag", source=json.dumps(format))
+    raise bad_request(f'{where}={tag!r:.80} is no tag; give {{"type": "structural_tag", "format": ...}}', param=where)
 
 
 def _schema(schema: dict[str, Any] | str) -> Grammar:

@@ -149,6 +149,26 @@ def test_a_tool_call_can_be_demanded(chatty: Any, choice: Any, stream: bool) -> 
         assert calls[0][0] == "weather" and set(calls[0][1]) == {"city"}
 
 
+def test_openai_parses_what_may_be_a_call_or_in_a_format(chatty: Any) -> None:
+    """Agents that end with a structured answer: the model calls first, and answers in the format when it knows."""
+    with chatty.openai() as client:
+        strict: Any = TOOL | {"function": TOOL["function"] | {"strict": True}}  # as the client wants it to parse
+        ask: Any = {"model": MODEL, "tools": [strict], "temperature": 0, "max_tokens": 100, "response_format": Person}
+        asking: Any = [{"role": "user", "content": QUESTION}]
+        calls = client.chat.completions.parse(messages=asking, **ask).choices[0]
+        with client.chat.completions.stream(messages=asking, **ask) as events:
+            streamed = events.get_final_completion().choices[0]
+        for choice in (calls, streamed):
+            (call,) = choice.message.tool_calls
+            assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Oslo"})
+            assert choice.finish_reason == "tool_calls" and choice.message.parsed is None
+        telling: Any = [{"role": "user", "content": PERSON_TEXT}]
+        answer = client.chat.completions.parse(messages=telling, **ask | {"tool_choice": "none"}).choices[0]
+        assert answer.message.parsed == ANN
+        plain = client.chat.completions.parse(messages=telling, **ask).choices[0]
+        assert plain.message.parsed == ANN or plain.message.tool_calls
+
+
 def test_demanded_calls_may_have_arguments_of_several_models(chatty: Any) -> None:
     """Schemas with references into themselves, as pydantic makes them: two tools have each its own `Place`."""
 

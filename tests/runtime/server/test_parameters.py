@@ -8,7 +8,8 @@ import httpx
 import pytest
 
 from superinfer.runtime.server import schema
-from superinfer.runtime.server.responses import RESPONSES_PASS, ResponsesRequest
+from superinfer.runtime.server.refused import ANYTHING, CHAT_PASS, COMPLETION_PASS, RESPONSES_PASS
+from superinfer.runtime.server.responses import ResponsesRequest
 
 pytest.importorskip("openai")
 from openai.types import completion_create_params
@@ -16,9 +17,9 @@ from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 
 ENDPOINTS = [
-    ("/v1/chat/completions", chat_create_params.CompletionCreateParamsBase, schema.ChatRequest, schema.CHAT_PASS),
+    ("/v1/chat/completions", chat_create_params.CompletionCreateParamsBase, schema.ChatRequest, CHAT_PASS),
     ("/v1/completions", completion_create_params.CompletionCreateParamsBase, schema.CompletionRequest,
-     schema.COMPLETION_PASS),
+     COMPLETION_PASS),
     ("/v1/responses", response_create_params.ResponseCreateParamsBase, ResponsesRequest, RESPONSES_PASS),
 ]  # fmt: skip
 NEEDED: dict[str, dict[str, Any]] = {
@@ -43,10 +44,10 @@ def test_what_is_not_honoured_is_refused_by_name_and_what_asks_for_nothing_passe
 ) -> None:
     for name, values in passing.items():
         for value in values:
-            if value is not schema.ANYTHING:
+            if value is not ANYTHING:
                 answer = http.post(url, json=NEEDED[url] | {name: value})
                 assert answer.status_code == 200, (name, value, answer.text)
-        if schema.ANYTHING not in values:
+        if ANYTHING not in values:
             error = http.post(url, json=NEEDED[url] | {name: {"never": "heard of"}}).json()["error"]
             assert (error["param"], error["code"]) == (name, "unsupported_parameter"), name
 
@@ -57,7 +58,12 @@ def test_what_is_not_honoured_is_refused_by_name_and_what_asks_for_nothing_passe
         ("/v1/chat/completions", {"stream_options": {"include_all": True}}, "stream_options.include_all"),
         ("/v1/responses", {"reasoning": {"generate_summary": "auto"}}, "reasoning.generate_summary"),
         ("/v1/responses", {"text": {"colour": "red"}}, "text.colour"),
-        ("/v1/completions", {"guided_json": {}}, "guided_json"),
+        ("/v1/completions", {"messages": []}, "messages"),
+        (
+            "/v1/completions",
+            {"structured_outputs": {"whitespace_pattern": "x"}},
+            "structured_outputs.whitespace_pattern",
+        ),
     ],
 )
 def test_an_unknown_part_is_named_too(http: httpx.Client, url: str, change: dict[str, Any], name: str) -> None:

@@ -150,3 +150,121 @@ def test_a_prompt_is_cut_to_what_the_context_has_room_for(http: httpx.Client) ->
     assert short["usage"]["prompt_tokens"] == 5
     refused = http.post("/v1/completions", json=PLAIN | {"prompt": long, "truncate_prompt_tokens": CONTEXT})
     assert refused.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("side", ["left", "right", None])
+def test_a_prompt_is_cut_at_the_side_that_is_named(http: httpx.Client, side: str | None) -> None:
+    asked = PLAIN | {"prompt": "one two three", "echo": True, "truncate_prompt_tokens": 3, "max_tokens": 1}
+    text = answered(http, "/v1/completions", asked | {"truncation_side": side})["choices"][0]["text"]
+    assert text[:3] == ("one" if side == "right" else "ree")
+
+
+@pytest.mark.parametrize(("url", "body"), ROUTES)
+def test_an_answer_has_the_id_that_was_given(http: httpx.Client, url: str, body: dict[str, Any]) -> None:
+    named = body | {"request_id": "mine-1"}
+    (found,) = {answered(http, url, named)["id"], *(chunk["id"] for chunk in chunks_of(http, url, named))}
+    assert found == ("chatcmpl-mine-1" if "messages" in body else "cmpl-mine-1")
+    refused = http.post(url, json=body | {"request_id": "x" * 200}).json()["error"]
+    assert refused["param"] == "request_id" and "200 characters; give 1 to 128" in refused["message"]
+
+
+@pytest.mark.parametrize(("url", "body"), ROUTES)
+def test_a_stop_string_may_be_kept(http: httpx.Client, url: str, body: dict[str, Any]) -> None:
+    free = text_of(http, url, body)
+    stop = free[10:12]
+    kept = {"stop": stop, "include_stop_str_in_output": True, "temperature": 0, "ignore_eos": True}
+    expected = free[: free.index(stop) + len(stop)]
+    assert text_of(http, url, body | kept) == expected
+    choices = [choice for chunk in chunks_of(http, url, body | kept) for choice in chunk["choices"]]
+    parts = [choice["delta"].get("content") if "delta" in choice else choice["text"] for choice in choices]
+    assert "".join(part or "" for part in parts) == expected and choices[-1]["finish_reason"] == "stop"
+    assert text_of(http, url, body | kept | {"stop": "never there"}) == free
+
+
+def test_logprobs_may_name_tokens_by_their_ids(http: httpx.Client) -> None:
+    asked = {"return_tokens_as_token_ids": True, "return_token_ids": True, "seed": 1}
+    (choice,) = answered(http, "/v1/chat/completions", CHAT | asked | {"logprobs": True, "top_logprobs": 2})["choices"]
+    scored = choice["logprobs"]["content"]
+    assert [one["token"] for one in scored] == [f"token_id:{token_id}" for token_id in choice["token_ids"]]
+    assert all(one["token"].startswith("token_id:") for token in scored for one in token["top_logprobs"])
+    (choice,) = answered(http, "/v1/completions", PLAIN | asked | {"logprobs": 2})["choices"]
+    assert choice["logprobs"]["tokens"] == [f"token_id:{token_id}" for token_id in choice["token_ids"]]
+    assert all(name.startswith("token_id:") for top in choice["logprobs"]["top_logprobs"] for name in top)
+    assert choice["logprobs"]["text_offset"][:3] == [0, 1, 2]
+
+
+def test_a_completion_has_a_format_too(http: httpx.Client) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    formats = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    assert json.loads(text_of(http, "/v1/completions", PLAIN | {"response_format": formats, "ignore_eos": False}))["a"]
+    both = PLAIN | {"response_format": formats, "structured_outputs": {"regex": "a"}}
+    assert "exclude each other" in http.post("/v1/completions", json=both).json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("url", "body"), ROUTES)
+def test_structural_tags_are_taken(http: httpx.Client, url: str, body: dict[str, Any]) -> None:
+    format = {
+        "type": "sequence",
+        "elements": [{"type": "const_string", "value": "<a>"}, {"type": "regex", "pattern": "[xy]{3}"}],
+    }
+    tag = {"type": "structural_tag", "format": format}
+    for given in (
+        {"response_format": tag},
+        {"structured_outputs": {"structural_tag": tag, "disable_any_whitespace": True}},
+        {"structured_outputs": {"structural_tag": json.dumps(tag), "disable_fallback": True}},
+    ):
+        text = text_of(http, url, body | given | {"ignore_eos": False})
+        assert text[:3] == "<a>" and len(text) == 6 and set(text[3:]) <= set("xy")
+    for wrong, said in (
+        ({"type": "structural_tag", "structures": [], "triggers": []}, "is no tag; give"),
+        ({"type": "structural_tag", "format": {"type": "any_text"}}, "structural_tag.type='any_text' is not supported"),
+    ):
+        answer = http.post(url, json=body | {"response_format": wrong})
+        assert answer.status_code == 400 and said in answer.json()["error"]["message"]
+
+
+# What vLLM's documentation of its server lists beside OpenAI's parameters, by endpoint (in 2026).
+SAMPLING = """use_beam_search top_k min_p repetition_penalty length_penalty stop_token_ids include_stop_str_in_output
+ ignore_eos min_tokens skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens allowed_token_ids
+ prompt_logprobs"""
+EXTRA = """add_special_tokens response_format structured_outputs priority request_id return_tokens_as_token_ids
+ return_token_ids cache_salt kv_transfer_params vllm_xargs repetition_detection"""
+LISTED = {
+    "/v1/chat/completions": f"""{SAMPLING} {EXTRA} bad_words echo add_generation_prompt continue_final_message documents
+ chat_template media_io_kwargs mm_processor_kwargs include_reasoning thinking_token_budget""",
+    "/v1/completions": f"{SAMPLING} {EXTRA} prompt_embeds",
+    "/v1/responses": """request_id media_io_kwargs mm_processor_kwargs priority cache_salt enable_response_messages
+ previous_input_messages structured_outputs repetition_penalty seed stop ignore_eos vllm_xargs kv_transfer_params""",
+}
+NEEDED = {"/v1/chat/completions": CHAT, "/v1/completions": PLAIN, "/v1/responses": {"input": "hello"}}
+
+
+@pytest.mark.parametrize("url", LISTED)
+def test_what_vllm_documents_is_known(http: httpx.Client, url: str) -> None:
+    for name in LISTED[url].split():
+        error = http.post(url, json=NEEDED[url] | {name: [["never heard of"]]}).json()["error"]
+        assert error["param"].partition("[")[0] == name and error["code"] != "unknown_parameter", error
+
+
+@pytest.mark.parametrize(
+    ("url", "change", "instead"),
+    [
+        ("/v1/completions", {"guided_json": {}}, "use structured_outputs.json"),
+        ("/v1/chat/completions", {"documents": [{"title": "a"}]}, "chat_template_kwargs.documents"),
+        ("/v1/chat/completions", {"priority": 3}, "use slo, with its weight, or service_tier"),
+        ("/v1/completions", {"prompt_logprobs": 1}, "echo=true and logprobs"),
+        ("/v1/completions", {"stream_interval": 4}, "stream_options.interval_ms"),
+        ("/v1/responses", {"return_token_ids": True}, "ask /v1/chat/completions"),
+    ],
+)
+def test_what_is_refused_comes_with_what_to_do(
+    http: httpx.Client, url: str, change: dict[str, Any], instead: str
+) -> None:
+    error = http.post(url, json=NEEDED[url] | change).json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", next(iter(change)))
+    assert instead in error["message"]
+
+
+def test_documents_reach_the_template_by_another_way(http: httpx.Client) -> None:
+    given = {"chat_template_kwargs": {"documents": [{"title": "a", "text": "b"}]}}
+    assert http.post("/v1/chat/completions", json=CHAT | given).status_code == 200
