@@ -19,13 +19,14 @@ from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 from superinfer.runtime.scheduler.residents import Residents
 from superinfer.runtime.scheduler.sequence import Sequence, Status, StepUpdates
 from superinfer.runtime.scheduler.siblings import Siblings
-from superinfer.runtime.scheduler.standing import LEFTOVER_SHARE, Standing
+from superinfer.runtime.scheduler.standing import LEFTOVER_SHARE, PRESSING_S, Standing, turn_of_one
 
 TURNS = 2.0  # a choice to rotate is worth this many times what the link needs to turn the whole pool over
 BUSY = 0.7  # share of the machine's time asked for, below which, if nobody is let go, requests are taken without a look
 UNSEEN = 8  # unless so many have come since the last one
 MARGIN = 1.1  # times the share of a step that prefills are thought to need: what comes is not quite what was foreseen
 STEP_SHARE = 0.8  # of the tightest pace of a kept resident, the longest step: predictions err
+LATE_CHUNKS = 2.0  # times what its decodes take, chunks may take of a step that only late ones bound
 # Sequences rotated out in one plan: one in so many that run, or LEAST_MOVED, more only for one that needs more. Each
 # takes the host 0.1 to 0.2 ms, hidden behind a step that is longer the more run.
 MOVED_OF, LEAST_MOVED = 64, 4
@@ -69,6 +70,7 @@ class Rota(BatchScheduler):
         shared = self._siblings.join(sequence) if self.prefix_aware else 0
         known, common = max(known, shared), max(common, shared)
         self._roster.add(sequence, len(sequence.tokens) - known, shared, common)
+        self._standing.expect(sequence)
         self._standing.programs.add(sequence)
         if sequence.kept and (sequence.hints is None or not sequence.hints.follows):
             self._standing.forecast.saw(sequence, len(sequence.tokens) - known, common)
@@ -105,12 +107,13 @@ class Rota(BatchScheduler):
         return None
 
     def rank(self, sequence: Sequence, now: float) -> tuple[float, ...]:
-        """Kept before leftovers; the kept by when their work must begin, the others by age."""
+        """Kept before leftovers; the kept by when their work must begin, as in `turn`, the others by age."""
         if sequence is self._standing.aged:
             return (-1.0, 0.0, sequence.id)
         if not sequence.kept:
             return (1.0, sequence.arrival, sequence.id)
-        return (0.0, self._start_by(sequence), sequence.id)
+        cost_s = sum(self._standing.cost_of(sequence)) / float(self._roster.weight[sequence.row])
+        return (0.0, turn_of_one(self._start_by(sequence) - now, cost_s), sequence.id)
 
     def _queue_key(self, sequence: Sequence, now: float) -> tuple[float, ...]:
         """By age alone: who is next is seen at each look, and costs no sequence its place in a sorted queue."""
@@ -126,7 +129,8 @@ class Rota(BatchScheduler):
             due += produced * pace
         elif produced:
             due = math.inf
-        own_s = max(1.0, float(roster.left[row])) * self._standing.step_s
+        pace_s = self._standing.quick_s if at_best else self._standing.step_s
+        own_s = max(1.0, float(roster.left[row])) * pace_s
         last = float(roster.deadline[row]) - own_s
         if at_best:
             return min(due, last + float(programs.spread_s[row]))
@@ -243,23 +247,30 @@ class Rota(BatchScheduler):
         """Prompt tokens for this step, so that prefills and decodes each get the share of time that they ask for.
 
         Each step gives each resident stream one token. So a long step is a slow pace: prefills get what the kept
-        streams' pace leaves, or what first tokens need, if that is more and streams live on their slack. In every step
-        a little, so that all steps hide the weights; but where launching chunks costs a step more than that saves, and
-        more than predictions are off anyway, in few steps that are as full as the streams' pace allows.
+        streams' pace leaves, or what first tokens need, if that is more and streams live on their slack. Where only
+        ends are promised they come first, as more decodes make each cheaper, unless a deadline leaves its tokens less
+        time than steps would take then. In every step a little, so that all steps hide the weights; but where launching
+        chunks costs a step more than that saves, and more than predictions are off anyway, in few steps that are as
+        full as the streams' pace allows.
         """
-        units, draft, verdicts = self._standing.units, self._draft, self._standing.verdicts
+        standing, draft = self._standing, self._draft
+        units, verdicts = standing.units, standing.verdicts
         token_s = max(units.chunk_s(1.0), 1e-12)
         self._room_s = math.inf
         if not draft.decodes:  # as many as there are, unless somebody has to be back before the step would be over
-            room_s = max(self._standing.next_return - now, 0.0)
+            room_s = max(standing.next_return - now, 0.0)
             return max(self._kv.page_size, int(min(draft.budget, room_s / token_s))) if room_s else draft.budget
         base_s = self._seconds()
         free_s = max(units.weights_s - units.token_s * draft.decodes, 0.0)  # hidden behind reading the weights
-        share = MARGIN * verdicts.prefill_load
-        if verdicts.load < BUSY:
+        share = needed = MARGIN * verdicts.prefill_load
+        if standing.tightest == math.inf:
+            share = max(share, 1.0 - verdicts.decodes_soon)
+        elif verdicts.load < BUSY:
             share = max(share, 1.0 - verdicts.decode_load)
-        share = min(share, 0.99)
-        room_s = STEP_SHARE * self._standing.tightest - base_s
+        share = min(share, max(needed, 1.0 - base_s / (STEP_SHARE * standing.hurry)), 0.99)
+        room_s = STEP_SHARE * standing.tightest - base_s
+        if room_s == math.inf:  # late as they are, somebody reads them; but who was promised what cannot be has no say
+            room_s = max(STEP_SHARE * standing.late_pace - base_s, LATE_CHUNKS * base_s)
         if units.pieces_s <= max(free_s, LEAST_OUTLIER * base_s):  # so little may be learnt where it costs nothing
             chunk_s = max(min((base_s - free_s) * share / (1.0 - share), room_s), 0.0)
             tokens = max(self._kv.page_size, int(max(chunk_s, free_s) / token_s))
@@ -384,8 +395,11 @@ class Rota(BatchScheduler):
     def _let_in(self, sequence: Sequence, now: float) -> None:
         standing, roster = self._standing, self._roster
         self._waiting.remove(sequence)
-        if sequence.kept or standing.tightest == math.inf:  # steps are to keep its pace before a look says so
-            standing.tightest = min(standing.tightest, float(roster.pace[sequence.row]))
+        pace = float(roster.pace[sequence.row])  # which steps are to keep before a look says so
+        if sequence.kept:
+            standing.tightest = min(standing.tightest, pace)
+        else:
+            standing.late_pace = min(standing.late_pace, pace)
         roster.fresh.append(sequence.row)  # what a look under way will say of it is about one that waits
         self._draft.init.append(self._start(sequence, now))
         if self._draft.budget > 0 and self._can_wait(sequence):
@@ -441,7 +455,10 @@ class Rota(BatchScheduler):
             yield from sorted((s for s in self._running if not s.kept), key=lambda s: (-s.arrival, s.id))
         if self._rotation is None or self._turns < 1.0:
             return
-        worth = now + max(0.0, slack) + TURNS * self._kv.num_blocks * self._block_s()
+        turn_s = TURNS * self._kv.num_blocks * self._block_s()
+        if slack > max(PRESSING_S, turn_s):
+            return  # a place will be free before
+        worth = now + max(0.0, slack) + turn_s
         for victim in self._standing.victims():  # in the order of the last look: since then all have come on alike
             if victim.kept and victim.status is Status.RUNNING:
                 if self._due(victim, self._standing.early_s) <= worth:

@@ -40,6 +40,7 @@ LEFTOVER_SHARE = 0.05  # of the machine's time, for leftovers however much is pr
 EARLY_STEPS = 5.0
 SMOOTHING = 0.1  # weight of the newest step
 FRESH_S = 0.2  # how old the curves of lengths and what is foreseen may be: both are of what has been in seconds
+PRESSING_S = 1.0  # whose work must begin sooner is let in by that alone
 PATIENCE_S = 30.0  # a leftover that has waited so long may displace others
 
 
@@ -57,9 +58,11 @@ class Standing:
     """What a policy of promises knows of its sequences, as of the last look; the roster is kept up to date beside.
 
     programs: what callers said of calls that are part of one.
-    units: what work costs now. verdicts: of the last triage. step_s: of a step, smoothed. promised: kept sequences, and
-    kept_s the machine time that all of them still ask for.
-    tightest: pace of the kept residents that promise most; of all residents, where no kept one has a pace.
+    units: what work costs now. verdicts: of the last triage. step_s: of a step, smoothed; quick_s: of one without
+        prompts, the quickest that an answer can go on. promised: kept sequences, and kept_s the machine time that all
+        of them still ask for.
+    tightest: the shortest time between tokens that a kept resident was promised; late_pace: that any resident was.
+    hurry: the shortest time for a token that the deadline of a kept resident leaves it, and is enough as steps are now.
     asked: prompt tokens that the kept are still to compute.
     outputs: how long answers will be, of all kinds together.
     next_return: when the first of the kept that are rotated out has to be let in.
@@ -84,12 +87,12 @@ class Standing:
         self._curves: dict[str | None, Curve | Guess] = {}  # by kind, and until when
         self._curves_until = self._soon_until = -math.inf
         self._soon: _Soon | None = None
-        self.tightest = math.inf
+        self.tightest = self.late_pace = self.hurry = math.inf
         self.next_return = math.inf
         self.promised = 0
         self.outputs: Curve | Guess = Guess()
         self.kept_s = 0.0
-        self.step_s = 0.02
+        self.step_s = self.quick_s = 0.02
         self._square_s = self.step_s**2
         self.asked = 0.0
         self._matmul_s = 0.0
@@ -127,6 +130,8 @@ class Standing:
         running = roster.update(residents)
         is_resident[running] = True
         self._room = self._room_now(running)
+        decodes_s = units.decode_s * len(running) + units.kv_s * float(roster.context[running].sum())
+        self.quick_s = min(self.step_s, units.weights_s + units.step_s + decodes_s)
         rows = np.flatnonzero(roster.hopeful)  # who may still be kept: all below is about these
         table, kinds, names, here = roster.columns(rows), roster.kind[rows], roster.kinds, is_resident[rows]
         under_way, asked = roster.produced[roster.produced > 0.0], self.asked
@@ -141,11 +146,11 @@ class Standing:
         left = self._left(seen, kinds, names, under_way)
         due, pace = seen.next_due(left, self.step_s)
         prefill_s, link_s = units.prefill_s(seen.prefill, seen.context - seen.prefill), seen.load * block_s
-        at_best = due
+        at_best = seen.next_due(left, self.quick_s)[0]
         if self.programs:
             own_s = left * self.step_s
             ends = seen.deadline - own_s <= due  # what is due is its end, not a stream's next token
-            at_best = due + np.where(ends, self.programs.spread_s[rows], 0.0)
+            at_best = at_best + np.where(ends, self.programs.spread_s[rows], 0.0)
             due = np.where(ends, self.programs.wanted(rows, due, own_s, now), due)
         late = at_best - now < prefill_s + link_s
         late &= ~here | (prefill_s > 0.0)
@@ -188,10 +193,12 @@ class Standing:
         self._age(now)
         runs = np.flatnonzero(mine & here)
         self._ahead, self._victims = (rows[runs], seen.id[runs], due[runs], ended), None
-        running = residents.rows()
-        self.tightest = float(pace[runs].min(initial=math.inf))
-        if self.tightest == math.inf:  # late as they are, somebody reads them
-            self.tightest = float(roster.pace[running].min(initial=math.inf))
+        running = residents.rows()  # also who was let in since the look began
+        paces = roster.pace[running]
+        self.tightest = float(paces[roster.kept[running] & ~roster.late[running]].min(initial=math.inf))
+        self.late_pace = float(paces.min(initial=math.inf))
+        in_time = runs[due[runs] > now]
+        self.hurry = float(((seen.deadline[in_time] - now) / left[in_time]).min(initial=math.inf))
         residents.tell(roster.kept)
 
         yield Slice("who is next", 45 + len(rows) / 20 + len(roster.live) / 100)
@@ -205,7 +212,8 @@ class Standing:
         rest = roster.live & ~roster.kept  # those who have come since run already, or are new
         rest[: len(is_resident)] &= ~is_resident
         self._settled = ended if not len(waits) and streams.all() else -1
-        self.line.put(rows[waits], seen.id[waits], start, last, np.flatnonzero(rest))
+        cost_s = (together_s + (left * token_s)[waits]) / seen.weight[waits]
+        self.line.put(rows[waits], seen.id[waits], now + turn(start - now, cost_s), last, np.flatnonzero(rest))
 
     @property
     def is_settled(self) -> bool:
@@ -218,17 +226,26 @@ class Standing:
             return np.ones(len(rows), dtype=bool)
         return self.roster.live[rows] & (self.roster.id[rows] == ids)
 
+    def expect(self, sequence: Sequence) -> None:
+        """How long the answer to a new sequence will be, until a look says so."""
+        roster, row = self.roster, sequence.row
+        most = roster.most[row : row + 1]
+        expected = float(roster.expected[row]) or float(self.outputs.below(most)[0])
+        roster.left[row] = max(1.0, min(float(most[0]), expected))
+
     def is_worth(self, sequence: Sequence) -> bool:
         """Whether a new sequence is worth as much for its cost as any prefill that was let go at the last look."""
         if not self.verdicts.cut or self.programs.number[sequence.row]:  # a program's worth is not that of one call
             return True
+        first = FIRST_TOKEN if self.roster.base[sequence.row] < math.inf else 0.0
+        prefill_s, decode_s = self.cost_of(sequence)
+        return prefill_price(float(self.roster.weight[sequence.row]), first, decode_s, prefill_s) >= self.verdicts.cut
+
+    def cost_of(self, sequence: Sequence) -> tuple[float, float]:
+        """Machine time of what is left of its prefill, and of its tokens to come, as of the last look."""
         roster, row, units = self.roster, sequence.row, self.units
-        most = roster.most[row : row + 1]
-        left = max(1.0, min(float(most[0]), float(roster.expected[row]) or float(self.outputs.below(most)[0])))
-        prefill_s = units.prefill_s(float(roster.prefill[row]), float(roster.context[row] - roster.prefill[row]))
-        token_s = units.kv_s * (float(roster.context[row]) + left / 2) + self._own_s
-        first = FIRST_TOKEN if roster.base[row] < math.inf else 0.0
-        return prefill_price(float(roster.weight[row]), first, left * token_s, prefill_s) >= self.verdicts.cut
+        left, context, prefill = float(roster.left[row]), float(roster.context[row]), float(roster.prefill[row])
+        return units.prefill_s(prefill, context - prefill), left * (units.kv_s * (context + left / 2) + self._own_s)
 
     def _age(self, now: float) -> None:
         """The leftover whose turn it is, however much is promised to others: the oldest, if it waits since long."""
@@ -345,6 +362,22 @@ class Standing:
             sequences = [self.roster.sequences[row] for row in rows[order].tolist()]
             self._victims = [sequence for sequence in sequences if sequence is not None]
         return self._victims
+
+
+def turn(start: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    """By what the kept are let in, and keep their places: when their work must begin, in `start` seconds; of those with
+    time the cheapest for its worth before all that have about as much, as they double: it is the last that would be
+    let go, and the first to be done. cost: seconds of the machine for all that is left, by worth.
+    """
+    least = np.exp2(np.floor(np.log2(np.maximum(start, PRESSING_S))))
+    return np.where(start > PRESSING_S, least * (1.0 + cost / (1.0 + cost)), start)
+
+
+def turn_of_one(start: float, cost: float) -> float:
+    """The same of one alone, as quick as a number can be."""
+    if not PRESSING_S < start < math.inf:
+        return start
+    return 2.0 ** math.floor(math.log2(start)) * (1.0 + cost / (1.0 + cost))
 
 
 def _deviation(works: np.ndarray, count: int) -> float:

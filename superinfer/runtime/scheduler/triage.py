@@ -25,6 +25,7 @@ from superinfer.runtime.scheduler.slices import Slice, finish
 
 # Seconds ahead at which supply and demand are compared: from a few steps to about as long as an answer takes.
 HORIZONS = np.array([0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+SOON_S = 1.0  # for so long it is seen what decodes ask for now
 MOST = 4096  # requests, the most worth their cost: beyond them none would fit, and looking takes time
 # Horizons computed at once: of more entries than FEW one by one would cost calls, all at once the work of those let go
 # early; of fewer, calls are all it costs.
@@ -78,6 +79,7 @@ class Verdicts(NamedTuple):
 
     prefill_load, decode_load, load: the most that the kept prefills, streams and both are expected to ask for of any
         horizon's time.
+    decodes_soon: as decode_load, of the horizons up to SOON_S.
     cut: the highest price (`prefill_price`) of a prefill that is let go; 0 if none is.
     """
 
@@ -86,6 +88,7 @@ class Verdicts(NamedTuple):
     prefill_load: float
     decode_load: float
     load: float
+    decodes_soon: float = 0.0
     cut: float = 0.0
 
 
@@ -307,4 +310,5 @@ def _verdicts(entries: _Entries, demand: Demand) -> Verdicts:
     np.subtract(share, counted[0], out=counted[1])
     loads = entries.works @ counted.T / HORIZONS[:, None]
     prefill_load, decode_load = loads.max(axis=0).tolist()
-    return Verdicts(prefills, streams, prefill_load, decode_load, float(loads.sum(axis=1).max()))
+    soon = float(loads[HORIZONS <= SOON_S, 1].max())
+    return Verdicts(prefills, streams, prefill_load, decode_load, float(loads.sum(axis=1).max()), soon)

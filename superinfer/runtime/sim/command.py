@@ -37,6 +37,9 @@ def simulate(
         str,
         typer.Option(help="Promises: ttft=1,tbt=0.1,deadline=30,weight=2. Classes: '0.8: ttft=1; 0.2: deadline=60'."),
     ] = "ttft=1,tbt=0.1",
+    max_tokens: Annotated[
+        int, typer.Option(help="What requests ask for, though answers end before; 0: as long as these are.")
+    ] = 0,
     kv_tokens: Annotated[int | None, typer.Option(help="KV pool, in tokens.", show_default="what fits")] = None,
     dram_tokens: Annotated[int, typer.Option(help="A second KV tier in host memory, in tokens; 0: none.")] = 0,
     max_batch_size: Annotated[int, typer.Option(help="Sequences in one step.")] = 1024,
@@ -66,7 +69,15 @@ def simulate(
     points = []
     for at in rates:
         jobs = make_jobs(
-            workload, rate=at, duration=duration, seed=seed, trace=trace, arrivals=arrivals, slos=classes, turns=turns
+            workload,
+            rate=at,
+            duration=duration,
+            seed=seed,
+            trace=trace,
+            arrivals=arrivals,
+            slos=classes,
+            turns=turns,
+            max_tokens=max_tokens,
         )
         for name in _parts(policy):
             config = SimConfig(

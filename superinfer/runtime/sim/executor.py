@@ -16,6 +16,7 @@ from superinfer.runtime.scheduler.cost import StepLoad, StepRates
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 
 DUMMY_TOKEN = 0
+END_TOKEN = 1  # of an answer that ends before its max_tokens
 
 
 PER_BUCKET = 8  # decodes: what steps of decodes alone are padded to
@@ -66,9 +67,11 @@ class SimStep(NamedTuple):
 
 
 class SimExecutor:
-    """Implements `Executor`. What is sampled ends nothing: outputs end at their max_tokens.
+    """Implements `Executor`.
 
     answers: by a sequence's seed, the id of every token that is sampled for it; DUMMY_TOKEN where none are given.
+    lengths: by seed, of how many tokens the last one is END_TOKEN. Where none or 0 is given outputs end at their
+        max_tokens.
 
     Steps are timed by `rates`, one after another; copies by `link`, as docs/duplexkv.md orders them: a plan's copies
     start when the steps before it are done, its work when those it waits for are over. It has no clock of its own:
@@ -91,6 +94,7 @@ class SimExecutor:
         spread: float = 0.0,
         seed: int = 0,
         answers: Sequence[int] = (),
+        lengths: Sequence[int] = (),
     ) -> None:
         self.rates = rates
         self.limits = limits
@@ -105,8 +109,9 @@ class SimExecutor:
         self._spread, self._random = spread, np.random.default_rng(seed)
         self.free_at = 0.0
         self._slots: set[int] = set()
-        self._answers = answers
+        self._answers, self._lengths = answers, lengths
         self._sampled = np.full(limits.num_slots, DUMMY_TOKEN)  # by slot
+        self._last = np.full(limits.num_slots, -1)  # by slot, where the last token of its answer is
         self._done: deque[tuple[StepResult, SimStep]] = deque()
 
     def submit(self, plan: StepPlan) -> None:
@@ -116,7 +121,10 @@ class SimExecutor:
         if self._answers:
             for init in plan.init:
                 self._sampled[init.slot] = self._answers[init.seed]
-        tokens = {work.slot: int(self._sampled[work.slot]) for work in plan.others if work.sample}
+        if self._lengths:
+            for init in plan.init:
+                self._last[init.slot] = len(init.prompt) + self._lengths[init.seed] - 1
+        tokens = {work.slot: self._token(work.slot, work.start + work.length) for work in plan.others if work.sample}
         decoding = plan.decodes.slots.tolist()
         unknown = {*tokens, *decoding} - self._slots
         if unknown:
@@ -132,9 +140,13 @@ class SimExecutor:
         self._chunks = quirks.later(chunks, compute_s, load.tokens > load.decodes)
         self.free_at = end = begin + compute_s
         copied, use = self._copied(end, stall_s=begin - start if plan.has_work else 0.0)
-        decoded = self._sampled[plan.decodes.slots]
+        slots = plan.decodes.slots
+        decoded = np.where(plan.decodes.positions + 1 == self._last[slots], END_TOKEN, self._sampled[slots])
         result = StepResult(plan.step, tokens, elapsed=end - start, copied=copied, link=use, decoded=decoded)
         self._done.append((result, SimStep(load, compute_s, end)))
+
+    def _token(self, slot: int, position: int) -> int:
+        return END_TOKEN if position == self._last[slot] else int(self._sampled[slot])
 
     def collect(self) -> StepResult:
         """The result of the oldest step not collected; `last` then says what it was."""

@@ -25,7 +25,7 @@ from superinfer.runtime.scheduler.cost import StepCost, StepLoad, StepRates
 from superinfer.runtime.scheduler.registry import build_scheduler
 from superinfer.runtime.scheduler.rota import Rota
 from superinfer.runtime.scheduler.sequence import Sequence, SequenceUpdate
-from superinfer.runtime.sim.executor import NO_QUIRKS, Quirks, SimExecutor
+from superinfer.runtime.sim.executor import END_TOKEN, NO_QUIRKS, Quirks, SimExecutor
 from superinfer.runtime.sim.hardware import HardwareProfile
 from superinfer.runtime.sim.result import Movement, Passed, Quantiles, Residency, SimResult
 from superinfer.runtime.sim.shapes import ModelShape
@@ -141,6 +141,7 @@ def simulate(
     executor = SimExecutor(
         rates, limits, depth=config.depth, tier=tier, link=link, paces=config.paces, quirks=config.quirks,
         spread=config.spread, seed=config.spread_seed, answers=[job.answer for job in jobs],
+        lengths=[job.output_length if job.ends_early else 0 for job in jobs],
     )  # fmt: skip
     run = _Run(scheduler, executor, StepCost(rates), config, on_end)
     with spared_collector():  # as in the engine
@@ -286,7 +287,8 @@ class _Run:
 
     def _arrive(self, number: int, job: Job, arrival: float) -> None:
         tally = self._tally
-        if job.prompt_length + job.output_length > self._executor.limits.max_model_len:
+        room = self._executor.limits.max_model_len - job.prompt_length
+        if job.output_length > room:
             tally.refused += 1
             return
         if tally.first is None:
@@ -297,10 +299,11 @@ class _Run:
             id=number,
             prompt=job.prompt(),
             arrival=arrival,
-            max_tokens=job.output_length,
+            max_tokens=min(max(job.max_tokens, job.output_length), room),
             sampling=IGNORE_EOS,
             slo=job.slo,
             seed=number,
+            stop_ids=(END_TOKEN,) if job.ends_early else (),
         )
         self._scheduler.add(sequence)
 

@@ -24,6 +24,7 @@ class Job(NamedTuple):
 
     blocks: one id for each `block` tokens of the prompt; prompts share the prefix over which their ids are equal.
     answer: the id of every token that it is answered with. filled: what blocks hold whose tokens are not all their id.
+    max_tokens: what the request asks for; if that is more than `output_length`, nobody knows when the answer will end.
     """
 
     at: float
@@ -34,6 +35,12 @@ class Job(NamedTuple):
     slo: SLO | None = None
     answer: int = 0
     filled: Mapping[int, Iterable[int]] | None = None
+    max_tokens: int = 0
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether the answer is shorter than the request lets it be."""
+        return self.max_tokens > self.output_length
 
     def prompt(self) -> list[int]:
         """Token ids: every token of a block is the block's id unless it is `filled`, so equal ids are equal tokens."""
@@ -80,6 +87,7 @@ def make_jobs(
     arrivals: str = "poisson",
     slos: Sequence[tuple[float, SLO]] = (),
     turns: bool = False,
+    max_tokens: int = 0,
 ) -> list[Job]:
     """Jobs of `duration` seconds at `rate` a second, in order of arrival. The same seed gives the same jobs.
 
@@ -88,13 +96,17 @@ def make_jobs(
     arrivals: "poisson", or "trace": the trace's own times, stretched to the rate, from a random point on.
     slos: (share, SLO) of classes that each job is drawn into; shares need not sum to 1. Empty: no SLO.
     turns: prompts have the answers in them that they follow, as `as_turns` says; "mooncake" only.
+    max_tokens: what every request asks for, though its answer ends before; 0: as long as its answer is.
 
-    Raises InvalidRequestError for an unknown workload, a missing or malformed trace, a rate or duration not above 0.
+    Raises InvalidRequestError for an unknown workload, a missing or malformed trace, a rate or duration not above 0,
+    and max_tokens below 0.
     """
     if turns and workload != "mooncake":
         raise InvalidRequestError(f"--turns: prompts of workload {workload!r} follow no answers; those of mooncake do")
     if not (math.isfinite(rate) and rate > 0 and math.isfinite(duration) and duration > 0):
         raise InvalidRequestError(f"rate={rate} and duration={duration} must be finite and above 0")
+    if max_tokens < 0:
+        raise InvalidRequestError(f"max_tokens={max_tokens} must be above 0, or 0 for as many as the answer has")
     if arrivals not in ("poisson", "trace"):
         raise InvalidRequestError(f"arrivals={arrivals!r} must be poisson or trace")
     rng = np.random.default_rng(seed)
@@ -110,7 +122,7 @@ def make_jobs(
     for number, (shape, at, slo) in enumerate(zip(shapes, times, classes, strict=False)):
         # Ids of single-block prompts are negative: they share with nothing, least of all with a trace's own ids.
         blocks, block = (shape.blocks, MOONCAKE_BLOCK) if shape.blocks else ((-1 - number,), shape.prompt_length)
-        jobs.append(Job(float(at), shape.prompt_length, shape.output_length, blocks, block, slo))
+        jobs.append(Job(float(at), shape.prompt_length, shape.output_length, blocks, block, slo, max_tokens=max_tokens))
     return as_turns(jobs) if turns else jobs
 
 

@@ -276,6 +276,52 @@ def test_requests_without_a_promise_get_what_is_left_and_all_of_it():
     assert rota.duration <= 1.15 * fcfs.duration  # the batch is last, and its last answers stand alone
 
 
+def at_once(policy: str, slo: SLO, count: int = 150) -> tuple[SimResult, float]:
+    """All requests within 50 ms, and the mean of the seconds that each took."""
+    jobs = make_jobs("sharegpt", rate=20.0 * count, duration=0.05, seed=1, slos=((1.0, slo),))
+    took: list[float] = []
+    config = SimConfig(policy=policy, kv_tokens=24_576, dram_tokens=524_288, depth=2)
+    result = simulate(jobs, H200, LLAMA, config, lambda s: took.append(s.finished_at - s.arrival))
+    return result, sum(took) / len(took)
+
+
+def test_where_only_ends_are_promised_steps_are_as_full_and_answers_as_soon_as_anywhere():
+    (rota, took), *others = (at_once(policy, SLO(deadline=60.0)) for policy in ("rota", "fcfs", "sjf"))
+    assert rota.met == 1.0
+    assert rota.duration <= 1.05 * min(result.duration for result, _ in others)
+    assert took <= 1.05 * min(seconds for _, seconds in others)
+
+
+def test_of_those_that_cannot_all_end_in_time_it_begins_with_whom_it_will_keep():
+    rota, fcfs, sjf = (at_once(policy, SLO(deadline=4.0))[0] for policy in ("rota", "fcfs", "sjf"))
+    assert max(fcfs.met, sjf.met) < 0.9
+    assert rota.met >= max(fcfs.met, sjf.met) + 0.02
+
+
+def all_promised(slo: SLO, policy: str, rate: float = 28.0, max_tokens: int = 0) -> SimResult:
+    """More than the machine can do at once, at 28/s; all of them with this promise."""
+    jobs = [job._replace(slo=slo, max_tokens=max_tokens) for job in long_prompts(seed=1, rate=rate, count=360)]
+    config = SimConfig(policy=policy, kv_tokens=100_000, dram_tokens=524_288, depth=2)
+    return simulate(jobs, H200, LLAMA, config)
+
+
+def test_a_stream_that_is_to_end_in_time_too_is_kept_as_often_as_by_any_baseline():
+    slo = SLO(ttft=1.0, tbt=0.1, deadline=20.0)
+    rota, sjf = (all_promised(slo, policy) for policy in ("rota", "sjf"))
+    assert rota.met >= sjf.met + 0.05
+
+
+def test_nobody_is_given_up_because_its_answer_could_be_longer_than_there_is_time_for():
+    rota, fcfs = (all_promised(SLO(deadline=8.0), policy, 22.0, max_tokens=4096) for policy in ("rota", "fcfs"))
+    assert rota.met >= fcfs.met - 0.03
+
+
+def test_what_no_step_can_keep_costs_nobody_anything():
+    rota, fcfs = (all_promised(SLO(ttft=0.01, tbt=0.003), policy) for policy in ("rota", "fcfs"))
+    assert rota.met == fcfs.met == 0.0
+    assert rota.duration <= 1.03 * fcfs.duration
+
+
 @pytest.mark.parametrize("aware", [True, False])
 def test_who_shares_what_a_resident_holds_asks_for_memory_for_its_own_tokens_only(aware):
     """A pool of 400 blocks, 201 of them one resident's; 30 sharers of 200 of these need 5 more each, and all fit. Taken

@@ -11,7 +11,7 @@ from superinfer.runtime.scheduler.cost import StepCost, StepRates
 from superinfer.runtime.scheduler.residents import Residents
 from superinfer.runtime.scheduler.sequence import Sequence
 from superinfer.runtime.scheduler.slices import finish
-from superinfer.runtime.scheduler.standing import Standing, _deviation
+from superinfer.runtime.scheduler.standing import Standing, _deviation, turn, turn_of_one
 from superinfer.runtime.scheduler.triage import Demand
 from superinfer.runtime.sim.hardware import profile_of
 from superinfer.runtime.sim.shapes import shape_of
@@ -24,6 +24,14 @@ def test_the_deviation_is_that_of_the_work_of_a_poisson_number_of_requests(rate)
     kinds = rng.lognormal(0.0, 1.0, 400)
     sums = np.array([rng.choice(kinds, rng.poisson(rate)).sum() for _ in range(4000)])
     assert _deviation(kinds, rate) == pytest.approx(float(sums.std() / sums.mean()), rel=0.1)
+
+
+def test_of_those_with_time_the_cheapest_is_next_and_nobody_before_who_has_half_its_time():
+    start, cost = np.array([-0.5, 0.2, 0.99, 5.0, 7.9, 8.1, 500.0]), np.array([9.0, 8.0, 0.1, 6.0, 0.5, 0.01, 1e-9])
+    turns = turn(start, cost)
+    assert turns[:3] == pytest.approx(start[:3])  # pressing: cost is nothing
+    assert np.argsort(turns).tolist() == [0, 1, 2, 4, 3, 5, 6]
+    assert turns == pytest.approx([turn_of_one(*one) for one in zip(start.tolist(), cost.tolist(), strict=True)])
 
 
 def test_what_is_learnt_of_lengths_is_told_a_fifth_of_a_second_later_at_the_latest():

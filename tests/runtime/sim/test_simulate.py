@@ -323,6 +323,23 @@ def test_an_answer_is_found_again_after_its_turn_was_preempted():
     assert ended[2].cached == 1209 // 16 * 16
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_an_answer_ends_where_it_ends_though_it_was_asked_for_more(depth):
+    config, produced, asked = SimConfig(policy="rota", depth=depth, max_model_len=2000), {}, {}
+
+    def ended(sequence):
+        produced[sequence.id], asked[sequence.id] = sequence.num_output, sequence.max_tokens
+        assert sequence.finish_reason == ("stop" if sequence.max_tokens > sequence.num_output else "length")
+
+    lengths = [1, 2, *(40 + 7 * at for at in range(50))]  # some while they are in a cohort
+    jobs = [job(0.0, 100, length, at)._replace(max_tokens=(3000, 60)[at % 2]) for at, length in enumerate(lengths)]
+    result = simulate(jobs, H100, LLAMA, config, ended)
+    assert produced == dict(enumerate(lengths))
+    # No more than fits the context, and no less than the answer is to have.
+    assert asked == {at: (1900, max(60, length))[at % 2] for at, length in enumerate(lengths)}
+    assert result.requests == len(jobs)
+
+
 def test_what_is_longer_than_the_engine_takes_is_refused_and_the_rest_runs():
     result = simulate([job(0.0, 5000, 10), job(0.0, 100, 10, 1)], H100, LLAMA, SimConfig(kv_tokens=4096))
     assert (result.requests, result.refused) == (1, 1)

@@ -148,6 +148,7 @@ def test_classes_are_drawn_by_their_shares():
         ({"workload": "sharegpt", "arrivals": "trace"}, "no times of its own"),
         ({"workload": "sharegpt", "arrivals": "bursty"}, "poisson or trace"),
         ({"workload": "sharegpt", "rate": 0.0}, "above 0"),
+        ({"workload": "sharegpt", "max_tokens": -1}, "max_tokens=-1 must be above 0"),
         ({"workload": "sharegpt", "duration": float("nan")}, "above 0"),
     ],
 )
