@@ -52,7 +52,7 @@ class Instant(Backend):
     def encode(self, text: str, *, special: bool) -> list[int]:
         raise NotImplementedError
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def piece(self, token_id: int) -> str:
         raise NotImplementedError
 
     def render_chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **_: Any) -> str:
