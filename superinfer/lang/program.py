@@ -62,7 +62,7 @@ class Function:
         self.deadline = check_deadline(deadline)
         self.slo = check_slo(slo)
         self.slo_class = slo_class
-        self.history = history if isinstance(history, History) else History(history)
+        self.history = History.of(history)
         self.planner = Planner(self.name, self.history)
         self.bound = dict(bound or {})
         self.backend = backend
