@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import itertools
 import os
 import uuid
@@ -152,7 +153,7 @@ class AsyncEngineClient:
         `generate` and `score` are made of it. `sink` must not raise, and must not call `open` or `release`.
         """
         if self._dead is not None:
-            raise self._dead
+            raise _afresh(self._dead)
         if request.request_id in self._streams:
             raise InvalidRequestError(
                 f"request id {request.request_id!r} is already in use on this connection; give a new one"
@@ -167,7 +168,7 @@ class AsyncEngineClient:
     def open_soon(self, request: Generate | Score, sink: Sink) -> None:
         """`open` for callers that cannot wait. A link that breaks just now is told to `sink`. Raises like `open`."""
         if self._dead is not None:
-            raise self._dead
+            raise _afresh(self._dead)
         if request.request_id in self._streams:
             raise InvalidRequestError(
                 f"request id {request.request_id!r} is already in use on this connection; give a new one"
@@ -290,7 +291,7 @@ class AsyncEngineClient:
 
     async def _send(self, message: protocol.Message) -> None:
         if self._dead is not None:
-            raise self._dead
+            raise _afresh(self._dead)
         self._send_soon(message)
 
     def _send_soon(self, message: protocol.Message) -> None:
@@ -403,12 +404,17 @@ class AsyncEngineClient:
         if self._dead is None:
             self._dead = error
         if not self._welcome.done():
-            self._welcome.set_exception(self._dead)
+            self._welcome.set_exception(_afresh(self._dead))
         for stream in list(self._streams.values()):
-            stream(self._dead)
+            stream(_afresh(self._dead))
         for answer in self._answers.values():
             if not answer.done():
-                answer.set_exception(self._dead)
+                answer.set_exception(_afresh(self._dead))
+
+
+def _afresh(error: Exception) -> Exception:
+    """The same error, never raised: one that is raised again and again keeps the frames of all who ever got it."""
+    return copy.copy(error)
 
 
 def _error_of(failed: Failed) -> Exception:
