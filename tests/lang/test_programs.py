@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+import warnings
 
 import pytest
 from scripted_client import ScriptedClient
 
 import superinfer as si
+from superinfer.lang import program as program_module
 
 
 def test_text_is_kept_and_generation_continues_it(model: ScriptedClient) -> None:
@@ -568,6 +570,26 @@ def test_an_error_nobody_read_stays_in_the_state_with_a_warning(model: ScriptedC
             state[name]
     assert len(model.requests) == 1
     assert state.slo_report().rows[0].error == "EngineDeadError: gone"
+
+
+def test_warnings_of_programs_that_failed_are_not_remembered_for_ever(model: ScriptedClient, monkeypatch) -> None:
+    @si.function
+    def program(s, number):
+        s += si.gen(f"x{number}")
+
+    def answer(prompt: str) -> str:
+        raise si.EngineDeadError(f"gone, the {len(model.requests)}th")
+
+    monkeypatch.setattr(program_module, "MOST_WARNED", 10)
+    model.answer = answer
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for number in range(40):
+            program.run(number)
+    assert len(caught) == 40
+    assert {(one.filename, "gone, the" in str(one.message)) for one in caught} == {(__file__, True)}
+    assert not any("gone, the" in str(key) for key in globals().get("__warningregistry__", ()))
+    assert len(program_module._warned) <= 12  # one more than that, and what Python adds of its own
 
 
 def test_a_program_without_a_backend_says_what_to_do() -> None:
