@@ -97,7 +97,7 @@ class AsyncEngineClient:
         self._tokens = itertools.count(1)
         self._dead: Exception | None = None
         self._is_lost = False  # dead by a broken link alone: the engine may answer again
-        self._name = ""
+        self.name = ""  # as the engine was told
         self._closed = False
         self._loop = asyncio.get_running_loop()
         self._welcome: asyncio.Future[protocol.ToClient] = self._loop.create_future()
@@ -121,7 +121,7 @@ class AsyncEngineClient:
                     f"engine address {address!r} is not usable ({error}); use ipc://PATH or tcp://HOST:PORT"
                 ) from error
             client._loop.add_reader(client._fd, client._receive)
-            client._name = name or f"pid {os.getpid()}"
+            client.name = name or f"pid {os.getpid()}"
             client._say_hello()
             try:
                 answer = await asyncio.wait_for(client._welcome, timeout)
@@ -286,7 +286,7 @@ class AsyncEngineClient:
 
     def _say_hello(self) -> None:
         """Without waiting: it is sent as soon as there is a link."""
-        self._socket.send(protocol.encode(Hello(version=PROTOCOL_VERSION, client=self._name)), zmq.NOBLOCK)
+        self._socket.send(protocol.encode(Hello(version=PROTOCOL_VERSION, client=self.name)), zmq.NOBLOCK)
         self._receive_soon()
 
     async def _send(self, message: protocol.Message) -> None:
