@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Mapping
-from itertools import chain
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import chain, islice
 from types import MappingProxyType
 
 from superinfer.errors import (
@@ -51,7 +51,8 @@ IDLE_S = 2.0  # without a request, until what a later one may need is made ready
 LOOK_S = 2e-3  # how often it is seen, while planning is put off, whether the device is done sooner than foreseen
 COMPILING_POLL_MS = 2  # while nothing computes and a grammar is being compiled
 NOTHING: Mapping[bytes, list[SequenceDelta]] = MappingProxyType({})
-PULSE_S = 1.0  # how long a client that has gone is remembered, and its requests go on, at most
+PULSE_S = 1.0  # how long the requests of a client that has gone may go on at most
+PULSED = 64  # clients without requests that are sent to at each pulse, in turn: one that has gone is soon forgotten
 
 
 class EngineLoop:
@@ -87,6 +88,7 @@ class EngineLoop:
         self._counters = Counters()
         self._attainment = Attainment()
         self._started = self._turned = self._pulsed = self._read = time.monotonic()
+        self._round: Iterator[bytes] = iter(())  # of all clients, who are pulsed in turn
         self._prepare = prepare
         self._busy = self._started  # when there was a request last
         self._stop_reason = ""
@@ -363,7 +365,10 @@ class EngineLoop:
         now = time.monotonic()
         if now - self._pulsed > PULSE_S:
             self._pulsed = now
-            for client in list(self._door.clients):
+            some = tuple(islice(self._round, PULSED))
+            if len(some) < PULSED:
+                self._round = iter(tuple(self._door.clients))
+            for client in {*self._live, *some}:
                 self._door.send(client, Deltas(deltas=[]))
         for client in list(self._door.gone):
             self._followers.forget(client)
