@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -138,6 +139,19 @@ def test_an_engine_that_is_started_again_at_its_address_is_served_again(
     kill(another)
     server.process.send_signal(signal.SIGTERM)
     assert server.end()[0] == 0
+
+
+def test_what_is_no_http_is_answered_and_writes_nothing(start: Callable[..., Any], tiny_engine: Any) -> None:
+    """Whoever reaches the port could fill the disk with the log."""
+    command = start("serve", "--port", "0", "--engine", tiny_engine.address)
+    port = int(command.line("serving at").split()[2].split(":")[2].split("/")[0])
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+            connection.sendall(b"what is this\r\n\r\n")
+            assert b" 400 " in connection.recv(1000)
+    command.process.send_signal(signal.SIGTERM)
+    status, _, err = command.end()
+    assert (status, err) == (0, "")
 
 
 def test_serving_a_running_engine_leaves_it_running(start: Callable[..., Any], tiny_engine: Any) -> None:

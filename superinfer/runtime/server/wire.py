@@ -5,6 +5,7 @@ what a client may do to it; see docs/serving.md, *Under load*.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from http import HTTPStatus
 from typing import Any, Literal
@@ -15,6 +16,10 @@ from superinfer.runtime.server.errors import ApiError, bad_request
 # Of a request line and its headers, bytes. The parser joins a header from its pieces: one of 200 MiB takes it a minute,
 # in which no stream goes on.
 MAX_HEAD = 65_536
+
+# In place of uvicorn's, which has a line for all that is no HTTP: whoever reaches the port could fill the disk.
+log = logging.getLogger(__name__)
+log.setLevel(logging.ERROR)
 
 
 def http_protocol(patience_s: float) -> Any:
@@ -31,6 +36,7 @@ def http_protocol(patience_s: float) -> Any:
     class Protocol(HttpToolsProtocol):
         def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given, **named)
+            self.logger = log
             self.is_lost = False
             self.watching: set[Shortcut] = set()  # more than one where a client sends without waiting for answers
             self._awaited: Literal["head", "body", ""] = "head"
