@@ -52,6 +52,7 @@ def http_protocol(patience_s: float) -> Any:
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
+            self._unset_keepalive_if_required()  # a timer that holds on to this, which goes on where it was reset
             self._lose_patience()
             self._forget_unread()
             self.is_lost = True

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -119,6 +120,11 @@ def test_a_request_that_is_over_leaves_nothing_for_the_garbage_collector(served:
                     pass  # and leaves
                 alone.post("/v1/chat/completions", json=asked | {"messages": 5})
                 assert alone.post("/v1/completions", json={"model": "tiny", "prompt": "hi", "max_tokens": 2}).is_success
+        for _ in range(12):  # and some cut the connection that they were to keep
+            with socket.create_connection(("127.0.0.1", httpx.URL(served.url).port), timeout=30) as reset:
+                reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                reset.sendall(b"GET /version HTTP/1.1\r\nhost: here\r\n\r\n")
+                assert b" 200 " in reset.recv(1000)
         assert until(lambda: in_memory() <= before), in_memory()
     finally:
         gc.enable()
