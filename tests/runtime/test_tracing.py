@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
+import weakref
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,17 @@ def test_a_trace_stops_growing_and_stays_whole(tmp_path):
     events = json.loads(path.read_text())
     assert len(events) <= 40 + 5 and any(e["name"] == "the trace is full" for e in events)
     check_nesting(events)
+
+
+def test_a_request_that_was_drawn_goes_when_it_is_over(tmp_path):
+    """At once: an engine looks for circles so seldom that it would be never."""
+    gc.collect()
+    gc.disable()
+    try:
+        tokens = [weakref.ref(sequence.tokens) for sequence in play(tmp_path / "trace.json", [[1, 2, 3], [3, 2]])[0]]
+        assert [each() for each in tokens] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_trace_may_be_full_at_any_event(tmp_path):
