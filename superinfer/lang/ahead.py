@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ class CallsAhead:
     """The calls of one state that were sent before their turn, on the language's loop."""
 
     def __init__(self, executor: StreamExecutor) -> None:
-        self._executor = executor
+        self._executor: StreamExecutor = weakref.proxy(executor)  # whose part this is, and no circle with it
         self._sent: deque[SentCall] = deque()
         self._look: Look | None = None  # None: nothing can be sent ahead just now
         self._looked = 0  # steps at the front of the state's that were looked at

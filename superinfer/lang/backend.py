@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import uuid
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -198,6 +199,7 @@ class TextBackend(Backend):
 class RuntimeEndpoint(TextBackend):
     """A running engine, by its address (ipc://PATH or tcp://HOST:PORT), or a superinfer server (http://HOST:PORT).
 
+    `close` disconnects; so does leaving the `with` block, and so it is when nobody has it any more.
     A server is spoken to over HTTP, with `api_key` where it asks for one, and gives an `OpenAI` backend.
     """
 
@@ -215,6 +217,7 @@ class RuntimeEndpoint(TextBackend):
         self.address = address
         client = language_loop().run(_connect(address, timeout))
         super().__init__(client)
+        weakref.finalize(self, _let_go, client, os.getpid()).atexit = False
         self.extends = client.tokenizer.cuts_anywhere
 
     @property
@@ -231,6 +234,14 @@ async def _connect(address: str, timeout: float) -> TextClient:
     except BaseException:
         await client.close()
         raise
+
+
+def _let_go(client: TextClient, made_in: int) -> None:
+    """The connection of a backend that nobody has any more, should it not have been closed."""
+    if made_in == os.getpid():
+        loop = language_loop().loop
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(lambda: loop.create_task(client.close()))
 
 
 class Runtime(RuntimeEndpoint):

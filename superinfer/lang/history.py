@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import threading
+import weakref
 from pathlib import Path
 
 import msgspec
@@ -82,8 +82,8 @@ class _Book(msgspec.Struct, omit_defaults=True):
 class History:
     """What was learnt of programs, by their names. Safe to share among programs and threads.
 
-    path: a JSON file to begin from, where it exists, and to write at `save` and at the interpreter's end. Raises
-    InvalidRequestError for a file that holds something else.
+    path: a JSON file to begin from, where it exists, and to write at `save`, and when nobody has this object any more,
+    at the latest at the interpreter's end. Raises InvalidRequestError for a file that holds something else.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
@@ -92,14 +92,29 @@ class History:
         self.path = Path(path) if path is not None else None
         self._lock = threading.Lock()
         self._book = _Book()
-        self._changed = False
+        self._changed = threading.Event()  # since it was last written
         if self.path is not None:
             if self.path.exists():
                 try:
                     self._book = msgspec.json.decode(self.path.read_bytes(), type=_Book)
                 except (OSError, msgspec.MsgspecError) as error:
                     raise InvalidRequestError(f"history {str(path)!r} cannot be read ({error}); delete it") from None
-            atexit.register(self._save_quietly)
+            weakref.finalize(self, _save_quietly, self.path, self._book, self._lock, self._changed)
+
+    @classmethod
+    def of(cls, given: History | str | os.PathLike[str] | None) -> History:
+        """The given one, or one of a path: for all who name that path the same, or each would write over what the
+        others have learnt. None: a new one. Raises InvalidRequestError."""
+        if isinstance(given, History):
+            return given
+        if not isinstance(given, (str, os.PathLike)):
+            return cls(given)
+        path = os.path.abspath(given)
+        with _lock:
+            found = _of_path.get(path)
+            if found is None:
+                found = _of_path[path] = cls(given)
+            return found
 
     @property
     def token_s(self) -> float | None:
@@ -146,7 +161,7 @@ class History:
                 i = call.index
                 site.learn(call.tokens, work[i], tails[i], lag[i], gaps.get(i), shares[i], rests[i])
             self._learn_speed(graph.calls)
-            self._changed = True
+            self._changed.set()
 
     def learn_idle(self, name: str, idle: float | None) -> None:
         """A session's turn was followed by another one `idle` seconds after its end; None: by none."""
@@ -159,7 +174,7 @@ class History:
             if idle is not None:
                 learnt.idle += (rate if learnt.followed else 1.0) * (idle - learnt.idle)
             learnt.followed += rate * ((idle is not None) - learnt.followed)
-            self._changed = True
+            self._changed.set()
 
     def _of(self, program: str) -> Learnt | None:
         learnt = self._book.programs.get(program)
@@ -177,17 +192,35 @@ class History:
         """Write the file, whole or not at all. Raises InvalidRequestError without a path, OSError."""
         if self.path is None:
             raise InvalidRequestError("this history has no path; make it with History('file.json')")
-        with self._lock:
-            data = msgspec.json.encode(self._book)
-            self._changed = False
-        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        beside.write_bytes(data)
-        beside.replace(self.path)
+        _write(self.path, self._book, self._lock, self._changed)
 
-    def _save_quietly(self) -> None:
-        if self._changed:
-            with contextlib.suppress(OSError):  # the interpreter ends; nobody is left to tell
-                self.save()
+
+_of_path: weakref.WeakValueDictionary[str, History] = weakref.WeakValueDictionary()
+_lock = threading.Lock()  # of `_of_path`
+
+
+def _after_fork() -> None:
+    """Whoever held the lock when this process was forked is not in it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _write(path: Path, book: _Book, lock: threading.Lock, changed: threading.Event) -> None:
+    with lock:
+        data = msgspec.json.encode(book)
+        changed.clear()
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside.write_bytes(data)
+    beside.replace(path)
+
+
+def _save_quietly(path: Path, book: _Book, lock: threading.Lock, changed: threading.Event) -> None:
+    if changed.is_set():
+        with contextlib.suppress(OSError):  # nobody is left to tell
+            _write(path, book, lock, changed)
 
 
 def _gaps(graph: CallGraph) -> dict[int, float]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import inspect
 import os
+import sys
 import threading
 import time
 import warnings
@@ -62,7 +63,7 @@ class Function:
         self.deadline = check_deadline(deadline)
         self.slo = check_slo(slo)
         self.slo_class = slo_class
-        self.history = history if isinstance(history, History) else History(history)
+        self.history = History.of(history)
         self.planner = Planner(self.name, self.history)
         self.bound = dict(bound or {})
         self.backend = backend
@@ -437,9 +438,18 @@ def function(
     return decorate if func is None else decorate(func)
 
 
+MOST_WARNED = 1024  # warnings of failures remembered, so that none is shown twice; most name a request or a time
+_warned: dict[Any, Any] = {}
+
+
 def _warn_of_error(name: str, state: ProgramState) -> None:
+    """At the caller's caller, whose module would remember each for as long as the process lives."""
     error = state.stream_executor.error
     if error is not None:
-        warnings.warn(
-            f"program {name} failed: {type(error).__name__}: {error} (see state.error())", RuntimeWarning, stacklevel=3
+        if len(_warned) > MOST_WARNED:
+            _warned.clear()
+        text, caller = f"program {name} failed: {type(error).__name__}: {error} (see state.error())", sys._getframe(2)
+        module = caller.f_globals.get("__name__")
+        warnings.warn_explicit(
+            text, RuntimeWarning, caller.f_code.co_filename, caller.f_lineno, module, registry=_warned
         )

@@ -73,7 +73,7 @@ class Session(Conversation):
             raise InvalidRequestError(f"max_rounds={max_rounds!r} must be an integer of at least 1")
         super().__init__(
             name=name,
-            history=_HISTORY if history is None else history if isinstance(history, History) else History(history),
+            history=_HISTORY if history is None else History.of(history),
             backend=backend,
             slo=slo,
             deadline=deadline,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import itertools
 import os
 import uuid
@@ -96,7 +97,7 @@ class AsyncEngineClient:
         self._tokens = itertools.count(1)
         self._dead: Exception | None = None
         self._is_lost = False  # dead by a broken link alone: the engine may answer again
-        self._name = ""
+        self.name = ""  # as the engine was told
         self._closed = False
         self._loop = asyncio.get_running_loop()
         self._welcome: asyncio.Future[protocol.ToClient] = self._loop.create_future()
@@ -120,7 +121,7 @@ class AsyncEngineClient:
                     f"engine address {address!r} is not usable ({error}); use ipc://PATH or tcp://HOST:PORT"
                 ) from error
             client._loop.add_reader(client._fd, client._receive)
-            client._name = name or f"pid {os.getpid()}"
+            client.name = name or f"pid {os.getpid()}"
             client._say_hello()
             try:
                 answer = await asyncio.wait_for(client._welcome, timeout)
@@ -152,7 +153,7 @@ class AsyncEngineClient:
         `generate` and `score` are made of it. `sink` must not raise, and must not call `open` or `release`.
         """
         if self._dead is not None:
-            raise self._dead
+            raise _afresh(self._dead)
         if request.request_id in self._streams:
             raise InvalidRequestError(
                 f"request id {request.request_id!r} is already in use on this connection; give a new one"
@@ -167,7 +168,7 @@ class AsyncEngineClient:
     def open_soon(self, request: Generate | Score, sink: Sink) -> None:
         """`open` for callers that cannot wait. A link that breaks just now is told to `sink`. Raises like `open`."""
         if self._dead is not None:
-            raise self._dead
+            raise _afresh(self._dead)
         if request.request_id in self._streams:
             raise InvalidRequestError(
                 f"request id {request.request_id!r} is already in use on this connection; give a new one"
@@ -285,12 +286,12 @@ class AsyncEngineClient:
 
     def _say_hello(self) -> None:
         """Without waiting: it is sent as soon as there is a link."""
-        self._socket.send(protocol.encode(Hello(version=PROTOCOL_VERSION, client=self._name)), zmq.NOBLOCK)
+        self._socket.send(protocol.encode(Hello(version=PROTOCOL_VERSION, client=self.name)), zmq.NOBLOCK)
         self._receive_soon()
 
     async def _send(self, message: protocol.Message) -> None:
         if self._dead is not None:
-            raise self._dead
+            raise _afresh(self._dead)
         self._send_soon(message)
 
     def _send_soon(self, message: protocol.Message) -> None:
@@ -403,12 +404,17 @@ class AsyncEngineClient:
         if self._dead is None:
             self._dead = error
         if not self._welcome.done():
-            self._welcome.set_exception(self._dead)
+            self._welcome.set_exception(_afresh(self._dead))
         for stream in list(self._streams.values()):
-            stream(self._dead)
+            stream(_afresh(self._dead))
         for answer in self._answers.values():
             if not answer.done():
-                answer.set_exception(self._dead)
+                answer.set_exception(_afresh(self._dead))
+
+
+def _afresh(error: Exception) -> Exception:
+    """The same error, never raised: one that is raised again and again keeps the frames of all who ever got it."""
+    return copy.copy(error)
 
 
 def _error_of(failed: Failed) -> Exception:

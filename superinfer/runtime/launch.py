@@ -78,7 +78,12 @@ class EngineProcess:
     @property
     def alive(self) -> bool:
         """Whether the process runs."""
-        return self._process.poll() is None
+        return self.exit_status is None
+
+    @property
+    def exit_status(self) -> int | None:
+        """How the process ended, negative for a signal's number; None while it runs."""
+        return self._process.poll()
 
     def close(self, timeout: float = 5.0) -> None:
         """End the engine: politely, then after `timeout` seconds by force. Safe to call twice."""

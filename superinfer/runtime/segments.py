@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-MAX_CHARACTERS = 8 << 20  # of the pieces that are kept: with their ids about 40 MiB
+from superinfer.runtime.recent import RecentTexts
+
+MAX_BYTES = 40 << 20  # of the pieces that are kept, with their ids
 
 # They look at a piece alone, wherever it stands.
 _SAFE_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD"}
@@ -26,15 +27,13 @@ Known = Callable[[str], "list[int] | None"]
 class Segments:
     """Pieces of texts and their token ids; the least recently used go first. Safe to use from several threads."""
 
-    def __init__(self, tokens: Mapping[str, bool], most: int = MAX_CHARACTERS) -> None:
-        """tokens: the special ones, and whether a piece may end behind each."""
-        self._tokens, self._most = tokens, most
+    def __init__(self, tokens: Mapping[str, bool], most: int = MAX_BYTES) -> None:
+        """tokens: the special ones, and whether a piece may end behind each. most: see RecentTexts."""
+        self._tokens = tokens
         self._lengths = sorted({len(token) for token in tokens}, reverse=True)  # the longest that stands there is it
         firsts = "".join(sorted({token[0] for token in tokens}))
         self._first = re.compile(f"[{re.escape(firsts)}]")
-        self._known: dict[str, list[int]] = {}
-        self._held = 0
-        self._lock = threading.Lock()
+        self._known: RecentTexts[str] = RecentTexts(most)
 
     def encode(self, text: str, encode: Encode, known: Known | None = None) -> list[int]:
         """The ids of `text`, by `encode` where a piece is new. known: is asked first, for what stands before a special
@@ -73,20 +72,10 @@ class Segments:
         return None
 
     def _piece(self, piece: str, encode: Encode) -> list[int]:
-        with self._lock:
-            ids = self._known.pop(piece, None)
-            if ids is not None:
-                self._known[piece] = ids
-                return ids
-        ids = encode(piece)
-        with self._lock:
-            if piece not in self._known and len(piece) <= self._most // 8:
-                self._known[piece] = ids
-                self._held += len(piece)
-            while self._held > self._most:
-                oldest = next(iter(self._known))
-                del self._known[oldest]
-                self._held -= len(oldest)
+        ids = self._known.get(piece)
+        if ids is None:
+            ids = encode(piece)
+            self._known.put(piece, (piece,), ids)
         return ids
 
 

@@ -7,6 +7,8 @@ can still be opened. See docs/tracing.md.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,8 @@ from superinfer.runtime.scheduler.cost import StepLoad
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 from superinfer.runtime.scheduler.sequence import Sequence
 from superinfer.runtime.scheduler.stages import ROTATED
+
+log = logging.getLogger("superinfer.trace")
 
 MAX_EVENTS = 300_000  # about 45 MB
 ENGINE, REQUESTS = 1, 2  # processes of the trace
@@ -53,7 +57,8 @@ class _Move(NamedTuple):
 
 
 class TraceRecorder:
-    """Times are seconds on one clock of the caller's, which begins at `origin`."""
+    """Times are seconds on one clock of the caller's, which begins at `origin`. Where the disk takes no more, a warning
+    says so and the trace ends there: whom it follows goes on."""
 
     def __init__(self, path: str | Path, origin: float, *, max_events: int = MAX_EVENTS) -> None:
         """Raises InvalidRequestError where the file cannot be written."""
@@ -71,7 +76,7 @@ class TraceRecorder:
         self._last_copy = 0
         self._free_at = dict.fromkeys((STEPS, COPIES_IN, COPIES_OUT, MIRRORING), origin)
         self._followed: set[int] = set()
-        self._file.write(b"[\n")
+        self._put(b"[\n")
         for pid, name in ((ENGINE, "engine"), (REQUESTS, "requests")):
             self._write({"ph": "M", "pid": pid, "name": "process_name", "args": {"name": name}})
         for tid, name in _NAMES.items():
@@ -146,8 +151,11 @@ class TraceRecorder:
         if self._file.closed:
             return
         self._end_requests(now)
-        self._file.write(b'{"ph":"M","pid":1,"name":"process_sort_index","args":{"sort_index":0}}\n]\n')
-        self._file.close()
+        self._put(b'{"ph":"M","pid":1,"name":"process_sort_index","args":{"sort_index":0}}\n]\n')
+        try:
+            self._file.close()
+        except OSError as error:
+            self._give_up(error)
 
     # ------------------------------------------------------------------ how it is drawn
 
@@ -156,8 +164,8 @@ class TraceRecorder:
         A direction's copies go one after another, so a slice begins where the last one ended; what the link was busy
         out is shared among rotations and mirrors by their blocks."""
         failed = set(result.failed_copies)
-        over = {id for id in (*result.copied, *failed) if id in self._copies}
-        out = {id for id in over if self._copies[id][0]}
+        known = {id: self._copies.pop(id) for id in (*result.copied, *failed) if id in self._copies}
+        over, out = set(known), {id for id, (is_out, _) in known.items() if is_out}
         rotated = out & self._rotated
         self._rotated -= rotated
         for tid, ids, in_all, busy in (
@@ -167,7 +175,7 @@ class TraceRecorder:
         ):
             if not ids:
                 continue
-            begun = min(self._copies.pop(id)[1] for id in ids)
+            begun = min(known[id][1] for id in ids)
             told = {"blocks": len(ids), "failed": len(failed & ids), "ids": _range(ids)}
             self._in_turn(tid, "copy", begun, now, {**told, "link_busy_ms": busy * 1e3 * len(ids) / in_all})
         self._moves_over(over, now)
@@ -176,8 +184,7 @@ class TraceRecorder:
         for move in self._moves:
             move.left.difference_update(over)
             if not move.left:
-                self._async("b", move.name, move.request, move.begun, cat=move.name)
-                self._async("e", move.name, move.request, now, cat=move.name)
+                self._span(move.name, move.request, move.begun, now, cat=move.name)
         self._moves = [move for move in self._moves if move.left]
 
     def _stage(self, sequence: Sequence, stage: str, begin: float, end: float) -> None:
@@ -189,8 +196,7 @@ class TraceRecorder:
             told = {"output_tokens": sequence.num_output, "finish_reason": sequence.finish_reason}
             self._async("e", f"request {id}", id, end, told)
         elif end > begin:
-            self._async("b", stage, id, begin)
-            self._async("e", stage, id, end)
+            self._span(stage, id, begin, end)
         if stage and isinstance(sequence.table, TierTable):
             self._note_move(id, sequence.table, stage, end)
 
@@ -208,11 +214,15 @@ class TraceRecorder:
         if left:
             self._moves.append(_Move(id, name, now, left))
 
-    def _async(
-        self, kind: str, name: str, id: int, at: float, args: dict[str, Any] | None = None, cat: str = "request"
-    ) -> None:
-        event = {"ph": kind, "cat": cat, "name": name, "id": id, "pid": REQUESTS, "tid": 0, "ts": self._us(at)}
-        self._write(event | ({"args": args} if args else {}), at)
+    def _async(self, kind: str, name: str, id: int, at: float, args: dict[str, Any] | None = None) -> None:
+        self._write(self._event(kind, name, id, at) | ({"args": args} if args else {}), at=at)
+
+    def _span(self, name: str, id: int, begin: float, end: float, cat: str = "request") -> None:
+        """Its begin and its end: neither or both, however many events are left."""
+        self._write(self._event("b", name, id, begin, cat), self._event("e", name, id, end, cat), at=end)
+
+    def _event(self, kind: str, name: str, id: int, at: float, cat: str = "request") -> dict[str, Any]:
+        return {"ph": kind, "cat": cat, "name": name, "id": id, "pid": REQUESTS, "tid": 0, "ts": self._us(at)}
 
     def _in_turn(self, tid: int, name: str, begin: float, end: float, args: dict[str, Any]) -> None:
         """A slice on a track that has one at a time: it begins when the one before it ended."""
@@ -222,34 +232,51 @@ class TraceRecorder:
 
     def _slice(self, tid: int, name: str, begin: float, end: float, args: dict[str, Any]) -> None:
         event = {"ph": "X", "pid": ENGINE, "tid": tid, "name": name, "ts": self._us(begin), "args": args}
-        self._write({**event, "dur": round(max(0.0, end - begin) * 1e6, 3)}, end)
+        self._write({**event, "dur": round(max(0.0, end - begin) * 1e6, 3)}, at=end)
 
     def _counter(self, name: str, at: float, values: dict[str, int]) -> None:
-        self._write({"ph": "C", "pid": ENGINE, "name": name, "ts": self._us(at), "args": values}, at)
+        self._write({"ph": "C", "pid": ENGINE, "name": name, "ts": self._us(at), "args": values}, at=at)
 
     def _us(self, at: float) -> float:
         return round((at - self._origin) * 1e6, 3)
 
-    def _write(self, event: dict[str, Any], at: float = 0.0) -> None:
+    def _write(self, *events: dict[str, Any], at: float = 0.0) -> None:
         if self._left <= 0 or self._file.closed:
             return
-        self._left -= 1
-        self._file.write(self._encode(event) + b",\n")
-        if self._left == 0:
+        self._left -= len(events)
+        for event in events:
+            self._put(self._encode(event) + b",\n")
+        if self._left <= 0:
             full = {"ph": "i", "s": "g", "pid": ENGINE, "tid": STEPS, "name": "the trace is full", "ts": self._us(at)}
-            self._file.write(self._encode(full) + b",\n")
+            self._put(self._encode(full) + b",\n")
             self._end_requests(at)
-            self._steps.clear()
-            self._copies.clear()
-            self._rotated.clear()
-            self._moves.clear()
+            self._forget()
+
+    def _put(self, text: bytes) -> None:
+        if self._file.closed:
+            return
+        try:
+            self._file.write(text)
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        log.warning("the trace %r ends here, it cannot be written any more: %s", str(self._file.name), error.strerror)
+        self._left = 0
+        self._forget()
+        with contextlib.suppress(OSError):  # of what it still held
+            self._file.close()
 
     def _end_requests(self, now: float) -> None:
         """Those that still run end here for the trace, beyond its limit: a slice without an end cannot be drawn."""
         for id in sorted(self._followed):
-            event = {"ph": "e", "cat": "request", "name": f"request {id}", "id": id, "pid": REQUESTS, "tid": 0}
-            self._file.write(self._encode({**event, "ts": self._us(now)}) + b",\n")
+            self._put(self._encode(self._event("e", f"request {id}", id, now)) + b",\n")
         self._followed.clear()
+
+    def _forget(self) -> None:
+        """What was under way: nothing more is drawn."""
+        for known in (self._steps, self._copies, self._rotated, self._moves, self._followed):
+            known.clear()
 
 
 def _range(ids: Iterable[int]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -71,6 +73,85 @@ def test_a_killed_server_takes_its_engine_along(start: Callable[..., Any], tiny_
     assert psutil.wait_procs(children, timeout=30)[1] == []
     command.process.communicate()
     assert command.left_behind() == []
+
+
+def test_a_killed_engine_takes_its_server_along(start: Callable[..., Any], tiny_checkpoint: Path) -> None:
+    """Which could serve nothing any more, and nobody would start it again."""
+    command, client = serve(start, tiny_checkpoint)
+    (engine,) = command.children()
+    stream = client.completions.create(
+        model="tiny", prompt=["hi"] * 60, max_tokens=1900, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    engine.kill()
+    with pytest.raises(openai.APIError, match="died or its link broke"):
+        list(stream)
+    status, _, err = command.end()
+    assert status == 1 and f"the engine (pid {engine.pid}) was killed by signal 9" in err
+    assert command.left_behind() == []
+
+
+def test_an_engine_that_is_started_again_at_its_address_is_served_again(
+    start: Callable[..., Any], tiny_checkpoint: Path, random_llama: Path, tmp_path: Path
+) -> None:
+    address = f"ipc://{tmp_path}/engine.sock"
+
+    def engine(checkpoint: Path) -> Any:
+        command = start("engine", "--address", address, "--model", str(checkpoint), *TINY_ENGINE)
+        command.line("engine of")
+        return command
+
+    def kill(command: Any) -> None:
+        for process in (command.process, *command.children()):
+            process.kill()
+        command.process.communicate()
+
+    first = engine(tiny_checkpoint)
+    server = start("serve", "--port", "0", "--engine", address, "--model-name", "tiny")
+    url = server.line("serving at").split()[2]
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=30) as client:
+
+        def answer() -> str:
+            asked = client.completions.create(model="tiny", prompt="hi", max_tokens=3, extra_body={"ignore_eos": True})
+            return str(asked.choices[0].finish_reason)
+
+        def answers_soon() -> bool:
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                with contextlib.suppress(openai.InternalServerError):
+                    return answer() == "length"
+                time.sleep(0.05)
+            return False
+
+        for _ in range(2):
+            assert answer() == "length"
+            kill(first)
+            with pytest.raises(openai.InternalServerError) as refused:
+                answer()
+            assert refused.value.code == "engine_dead"
+            first = engine(tiny_checkpoint)
+            assert answers_soon()
+        kill(first)
+        another = engine(random_llama)
+        assert any(f"serves '{random_llama}' now" in line for line in server.process.stderr)
+        with pytest.raises(openai.InternalServerError):
+            answer()
+    kill(another)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end()[0] == 0
+
+
+def test_what_is_no_http_is_answered_and_writes_nothing(start: Callable[..., Any], tiny_engine: Any) -> None:
+    """Whoever reaches the port could fill the disk with the log."""
+    command = start("serve", "--port", "0", "--engine", tiny_engine.address)
+    port = int(command.line("serving at").split()[2].split(":")[2].split("/")[0])
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+            connection.sendall(b"what is this\r\n\r\n")
+            assert b" 400 " in connection.recv(1000)
+    command.process.send_signal(signal.SIGTERM)
+    status, _, err = command.end()
+    assert (status, err) == (0, "")
 
 
 def test_serving_a_running_engine_leaves_it_running(start: Callable[..., Any], tiny_engine: Any) -> None:

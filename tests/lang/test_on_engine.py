@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import os
 import signal
@@ -188,6 +189,19 @@ def test_an_engine_that_dies_mid_program_raises_where_the_variable_is_read(tiny_
             state = program.run(backend=backend)
     assert state.ret_value < 2
     assert isinstance(state.error(), si.EngineDeadError)
+
+
+def test_a_backend_that_nobody_has_any_more_is_not_connected_any_more(slow: SlowEngine) -> None:
+    before = len(slow.door.clients)
+    for _ in range(5):
+        backend = RuntimeEndpoint(slow.address)
+        assert backend.info.model == "slow"
+        del backend
+    deadline = time.monotonic() + 60
+    while len(slow.door.clients) > before and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert len(slow.door.clients) <= before
 
 
 def test_a_closed_backend_says_so(talking_engine: EngineProcess) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
+import weakref
 
 import pytest
 from hypothesis import given
@@ -420,12 +422,37 @@ def test_what_was_learnt_is_kept_in_a_file(model: ScriptedClient, tmp_path) -> N
     first = si.function(deadline=5.0, history=path)(support.func)
     first.run("t")
     first.history.save()
-    again = si.function(deadline=5.0, history=str(path))(support.func)
+    again = si.function(deadline=5.0, history=si.History(str(path)))(support.func)
     assert again.history.program("support") == first.history.program("support")
     assert again.plan("t").needs_s is not None
     path.write_text("{]")
     with pytest.raises(si.InvalidRequestError, match=r"learnt.json.*delete it"):
         si.History(path)
+
+
+def test_programs_and_sessions_that_name_one_file_learn_in_it_together(model: ScriptedClient, tmp_path) -> None:
+    path = tmp_path / "learnt.json"
+    program = si.function(deadline=5.0, history=path)(support.func)
+    session = si.Session(name="desk", history=str(path))
+    program.run("t")
+    session.ask("hello")
+    assert program.history is session.history
+    program.history.save()
+    assert {"support", "desk"} <= set(json.loads(path.read_text())["programs"])
+
+
+def test_of_what_is_learnt_in_files_nothing_stays_when_nobody_has_it(model: ScriptedClient, tmp_path) -> None:
+    path, began = tmp_path / "learnt.json", time.monotonic()
+    for number in range(3):
+        with si.Session(name=f"desk {number}", history=path) as session:
+            session.ask("hello")
+        history = weakref.ref(session.history)
+        del session
+        while history() is not None and time.monotonic() < began + 60:  # the loop's thread may not be done with it
+            gc.collect()
+            time.sleep(0.001)
+        assert history() is None
+    assert set(json.loads(path.read_text())["programs"]) == {f"desk {number}" for number in range(3)}
 
 
 def test_a_program_that_is_compiled_or_bound_plans_with_what_was_learnt(model: ScriptedClient) -> None:

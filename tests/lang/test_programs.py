@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import time
+import warnings
 
 import pytest
 from scripted_client import ScriptedClient
 
 import superinfer as si
+from superinfer.lang import program as program_module
+from superinfer.lang.executor import StreamExecutor
 
 
 def test_text_is_kept_and_generation_continues_it(model: ScriptedClient) -> None:
@@ -568,6 +572,53 @@ def test_an_error_nobody_read_stays_in_the_state_with_a_warning(model: ScriptedC
             state[name]
     assert len(model.requests) == 1
     assert state.slo_report().rows[0].error == "EngineDeadError: gone"
+
+
+def test_warnings_of_programs_that_failed_are_not_remembered_for_ever(model: ScriptedClient, monkeypatch) -> None:
+    @si.function
+    def program(s, number):
+        s += si.gen(f"x{number}")
+
+    def answer(prompt: str) -> str:
+        raise si.EngineDeadError(f"gone, the {len(model.requests)}th")
+
+    monkeypatch.setattr(program_module, "MOST_WARNED", 10)
+    model.answer = answer
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for number in range(40):
+            program.run(number)
+    assert len(caught) == 40
+    assert {(one.filename, "gone, the" in str(one.message)) for one in caught} == {(__file__, True)}
+    assert not any("gone, the" in str(key) for key in globals().get("__warningregistry__", ()))
+    assert len(program_module._warned) <= 12  # one more than that, and what Python adds of its own
+
+
+def test_what_a_program_said_goes_when_nobody_has_its_state_any_more(model: ScriptedClient) -> None:
+    """At once: not when Python comes to look for circles, which may be never."""
+
+    @si.function
+    def program(s, words):
+        s += si.user(words) + si.assistant(si.gen("x", max_tokens=4))
+        branches = s.fork(2)
+        branches += lambda i: si.user(f"Part {i}?") + si.assistant(si.gen("note"))
+        branches.join()
+        s += si.user("and?") + si.assistant(si.select("y", ["yes", "no"]))
+
+    def states() -> int:
+        return sum(isinstance(found, StreamExecutor) for found in gc.get_objects())
+
+    gc.collect()
+    before, began = states(), time.monotonic()
+    gc.disable()
+    try:
+        for number in range(10):
+            assert len(program.run(f"words {number}")["note"]) == 2
+        while states() > before and time.monotonic() < began + 60:  # the loop's thread may not be done with them
+            time.sleep(0.01)
+        assert states() <= before
+    finally:
+        gc.enable()
 
 
 def test_a_program_without_a_backend_says_what_to_do() -> None:

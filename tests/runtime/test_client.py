@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import msgspec
@@ -400,6 +401,37 @@ def test_every_waiting_client_learns_within_two_seconds_that_the_engine_died(own
     address = own_engine.address
     own_engine.close(timeout=2.0)
     assert not leftovers(address)
+
+
+async def test_an_error_that_is_asked_for_again_and_again_holds_on_to_nobody_who_got_it(own_engine):
+    async with await AsyncEngineClient.connect(own_engine.address) as client:
+        own_engine.close()
+        frames = []
+        for _ in range(50):
+            for call in (client.health(), client.open(request([1, 2]), print), anext(client.generate(request([1, 2])))):
+                with pytest.raises(EngineDeadError) as raised:
+                    await call
+                frames.append(len(traceback.extract_tb(raised.value.__traceback__)))
+            with pytest.raises(EngineDeadError) as raised:
+                client.open_soon(request([1, 2]), print)
+            frames.append(len(traceback.extract_tb(raised.value.__traceback__)))
+    assert frames[-4:] == frames[4:8]
+
+
+def test_clients_that_have_gone_are_forgotten_though_they_had_nothing_under_way(tiny_checkpoint):
+    with slow_engine(tiny_checkpoint, step_s=0.0) as engine, EngineClient(engine.address) as idle:
+        for number in range(12):
+            with EngineClient(engine.address) as client:
+                client.cancel("none of ours")
+                with pytest.raises(InvalidRequestError):
+                    list(client.generate(request([])))
+                if number % 2:
+                    assert len(tokens(client, request([5, 6]))) == 12
+        deadline = time.monotonic() + 60
+        while len(engine.door.clients) > 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(engine.door.clients) == 1
+        assert idle.health().status == "ok"
 
 
 def test_an_orderly_end_tells_its_clients_why_and_leaves_nothing(own_engine):

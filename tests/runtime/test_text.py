@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from functools import cache
 from itertools import pairwise
 
@@ -211,14 +212,30 @@ def test_a_message_that_was_seen_before_is_not_tokenized_again():
         asked.append(text)
         return [len(text)]
 
-    kept = Segments({"<e>": True, "<e>!": False}, most=64)
+    kept = Segments({"<e>": True, "<e>!": False}, most=8192)
     assert kept.encode("ab<e>c<e>d", encode) == [5, 4, 1]
     assert kept.encode("ab<e>c<e>other", encode) == [5, 4, 5]
     assert asked == ["ab<e>", "c<e>", "d", "other"]
     assert kept.encode("x<e>!y<e>", encode) == [9], "the longer token stands there, and ends no piece"
     for number in range(100):
-        kept.encode(f"{number}<e>", encode)
-    assert kept._held <= 64 and sum(map(len, kept._known)) == kept._held
+        kept.encode(f"ab<e>{number}<e>", encode)
+    asked.clear()
+    kept.encode("ab<e>99<e>c<e>", encode)
+    assert asked == ["c<e>"], "what is used again stays, the others go"
+
+
+def test_pieces_take_the_memory_that_they_are_given():
+    """Of short ones there are many, and what each takes beside its text counts too."""
+    most = 1 << 20
+    tracemalloc.start()
+    try:
+        kept = Segments({"<e>": True}, most=most)
+        for number in range(10_000):
+            kept.encode(f"{number}<e>", lambda piece: [300 + ord(sign) for sign in piece])
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert most / 2 < held < most
 
 
 def test_pieces_that_may_depend_on_each_other_are_not_cut():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
+import weakref
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepLoad
 from superinfer.runtime.scheduler.registry import build_scheduler
 from superinfer.runtime.scheduler.sequence import Sequence
-from superinfer.runtime.tracing import TraceRecorder
+from superinfer.runtime.tracing import COPIES_IN, COPIES_OUT, TraceRecorder
 
 PAGE = 4
 Event = dict[str, Any]
@@ -125,6 +127,38 @@ def test_a_trace_stops_growing_and_stays_whole(tmp_path):
     events = json.loads(path.read_text())
     assert len(events) <= 40 + 5 and any(e["name"] == "the trace is full" for e in events)
     check_nesting(events)
+
+
+def test_a_request_that_was_drawn_goes_when_it_is_over(tmp_path):
+    """At once: an engine looks for circles so seldom that it would be never."""
+    gc.collect()
+    gc.disable()
+    try:
+        tokens = [weakref.ref(sequence.tokens) for sequence in play(tmp_path / "trace.json", [[1, 2, 3], [3, 2]])[0]]
+        assert [each() for each in tokens] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_trace_may_be_full_at_any_event(tmp_path):
+    path, prompts = tmp_path / "trace.json", [[at] * 20 for at in range(6)]
+    play(path, prompts)
+    events = json.loads(path.read_text())
+    assert {COPIES_IN, COPIES_OUT} <= {e["tid"] for e in events if e["name"] == "copy"}
+    for most in range(12, len(events)):
+        play(path, prompts, max_events=most)
+        check_nesting(json.loads(path.read_text()))
+
+
+def test_a_disk_that_is_full_ends_the_trace_and_not_the_engine(random_llama, capfd):
+    config = EngineConfig(model=str(random_llama), kv_tokens=1024, trace="/dev/full")
+    sampling = SamplingParams(max_tokens=60, ignore_eos=True)
+    with launch_engine(config) as engine, EngineClient(engine.address) as client:
+        for _ in range(3):
+            request = Generate(request_id=new_request_id(), prompt=[5, 6], sampling=sampling)
+            assert sum(len(delta.token_ids) for delta in client.generate(request)) == 60
+        assert client.health().status == "ok"
+    assert capfd.readouterr().err.count("the trace '/dev/full' ends here") == 1
 
 
 def test_what_cannot_be_written_is_said_before_the_engine_starts(tmp_path):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Mapping
-from itertools import chain
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import chain, islice
 from types import MappingProxyType
 
 from superinfer.errors import (
@@ -52,6 +52,7 @@ LOOK_S = 2e-3  # how often it is seen, while planning is put off, whether the de
 COMPILING_POLL_MS = 2  # while nothing computes and a grammar is being compiled
 NOTHING: Mapping[bytes, list[SequenceDelta]] = MappingProxyType({})
 PULSE_S = 1.0  # how long the requests of a client that has gone may go on at most
+PULSED = 64  # clients without requests that are sent to at each pulse, in turn: one that has gone is soon forgotten
 
 
 class EngineLoop:
@@ -77,7 +78,7 @@ class EngineLoop:
         self._executor = executor
         self._max_queue = max_queue
         self._trace = trace
-        self._live: dict[bytes, dict[str, list[Sequence]]] = defaultdict(dict)  # unfinished: client, request id
+        self._live: dict[bytes, dict[str, list[Sequence]]] = {}  # unfinished, by client and request id
         self._num_live = 0
         self._followers = Followers()
         self._outgoing = Outgoing()  # tokens that a later delta will tell
@@ -87,6 +88,7 @@ class EngineLoop:
         self._counters = Counters()
         self._attainment = Attainment()
         self._started = self._turned = self._pulsed = self._read = time.monotonic()
+        self._round: Iterator[bytes] = iter(())  # of all clients, who are pulsed in turn
         self._prepare = prepare
         self._busy = self._started  # when there was a request last
         self._stop_reason = ""
@@ -239,7 +241,7 @@ class EngineLoop:
         continuations that were cancelled before it could begin."""
         request_id = request.request_id
         try:
-            if request_id in self._live[client] or self._followers.get(client, request_id) is not None:
+            if self._requests(client).get(request_id) or self._followers.get(client, request_id) is not None:
                 raise InvalidRequestError(f"request id {request_id!r} is already in use; give each request its own")
             if isinstance(request, Generate) and request.after:
                 self._hold(client, request)
@@ -254,7 +256,7 @@ class EngineLoop:
             return False
         if isinstance(request, Generate) and request.interval_s:
             self._outgoing.pace(sequences, request.interval_s)
-        self._live[client][request_id] = sequences
+        self._live.setdefault(client, {})[request_id] = sequences
         self._num_live += len(sequences)
         if self._trace is not None:
             for sequence in sequences:
@@ -283,7 +285,8 @@ class EngineLoop:
 
     def _hold(self, client: bytes, request: Generate) -> None:
         """Keep a request until the one that it goes on from has ended. Raises SuperinferError where it cannot be."""
-        sequences, held = self._live[client].get(request.after, []), self._followers.get(client, request.after)
+        sequences = self._requests(client).get(request.after, [])
+        held = self._followers.get(client, request.after)
         if not sequences and held is None:
             raise NothingToExtendError(f"request {request.after!r} is not under way: send the whole prompt")
         followed = held if held is not None else sequences[0]  # of several continuations some may have ended
@@ -314,7 +317,7 @@ class EngineLoop:
         for sequence in sequences:
             self._scheduler.cancel(sequence, now)
             self._outgoing.forget(sequence)
-        del self._live[client][first.request_id]
+        self._remove(client, first.request_id)
         self._num_live -= len(sequences)
         self._attainment.refused(first.slo_class, len(sequences))
         text = f"the engine is overloaded and cannot keep what was promised; try again in {retry_after_s:.0f} s"
@@ -351,7 +354,7 @@ class EngineLoop:
                 self._drop_followers(client, message.request_id, "was cancelled")
             self._door.send(client, Deltas(deltas=[_never_begun(message.request_id, at) for at in held]))
             return
-        sequences = self._live[client].get(message.request_id, [])
+        sequences = self._requests(client).get(message.request_id, [])
         chosen = [s for s in sequences if message.index is None or s.index == message.index]
         updates = [self._end(sequence, now) for sequence in chosen]
         self._publish([update for update in updates if update is not None], now)
@@ -362,7 +365,10 @@ class EngineLoop:
         now = time.monotonic()
         if now - self._pulsed > PULSE_S:
             self._pulsed = now
-            for client in [client for client, requests in self._live.items() if requests]:
+            some = tuple(islice(self._round, PULSED))
+            if len(some) < PULSED:
+                self._round = iter(tuple(self._door.clients))
+            for client in {*self._live, *some}:
                 self._door.send(client, Deltas(deltas=[]))
         for client in list(self._door.gone):
             self._followers.forget(client)
@@ -434,11 +440,11 @@ class EngineLoop:
 
     def _fail(self, client: bytes, request_id: str, error: SuperinferError) -> None:
         """End all sequences of a request with an error, unless that has been done."""
-        requests = self._live[client]
-        for sibling in requests.get(request_id, []):
+        lost = self._requests(client).get(request_id, [])
+        for sibling in lost:
             self._scheduler.cancel(sibling, time.monotonic())
-        if request_id in requests:
-            lost = requests.pop(request_id)
+        if lost:
+            self._remove(client, request_id)
             self._num_live -= len(lost)
             self._counters.failed += len(lost)
             for sequence in lost:
@@ -447,14 +453,22 @@ class EngineLoop:
             self._drop_followers(client, request_id, "failed")
 
     def _retire(self, sequence: Sequence) -> None:
-        requests = self._live[sequence.owner]
         self._num_live -= 1
-        unfinished = requests[sequence.request_id]
+        unfinished = self._live[sequence.owner][sequence.request_id]
         unfinished.remove(sequence)
         if not unfinished:
-            del requests[sequence.request_id]
-            if not requests:
-                del self._live[sequence.owner]
+            self._remove(sequence.owner, sequence.request_id)
+
+    def _requests(self, client: bytes) -> Mapping[str, list[Sequence]]:
+        """A client's unfinished ones, by id."""
+        return self._live.get(client, {})
+
+    def _remove(self, client: bytes, request_id: str) -> None:
+        """Forget a request, and a client without any."""
+        requests = self._live[client]
+        del requests[request_id]
+        if not requests:
+            del self._live[client]
 
 
 def _never_begun(request_id: str, index: int) -> SequenceDelta:

@@ -13,6 +13,8 @@ from itertools import count
 
 from superinfer.runtime.kv.tiers import TierNode
 
+FEW = 1024  # nodes, of which it does not matter how often each is noted
+
 
 class DropOrder:
     """Idle nodes, whatever tier they are in, and mirrors: nodes that are held and have a DRAM block. Parked nodes are
@@ -25,7 +27,8 @@ class DropOrder:
         self.mirrors: OrderedDict[TierNode, None] = OrderedDict()
         self._plain: OrderedDict[TierNode, None] = OrderedDict()
         self._kept: OrderedDict[TierNode, None] = OrderedDict()
-        self._ends: list[tuple[float, int, Sequence[TierNode]]] = []
+        self._ends: list[tuple[float, int, Sequence[TierNode]]] = []  # until when, and what
+        self._noted, self._most = 0, FEW  # nodes in there; when they are looked through
         self._numbers = count()
 
     def __iter__(self) -> Iterator[TierNode]:
@@ -79,14 +82,27 @@ class DropOrder:
                 self.discard(node)
                 self.add(node)
         heapq.heappush(self._ends, (until, next(self._numbers), nodes))
+        self._noted += len(nodes)
+        if self._noted > self._most:
+            self._forget_ends()
 
     def let_go(self, now: float) -> None:
         """Nodes whose time is over are the next to be dropped, the end of a path before what it hangs on."""
         while self._ends and self._ends[0][0] <= now:
-            for node in heapq.heappop(self._ends)[2]:
+            nodes = heapq.heappop(self._ends)[2]
+            self._noted -= len(nodes)
+            for node in nodes:
                 if node.keep_until and node.keep_until <= now:
                     node.keep_until = 0.0
                     if node in self._kept:
                         del self._kept[node]
                         self._plain[node] = None
                         self._plain.move_to_end(node, last=False)
+
+    def _forget_ends(self) -> None:
+        """Those of nodes that are forgotten, or kept for longer since: no more are left than there are nodes."""
+        left = [(until, n, [x for x in nodes if x.alive and x.keep_until == until]) for until, n, nodes in self._ends]
+        self._ends = [entry for entry in left if entry[2]]
+        heapq.heapify(self._ends)
+        self._noted = sum(len(nodes) for _, _, nodes in self._ends)
+        self._most = max(FEW, 2 * self._noted)

@@ -139,6 +139,7 @@ class Cohort:
             self._timelines.give(slot, sequence.own_timeline)
         sequence.own_in_flight = self.in_flight(sequence)
         offset = sequence.own_scheduled
+        self._forget_end(sequence, sequence.last_position - 1 - offset)
         sequence.own_scheduled = offset + self.planned
         sequence.cohort = None
         for step in self._under_way:
@@ -148,6 +149,14 @@ class Cohort:
                 step.works[sequence] = SlotWork(slot, offset + step.index, 1, (), blocks, True)
         del self.members[slot]
         self._changed = True
+
+    def _forget_end(self, sequence: Sequence, at: int) -> None:
+        """Take it out of the calendar, which may reach far ahead. at: index of what was to be its last step."""
+        ends = self._ends.get(at)
+        if ends is not None:
+            ends.pop(sequence, None)
+            if not ends:
+                del self._ends[at]
 
     def dissolve(self) -> None:
         """All leave, and results of steps under way mean nothing to the cohort."""

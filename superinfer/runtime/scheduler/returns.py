@@ -7,14 +7,14 @@ copied in. Nothing that would be lost makes room for it. Pure Python; no torch.
 
 from __future__ import annotations
 
-import heapq
 from array import array
+from bisect import insort
 from itertools import count
 
 from superinfer.runtime.scheduler.rotation import Rotation
 from superinfer.runtime.scheduler.sequence import Sequence
 
-MOST = 1024  # turns expected back at a time; more are kept all the same, and loaded when they come
+MOST = 1024  # turns expected back at a time, the soonest; others are kept all the same, and loaded when they come
 KEEP = 2.0  # times as long as was said: a tool is late now and then
 EARLY_SHARE = 0.2  # share of the time by which a turn may be back before it was said to be
 RETRY_S = 0.1  # where nothing could make room
@@ -39,18 +39,16 @@ class Returns:
             return
         until = now + KEEP * keep_s
         self._rotation.kv.keep(table, until)
-        if len(self._expected) < MOST:
-            load_s = 2.0 * len(table.nodes) * self._rotation.block_s
-            start = now + max(0.0, (1.0 - EARLY_SHARE) * keep_s - load_s)
-            entry = (start, next(self._numbers), until, sequence.tokens, sequence.salt)
-            heapq.heappush(self._expected, entry)
+        load_s = 2.0 * len(table.nodes) * self._rotation.block_s
+        start = now + max(0.0, (1.0 - EARLY_SHARE) * keep_s - load_s)
+        self._expect(start, next(self._numbers), until, sequence.tokens, sequence.salt)
 
     def bring_back(self, now: float, most: int) -> None:
         """Before a plan takes its copies: at most `most` blocks of those expected soon; and let go of those overdue."""
         kv = self._rotation.kv
         kv.let_go(now)
         while most > 0 and self._expected and self._expected[0][0] <= now:
-            _, number, until, tokens, salt = heapq.heappop(self._expected)
+            _, number, until, tokens, salt = self._expected.pop(0)
             path = kv.match(tokens, salt, len(tokens))
             absent = sum(node.block < 0 for node in path)
             if not absent or now >= until:
@@ -59,6 +57,10 @@ class Returns:
             most -= loaded
             if loaded < absent:
                 again = now if loaded else now + RETRY_S
-                heapq.heappush(self._expected, (again, number, until, tokens, salt))
+                self._expect(again, number, until, tokens, salt)
                 if loaded:
                     return  # the rest with the next plan
+
+    def _expect(self, start: float, number: int, until: float, tokens: array[int], salt: str) -> None:
+        insort(self._expected, (start, number, until, tokens, salt))
+        del self._expected[MOST:]

@@ -57,6 +57,7 @@ class StageClock:
         self._change(self.stage, now)
         if self.watch is not None:
             self.watch("", now, now)
+            self.watch = None  # which may hold on to the sequence that has this
 
     def so_far(self, now: float) -> dict[str, float]:
         """Seconds by stage up to `now`, the stage it is in included."""

@@ -223,7 +223,7 @@ def _add_responses(app: FastAPI, service: Service) -> None:
 
         def keep(response_id: str, body: bytes, output: list[dict[str, Any]]) -> None:
             given = [as_stored(item) for item in items_of(request)]
-            store.put(response_id, body, given, [*history, *given, *output])
+            store.put(response_id, body, history, given, output)
 
         kept = keep if request.store is not False and service.settings.responses_bytes else None
         writer = ResponsesWriter(request, service.text.tokenizer, chat.tally, chat.readers[0], kept)

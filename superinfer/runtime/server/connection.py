@@ -9,6 +9,7 @@ which takes a task for each request; the connection knows it anyway.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,24 +19,29 @@ EXTENSION = "superinfer.shortcut"
 
 
 class Shortcut:
-    """Of one request. pushed: bytes written so far, which `send` never saw."""
+    """Of one request. pushed: bytes written so far, which `send` never saw.
+
+    The connection and the request hold on to it; it does not to them, or all that a request was would stay until Python
+    looks for circles, which in a server it does seldom.
+    """
 
     def __init__(self, protocol: Any) -> None:
-        self._protocol = protocol
-        self._cycle: Any = None
+        self._protocol: Callable[[], Any] = weakref.ref(protocol)
+        self._cycle: Callable[[], Any] = _nothing
         self._gone: Callable[[], object] | None = None
         self.pushed = 0
 
     def bind(self, cycle: Any) -> None:
         """uvicorn's state of the answer."""
-        self._cycle = cycle
+        self._cycle = weakref.ref(cycle)
 
     @property
     def is_open(self) -> bool:
         """Whether `push` may be called now: the answer has begun, and its client keeps up."""
-        cycle = self._cycle
-        return bool(
-            cycle.chunked_encoding
+        cycle = self._cycle()
+        return (
+            cycle is not None
+            and bool(cycle.chunked_encoding)
             and not cycle.response_complete
             and not cycle.disconnected
             and not cycle.flow.write_paused
@@ -45,32 +51,35 @@ class Shortcut:
     def push(self, body: bytes) -> None:
         """Write a part of the body, only while `is_open`."""
         self.pushed += len(body)
-        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        self._cycle().transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
     def hold(self) -> None:
         """Keep what `send` writes until `let_go`: the head of an answer and its first part are then one write."""
-        self._cycle.transport = _Held(self._cycle.transport)
+        cycle = self._cycle()
+        cycle.transport = _Held(cycle.transport)
 
     def let_go(self) -> None:
         """Write what was held. Safe to call without it."""
-        held = self._cycle.transport
-        if isinstance(held, _Held):
-            self._cycle.transport = held.transport
+        cycle = self._cycle()
+        if isinstance(cycle.transport, _Held):
+            held, cycle.transport = cycle.transport, cycle.transport.transport
             held.flush()
 
     def watch(self, gone: Callable[[], object]) -> None:
         """Call `gone` once the connection is lost, until `unwatch`. The request's body must have been read."""
-        self._cycle.flow.resume_reading()  # a connection that is not read from does not tell of its end
-        if self._protocol.is_lost:
+        self._cycle().flow.resume_reading()  # a connection that is not read from does not tell of its end
+        protocol = self._protocol()
+        if protocol is None or protocol.is_lost:
             gone()
             return
         self._gone = gone
-        self._protocol.watching.add(self)
+        protocol.watching.add(self)
 
     def unwatch(self) -> None:
         """Safe to call twice."""
         self._gone = None
-        self._protocol.watching.discard(self)
+        if (protocol := self._protocol()) is not None:
+            protocol.watching.discard(self)
 
     def lost(self) -> None:
         """The connection is lost."""
@@ -79,7 +88,12 @@ class Shortcut:
 
     def abort(self) -> None:
         """Cut the connection now: closing it would wait until the client has read what is on its way."""
-        self._protocol.transport.abort()
+        if (protocol := self._protocol()) is not None:
+            protocol.transport.abort()
+
+
+def _nothing() -> None:
+    """In place of a reference, before there is one."""
 
 
 class _Held:

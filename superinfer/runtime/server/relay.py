@@ -248,6 +248,7 @@ class Feed:
         """Cancel what has not finished. Safe to call twice."""
         if self._gathering is not None:
             self._gathering.cancel()
+        self._error = None  # which has been raised, and so holds on to all that waited here
         for wire, unfinished in zip(self._wires, self._open, strict=True):
             self._text.client.release(wire.request_id, finished=unfinished == 0)
 

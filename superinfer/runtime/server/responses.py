@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ WITH_LOGPROBS = "message.output_text.logprobs"
 INCLUDABLE = (WITH_LOGPROBS, "reasoning.encrypted_content")
 ITEM_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
 MAX_PAGE = 100
+ENTRY_BYTES = 512  # of a stored response, beside its JSON: its id, its place among the others, and heads of objects
 
 
 class Reasoning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -223,31 +225,55 @@ def _format(given: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 class Stored(msgspec.Struct, frozen=True):
-    """One kept response: its JSON, the items it was asked with, and all items up to its own output."""
+    """One kept response. body: its JSON. past: that of all items up to its own output, where `given` say which of them
+    it was asked with. As JSON they take the room that is counted, which they would not as objects."""
 
     body: bytes
-    input: list[dict[str, Any]]
-    items: list[dict[str, Any]]
-    size: int
+    past: bytes
+    given: slice
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """All items up to its own output."""
+        found: list[dict[str, Any]] = msgspec.json.decode(self.past)
+        return found
+
+    @property
+    def input(self) -> list[dict[str, Any]]:
+        """The items it was asked with."""
+        return self.items[self.given]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.body) + len(self.past) + ENTRY_BYTES
 
 
 class ResponseStore:
-    """Responses by id, in at most `max_bytes` of JSON; the oldest go first."""
+    """Responses by id, in at most `max_bytes`; the oldest go first."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._stored: dict[str, Stored] = {}
+        self._stored: OrderedDict[str, Stored] = OrderedDict()
         self._bytes = 0
 
-    def put(self, response_id: str, body: bytes, given: list[dict[str, Any]], items: list[dict[str, Any]]) -> None:
-        """Keep it; one that alone is over the limit is not kept."""
-        size = len(body) + len(msgspec.json.encode(items))
-        if size > self._max_bytes:
+    def put(
+        self,
+        response_id: str,
+        body: bytes,
+        history: list[dict[str, Any]],
+        given: list[dict[str, Any]],
+        output: list[dict[str, Any]],
+    ) -> None:
+        """Keep it; one that alone is over the limit is not kept. history: the items before those that were given."""
+        past = msgspec.json.encode([*history, *given, *output])
+        stored = Stored(body, past, slice(len(history), len(history) + len(given)))
+        if stored.size > self._max_bytes:
             return
-        self._stored[response_id] = Stored(body, given, items, size)
-        self._bytes += size
+        self._stored[response_id] = stored
+        self._bytes += stored.size
         while self._bytes > self._max_bytes:
-            self.remove(next(iter(self._stored)))
+            self._bytes -= self._stored.popitem(last=False)[1].size
 
     def get(self, response_id: str, param: str | None = None) -> Stored:
         """Raises ApiError for one that is not kept."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import ssl
@@ -14,18 +15,21 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from superinfer.errors import InvalidRequestError
+from superinfer.errors import EngineDeadError, InvalidRequestError, SuperinferError
 from superinfer.runtime.collector import spare_the_collector
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.file_limit import raise_file_limit
-from superinfer.runtime.launch import Progress, launch_engine
+from superinfer.runtime.launch import EngineProcess, Progress, launch_engine
 from superinfer.runtime.server.app import create_app
 from superinfer.runtime.server.errors import STOPPING
 from superinfer.runtime.server.settings import ServerSettings
 from superinfer.runtime.server.wire import http_protocol
 from superinfer.runtime.text import TextClient
 
+log = logging.getLogger(__name__)
+
 CONNECT_TIMEOUT_S = 5.0
+ENGINE_LOOK_S = 0.25  # how often it is seen whether the engine's process has ended
 # Of garbage: the libraries alone take 100 ms to be looked at, in which no stream goes on; requests leave few cycles.
 COLLECTIONS = (10_000, 20, 50)
 # Longer than clients and proxies keep a connection that they do not use (OpenAI's client 5 s, aiohttp 15 s, load
@@ -48,18 +52,22 @@ def serve(
     engine: settings of one to start, which ends with the server; or the address of one that runs, which lives on.
     port: 0 picks a free one.
     on_ready: called with the URL once requests are accepted.
-    Raises InvalidRequestError (host, port or TLS files cannot be had; found before an engine is started) and whatever
-    `launch_engine` and `TextClient.connect` raise.
+    Raises InvalidRequestError (host, port or TLS files cannot be had; found before an engine is started), whatever
+    `launch_engine` and `TextClient.connect` raise, and EngineDeadError where the engine that was started ended by
+    itself, and the server with it.
     """
     settings = settings or ServerSettings()
     check_tls(settings)
     raise_file_limit()
     with bind(host, port) as listener:
         if isinstance(engine, str):
-            run(_serve(engine, listener, settings, on_ready))
+            run(_serve(engine, None, listener, settings, on_ready))
             return
         with launch_engine(engine, for_text=True, on_progress=on_progress) as process:
-            run(_serve(process.address, listener, settings, on_ready))
+            run(_serve(process.address, process, listener, settings, on_ready))
+            if (status := process.exit_status) is not None:
+                how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+                raise EngineDeadError(f"the engine (pid {process.pid}) {how}, so the server ended: start it again")
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
@@ -149,8 +157,13 @@ def uvicorn_config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
 
 
 async def _serve(
-    address: str, listener: socket.socket, settings: ServerSettings, on_ready: Callable[[str], None] | None
+    address: str,
+    engine: EngineProcess | None,
+    listener: socket.socket,
+    settings: ServerSettings,
+    on_ready: Callable[[str], None] | None,
 ) -> None:
+    """engine: the one at the address, where it is ours."""
     url = url_of(listener, "https" if settings.tls_cert else "http")
     async with await TextClient.connect(address, name="http server", timeout=CONNECT_TIMEOUT_S) as text:
         app = create_app(text, settings)
@@ -159,6 +172,7 @@ async def _serve(
         _on_signals(server, stop)
         viewers = asyncio.create_task(_end_live(stop, app))
         watcher = asyncio.create_task(_end_streams(stop, text, settings.grace_s))
+        guard = asyncio.create_task(_find_again(text) if engine is None else _end_with(engine, server, stop))
         running = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started and not running.done():
             await asyncio.sleep(0.01)
@@ -170,6 +184,7 @@ async def _serve(
         finally:
             watcher.cancel()
             viewers.cancel()
+            guard.cancel()
             await text.close(STOPPING)
 
 
@@ -182,6 +197,31 @@ def _on_signals(server: uvicorn.Server, stop: asyncio.Event) -> None:
 
     for number in STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, handle)
+
+
+async def _end_with(engine: EngineProcess, server: uvicorn.Server, stop: asyncio.Event) -> None:
+    """An engine of ours that has ended by itself does not come back: who watches over the server is to see that."""
+    while engine.alive:
+        await asyncio.sleep(ENGINE_LOOK_S)
+    server.should_exit = True
+    stop.set()
+
+
+async def _find_again(text: TextClient) -> None:
+    """An engine that is not ours may be started again at its address, when it has ended; requests are refused until
+    then."""
+    told = ""
+    while True:
+        await asyncio.sleep(ENGINE_LOOK_S)
+        if text.client.alive:
+            continue
+        try:
+            await text.renew(CONNECT_TIMEOUT_S)
+            told = ""
+        except SuperinferError as error:
+            if str(error) != told:
+                told = str(error)
+                log.warning("requests are refused: %s", told)
 
 
 async def _end_live(stop: asyncio.Event, app: FastAPI) -> None:

@@ -5,6 +5,7 @@ what a client may do to it; see docs/serving.md, *Under load*.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from http import HTTPStatus
 from typing import Any, Literal
@@ -18,6 +19,10 @@ from superinfer.runtime.server.unread import UnreadWatch
 MAX_HEAD = 65_536
 # Seconds within which each piece of a body must come when the server is ending: as long as a busy network may take.
 STOPPING_PATIENCE_S = 2.0
+
+# In place of uvicorn's, which has a line for all that is no HTTP: whoever reaches the port could fill the disk.
+log = logging.getLogger(__name__)
+log.setLevel(logging.ERROR)
 
 
 def http_protocol(patience_s: float) -> Any:
@@ -34,6 +39,7 @@ def http_protocol(patience_s: float) -> Any:
     class Protocol(HttpToolsProtocol):
         def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given, **named)
+            self.logger = log
             self.is_lost = False
             self.watching: set[Shortcut] = set()  # more than one where a client sends without waiting for answers
             self._awaited: Literal["head", "body", ""] = "head"
@@ -51,6 +57,7 @@ def http_protocol(patience_s: float) -> Any:
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
+            self._unset_keepalive_if_required()  # a timer that holds on to this, which goes on where it was reset
             self._lose_patience()
             self._unread.stop()
             self.is_lost = True

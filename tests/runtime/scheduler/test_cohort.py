@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -145,6 +148,23 @@ def test_steady_decodes_come_as_arrays_and_last_longer_than_the_history_of_their
         scheduler.commit(executor.collect(), turn * 0.01)
     assert arrays == 198  # all but each one's first token and last
     assert [s.tokens.tolist()[2:] for s in sequences] == [expected_output([s.id, 20], 200) for s in sequences]
+
+
+def test_those_that_end_long_before_they_must_are_let_go():
+    """Each might have had thousands of tokens more: no list of what is to come holds on to it until then."""
+    scheduler, executor, sequences = steady(4, 100_000)
+    ended = []
+    for turn in range(400):
+        executor.submit(scheduler.plan(turn * 0.01))
+        scheduler.commit(executor.collect(), turn * 0.01)
+        if turn % 10 == 9:
+            assert sequences[0].cohort is not None
+            ended.append(weakref.ref(sequences[0].tokens))
+            scheduler.cancel(sequences.pop(0), turn * 0.01)
+            sequences.append(Sequence(id=4 + turn, prompt=[turn % 7, 20], max_tokens=100_000, arrival=turn * 0.01))
+            scheduler.add(sequences[-1])
+    gc.collect()
+    assert sum(tokens() is not None for tokens in ended) <= 4, "no more than the last steps computed"
 
 
 def test_a_result_may_have_the_tokens_of_decodes_as_an_array():

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 from rotation_bench import PAGE, Bench
 
+from superinfer.runtime.kv.drop_order import FEW
+from superinfer.runtime.kv.tiers import TierNode
 from superinfer.runtime.protocol import Hints
+from superinfer.runtime.scheduler import returns
 
 TURN = [1] * 16
 
@@ -83,3 +88,35 @@ def test_without_room_that_nobody_needs_nothing_is_brought_back():
     bench.run()
     bench.check([busy])
     bench.check_all_given_back()
+
+
+def nodes_in_memory() -> int:
+    gc.collect()
+    return sum(isinstance(found, TierNode) for found in gc.get_objects())
+
+
+def test_turns_expected_back_in_hours_leave_no_more_behind_than_there_is_room_for():
+    before = nodes_in_memory()
+    bench = Bench(blocks=16, dram=24, policy="fcfs")
+    for number in range(1500):
+        bench.add([number % 90, number // 90, *[1] * 10], max_tokens=2, hints=Hints(keep_s=36_000.0))
+        bench.run()
+    assert bench.kv._order.num_kept > 0
+    assert nodes_in_memory() - before <= 16 + 24 + FEW
+    bench.check_all_given_back()
+
+
+def test_who_comes_back_soon_is_brought_back_however_many_come_back_late(monkeypatch):
+    monkeypatch.setattr(returns, "MOST", 3)
+    bench = Bench(blocks=16, dram=60, policy="fcfs")
+    for number in range(4):
+        bench.add([60 + number] * 8, max_tokens=2, hints=Hints(keep_s=36_000.0))
+        bench.run()
+    soon = bench.add(TURN, max_tokens=5, hints=Hints(keep_s=3.0))
+    bench.run()
+    crowd(bench, 8)
+    path = bench.kv.match(soon.tokens, "", 20)
+    assert len(path) == 20 // PAGE and any(node.block < 0 for node in path), "the crowd took its room in HBM"
+    idle(bench, 3.0 - bench.now)
+    assert all(node.block >= 0 for node in path)
+    assert len(bench.scheduler._returns) == 2, "the others that come back soonest"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,10 +19,13 @@ import psutil
 import pytest
 from own_time import OwnTime
 from slow_engine import slow_engine
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from superinfer.runtime.client import EngineClient
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.launch import EngineProcess, launch_engine
+from superinfer.runtime.server.connection import Shortcut
+from superinfer.runtime.server.relay import Feed
 
 LONG: dict[str, Any] = {
     "model": "tiny",
@@ -92,6 +97,37 @@ def test_leaving_before_the_end_cancels_the_request(
         assert until(lambda: engine_client.stats().running > 0)
     assert until(lambda: engine_client.stats().running == engine_client.stats().waiting == 0)
     assert engine_client.stats().cancelled == before + MANY
+
+
+def test_a_request_that_is_over_leaves_nothing_for_the_garbage_collector(served: Any) -> None:
+    """It would be thousands of them, as a server's collector runs so seldom."""
+    asked = LONG["extra_body"] | {"model": "tiny", "messages": LONG["messages"], "max_tokens": 3}
+
+    def in_memory() -> int:
+        return sum(isinstance(found, (RequestResponseCycle, Shortcut, Feed)) for found in gc.get_objects())
+
+    gc.collect()
+    before = in_memory()
+    gc.disable()
+    try:
+        with served.http() as kept:
+            for number in range(12):
+                assert kept.post("/v1/chat/completions", json=asked | {"stream": bool(number % 2)}).status_code == 200
+        for _ in range(12):
+            with served.http() as alone:
+                alone.get("/health")
+                with alone.stream("POST", "/v1/chat/completions", json=asked | {"stream": True, "max_tokens": 900}):
+                    pass  # and leaves
+                alone.post("/v1/chat/completions", json=asked | {"messages": 5})
+                assert alone.post("/v1/completions", json={"model": "tiny", "prompt": "hi", "max_tokens": 2}).is_success
+        for _ in range(12):  # and some cut the connection that they were to keep
+            with socket.create_connection(("127.0.0.1", httpx.URL(served.url).port), timeout=30) as reset:
+                reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                reset.sendall(b"GET /version HTTP/1.1\r\nhost: here\r\n\r\n")
+                assert b" 200 " in reset.recv(1000)
+        assert until(lambda: in_memory() <= before), in_memory()
+    finally:
+        gc.enable()
 
 
 def test_requests_sent_without_waiting_for_answers_are_answered_in_order(served: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import openai
 import pytest
 
 from superinfer.runtime.launch import EngineProcess
+from superinfer.runtime.server.errors import ApiError
 from superinfer.runtime.server.responses import ResponseStore
 
 ASK: dict[str, Any] = {"model": "tiny", "input": "hello", "max_output_tokens": 12, "extra_body": {"ignore_eos": True}}
@@ -166,14 +168,42 @@ def test_the_slo_and_tier_are_reported(client: openai.OpenAI) -> None:
     assert answer.slo["met"] is True and answer.service_tier == "default"
 
 
+def is_kept(store: ResponseStore, response_id: str) -> bool:
+    try:
+        store.get(response_id)
+    except ApiError:
+        return False
+    return True
+
+
 def test_stored_responses_are_bounded_in_bytes_and_the_oldest_goes() -> None:
-    store = ResponseStore(2000)
+    store = ResponseStore(10_000)
     for number in range(50):
-        store.put(str(number), b"x" * 300, [], [])
-    kept = [number for number in range(50) if str(number) in store._stored]
-    assert kept == list(range(44, 50)) and store._bytes <= 2000
-    store.put("large", b"x" * 3000, [], [])
-    assert "large" not in store._stored and "49" in store._stored
+        store.put(str(number), b"x" * 1000, [], [], [])
+    kept = [number for number in range(50) if is_kept(store, str(number))]
+    assert kept == list(range(44, 50))
+    store.put("large", b"x" * 12_000, [], [], [])
+    assert not is_kept(store, "large") and is_kept(store, "49")
+    store.remove("49")
+    store.put("another", b"x" * 1000, [], [], [])
+    assert is_kept(store, "44") and is_kept(store, "another"), "what was removed takes no room"
+
+
+def test_stored_responses_take_the_memory_that_they_are_given() -> None:
+    """Of short ones there are many, and what each takes beside its JSON counts too."""
+    most, message = 1 << 20, {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}
+    tracemalloc.start()
+    try:
+        store = ResponseStore(most)
+        for number in range(5_000):
+            store.put(f"resp_{number:032}", b"%5d" % number * 40, [message] * 3, [message], [message])
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert is_kept(store, f"resp_{4999:032}") and not is_kept(store, f"resp_{0:032}")
+    assert most / 2 < held < most
+    stored = store.get(f"resp_{4999:032}")
+    assert stored.items == [message] * 5 and stored.input == [message]
 
 
 def test_over_http_the_oldest_response_makes_room_for_the_newest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -85,7 +86,7 @@ def test_what_was_not_told_as_it_was_written_is_not_kept(tokenizer: Tokenizer) -
 
 
 def test_the_answers_used_last_are_kept_within_a_bound(tokenizer: Tokenizer) -> None:
-    said = Said(tokenizer, most=1000)
+    said = Said(tokenizer, most=40_000)
     (letter,) = tokenizer.encode("e", special=False)
     prompt = "<|im_start|>assistant\n"
 
@@ -99,4 +100,18 @@ def test_the_answers_used_last_are_kept_within_a_bound(tokenizer: Tokenizer) -> 
         said.note("", prompt, [letter] * length, "e" * length)
         assert is_known(60), "used again each time"
     assert is_known(99) and not is_known(61)
-    assert said._held <= 1000 and said._held == sum(len(text) for _, text in said._known)
+
+
+def test_answers_take_the_memory_that_they_are_given(tokenizer: Tokenizer) -> None:
+    """Of short ones there are many, one for each tenant, and what each takes beside its text counts too."""
+    most, prompt = 1 << 19, "<|im_start|>assistant\n"
+    (letter,) = tokenizer.encode("e", special=False)
+    tracemalloc.start()
+    try:
+        said = Said(tokenizer, most=most)
+        for number in range(4_000):
+            said.note(f"tenant {number}", prompt, [letter], "e")
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert most / 4 < held < most

@@ -129,7 +129,8 @@ def test_an_echoed_prompt_has_its_token_ids_too(http: httpx.Client) -> None:
 def test_a_prompt_is_cut_to_its_last_tokens(http: httpx.Client) -> None:
     asked = PLAIN | {"prompt": ["one two three", "go"], "echo": True, "truncate_prompt_tokens": 5, "max_tokens": 1}
     answer = answered(http, "/v1/completions", asked)
-    assert [choice["text"][:-1] for choice in answer["choices"]] == ["three", "go"]
+    for choice, prompt in zip(answer["choices"], ("three", "go"), strict=True):
+        assert choice["text"].startswith(prompt)
     chat = answered(http, "/v1/chat/completions", CHAT | {"truncate_prompt_tokens": 7})
     assert chat["usage"]["prompt_tokens"] == 7
     response = {"input": "hello", "truncate_prompt_tokens": 7, "max_output_tokens": 3}
