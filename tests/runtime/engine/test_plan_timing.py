@@ -76,6 +76,7 @@ class Door:
         self.clock, self.arrivals, self.until = clock, deque(arrivals), until
         self.loop: EngineLoop
         self.gone: set[bytes] = set()
+        self.clients = {b"client"}
 
     def receive(self, timeout_ms: int) -> Iterator[tuple[bytes, Any]]:
         clock = self.clock
