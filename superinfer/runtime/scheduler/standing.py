@@ -61,7 +61,8 @@ class Standing:
     units: what work costs now. verdicts: of the last triage. step_s: of a step, smoothed; quick_s: of one without
         prompts, the quickest that an answer can go on. promised: kept sequences, and kept_s the machine time that all
         of them still ask for.
-    tightest: the shortest time between tokens that a kept resident was promised; late_pace: that any resident was.
+    tightest: the shortest time between tokens that a kept resident was promised, or a step as it is now while there are
+        programs; late_pace: that any resident was promised.
     hurry: the shortest time for a token that the deadline of a kept resident leaves it, and is enough as steps are now.
     asked: prompt tokens that the kept are still to compute.
     outputs: how long answers will be, of all kinds together.
@@ -147,11 +148,13 @@ class Standing:
         due, pace = seen.next_due(left, self.step_s)
         prefill_s, link_s = units.prefill_s(seen.prefill, seen.context - seen.prefill), seen.load * block_s
         at_best = seen.next_due(left, self.quick_s)[0]
+        own_s = left * self.step_s
+        by_end = seen.deadline - own_s  # when the next token is due for the last to be in time
         if self.programs:
-            own_s = left * self.step_s
             ends = seen.deadline - own_s <= due  # what is due is its end, not a stream's next token
             at_best = at_best + np.where(ends, self.programs.spread_s[rows], 0.0)
             due = np.where(ends, self.programs.wanted(rows, due, own_s, now), due)
+            by_end = np.where(ends, due, by_end)
         late = at_best - now < prefill_s + link_s
         late &= ~here | (prefill_s > 0.0)
         there = self._are_there(rows, seen.id, ended)
@@ -168,7 +171,7 @@ class Standing:
             table, is_timed = table.compress(fine, axis=1), is_timed[fine]
             seen = Columns(*table)
             rows, here, left, due, pace = rows[fine], here[fine], left[fine], due[fine], pace[fine]
-            prefill_s, link_s, at_best = prefill_s[fine], link_s[fine], at_best[fine]
+            prefill_s, link_s, at_best, by_end = prefill_s[fine], link_s[fine], at_best[fine], by_end[fine]
 
         yield Slice("costs", 45 + len(rows) / 40)
         token_s, held = self._costs(seen.context + left / 2, seen.common)
@@ -197,8 +200,10 @@ class Standing:
         paces = roster.pace[running]
         self.tightest = float(paces[roster.kept[running] & ~roster.late[running]].min(initial=math.inf))
         self.late_pace = float(paces.min(initial=math.inf))
-        in_time = runs[due[runs] > now]
-        self.hurry = float(((seen.deadline[in_time] - now) / left[in_time]).min(initial=math.inf))
+        in_time = runs[by_end[runs] > now]
+        self.hurry = self.step_s + float(((by_end[in_time] - now) / left[in_time]).min(initial=math.inf))
+        if self.programs and self.hurry < math.inf:  # what a call takes, those that follow it do not have
+            self.tightest = min(self.tightest, self.step_s)
         residents.tell(roster.kept)
 
         yield Slice("who is next", 45 + len(rows) / 20 + len(roster.live) / 100)
