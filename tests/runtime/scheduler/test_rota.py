@@ -212,13 +212,26 @@ def test_under_overload_whoever_is_kept_gets_its_first_token_before_its_client_s
     assert sum(1.0 < seconds <= 1.1 for seconds in took) < 0.02 * len(took)
 
 
-def steps_of(cost: StepCost, slots: int, rate: float, prompt: int, seconds: float) -> list[StepLoad]:
+def steps_of(
+    cost: StepCost, slots: int, rate: float, prompt: int, seconds: float, slo: SLO = STREAM, hints: Hints | None = None
+) -> list[StepLoad]:
     """The steps from 2 s on, of requests that come evenly, on a machine that takes as long as `cost` says."""
     scheduler = build_scheduler("rota", KVCache(20_000, 16), SchedulerLimits(slots, 8192, 8192), cost)
     now, loads, number = 0.0, [], 0
     while now < seconds:
         while number < rate * now:
-            scheduler.add(Sequence(id=number, prompt=[number] * prompt, max_tokens=200, arrival=now, slo=STREAM))
+            program = str(number) if hints else ""
+            scheduler.add(
+                Sequence(
+                    id=number,
+                    prompt=[number] * prompt,
+                    max_tokens=200,
+                    arrival=now,
+                    slo=slo,
+                    hints=hints,
+                    program=program,
+                )  # fmt: skip
+            )
             number += 1
         plan = scheduler.plan(now)
         if plan is None:
@@ -251,6 +264,16 @@ def test_where_launches_cost_nothing_what_is_learnt_of_them_by_chance_gathers_no
     loads = steps_of(cost, 512, 130.0, 100, 8.0)
     prompts = [load.tokens - load.decodes for load in loads]
     assert max(prompts) < 2 * np.mean(prompts)
+
+
+def test_while_calls_of_programs_run_deadlines_keep_steps_short():
+    """What a call takes, those that follow it do not have; by itself it may take the time that it was given."""
+    cost = StepCost(StepRates.seed(H100, LLAMA))
+    alone, called = (
+        np.mean([cost.seconds(load) for load in steps_of(cost, 64, 15.0, 1200, 5.0, SLO(deadline=20.0), hints)])
+        for hints in (None, Hints(rest_tokens=200.0, rest_s=1.0))
+    )
+    assert called < 0.8 * alone
 
 
 def without_wall(result: SimResult) -> dict:
