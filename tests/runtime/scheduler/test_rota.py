@@ -230,7 +230,7 @@ def steps_of(
                     slo=slo,
                     hints=hints,
                     program=program,
-                )  # fmt: skip
+                )
             )
             number += 1
         plan = scheduler.plan(now)
