@@ -326,13 +326,20 @@ def test_the_first_steps_compile_nothing(wide, monkeypatch):
         SamplingParams(temperature=0.7, repetition_penalty=1.2, min_tokens=3),
     ]
     batch = [
-        stepper.add(prompt, ways[i % len(ways)], stop_ids=(1,), seed=i)
-        for i, prompt in enumerate(prompts_of([400] * 9))
+        stepper.add(prompt, ways[i % len(ways)], stop_ids=(1,), seed=i, room=16)
+        for i, prompt in enumerate(prompts_of([236] * 12))
     ]
     first, *others = batch
     stepper.step((first, stepper.prefill(first)))
-    stepper.step(*((s, stepper.prefill(s, 330)) for s in others), (first, stepper.decode(first)))
+    stepper.step((first, stepper.decode(first)), *((s, stepper.prefill(s, 20)) for s in others))
+    rest = [(s, stepper.prefill(s)) for s in others]
+    assert sum(work.length for _, work in rest) > executor.captured_tokens  # a long step, of prompts that go on
+    stepper.step((first, stepper.decode(first)), *rest)
     stepper.run(batch, 6)
+    for sequence in batch:
+        stepper.remove(sequence)
+    again = [stepper.add(prompt, room=16) for prompt in prompts_of([230] * 12)]
+    stepper.step(*((s, stepper.prefill(s)) for s in again))  # and of prompts that begin
     vocab = executor.limits.vocab_size
     for rows in (1, 5, 16, 48):
         bitmask = xgrammar.allocate_token_bitmask(rows, vocab).cuda()
