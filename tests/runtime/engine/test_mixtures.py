@@ -18,6 +18,7 @@ from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import Begun, TextClient, TextRequest, TextResult
 
 CONTEXT = 160
+MOST_NEW = 8  # tokens of a prompt that no other has
 SMALL: dict[str, Any] = dict(page_size=4, kv_tokens=CONTEXT + 80, max_model_len=CONTEXT, max_batch_size=6)
 GRAMMARS = (
     Grammar(kind="regex", source="(one two three|six seven), and then it was over [a-f]{2,9}"),
@@ -47,6 +48,7 @@ def mixture(rng: random.Random, vocab: int, count: int) -> list[Asked]:
     """What many clients might ask for at once."""
     shared = [[rng.randrange(3, vocab) for _ in range(50)] for _ in range(2)]
     asked: list[Asked] = []
+    reaches: list[int] = []  # tokens of each at most, with those that it goes on from
     for at in range(count):
         more: dict[str, Any] = {"temperature": rng.choice([0.0, 0.8]), "seed": at, "max_tokens": rng.randrange(1, 90)}
         if rng.random() < 0.3:
@@ -62,13 +64,20 @@ def mixture(rng: random.Random, vocab: int, count: int) -> list[Asked]:
             (0.2, {"stop_token_ids": (rng.randrange(3, vocab), rng.randrange(3, vocab))}),
         ):
             more |= options if rng.random() < likely else {}
-        before = [i for i, other in enumerate(asked) if other.request.sampling.n == 1 and other.cancelled_at is None]
+        before = [
+            i
+            for i, other in enumerate(asked)
+            if other.request.sampling.n == 1 and other.cancelled_at is None
+            if reaches[i] + MOST_NEW + more["max_tokens"] <= CONTEXT
+        ]
         after = rng.choice(before) if before and rng.random() < 0.25 else None
         prompt = rng.choice(shared)[: rng.randrange(0, 50)] if after is None else []
+        new = [rng.randrange(3, vocab) for _ in range(rng.randrange(1, MOST_NEW + 1))]
+        reaches.append((len(prompt) if after is None else reaches[after]) + len(new) + more["max_tokens"])
         asked.append(
             Asked(
                 TextRequest(
-                    prompt=[*prompt, *(rng.randrange(3, vocab) for _ in range(rng.randrange(1, 9)))],
+                    prompt=[*prompt, *new],
                     sampling=SamplingParams(**more),
                     stop=rng.choice([(), (), (), ("e", "ab")]),
                     slo=rng.choice([None, SLO(ttft=0.01, tbt=0.001), SLO(deadline=20.0, weight=3.0)]),
