@@ -1,5 +1,6 @@
-"""What habits of decode steps are worth, in one run: products of few rows by tensor copies (`skinny_tma`) and by Triton
-(`skinny`), kernels that start before the one in front is over, and our own decode attention in FlashInfer's place.
+"""What habits of decode steps are worth, in one run: products of few rows by tensor copies (`skinny_tma`, `wide_tma`
+for more) and by Triton (`skinny`), kernels that start before the one in front is over, and our own decode attention in
+FlashInfer's place.
 
 Llama-3-8B's shape, random weights, bf16, 520 tokens a sequence, greedy: device milliseconds of a step by batch, the
 median of five times 20 steps.
@@ -15,26 +16,28 @@ import torch
 from gpu_common import MODEL, PROMPT, ROOM, decode_plan, device_ms, fill_slots, gpu_executor
 from record import write
 
-from superinfer.kernels import fused, launch, skinny, skinny_tma
+from superinfer.kernels import fused, launch, skinny, skinny_tma, wide_tma
 from superinfer.kernels.paged import Choice, choose_attention
 from superinfer.runtime.engine import cuda_build
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 96, 128)
 
 
 class Variant(NamedTuple):
-    """overlap: kernels start early. boxes, triton: rows up to which products are by these. attention: our own."""
+    """overlap: kernels start early. boxes, triton, wide: rows up to which products are by these. attention: our own."""
 
     overlap: bool = True
     boxes: int = skinny_tma.MOST_ROWS
     triton: int = 64
+    wide: int = wide_tma.MOST_ROWS
     attention: bool = True
 
 
 VARIANTS = {
-    "none": Variant(overlap=False, boxes=0, triton=0, attention=False),
+    "none": Variant(overlap=False, boxes=0, triton=0, wide=0, attention=False),
     "no overlap": Variant(overlap=False),
     "no boxes": Variant(boxes=0),
+    "no wide": Variant(wide=0),
     "no triton": Variant(triton=0),
     "FlashInfer": Variant(attention=False),
     "all": Variant(),
@@ -49,9 +52,10 @@ def without_our_own(*shape: Any) -> Choice:
 
 def settle(variant: Variant) -> None:
     """Have the kernels' modules behave as the variant says, from the next capture on."""
-    skinny.MOST_ROWS, skinny_tma.MOST_ROWS = variant.triton, variant.boxes
+    skinny.MOST_ROWS, skinny_tma.MOST_ROWS, wide_tma.MOST_ROWS = variant.triton, variant.boxes, variant.wide
     skinny.choose_tiles.cache_clear()
     skinny_tma.choose_cut.cache_clear()
+    wide_tma.choose_cut.cache_clear()
     cuda_build.choose_attention = choose_attention if variant.attention else without_our_own  # type: ignore[attr-defined]
     overlap = launch.overlap if variant.overlap else lambda x: {"PDL": False}
     fused.overlap = skinny.overlap = overlap  # type: ignore[attr-defined]

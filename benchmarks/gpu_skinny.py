@@ -1,4 +1,5 @@
-"""Products of few rows by each way there is: cuBLAS, Triton, and tensor copies cut in several ways.
+"""Products of few rows by each way there is: cuBLAS, Triton, and tensor copies cut in several ways, for warps of their
+own (`tma`) and for warpgroups (`wide`).
 
 Llama-3-8B's four matrices, random weights and inputs, bf16. gate_up is with its activation. Each time is of a graph of
 launches over different weights, which the device's cache does not hold, a call's share of it; each way is first checked
@@ -19,18 +20,27 @@ import torch.nn.functional as F
 from gpu_common import PRODUCTS, milliseconds
 from record import write
 
-from superinfer.kernels import skinny, skinny_tma
+from superinfer.kernels import skinny, skinny_tma, wide_tma
 from superinfer.kernels.activation import silu_and_mul
 from superinfer.kernels.nvrtc import compiled
 from superinfer.kernels.skinny_tma import Cut
 
 LEAST_COPIES, LEAST_BYTES, REPLAYS = 8, 300e6, 20
+LEAST_WIDE = 33  # rows from which on warpgroups are tried
+WIDE = {  # (parts of the depth, rows of the weight in a tile)
+    "qkv": [(2, 96), (4, 192)],
+    "o": [(4, 128), (8, 256)],
+    "gate_up": [(1, 192), (1, 224), (1, 256)],
+    "down": [(4, 128), (8, 256)],
+}
 TILES = {"qkv": (6, 12), "o": (8, 16), "down": (8, 16)}  # of 16 rows of the weight that a program may have
 Way = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 
 def cuts(name: str, rows: int) -> Iterator[Cut]:
     """Those that fill the 132 multiprocessors, or nearly, each with as many stages as there is room for."""
+    if rows > skinny_tma.MOST_ROWS:
+        return
     if name == "gate_up":
         shapes = [(1, 7, 2, boxes) for boxes in (1, 2)] + [(1, 8, 2, 1)]
     else:
@@ -46,6 +56,12 @@ def cuts(name: str, rows: int) -> Iterator[Cut]:
         yield Cut(*shape, 0).with_most_stages(rows)
 
 
+def wide_cuts(name: str, rows: int) -> Iterator[wide_tma.Cut]:
+    """The same, for warpgroups."""
+    for (parts, columns), cluster in itertools.product(WIDE[name] if rows >= LEAST_WIDE else (), (1, 2, 4)):
+        yield wide_tma.Cut(parts, columns, cluster, 0).with_most_stages(rows)
+
+
 def gated(product: Way, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     found = product(x, weight)
     return None if found is None else silu_and_mul(found)
@@ -53,6 +69,10 @@ def gated(product: Way, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor |
 
 def by_cut(cut: Cut, is_gated: bool, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return skinny_tma.run(x, weight, cut, is_gated)
+
+
+def by_wide_cut(cut: wide_tma.Cut, is_gated: bool, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return wide_tma.run(x, weight, cut, is_gated)
 
 
 def ways_of(name: str, rows: int) -> dict[str, Way]:
@@ -63,6 +83,8 @@ def ways_of(name: str, rows: int) -> dict[str, Way]:
         found["triton"] = skinny.linear_parts
     for cut in cuts(name, rows):
         found["tma p{} w{}x{} b{} s{}".format(*cut)] = partial(by_cut, cut, is_gated)
+    for wide in wide_cuts(name, rows):
+        found["wide p{} c{} x{} s{}".format(*wide)] = partial(by_wide_cut, wide, is_gated)
     return found
 
 
@@ -74,8 +96,17 @@ def compile_all(every_rows: list[int]) -> None:
         for rows in every_rows
         for cut in cuts(name, rows)
     }
+    wide = {
+        (tuple(wide_tma.compile_constants(-(-rows // 64), cut, name == "gate_up", False).items()), cut.columns)
+        for name in PRODUCTS
+        for rows in every_rows
+        for cut in wide_cuts(name, rows)
+    }
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(partial(compiled, "skinny_tma.cu"), wanted))
+        found = [pool.submit(compiled, "skinny_tma.cu", constants) for constants in wanted]
+        found += [pool.submit(compiled, "wide_tma.cu", constants, wide_tma.made_for(n)) for constants, n in wide]
+    for each in found:
+        each.result()
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -98,7 +129,7 @@ def main() -> None:
     """Measure, print, write results/<name>.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", default="gpu-skinny")
-    parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 32, 64, 96, 128])
     arguments = parser.parse_args()
     compile_all(arguments.rows)
     results, wrong = [], 0

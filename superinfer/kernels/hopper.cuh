@@ -28,6 +28,20 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
   } while (!done);
 }
 
+constexpr u32 MOST_TRIES = 1u << 27;  // seconds: longer than any kernel in front
+
+// barrier_wait of a kernel that fails rather than hang.
+__device__ __forceinline__ void await(u32 barrier, u32 parity) {
+  for (u32 tries = 0; tries < MOST_TRIES; ++tries) {
+    u32 done;
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    if (done) return;
+  }
+  __trap();
+}
+
 // Everything that kernels in front have written is there from here on.
 __device__ __forceinline__ void wait_for_kernels_in_front() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
@@ -97,4 +111,16 @@ __device__ __forceinline__ u32 pack(float low, float high) {
   u32 x;
   asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
   return x;
+}
+
+// To its type and back.
+__device__ __forceinline__ float rounded(float x) {
+  u32 both = pack(x, 0.0f);
+#if HALF
+  float y;
+  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %1;\ncvt.f32.f16 %0, l;\n}" : "=f"(y) : "r"(both));
+  return y;
+#else
+  return __uint_as_float(both << 16);
+#endif
 }

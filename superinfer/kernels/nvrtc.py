@@ -28,10 +28,12 @@ def checked(answer: tuple[Any, ...]) -> Any:
 
 
 @functools.cache
-def compiled(source: str, constants: tuple[tuple[str, int], ...]) -> bytes:
-    """Machine code for ARCHITECTURE of a file of this folder. Raises CudaFailure with the compiler's words."""
-    headers = sorted(FOLDER.glob("*.cuh"))
-    texts, names = [header.read_bytes() for header in headers], [header.name.encode() for header in headers]
+def compiled(source: str, constants: tuple[tuple[str, int], ...], made: tuple[tuple[str, str], ...] = ()) -> bytes:
+    """Machine code for ARCHITECTURE of a file of this folder. made: names and texts of headers that are no files.
+    Raises CudaFailure with the compiler's words."""
+    headers = {header.name: header.read_bytes() for header in sorted(FOLDER.glob("*.cuh"))}
+    headers |= {name: text.encode() for name, text in made}
+    texts, names = list(headers.values()), [name.encode() for name in headers]
     text = (FOLDER / source).read_bytes()
     program = checked(nvrtc.nvrtcCreateProgram(text, source.encode(), len(headers), texts, names))
     try:
@@ -51,10 +53,14 @@ def compiled(source: str, constants: tuple[tuple[str, int], ...]) -> bytes:
 class CudaKernel:
     """A compiled kernel, loaded on the current device. Launches start while the kernel in front runs (see `launch`)."""
 
-    def __init__(self, source: str, name: str, constants: Mapping[str, int], threads: int, most_shared: int) -> None:
-        """most_shared: bytes of a launch, at most. Raises CudaFailure where it cannot be compiled or loaded."""
+    def __init__(
+        self, source: str, name: str, constants: Mapping[str, int], threads: int, most_shared: int,
+        made: tuple[tuple[str, str], ...] = (),
+    ) -> None:  # fmt: skip
+        """most_shared: bytes of a launch, at most. made: see `compiled`. Raises CudaFailure where it cannot be compiled
+        or loaded."""
         torch.cuda.current_stream()  # the device's context exists from here on
-        code = np.frombuffer(compiled(source, tuple(constants.items())), dtype=np.uint8)
+        code = np.frombuffer(compiled(source, tuple(constants.items()), made), dtype=np.uint8)
         self._module = checked(driver.cuModuleLoadData(code.ctypes.data))
         self._function = checked(driver.cuModuleGetFunction(self._module, name.encode()))
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

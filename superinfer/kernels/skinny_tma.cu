@@ -22,32 +22,8 @@ constexpr int WEIGHTS = WARPS * TILES * TILE;           // bytes of W in 64 of t
 constexpr int INPUTS = 8 * EIGHTHS * LINE;              // and of x
 constexpr int STAGE = BOXES * (WEIGHTS + INPUTS);       // W's boxes, then x's: all at multiples of 1024
 constexpr int ANSWERS = GATED ? 16 : 16 * TILES;        // outputs of a warp
-constexpr u32 MOST_TRIES = 1u << 27;                    // seconds: longer than any kernel in front
 
 static_assert(!GATED || TILES == 2, "a gate's tile and that of what it gates");
-
-// barrier_wait of a kernel that fails rather than hang.
-__device__ __forceinline__ void await(u32 barrier, u32 parity) {
-  for (u32 tries = 0; tries < MOST_TRIES; ++tries) {
-    u32 done;
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-    if (done) return;
-  }
-  __trap();
-}
-
-__device__ __forceinline__ float rounded(float x) {
-  u32 both = pack(x, 0.0f);
-#if HALF
-  float y;
-  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %1;\ncvt.f32.f16 %0, l;\n}" : "=f"(y) : "r"(both));
-  return y;
-#else
-  return __uint_as_float(both << 16);
-#endif
-}
 
 // What a kernel in front has just written, which the first-level cache may have an older copy of.
 __device__ __forceinline__ int load_now(const int* from) {

@@ -8,21 +8,19 @@ for a whole part of the depth, so that it reads that part of x once.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from superinfer.kernels.hopper import RESERVED_BYTES, SHARED_BYTES
+from superinfer.kernels.tensor_map import BOX, tensor_map
 
 MOST_ROWS = 64
 MOST_ROWS_BEFORE_TRITON = 32  # above, what `skinny` takes is as quick or quicker by it
 MOST_WARPS, LEAST_WARPS = 8, 4  # that compute
-BOX = 64  # of the depth, 128 bytes: what a tensor copy swizzles
 LEAST_STAGES = 4  # where a stage is two boxes
 MOST_PARTS = 8  # of the depth: more are more sums to add up, fewer more reads of x
 BEST_SHARE = 7  # tiles of a program: 6 for qkv and 8 for o and down of Llama-3-8B are the quickest (h200-skinny.json)
@@ -182,8 +180,8 @@ class SkinnyKernel:
         depth, (outputs, rows) = x.shape[1], (out.shape[-1], len(x) if routed is None else 1)
         matrices = weight.numel() // depth  # rows of all
         tall = cut.warps * 16 * (1 if self._gated else cut.tiles)
-        self._arguments.maps[0] = _tensor_map(x.data_ptr(), len(x), depth, 8 * _eighths(rows))
-        self._arguments.maps[1] = _tensor_map(weight.data_ptr(), matrices, depth, tall)
+        self._arguments.maps[0] = tensor_map(x.data_ptr(), len(x), depth, 8 * _eighths(rows))
+        self._arguments.maps[1] = tensor_map(weight.data_ptr(), matrices, depth, tall)
         choice = (0, 0, 0) if routed is None else (routed.experts.data_ptr(), routed.scales.data_ptr(), int(len(x) > 1))
         self._arguments.words[:] = out.data_ptr(), rows, outputs, depth // cut.parts, *choice
         grid = cut.programs(weight.shape[-2]), cut.parts, 1 if routed is None else len(routed.experts)
@@ -204,41 +202,6 @@ def _kernel(
 ) -> SkinnyKernel:
     with torch.cuda.device(device):
         return SkinnyKernel(eighths, warps, tiles, boxes, stages, gated, routed, half)
-
-
-@functools.cache
-def _encode() -> Callable[..., int]:
-    """The driver's cuTensorMapEncodeTiled. Not that of cuda.bindings, whose CUtensorMap need not lie at a multiple of
-    64 bytes, as the driver asks for (github.com/NVIDIA/cuda-python/pull/1692)."""
-    call = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    call.argtypes = (pointer, number, ctypes.c_uint32, *(pointer,) * 5, *(number,) * 4)
-    return call
-
-
-@functools.lru_cache(maxsize=1 << 13)
-def _tensor_map(address: int, rows: int, depth: int, tall: int) -> np.ndarray:
-    """CUtensorMap of a contiguous [rows, depth] of 2-byte numbers at an address, by boxes [tall, 64]; 16 words. It says
-    nothing else of what is there, so that a tensor freed and another made at the same place is no matter."""
-    from cuda.bindings import driver
-
-    from superinfer.kernels.nvrtc import checked
-
-    room = np.zeros(24, dtype=np.uint64)
-    skipped = -room.ctypes.data % 64 // 8
-    words = room[skipped : skipped + 16]
-    dims, strides = np.array([depth, rows], dtype=np.uint64), np.array([2 * depth], dtype=np.uint64)
-    box, ones = np.array([BOX, tall], dtype=np.uint32), np.ones(2, dtype=np.uint32)
-    status = _encode()(
-        words.ctypes.data, driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16.value, 2, address,
-        dims.ctypes.data, strides.ctypes.data, box.ctypes.data, ones.ctypes.data,
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE.value,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B.value,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B.value,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE.value,
-    )  # fmt: skip
-    checked((driver.CUresult(status),))
-    return words
 
 
 def cut_for(x: torch.Tensor, weight: torch.Tensor, gated: bool) -> Cut | None:

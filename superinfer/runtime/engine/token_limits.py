@@ -35,15 +35,15 @@ class TokenLimits:
 
     def start(self, slot: int, params: SamplingParams, output: Sequence[int]) -> bool:
         """A sequence that has generated `output` takes its slot. Whether it limits tokens at all."""
+        self._listed[slot] = params.allowed_token_ids is not None
+        self._worded[slot] = bool(params.bad_words)
         if params.allowed_token_ids is not None:
-            self._listed[slot] = True
             if self._allowed is None:
                 self._allowed = torch.ones(self._shape, dtype=torch.bool, device=self._device)
             allowed = np.zeros(self._shape[1], dtype=bool)
             allowed[list(params.allowed_token_ids)] = True
             self._allowed[slot] = self._to_device(allowed)
         if params.bad_words:
-            self._worded[slot] = True
             if self._words is None:
                 self._words = _Words(self._shape[0], self._device)
             self._words.set(slot, params.bad_words, output, self._to_device)

@@ -89,11 +89,12 @@ class Linear(nn.Module):
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         """silu(gate) · up, where gate and up are the two halves of `forward`: [tokens, outputs / 2]."""
         if x.is_cuda and self.bias is None:
-            from superinfer.kernels import skinny_tma
+            from superinfer.kernels import skinny_tma, wide_tma
 
-            product = skinny_tma.gated(x, self.weight)
-            if product is not None:
-                return product
+            for kernel in (skinny_tma, wide_tma):
+                product = kernel.gated(x, self.weight)
+                if product is not None:
+                    return product
         return silu_and_mul(self(x))
 
 

@@ -1,0 +1,179 @@
+"""Products of 65 to 128 rows on Hopper: `wide_tma.cu`, and how each is cut.
+
+Still bound by reading the weights, but too many rows for warps that each read all of them from shared memory, as those
+of `skinny_tma` do: warpgroup products read both operands there, once for 64 rows by up to 256 of the weight. As there,
+weights are on their way before the kernel in front is over, and gate, up and what they gate are one kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from superinfer.kernels.hopper import SHARED_BYTES
+from superinfer.kernels.tensor_map import BOX, tensor_map
+
+LEAST_ROWS, MOST_ROWS = 65, 128  # below, `skinny_tma` is quicker; above, the accumulators have not enough registers
+GROUP = 64  # rows of x of a warpgroup
+MOST_COLUMNS = 256
+LEAST_STAGES = 3
+CLUSTER = 2  # programs that share x: two multiprocessors always lie together, four not everywhere
+_BARRIERS = 16  # bytes for each stage
+_LINE = BOX * 2  # bytes of a box's row
+
+
+class Cut(NamedTuple):
+    """parts: of the depth, added up by who reads the product. columns: rows of the weight in a tile, gates too.
+    cluster: programs that read x together. stages: on their way."""
+
+    parts: int
+    columns: int
+    cluster: int
+    stages: int
+
+    def shared_bytes(self, rows: int) -> int:
+        """Of a program, for a product of so many rows."""
+        return self.stages * ((self.columns + GROUP * _groups(rows)) * _LINE + _BARRIERS)
+
+    def with_most_stages(self, rows: int) -> Cut:
+        """As many as shared memory has room for, 0 where it has none."""
+        return self._replace(stages=SHARED_BYTES // self._replace(stages=1).shared_bytes(rows))
+
+    def tiles(self, outputs: int) -> int:
+        """Of one part. outputs: rows of the weight, gates too."""
+        return -(-outputs // self.columns)
+
+
+def _groups(rows: int) -> int:
+    """Warpgroups of a program."""
+    return -(-rows // GROUP)
+
+
+@functools.cache
+def choose_cut(rows: int, outputs: int, depth: int, multiprocessors: int) -> Cut | None:
+    """Of a product with gates, [rows, depth] x [depth, outputs], half of which are gates; None where it is not for this
+    kernel. The tile is the one with which the busiest multiprocessor reads the fewest bytes."""
+    if not LEAST_ROWS <= rows <= MOST_ROWS or not depth or depth % BOX or outputs % 32 or multiprocessors < CLUSTER:
+        return None
+
+    def read(cut: Cut) -> int:
+        tiles = -(-cut.tiles(outputs) // (multiprocessors // CLUSTER * CLUSTER))
+        return tiles * (cut.columns + GROUP * _groups(rows) // CLUSTER)
+
+    cuts = [Cut(1, columns, CLUSTER, 0).with_most_stages(rows) for columns in range(64, MOST_COLUMNS + 1, 16)]
+    best = min((cut for cut in cuts if cut.stages >= LEAST_STAGES), key=read)
+    return best if best.tiles(outputs) >= multiprocessors // 2 else None
+
+
+def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """silu(gate) · up of x · weightᵀ = [gate, up] as [rows, outputs / 2] in x's type; None where this kernel is not the
+    one to take. x: contiguous [rows, depth]; weight: contiguous [outputs, depth], both bfloat16 or float16."""
+    if not LEAST_ROWS <= len(x) <= MOST_ROWS or x.element_size() != 2 or not x.is_cuda:
+        return None
+    if x.data_ptr() % 16 or weight.data_ptr() % 16:
+        return None
+    multiprocessors = _multiprocessors(x.device.index)
+    cut = choose_cut(len(x), *weight.shape, multiprocessors) if multiprocessors else None
+    return None if cut is None else run(x, weight, cut, gated=True)
+
+
+def run(x: torch.Tensor, weight: torch.Tensor, cut: Cut, gated: bool = False) -> torch.Tensor:
+    """The product of 1 to 128 rows cut as given: see `gated`; if not, float32 [parts, rows, outputs], to be added up.
+    Raises ValueError for a cut that the kernel cannot take."""
+    rows, (outputs, depth) = len(x), weight.shape
+    _check(cut, rows, outputs, depth, gated)
+    shape = (rows, outputs // 2) if gated else (cut.parts, rows, outputs)
+    out = torch.empty(shape, dtype=x.dtype if gated else torch.float32, device=x.device)
+    _kernel(x.device.index, _groups(rows), *cut[1:], gated, x.dtype == torch.float16).launch(x, weight, out, cut)
+    return out
+
+
+def _check(cut: Cut, rows: int, outputs: int, depth: int, gated: bool) -> None:
+    whole = 16 if gated else 8
+    if not 0 < rows <= MOST_ROWS:
+        raise ValueError(f"{rows} rows: the kernel takes 1 to {MOST_ROWS}")
+    if outputs % (2 * whole):
+        raise ValueError(f"{outputs} outputs are no multiple of {2 * whole}")
+    if min(cut) < 1 or cut.columns % whole or cut.columns > MOST_COLUMNS or (gated and cut.parts != 1):
+        raise ValueError(
+            f"{cut} is none of the kernel's: columns are a multiple of {whole}, to {MOST_COLUMNS}; gated: 1 part"
+        )
+    if cut.cluster not in (1, 2, 4):
+        raise ValueError(f"{cut} has clusters of {cut.cluster} programs: 1, 2 or 4 can share x")
+    if depth % (cut.parts * BOX):
+        raise ValueError(f"a depth of {depth} has no {cut.parts} parts of a multiple of {BOX}")
+    if cut.shared_bytes(rows) > SHARED_BYTES:
+        raise ValueError(f"{cut} needs {cut.shared_bytes(rows)} bytes of shared memory, there are {SHARED_BYTES}")
+
+
+class WideKernel:
+    """Compiled for a number of warpgroups and a cut. One stream at a time."""
+
+    def __init__(self, groups: int, columns: int, cluster: int, stages: int, gated: bool, half: bool) -> None:
+        """half: float16, else bfloat16. Raises CudaFailure where it cannot be compiled or loaded."""
+        from superinfer.kernels.nvrtc import Arguments, CudaKernel  # needs cuda-bindings, which come with `cuda`
+
+        constants = compile_constants(groups, Cut(1, columns, cluster, stages), gated, half)
+        threads = 32 * (4 * groups + 1)
+        self._kernel = CudaKernel("wide_tma.cu", "some_rows", constants, threads, SHARED_BYTES, made_for(columns))
+        self._arguments = Arguments(4, maps=2)
+        self._tall = columns // 2 if gated else columns
+        self._input_rows = GROUP * groups // cluster
+
+    def launch(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, cut: Cut) -> None:
+        """In the current stream; may be captured. out: as `run` makes it. Raises CudaFailure for tensors that cannot be
+        copied by boxes: those not at a multiple of 16 bytes."""
+        assert x.is_contiguous() and weight.is_contiguous() and x.dtype == weight.dtype
+        assert x.shape[1] == weight.shape[1]
+        (rows, depth), outputs = x.shape, out.shape[-1]
+        self._arguments.maps[0] = tensor_map(x.data_ptr(), rows, depth, self._input_rows)
+        self._arguments.maps[1] = tensor_map(weight.data_ptr(), len(weight), depth, self._tall)
+        self._arguments.words[:] = out.data_ptr(), rows, outputs, depth // cut.parts
+        places = _multiprocessors(x.device.index) // cut.parts // cut.cluster
+        clusters = min(-(-cut.tiles(len(weight)) // cut.cluster), max(places, 1))
+        self._kernel.launch((clusters * cut.cluster, cut.parts), cut.shared_bytes(rows), self._arguments.places)
+
+
+def compile_constants(groups: int, cut: Cut, gated: bool, half: bool) -> dict[str, int]:
+    """What `wide_tma.cu` is compiled with."""
+    return dict(
+        GROUPS=groups, COLUMNS=cut.columns, STAGES=cut.stages, CLUSTER=cut.cluster, GATED=int(gated), HALF=int(half)
+    )
+
+
+def made_for(columns: int) -> tuple[tuple[str, str], ...]:
+    """The header of warpgroup products of 64 rows by so many columns: an instruction with a register for each sum."""
+    sums = columns // 2
+    places = ", ".join(f"%{i}" for i in range(sums))
+    held = ", ".join(f'"+f"(d[{i}])' for i in range(sums))
+    text = f"""#pragma once
+
+// d[64 x {columns}] += a[64 x 16] b[{columns} x 16]^T, begun; a and b: descriptors.
+__device__ __forceinline__ void multiply_group(float (&d)[{sums}], u64 a, u64 b) {{
+  asm volatile("wgmma.mma_async.sync.aligned.m64n{columns}k16.f32." TYPE "." TYPE
+               " {{{places}}}, %{sums}, %{sums + 1}, 1, 1, 1, 0, 0;" : {held} : "l"(a), "l"(b));
+}}
+
+// All but the last LEFT of the groups that were committed are over.
+template <int LEFT>
+__device__ __forceinline__ void group_wait(float (&d)[{sums}]) {{
+  asm volatile("wgmma.wait_group.sync.aligned %{sums};" : {held} : "n"(LEFT) : "memory");
+}}
+"""
+    return (("multiply_group.cuh", text),)
+
+
+@functools.cache
+def _kernel(device: int, groups: int, columns: int, cluster: int, stages: int, gated: bool, half: bool) -> WideKernel:
+    with torch.cuda.device(device):
+        return WideKernel(groups, columns, cluster, stages, gated, half)
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    """0: not a Hopper, for which alone the kernel is compiled."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,145 @@
+"""Products of 65 to 128 rows by warpgroups, whose weights are copied by boxes, against the same in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+CUDA = torch.device("cuda")
+GATED = [(28672, 4096), (16384, 2048), (55296, 5120), (14336, 4096)]
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="the kernel is for Hopper"
+)
+
+
+def operands(rows: int, outputs: int, depth: int, dtype: torch.dtype = torch.bfloat16):
+    """x and a weight of a size that makes outputs of about 1."""
+    generator = torch.Generator(CUDA).manual_seed(rows * outputs + depth)
+    x, weight = (torch.randn(n, depth, dtype=dtype, device=CUDA, generator=generator) for n in (rows, outputs))
+    return x, weight * depth**-0.5
+
+
+def activated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """In float64 of gates that were rounded once, as in the other paths."""
+    gate, up = (x.double() @ weight.double().T).to(x.dtype).double().chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def poison(*shape: int, dtype: torch.dtype) -> None:
+    """Memory that the next product's output is likely to get is NaN, so that what is not written is seen."""
+    torch.full(shape, float("nan"), dtype=dtype, device=CUDA)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [65, 72, 96, 101, 127, 128])
+@pytest.mark.parametrize("outputs,depth", GATED)
+def test_what_gates_let_through(outputs, depth, rows, dtype):
+    from superinfer.kernels import wide_tma
+
+    x, weight = operands(rows, outputs, depth, dtype)
+    poison(rows, outputs // 2, dtype=dtype)
+    found = wide_tma.gated(x, weight)
+    assert found is not None and found.shape == (rows, outputs // 2) and found.dtype == dtype
+    torch.testing.assert_close(found.double(), activated(x, weight), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 17, 64, 65, 100, 128])
+@pytest.mark.parametrize(
+    "cut",
+    [(1, 256, 1, 2), (1, 256, 2, 3), (2, 96, 2, 4), (3, 128, 4, 2), (4, 8, 1, 5), (4, 200, 2, 3), (8, 256, 2, 4)],
+)
+def test_any_cut_of_any_rows(rows, cut):
+    """2,064 outputs: a last tile that reaches beyond them, clusters with a program that has none, programs with several
+    tiles, and stages more and fewer than are on their way."""
+    from superinfer.kernels import wide_tma
+
+    x, weight = operands(rows, 2064, 3072)
+    poison(cut[0], rows, 2064, dtype=torch.float32)
+    found = wide_tma.run(x, weight, wide_tma.Cut(*cut))
+    torch.testing.assert_close(found.double().sum(0), x.double() @ weight.double().T, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("rows", [9, 64, 65, 128])
+@pytest.mark.parametrize("cut", [(1, 16, 1, 3), (1, 32, 2, 9), (1, 208, 2, 2), (1, 256, 4, 4), (1, 224, 2, 5)])
+def test_any_cut_of_gates(rows, cut):
+    """130 tiles of 16, fewer of the others: the last tile's gates reach into what they gate, and that beyond."""
+    from superinfer.kernels import wide_tma
+
+    x, weight = operands(rows, 2080, 1536)
+    poison(rows, 1040, dtype=x.dtype)
+    found = wide_tma.run(x, weight, wide_tma.Cut(*cut), gated=True)
+    torch.testing.assert_close(found.double(), activated(x, weight), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("outputs", [8192, 40000])
+def test_a_program_computes_one_tile_after_another(outputs):
+    from superinfer.kernels import wide_tma
+
+    x, weight = operands(100, outputs, 640)
+    poison(1, 100, outputs, dtype=torch.float32)
+    found = wide_tma.run(x, weight, wide_tma.Cut(1, 64, 2, 4))
+    torch.testing.assert_close(found[0].double(), x.double() @ weight.double().T, rtol=1e-4, atol=5e-5)
+
+
+def test_each_row_of_x_and_of_the_weight_is_where_it_belongs():
+    """With numbers that are exact in bfloat16: one wrong element of a box is seen."""
+    from superinfer.kernels import wide_tma
+
+    x = torch.zeros(93, 2048, dtype=torch.bfloat16, device=CUDA)
+    x[torch.arange(93), torch.arange(93) * 22] = 1.0
+    weight = (torch.arange(544 * 2048, device=CUDA) * 7919 % 251 - 125).view(544, 2048).bfloat16()
+    found = wide_tma.run(x, weight, wide_tma.Cut(2, 128, 2, 3)).sum(0)
+    assert torch.equal(found, x.float() @ weight.float().T)
+
+
+def test_rows_that_the_kernel_in_front_writes_are_read():
+    """In a graph, where a kernel starts while the one in front runs: what one product writes is the next one's input,
+    and a memory's reuse by a third is not seen by the first."""
+    from superinfer.kernels import wide_tma
+
+    first, weight = operands(77, 8192, 4096)
+    written: list[torch.Tensor] = []
+
+    def step() -> None:
+        written.clear()
+        x = first
+        for _ in range(8):
+            x = wide_tma.gated(x, weight)
+            assert x is not None
+            written.append(x)
+
+    step()
+    x = first
+    for found in written:
+        torch.testing.assert_close(found.double(), activated(x, weight), rtol=2e-2, atol=1e-2)
+        x = found.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(50):
+        for tensor in written:
+            tensor.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(written[-1], x)
+
+
+def test_the_same_product_has_the_same_bits():
+    from superinfer.kernels import wide_tma
+
+    x, weight = operands(128, 28672, 4096)
+    first = wide_tma.gated(x, weight)
+    for _ in range(20):
+        assert torch.equal(wide_tma.gated(x, weight), first)
+
+
+def test_products_that_are_not_for_it():
+    from superinfer.kernels import wide_tma
+
+    for rows, outputs, depth in ((129, 28672, 4096), (64, 28672, 4096), (96, 512, 4096), (96, 28672, 4100)):
+        assert wide_tma.gated(*operands(rows, outputs, depth)) is None
+    x, weight = operands(96, 8192, 4096, torch.float32)
+    assert wide_tma.gated(x, weight) is None
+    at_no_multiple_of_16_bytes = torch.zeros(96 * 4096 + 1, dtype=torch.bfloat16, device=CUDA)[1:].view(96, 4096)
+    assert wide_tma.gated(at_no_multiple_of_16_bytes, weight.bfloat16()) is None
