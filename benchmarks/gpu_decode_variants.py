@@ -20,16 +20,18 @@ from superinfer.kernels import fused, launch, skinny, skinny_tma, wide_tma
 from superinfer.kernels.paged import Choice, choose_attention
 from superinfer.runtime.engine import cuda_build
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 96, 128)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 
 
 class Variant(NamedTuple):
-    """overlap: kernels start early. boxes, triton, wide: rows up to which products are by these. attention: our own."""
+    """overlap: kernels start early. boxes, triton, wide: rows up to which products are by these. wide_parts: the latter
+    also those that are added up. attention: our own."""
 
     overlap: bool = True
     boxes: int = skinny_tma.MOST_ROWS
     triton: int = 64
     wide: int = wide_tma.MOST_ROWS
+    wide_parts: bool = True
     attention: bool = True
 
 
@@ -38,11 +40,13 @@ VARIANTS = {
     "no overlap": Variant(overlap=False),
     "no boxes": Variant(boxes=0),
     "no wide": Variant(wide=0),
+    "no wide parts": Variant(wide_parts=False),
     "no triton": Variant(triton=0),
     "FlashInfer": Variant(attention=False),
     "all": Variant(),
 }
 STEPS, REPEATS = 20, 5
+MOST_PARTS = wide_tma.MOST_PARTS
 
 
 def without_our_own(*shape: Any) -> Choice:
@@ -56,6 +60,7 @@ def settle(variant: Variant) -> None:
     skinny.choose_tiles.cache_clear()
     skinny_tma.choose_cut.cache_clear()
     wide_tma.choose_cut.cache_clear()
+    wide_tma.MOST_PARTS = MOST_PARTS if variant.wide_parts else 0
     cuda_build.choose_attention = choose_attention if variant.attention else without_our_own  # type: ignore[attr-defined]
     overlap = launch.overlap if variant.overlap else lambda x: {"PDL": False}
     fused.overlap = skinny.overlap = overlap  # type: ignore[attr-defined]

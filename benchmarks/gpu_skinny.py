@@ -26,12 +26,11 @@ from superinfer.kernels.nvrtc import compiled
 from superinfer.kernels.skinny_tma import Cut
 
 LEAST_COPIES, LEAST_BYTES, REPLAYS = 8, 300e6, 20
-LEAST_WIDE = 33  # rows from which on warpgroups are tried
 WIDE = {  # (parts of the depth, rows of the weight in a tile)
-    "qkv": [(2, 96), (4, 192)],
-    "o": [(4, 128), (8, 256)],
-    "gate_up": [(1, 192), (1, 224), (1, 256)],
-    "down": [(4, 128), (8, 256)],
+    "qkv": [(1, 96), (2, 96), (2, 192)],
+    "o": [(2, 64), (2, 128), (4, 128)],
+    "gate_up": [(1, 112), (1, 224)],
+    "down": [(2, 64), (2, 128), (4, 128)],
 }
 TILES = {"qkv": (6, 12), "o": (8, 16), "down": (8, 16)}  # of 16 rows of the weight that a program may have
 Way = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
@@ -57,9 +56,9 @@ def cuts(name: str, rows: int) -> Iterator[Cut]:
 
 
 def wide_cuts(name: str, rows: int) -> Iterator[wide_tma.Cut]:
-    """The same, for warpgroups."""
-    for (parts, columns), cluster in itertools.product(WIDE[name] if rows >= LEAST_WIDE else (), (1, 2, 4)):
-        yield wide_tma.Cut(parts, columns, cluster, 0).with_most_stages(rows)
+    """The same, for warpgroups; programs of more than 128 rows are twice as many."""
+    for parts, columns in WIDE[name] if rows >= wide_tma.LEAST_ROWS else ():
+        yield wide_tma.Cut(parts, columns, 0).with_most_stages(rows)
 
 
 def gated(product: Way, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
@@ -84,7 +83,7 @@ def ways_of(name: str, rows: int) -> dict[str, Way]:
     for cut in cuts(name, rows):
         found["tma p{} w{}x{} b{} s{}".format(*cut)] = partial(by_cut, cut, is_gated)
     for wide in wide_cuts(name, rows):
-        found["wide p{} c{} x{} s{}".format(*wide)] = partial(by_wide_cut, wide, is_gated)
+        found["wide p{} c{} s{}".format(*wide)] = partial(by_wide_cut, wide, is_gated)
     return found
 
 
@@ -97,7 +96,7 @@ def compile_all(every_rows: list[int]) -> None:
         for cut in cuts(name, rows)
     }
     wide = {
-        (tuple(wide_tma.compile_constants(-(-rows // 64), cut, name == "gate_up", False).items()), cut.columns)
+        (tuple(wide_tma.compile_constants(min(2, -(-rows // 64)), cut, name == "gate_up", False).items()), cut.columns)
         for name in PRODUCTS
         for rows in every_rows
         for cut in wide_cuts(name, rows)
@@ -129,7 +128,7 @@ def main() -> None:
     """Measure, print, write results/<name>.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", default="gpu-skinny")
-    parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 32, 64, 96, 128])
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 32, 64, 96, 128, 192, 256])
     arguments = parser.parse_args()
     compile_all(arguments.rows)
     results, wrong = [], 0

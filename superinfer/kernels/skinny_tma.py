@@ -19,7 +19,6 @@ from superinfer.kernels.hopper import RESERVED_BYTES, SHARED_BYTES
 from superinfer.kernels.tensor_map import BOX, tensor_map
 
 MOST_ROWS = 64
-MOST_ROWS_BEFORE_TRITON = 32  # above, what `skinny` takes is as quick or quicker by it
 MOST_WARPS, LEAST_WARPS = 8, 4  # that compute
 LEAST_STAGES = 4  # where a stage is two boxes
 MOST_PARTS = 8  # of the depth: more are more sums to add up, fewer more reads of x

@@ -1,17 +1,17 @@
-// Products of 65 to 192 rows, y = x W^T, for Hopper: a read of the whole of W, in boxes that its tensor copies bring.
+// Products of 33 to 256 rows, y = x W^T, for Hopper: a read of the whole of W, in boxes that its tensor copies bring.
 //
 // Where `skinny_tma.cu` has warps that share nothing, here warpgroups do: each has 64 rows of x and all of a tile's rows of W
 // (m64nNk16, both operands from shared memory, N of them: PTX ISA, "Asynchronous warpgroup level matrix instructions"), as
-// many rows of x would otherwise be read from shared memory too often. A program computes one tile after another; a producer
-// warp keeps STAGES of boxes in flight, across tiles too. W does not depend on the kernel in front: the first stages' boxes
-// of W are on their way before x is there. Programs that are a cluster read x together: each brings a part for all.
+// many rows of x would otherwise be read from shared memory too often. A program computes one tile after another, those of
+// the same rows of W by neighbours; a producer warp keeps STAGES of boxes in flight, across tiles too. W does not depend on
+// the kernel in front: the first stages' boxes of W are on their way before x is there.
 //
 // Layout of operands: "Matrix descriptor" and "Swizzling modes", 128B: eight rows of 128 bytes are 1024 that follow each
 // other; a step of 16 along the depth is 32 bytes in each of them.
 //
 // Constants, given by the compiler's command line: GROUPS (warpgroups: 64 rows of x each), COLUMNS (rows of W in a tile: a
-// multiple of 8, to 256), STAGES, CLUSTER (programs that share x: 1, 2 or 4), GATED (1: a tile's first half are gates, its
-// second what they gate, and COLUMNS a multiple of 16; y is silu(gate) times the other), HALF (1: float16, 0: bfloat16).
+// multiple of 8, to 256), STAGES, GATED (1: a tile's first half are gates, its second what they gate, and COLUMNS a multiple
+// of 16; y is silu(gate) times the other), HALF (1: float16, 0: bfloat16).
 // `multiply_group.cuh` is made for COLUMNS (`wide_tma.py`).
 
 #include "hopper.cuh"
@@ -25,7 +25,7 @@ constexpr int STAGE = WEIGHTS + INPUTS;                // W's boxes, then x's: a
 constexpr int ANSWERS = GATED ? COLUMNS / 2 : COLUMNS; // outputs of a tile
 constexpr int READERS = 4 * GROUPS;                    // warps
 
-static_assert(64 * GROUPS % CLUSTER == 0 && COLUMNS % (GATED ? 16 : 8) == 0, "boxes of whole groups of eight rows");
+static_assert(COLUMNS % (GATED ? 16 : 8) == 0, "boxes of whole groups of eight rows");
 
 __device__ __forceinline__ float gate_of(float gate, float up) {
   gate = rounded(gate);
@@ -40,145 +40,106 @@ __device__ __forceinline__ void group_fence() { asm volatile("wgmma.fence.sync.a
 
 __device__ __forceinline__ void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-__device__ __forceinline__ u32 rank_in_cluster() {
-  u32 rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
-// At the same barrier of another program of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
-  asm volatile(
-      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory");
-}
-
-// tensor_copy to the same place in all programs of the cluster; each one's barrier there counts the bytes.
-__device__ __forceinline__ void tensor_copy_to_all(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(u16((1 << CLUSTER) - 1)) : "memory");
-}
-
-// x: of [rows, depth], boxes of 64 GROUPS / CLUSTER rows; weight: of [all outputs, depth], boxes of ANSWERS rows; both of 64
-// columns, swizzled by 128 bytes. out: float32 [gridDim.y, rows, outputs], to be added up; GATED: in x's type
-// [rows, outputs], gridDim.y = 1. rows: up to 64 GROUPS. outputs: even. slice: depth / gridDim.y, a multiple of 64. Grid:
-// (programs, a multiple of CLUSTER; parts of the depth); 4 GROUPS + 1 warps; shared memory: STAGES x (STAGE + 16) bytes.
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(32 * (READERS + 1), 1)
+// x: of [rows, depth], boxes of 64 GROUPS rows; weight: of [all outputs, depth], boxes of ANSWERS rows; both of 64 columns,
+// swizzled by 128 bytes. out: float32 [gridDim.y, rows, outputs], to be added up; GATED: in x's type [rows, outputs],
+// gridDim.y = 1. outputs: even. slice: depth / gridDim.y, a multiple of 64. Grid: (programs, parts of the depth); 4 GROUPS +
+// 1 warps; shared memory: STAGES x (STAGE + 16) bytes.
+extern "C" __global__ void __launch_bounds__(32 * (READERS + 1), 1)
     some_rows(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, void* out, int rows,
               int outputs, int slice) {
   extern __shared__ __align__(1024) unsigned char shared[];
   u32 memory = static_cast<u32>(__cvta_generic_to_shared(shared));
   u32 barriers = memory + STAGES * STAGE;  // STAGES that are full, then as many that are empty
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int rank = CLUSTER > 1 ? rank_in_cluster() : 0;
-  int steps = slice / BOX, stride = gridDim.x * ANSWERS;
-  int last = outputs + rank * ANSWERS;  // programs of a cluster compute as many tiles as its first one
+  int steps = slice / BOX, blocks = (rows + 64 * GROUPS - 1) / (64 * GROUPS);
+  int tiles = (outputs + ANSWERS - 1) / ANSWERS * blocks;
   if (threadIdx.x == 0) {
     if (memory % 1024 != 0) __trap();  // a swizzle goes by addresses
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(barriers + 8 * i, 1);
-      barrier_init(barriers + 8 * (STAGES + i), CLUSTER * READERS);
+      barrier_init(barriers + 8 * (STAGES + i), READERS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  if (CLUSTER > 1) {
-    cluster_sync();
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 
   if (warp == READERS) {
-    if (lane == 0) {
-      prefetch_map(weight), prefetch_map(x);
-      u64 policy = read_once_policy();
-      int column = blockIdx.y * slice;
-      auto fetch_weights = [&](int first, int step, int stage) {
-        u32 to = memory + stage * STAGE, full = barriers + 8 * stage;
-        barrier_expect(full, STAGE);  // x's too
-        tensor_copy(to, weight, column + step * BOX, first, full, policy);
-        if (GATED) tensor_copy(to + WEIGHTS / 2, weight, column + step * BOX, outputs + first, full, policy);
-      };
-      auto fetch_inputs = [&](int step, int stage) {
-        u32 part = INPUTS / CLUSTER * rank, to = memory + stage * STAGE + WEIGHTS + part, full = barriers + 8 * stage;
-        if (CLUSTER > 1) {
-          tensor_copy_to_all(to, x, column + step * BOX, part / LINE, full);
-        } else {
-          tensor_copy(to, x, column + step * BOX, 0, full);
-        }
-      };
-      int first = blockIdx.x * ANSWERS, early = min(steps, STAGES);
-      for (int step = 0; step < early; ++step) fetch_weights(first, step, step);
-      wait_for_kernels_in_front();
-      for (int step = 0; step < early; ++step) fetch_inputs(step, step);
-      int stage = early % STAGES, parity = early == STAGES ? 0 : 1;  // of its empty barrier, before anything was there: 1
-      for (int step = early; first < last; first += stride, step = 0) {
-        for (; step < steps; ++step) {
-          await(barriers + 8 * (STAGES + stage), parity);  // what was there before has been read, in all programs
-          fetch_weights(first, step, stage);
-          fetch_inputs(step, stage);
-          if (++stage == STAGES) stage = 0, parity ^= 1;
-        }
-      }
-    }
-    __syncwarp();
-  } else {
-    int group = warp / 4;
-    auto release = [&](int stage) {
-      u32 empty = barriers + 8 * (STAGES + stage);
-      if (CLUSTER > 1) {
-        if (lane < CLUSTER) barrier_arrive_at(empty, lane);
-      } else if (lane == 0) {
-        barrier_arrive(empty);
-      }
+    if (lane != 0) return;
+    prefetch_map(weight), prefetch_map(x);
+    u64 policy = blocks == 1 ? read_once_policy() : read_soon_policy();
+    int column = blockIdx.y * slice;
+    auto fetch_weights = [&](int tile, int step, int stage) {
+      u32 to = memory + stage * STAGE, full = barriers + 8 * stage;
+      int first = tile / blocks * ANSWERS;
+      barrier_expect(full, STAGE);  // x's too
+      tensor_copy(to, weight, column + step * BOX, first, full, policy);
+      if (GATED) tensor_copy(to + WEIGHTS / 2, weight, column + step * BOX, outputs + first, full, policy);
     };
-    int stage = 0, parity = 0;
-    for (int first = blockIdx.x * ANSWERS; first < last; first += stride) {
-      float d[COLUMNS / 2] = {};
-      int before = 0;
-      for (int step = 0; step < steps; ++step) {
-        await(barriers + 8 * stage, parity);
-        u64 b = descriptor(memory + stage * STAGE), a = descriptor(memory + stage * STAGE + WEIGHTS + group * 64 * LINE);
-        group_fence();
-#pragma unroll
-        for (int k = 0; k < BOX / 16; ++k) multiply_group(d, a + 2 * k, b + 2 * k);
-        group_commit();
-        if (step) {
-          group_wait<1>(d);
-          release(before);
-        }
-        before = stage;
+    auto fetch_inputs = [&](int tile, int step, int stage) {
+      int first = tile % blocks * (64 * GROUPS);
+      tensor_copy(memory + stage * STAGE + WEIGHTS, x, column + step * BOX, first, barriers + 8 * stage);
+    };
+    int tile = blockIdx.x, early = min(steps, STAGES);
+    for (int step = 0; step < early; ++step) fetch_weights(tile, step, step);
+    wait_for_kernels_in_front();
+    for (int step = 0; step < early; ++step) fetch_inputs(tile, step, step);
+    int stage = early % STAGES, parity = early == STAGES ? 0 : 1;  // of an empty barrier's phase before its first: 1
+    for (int step = early; tile < tiles; tile += gridDim.x, step = 0) {
+      for (; step < steps; ++step) {
+        await(barriers + 8 * (STAGES + stage), parity);  // what was there before has been read
+        fetch_weights(tile, step, stage);
+        fetch_inputs(tile, step, stage);
         if (++stage == STAGES) stage = 0, parity ^= 1;
       }
-      group_wait<0>(d);
-      release(before);
+    }
+    return;
+  }
 
-      // Of a warp's 16 rows a lane has lane / 4 and 8 further, of each eight columns 2 (lane % 4) and the next.
-      int row = group * 64 + warp % 4 * 16 + lane / 4, column = lane % 4 * 2;
+  int group = warp / 4;
+  auto release = [&](int stage) {
+    if (lane == 0) barrier_arrive(barriers + 8 * (STAGES + stage));
+  };
+  int stage = 0, parity = 0;
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    float d[COLUMNS / 2] = {};
+    int before = 0;
+    for (int step = 0; step < steps; ++step) {
+      await(barriers + 8 * stage, parity);
+      u64 b = descriptor(memory + stage * STAGE), a = descriptor(memory + stage * STAGE + WEIGHTS + group * 64 * LINE);
+      group_fence();
 #pragma unroll
-      for (int j = 0; j < ANSWERS / 8; ++j) {
-        int output = first + 8 * j + column;
+      for (int k = 0; k < BOX / 16; ++k) multiply_group(d, a + 2 * k, b + 2 * k);
+      group_commit();
+      if (step) {
+        group_wait<1>(d);
+        release(before);
+      }
+      before = stage;
+      if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+    group_wait<0>(d);
+    release(before);
+
+    // Of a warp's 16 rows a lane has lane / 4 and 8 further, of each eight columns 2 (lane % 4) and the next.
+    int row = (tile % blocks * GROUPS + group) * 64 + warp % 4 * 16 + lane / 4;
+    int first = tile / blocks * ANSWERS + lane % 4 * 2;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          int at = row + 8 * i;
-          if (at >= rows || output >= outputs) continue;
-          u64 to = (u64(blockIdx.y) * rows + at) * outputs + output;
-          const float* sums = d + 4 * j + 2 * i;
-          if (GATED) {
-            const float* up = sums + COLUMNS / 4;
-            *reinterpret_cast<u32*>(static_cast<u16*>(out) + to) = pack(gate_of(sums[0], up[0]), gate_of(sums[1], up[1]));
-          } else {
-            *reinterpret_cast<float2*>(static_cast<float*>(out) + to) = make_float2(sums[0], sums[1]);
-          }
+    for (int j = 0; j < ANSWERS / 8; ++j) {
+      int output = first + 8 * j;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        int at = row + 8 * i;
+        if (at >= rows || output >= outputs) continue;
+        u64 to = (u64(blockIdx.y) * rows + at) * outputs + output;
+        const float* sums = d + 4 * j + 2 * i;
+        if (GATED) {
+          const float* up = sums + COLUMNS / 4;
+          *reinterpret_cast<u32*>(static_cast<u16*>(out) + to) = pack(gate_of(sums[0], up[0]), gate_of(sums[1], up[1]));
+        } else {
+          *reinterpret_cast<float2*>(static_cast<float*>(out) + to) = make_float2(sums[0], sums[1]);
         }
       }
     }
   }
-  if (CLUSTER > 1) cluster_sync();  // none may go while another still tells it what has been read
 }

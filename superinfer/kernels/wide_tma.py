@@ -1,8 +1,8 @@
-"""Products of 65 to 128 rows on Hopper: `wide_tma.cu`, and how each is cut.
+"""Products of 33 to 256 rows on Hopper: `wide_tma.cu`, and how each is cut.
 
-Still bound by reading the weights, but too many rows for warps that each read all of them from shared memory, as those
-of `skinny_tma` do: warpgroup products read both operands there, once for 64 rows by up to 256 of the weight. As there,
-weights are on their way before the kernel in front is over, and gate, up and what they gate are one kernel.
+Too many rows for warps that each read all of them from shared memory, as those of `skinny_tma` do: warpgroup products
+read both operands there, once for 64 rows by up to 256 of the weight. As there, weights are on their way before the
+kernel in front is over, and gate, up and what they gate are one kernel.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ import torch
 from superinfer.kernels.hopper import SHARED_BYTES
 from superinfer.kernels.tensor_map import BOX, tensor_map
 
-LEAST_ROWS, MOST_ROWS = 65, 128  # below, `skinny_tma` is quicker; above, the accumulators have not enough registers
+LEAST_ROWS, MOST_ROWS = 33, 256  # below, `skinny_tma` is quicker; above, cuBLAS, which is bound by arithmetic there
 GROUP = 64  # rows of x of a warpgroup
-MOST_COLUMNS = 256
+MOST_GROUPS = 2  # of a program: for three, sums over 224 columns have not enough registers
+LEAST_COLUMNS, MOST_COLUMNS = 96, 256  # of a tile; of fewer, x is read too often
 LEAST_STAGES = 3
-CLUSTER = 2  # programs that share x: two multiprocessors always lie together, four not everywhere
+MOST_PARTS = 4  # of the depth: more are more sums to write and to add up
+FULL = 0.9  # share of the multiprocessors that have to have a program
 _BARRIERS = 16  # bytes for each stage
 _LINE = BOX * 2  # bytes of a box's row
 
 
 class Cut(NamedTuple):
     """parts: of the depth, added up by who reads the product. columns: rows of the weight in a tile, gates too.
-    cluster: programs that read x together. stages: on their way."""
+    stages: on their way."""
 
     parts: int
     columns: int
-    cluster: int
     stages: int
 
     def shared_bytes(self, rows: int) -> int:
@@ -41,47 +42,65 @@ class Cut(NamedTuple):
         """As many as shared memory has room for, 0 where it has none."""
         return self._replace(stages=SHARED_BYTES // self._replace(stages=1).shared_bytes(rows))
 
-    def tiles(self, outputs: int) -> int:
+    def tiles(self, rows: int, outputs: int) -> int:
         """Of one part. outputs: rows of the weight, gates too."""
-        return -(-outputs // self.columns)
+        return -(-outputs // self.columns) * -(-rows // (GROUP * _groups(rows)))
 
 
 def _groups(rows: int) -> int:
     """Warpgroups of a program."""
-    return -(-rows // GROUP)
+    return min(MOST_GROUPS, -(-rows // GROUP))
 
 
 @functools.cache
-def choose_cut(rows: int, outputs: int, depth: int, multiprocessors: int) -> Cut | None:
-    """Of a product with gates, [rows, depth] x [depth, outputs], half of which are gates; None where it is not for this
-    kernel. The tile is the one with which the busiest multiprocessor reads the fewest bytes."""
-    if not LEAST_ROWS <= rows <= MOST_ROWS or not depth or depth % BOX or outputs % 32 or multiprocessors < CLUSTER:
+def choose_cut(rows: int, outputs: int, depth: int, multiprocessors: int, gated: bool = False) -> Cut | None:
+    """Of a product [rows, depth] x [depth, outputs]; None where it is not for this kernel. gated: of all outputs half
+    are gates; then the depth is not cut. Otherwise it is cut as seldom as fills all multiprocessors at once."""
+    whole = 16 if gated else 8
+    if not LEAST_ROWS <= rows <= MOST_ROWS or not depth or outputs % (2 * whole):
         return None
+    every = [Cut(1, columns, 0).with_most_stages(rows) for columns in range(LEAST_COLUMNS, MOST_COLUMNS + 1, whole)]
+    every = [cut for cut in every if cut.stages >= LEAST_STAGES]
 
-    def read(cut: Cut) -> int:
-        tiles = -(-cut.tiles(outputs) // (multiprocessors // CLUSTER * CLUSTER))
-        return tiles * (cut.columns + GROUP * _groups(rows) // CLUSTER)
+    def turns(cut: Cut) -> int:
+        """Tiles of the busiest program."""
+        return -(-cut.tiles(rows, outputs) * cut.parts // multiprocessors)
 
-    cuts = [Cut(1, columns, CLUSTER, 0).with_most_stages(rows) for columns in range(64, MOST_COLUMNS + 1, 16)]
-    best = min((cut for cut in cuts if cut.stages >= LEAST_STAGES), key=read)
-    return best if best.tiles(outputs) >= multiprocessors // 2 else None
+    for parts in range(1, 2 if gated else MOST_PARTS + 1):
+        cuts = [cut._replace(parts=parts) for cut in every] if depth % (parts * BOX) == 0 else []
+        full = [cut for cut in cuts if cut.tiles(rows, outputs) * parts >= FULL * turns(cut) * multiprocessors]
+        if not gated:
+            full = [cut for cut in full if turns(cut) == 1]
+        if full:
+            return min(full, key=lambda cut: turns(cut) * (cut.columns + GROUP * _groups(rows)))
+    return None
+
+
+def linear_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """x · weightᵀ as [parts, rows, outputs] float32, to be added up by who reads it; None where this kernel is not the
+    one to take. x: contiguous [rows, depth]; weight: contiguous [outputs, depth], both bfloat16 or float16."""
+    cut = _cut_for(x, weight, gated=False)
+    return None if cut is None else run(x, weight, cut)
 
 
 def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
-    """silu(gate) · up of x · weightᵀ = [gate, up] as [rows, outputs / 2] in x's type; None where this kernel is not the
-    one to take. x: contiguous [rows, depth]; weight: contiguous [outputs, depth], both bfloat16 or float16."""
+    """silu(gate) · up of x · weightᵀ = [gate, up] as [rows, outputs / 2] in x's type; None as for `linear_parts`."""
+    cut = _cut_for(x, weight, gated=True)
+    return None if cut is None else run(x, weight, cut, gated=True)
+
+
+def _cut_for(x: torch.Tensor, weight: torch.Tensor, gated: bool) -> Cut | None:
     if not LEAST_ROWS <= len(x) <= MOST_ROWS or x.element_size() != 2 or not x.is_cuda:
         return None
     if x.data_ptr() % 16 or weight.data_ptr() % 16:
         return None
     multiprocessors = _multiprocessors(x.device.index)
-    cut = choose_cut(len(x), *weight.shape, multiprocessors) if multiprocessors else None
-    return None if cut is None else run(x, weight, cut, gated=True)
+    return choose_cut(len(x), *weight.shape, multiprocessors, gated) if multiprocessors else None
 
 
 def run(x: torch.Tensor, weight: torch.Tensor, cut: Cut, gated: bool = False) -> torch.Tensor:
-    """The product of 1 to 128 rows cut as given: see `gated`; if not, float32 [parts, rows, outputs], to be added up.
-    Raises ValueError for a cut that the kernel cannot take."""
+    """The product of 1 to 256 rows cut as given: see `linear_parts`, or `gated`. Raises ValueError for a cut that the
+    kernel cannot take."""
     rows, (outputs, depth) = len(x), weight.shape
     _check(cut, rows, outputs, depth, gated)
     shape = (rows, outputs // 2) if gated else (cut.parts, rows, outputs)
@@ -100,8 +119,6 @@ def _check(cut: Cut, rows: int, outputs: int, depth: int, gated: bool) -> None:
         raise ValueError(
             f"{cut} is none of the kernel's: columns are a multiple of {whole}, to {MOST_COLUMNS}; gated: 1 part"
         )
-    if cut.cluster not in (1, 2, 4):
-        raise ValueError(f"{cut} has clusters of {cut.cluster} programs: 1, 2 or 4 can share x")
     if depth % (cut.parts * BOX):
         raise ValueError(f"a depth of {depth} has no {cut.parts} parts of a multiple of {BOX}")
     if cut.shared_bytes(rows) > SHARED_BYTES:
@@ -111,16 +128,16 @@ def _check(cut: Cut, rows: int, outputs: int, depth: int, gated: bool) -> None:
 class WideKernel:
     """Compiled for a number of warpgroups and a cut. One stream at a time."""
 
-    def __init__(self, groups: int, columns: int, cluster: int, stages: int, gated: bool, half: bool) -> None:
+    def __init__(self, groups: int, columns: int, stages: int, gated: bool, half: bool) -> None:
         """half: float16, else bfloat16. Raises CudaFailure where it cannot be compiled or loaded."""
         from superinfer.kernels.nvrtc import Arguments, CudaKernel  # needs cuda-bindings, which come with `cuda`
 
-        constants = compile_constants(groups, Cut(1, columns, cluster, stages), gated, half)
+        constants = compile_constants(groups, Cut(1, columns, stages), gated, half)
         threads = 32 * (4 * groups + 1)
         self._kernel = CudaKernel("wide_tma.cu", "some_rows", constants, threads, SHARED_BYTES, made_for(columns))
         self._arguments = Arguments(4, maps=2)
         self._tall = columns // 2 if gated else columns
-        self._input_rows = GROUP * groups // cluster
+        self._input_rows = GROUP * groups
 
     def launch(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, cut: Cut) -> None:
         """In the current stream; may be captured. out: as `run` makes it. Raises CudaFailure for tensors that cannot be
@@ -131,16 +148,13 @@ class WideKernel:
         self._arguments.maps[0] = tensor_map(x.data_ptr(), rows, depth, self._input_rows)
         self._arguments.maps[1] = tensor_map(weight.data_ptr(), len(weight), depth, self._tall)
         self._arguments.words[:] = out.data_ptr(), rows, outputs, depth // cut.parts
-        places = _multiprocessors(x.device.index) // cut.parts // cut.cluster
-        clusters = min(-(-cut.tiles(len(weight)) // cut.cluster), max(places, 1))
-        self._kernel.launch((clusters * cut.cluster, cut.parts), cut.shared_bytes(rows), self._arguments.places)
+        programs = min(cut.tiles(rows, len(weight)), max(1, _multiprocessors(x.device.index) // cut.parts))
+        self._kernel.launch((programs, cut.parts), cut.shared_bytes(rows), self._arguments.places)
 
 
 def compile_constants(groups: int, cut: Cut, gated: bool, half: bool) -> dict[str, int]:
     """What `wide_tma.cu` is compiled with."""
-    return dict(
-        GROUPS=groups, COLUMNS=cut.columns, STAGES=cut.stages, CLUSTER=cut.cluster, GATED=int(gated), HALF=int(half)
-    )
+    return dict(GROUPS=groups, COLUMNS=cut.columns, STAGES=cut.stages, GATED=int(gated), HALF=int(half))
 
 
 def made_for(columns: int) -> tuple[tuple[str, str], ...]:
@@ -166,9 +180,9 @@ __device__ __forceinline__ void group_wait(float (&d)[{sums}]) {{
 
 
 @functools.cache
-def _kernel(device: int, groups: int, columns: int, cluster: int, stages: int, gated: bool, half: bool) -> WideKernel:
+def _kernel(device: int, groups: int, columns: int, stages: int, gated: bool, half: bool) -> WideKernel:
     with torch.cuda.device(device):
-        return WideKernel(groups, columns, cluster, stages, gated, half)
+        return WideKernel(groups, columns, stages, gated, half)
 
 
 @functools.cache

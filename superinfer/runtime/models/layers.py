@@ -77,10 +77,13 @@ class Linear(nn.Module):
     def in_parts(self, x: torch.Tensor) -> torch.Tensor:
         """Like `forward`; or, on a GPU where that is quicker, float32 [parts, tokens, outputs] for who adds them up."""
         if x.is_cuda and self.bias is None:
-            from superinfer.kernels import skinny, skinny_tma  # need triton, which comes with CUDA builds of torch
+            from superinfer.kernels import (
+                skinny,
+                skinny_tma,
+                wide_tma,
+            )  # need triton, which comes with CUDA builds of torch
 
-            few = len(x) <= skinny_tma.MOST_ROWS_BEFORE_TRITON
-            for kernel in (skinny_tma, skinny) if few else (skinny, skinny_tma):
+            for kernel in (wide_tma, skinny_tma, skinny):
                 parts = kernel.linear_parts(x, self.weight)
                 if parts is not None:
                     return parts
@@ -91,7 +94,7 @@ class Linear(nn.Module):
         if x.is_cuda and self.bias is None:
             from superinfer.kernels import skinny_tma, wide_tma
 
-            for kernel in (skinny_tma, wide_tma):
+            for kernel in (wide_tma, skinny_tma):
                 product = kernel.gated(x, self.weight)
                 if product is not None:
                     return product

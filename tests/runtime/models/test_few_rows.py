@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from superinfer.kernels import fused_moe, moe_token, skinny, skinny_tma
+from superinfer.kernels import fused_moe, moe_token, skinny, skinny_tma, wide_tma
 from superinfer.runtime.models.layers import Linear
 from superinfer.runtime.models.moe import SparseMLP
 
@@ -30,13 +30,18 @@ def taken(monkeypatch) -> list[str]:
             return torch.zeros(rows, weight.shape[-2] // 2)
         return torch.zeros(cut.parts, 1 if routed is not None else rows, weight.shape[-2])
 
+    def by_groups(x, weight, cut, gated=False):
+        names.append("warpgroups")
+        return torch.zeros(len(x), len(weight) // 2) if gated else torch.zeros(cut.parts, len(x), len(weight))
+
     def by_triton(x, weight, tiles):
         names.append("triton")
         return torch.zeros(tiles.parts, len(x), len(weight))
 
     monkeypatch.setattr(skinny_tma, "run", by_boxes)
+    monkeypatch.setattr(wide_tma, "run", by_groups)
     monkeypatch.setattr(skinny, "run", by_triton)
-    for module in (skinny, skinny_tma):
+    for module in (skinny, skinny_tma, wide_tma):
         monkeypatch.setattr(module, "_multiprocessors", lambda device: 132)
     return names
 
@@ -54,9 +59,11 @@ def linear(outputs: int, bias: bool = False) -> Linear:
     [
         (1, 4096, ["tensor copies"]),
         (32, 4096, ["tensor copies"]),
-        (33, 4096, ["triton"]),
-        (64, 6144, ["tensor copies"]),  # which Triton's does not take
-        (65, 4096, []),
+        (33, 4096, ["warpgroups"]),
+        (64, 6144, ["warpgroups"]),
+        (64, 2048, ["tensor copies"]),  # which warpgroups would have to cut into too many parts
+        (256, 4096, ["warpgroups"]),
+        (257, 4096, []),
         (8, 4100, []),  # no multiple of 16
     ],
 )
@@ -66,7 +73,9 @@ def test_products_in_parts(taken, rows, outputs, kernels):
     assert found.shape[-2:] == (rows, outputs) and found.dim() == (3 if kernels else 2)
 
 
-@pytest.mark.parametrize("rows,kernels", [(1, ["tensor copies"]), (64, ["tensor copies"])])
+@pytest.mark.parametrize(
+    "rows,kernels", [(1, ["tensor copies"]), (32, ["tensor copies"]), (64, ["warpgroups"]), (256, ["warpgroups"])]
+)
 def test_gated_products(taken, rows, kernels):
     assert linear(28672).gated(few(rows)).shape == (rows, 14336)
     assert taken == kernels
