@@ -20,33 +20,31 @@ from superinfer.kernels import fused, launch, skinny, skinny_tma, wide_tma
 from superinfer.kernels.paged import Choice, choose_attention
 from superinfer.runtime.engine import cuda_build
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 80, 96, 112, 128)
 
 
 class Variant(NamedTuple):
-    """overlap: kernels start early. boxes, triton, wide: rows up to which products are by these. wide_parts: the latter
-    also those that are added up. attention: our own."""
+    """overlap: kernels start early. boxes, triton: rows up to which products are by these. wide: those of more rows by
+    warpgroups. attention: our own."""
 
     overlap: bool = True
     boxes: int = skinny_tma.MOST_ROWS
     triton: int = 64
-    wide: int = wide_tma.MOST_ROWS
-    wide_parts: bool = True
+    wide: bool = True
     attention: bool = True
 
 
 VARIANTS = {
-    "none": Variant(overlap=False, boxes=0, triton=0, wide=0, attention=False),
+    "none": Variant(overlap=False, boxes=0, triton=0, wide=False, attention=False),
     "no overlap": Variant(overlap=False),
     "no boxes": Variant(boxes=0),
-    "no wide": Variant(wide=0),
-    "no wide parts": Variant(wide_parts=False),
+    "no wide": Variant(wide=False),
     "no triton": Variant(triton=0),
     "FlashInfer": Variant(attention=False),
     "all": Variant(),
 }
 STEPS, REPEATS = 20, 5
-MOST_PARTS = wide_tma.MOST_PARTS
+WIDE_ROWS = wide_tma.MOST_ROWS
 
 
 def without_our_own(*shape: Any) -> Choice:
@@ -56,11 +54,10 @@ def without_our_own(*shape: Any) -> Choice:
 
 def settle(variant: Variant) -> None:
     """Have the kernels' modules behave as the variant says, from the next capture on."""
-    skinny.MOST_ROWS, skinny_tma.MOST_ROWS, wide_tma.MOST_ROWS = variant.triton, variant.boxes, variant.wide
+    skinny.MOST_ROWS, skinny_tma.MOST_ROWS = variant.triton, variant.boxes
+    wide_tma.MOST_ROWS = WIDE_ROWS if variant.wide else 0
     skinny.choose_tiles.cache_clear()
     skinny_tma.choose_cut.cache_clear()
-    wide_tma.choose_cut.cache_clear()
-    wide_tma.MOST_PARTS = MOST_PARTS if variant.wide_parts else 0
     cuda_build.choose_attention = choose_attention if variant.attention else without_our_own  # type: ignore[attr-defined]
     overlap = launch.overlap if variant.overlap else lambda x: {"PDL": False}
     fused.overlap = skinny.overlap = overlap  # type: ignore[attr-defined]

@@ -27,10 +27,10 @@ from superinfer.kernels.skinny_tma import Cut
 
 LEAST_COPIES, LEAST_BYTES, REPLAYS = 8, 300e6, 20
 WIDE = {  # (parts of the depth, rows of the weight in a tile)
-    "qkv": [(1, 96), (2, 96), (2, 192)],
-    "o": [(2, 64), (2, 128), (4, 128)],
-    "gate_up": [(1, 112), (1, 224)],
-    "down": [(2, 64), (2, 128), (4, 128)],
+    "qkv": [(2, 96), (4, 192)],
+    "o": [(2, 64), (4, 128)],
+    "gate_up": [(1, 112), (1, 224), (1, 256)],
+    "down": [(2, 64), (4, 128)],
 }
 TILES = {"qkv": (6, 12), "o": (8, 16), "down": (8, 16)}  # of 16 rows of the weight that a program may have
 Way = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
@@ -56,8 +56,8 @@ def cuts(name: str, rows: int) -> Iterator[Cut]:
 
 
 def wide_cuts(name: str, rows: int) -> Iterator[wide_tma.Cut]:
-    """The same, for warpgroups; programs of more than 128 rows are twice as many."""
-    for parts, columns in WIDE[name] if rows >= wide_tma.LEAST_ROWS else ():
+    """The same, for warpgroups."""
+    for parts, columns in WIDE[name] if rows > 32 else ():
         yield wide_tma.Cut(parts, columns, 0).with_most_stages(rows)
 
 
@@ -96,7 +96,7 @@ def compile_all(every_rows: list[int]) -> None:
         for cut in cuts(name, rows)
     }
     wide = {
-        (tuple(wide_tma.compile_constants(min(2, -(-rows // 64)), cut, name == "gate_up", False).items()), cut.columns)
+        (tuple(wide_tma.compile_constants(-(-rows // 64), cut, name == "gate_up", False).items()), cut.columns)
         for name in PRODUCTS
         for rows in every_rows
         for cut in wide_cuts(name, rows)
@@ -128,7 +128,7 @@ def main() -> None:
     """Measure, print, write results/<name>.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", default="gpu-skinny")
-    parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 32, 64, 96, 128, 192, 256])
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 32, 64, 96, 128])
     arguments = parser.parse_args()
     compile_all(arguments.rows)
     results, wrong = [], 0

@@ -52,13 +52,6 @@ __device__ __forceinline__ u64 read_once_policy() {
   return policy;
 }
 
-// Of bytes that several multiprocessors read at about the same time.
-__device__ __forceinline__ u64 read_soon_policy() {
-  u64 policy;
-  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
 __device__ __forceinline__ void bulk_copy(u32 to, const u16* from, u32 bytes, u32 barrier, u64 policy) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(

@@ -1,10 +1,10 @@
-// Products of 33 to 256 rows, y = x W^T, for Hopper: a read of the whole of W, in boxes that its tensor copies bring.
+// Products of 33 to 128 rows, y = x W^T, for Hopper: a read of the whole of W, in boxes that its tensor copies bring.
 //
 // Where `skinny_tma.cu` has warps that share nothing, here warpgroups do: each has 64 rows of x and all of a tile's rows of W
 // (m64nNk16, both operands from shared memory, N of them: PTX ISA, "Asynchronous warpgroup level matrix instructions"), as
-// many rows of x would otherwise be read from shared memory too often. A program computes one tile after another, those of
-// the same rows of W by neighbours; a producer warp keeps STAGES of boxes in flight, across tiles too. W does not depend on
-// the kernel in front: the first stages' boxes of W are on their way before x is there.
+// many rows of x would otherwise be read from shared memory too often. A program computes one tile after another; a producer
+// warp keeps STAGES of boxes in flight, across tiles too. W does not depend on the kernel in front: the first stages' boxes
+// of W are on their way before x is there.
 //
 // Layout of operands: "Matrix descriptor" and "Swizzling modes", 128B: eight rows of 128 bytes are 1024 that follow each
 // other; a step of 16 along the depth is 32 bytes in each of them.
@@ -42,7 +42,7 @@ __device__ __forceinline__ void group_commit() { asm volatile("wgmma.commit_grou
 
 // x: of [rows, depth], boxes of 64 GROUPS rows; weight: of [all outputs, depth], boxes of ANSWERS rows; both of 64 columns,
 // swizzled by 128 bytes. out: float32 [gridDim.y, rows, outputs], to be added up; GATED: in x's type [rows, outputs],
-// gridDim.y = 1. outputs: even. slice: depth / gridDim.y, a multiple of 64. Grid: (programs, parts of the depth); 4 GROUPS +
+// gridDim.y = 1. rows: up to 64 GROUPS. outputs: even. slice: depth / gridDim.y, a multiple of 64. Grid: (programs, parts of the depth); 4 GROUPS +
 // 1 warps; shared memory: STAGES x (STAGE + 16) bytes.
 extern "C" __global__ void __launch_bounds__(32 * (READERS + 1), 1)
     some_rows(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, void* out, int rows,
@@ -51,8 +51,7 @@ extern "C" __global__ void __launch_bounds__(32 * (READERS + 1), 1)
   u32 memory = static_cast<u32>(__cvta_generic_to_shared(shared));
   u32 barriers = memory + STAGES * STAGE;  // STAGES that are full, then as many that are empty
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int steps = slice / BOX, blocks = (rows + 64 * GROUPS - 1) / (64 * GROUPS);
-  int tiles = (outputs + ANSWERS - 1) / ANSWERS * blocks;
+  int steps = slice / BOX, tiles = (outputs + ANSWERS - 1) / ANSWERS;
   if (threadIdx.x == 0) {
     if (memory % 1024 != 0) __trap();  // a swizzle goes by addresses
     for (int i = 0; i < STAGES; ++i) {
@@ -67,29 +66,28 @@ extern "C" __global__ void __launch_bounds__(32 * (READERS + 1), 1)
   if (warp == READERS) {
     if (lane != 0) return;
     prefetch_map(weight), prefetch_map(x);
-    u64 policy = blocks == 1 ? read_once_policy() : read_soon_policy();
+    u64 policy = read_once_policy();
     int column = blockIdx.y * slice;
     auto fetch_weights = [&](int tile, int step, int stage) {
       u32 to = memory + stage * STAGE, full = barriers + 8 * stage;
-      int first = tile / blocks * ANSWERS;
+      int first = tile * ANSWERS;
       barrier_expect(full, STAGE);  // x's too
       tensor_copy(to, weight, column + step * BOX, first, full, policy);
       if (GATED) tensor_copy(to + WEIGHTS / 2, weight, column + step * BOX, outputs + first, full, policy);
     };
-    auto fetch_inputs = [&](int tile, int step, int stage) {
-      int first = tile % blocks * (64 * GROUPS);
-      tensor_copy(memory + stage * STAGE + WEIGHTS, x, column + step * BOX, first, barriers + 8 * stage);
+    auto fetch_inputs = [&](int step, int stage) {
+      tensor_copy(memory + stage * STAGE + WEIGHTS, x, column + step * BOX, 0, barriers + 8 * stage);
     };
     int tile = blockIdx.x, early = min(steps, STAGES);
     for (int step = 0; step < early; ++step) fetch_weights(tile, step, step);
     wait_for_kernels_in_front();
-    for (int step = 0; step < early; ++step) fetch_inputs(tile, step, step);
+    for (int step = 0; step < early; ++step) fetch_inputs(step, step);
     int stage = early % STAGES, parity = early == STAGES ? 0 : 1;  // of an empty barrier's phase before its first: 1
     for (int step = early; tile < tiles; tile += gridDim.x, step = 0) {
       for (; step < steps; ++step) {
         await(barriers + 8 * (STAGES + stage), parity);  // what was there before has been read
         fetch_weights(tile, step, stage);
-        fetch_inputs(tile, step, stage);
+        fetch_inputs(step, stage);
         if (++stage == STAGES) stage = 0, parity ^= 1;
       }
     }
@@ -122,8 +120,7 @@ extern "C" __global__ void __launch_bounds__(32 * (READERS + 1), 1)
     release(before);
 
     // Of a warp's 16 rows a lane has lane / 4 and 8 further, of each eight columns 2 (lane % 4) and the next.
-    int row = (tile % blocks * GROUPS + group) * 64 + warp % 4 * 16 + lane / 4;
-    int first = tile / blocks * ANSWERS + lane % 4 * 2;
+    int row = group * 64 + warp % 4 * 16 + lane / 4, first = tile * ANSWERS + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < ANSWERS / 8; ++j) {
       int output = first + 8 * j;

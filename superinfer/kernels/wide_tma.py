@@ -1,4 +1,4 @@
-"""Products of 33 to 256 rows on Hopper: `wide_tma.cu`, and how each is cut.
+"""Products of 33 to 128 rows on Hopper: `wide_tma.cu`, and how each is cut.
 
 Too many rows for warps that each read all of them from shared memory, as those of `skinny_tma` do: warpgroup products
 read both operands there, once for 64 rows by up to 256 of the weight. As there, weights are on their way before the
@@ -15,9 +15,10 @@ import torch
 from superinfer.kernels.hopper import SHARED_BYTES
 from superinfer.kernels.tensor_map import BOX, tensor_map
 
-LEAST_ROWS, MOST_ROWS = 33, 256  # below, `skinny_tma` is quicker; above, cuBLAS, which is bound by arithmetic there
+MOST_ROWS = 128  # for more warpgroups sums over 224 columns have not enough registers
+PARTS_ROWS = 33, 96  # of products that are added up: of more rows adding takes longer than is gained
+GATED_ROWS = 113, 128  # of gates: of fewer, which fill the warpgroups less, cuBLAS is quicker, or `skinny_tma`
 GROUP = 64  # rows of x of a warpgroup
-MOST_GROUPS = 2  # of a program: for three, sums over 224 columns have not enough registers
 LEAST_COLUMNS, MOST_COLUMNS = 96, 256  # of a tile; of fewer, x is read too often
 LEAST_STAGES = 3
 MOST_PARTS = 4  # of the depth: more are more sums to write and to add up
@@ -42,33 +43,33 @@ class Cut(NamedTuple):
         """As many as shared memory has room for, 0 where it has none."""
         return self._replace(stages=SHARED_BYTES // self._replace(stages=1).shared_bytes(rows))
 
-    def tiles(self, rows: int, outputs: int) -> int:
+    def tiles(self, outputs: int) -> int:
         """Of one part. outputs: rows of the weight, gates too."""
-        return -(-outputs // self.columns) * -(-rows // (GROUP * _groups(rows)))
+        return -(-outputs // self.columns)
 
 
 def _groups(rows: int) -> int:
     """Warpgroups of a program."""
-    return min(MOST_GROUPS, -(-rows // GROUP))
+    return -(-rows // GROUP)
 
 
 @functools.cache
 def choose_cut(rows: int, outputs: int, depth: int, multiprocessors: int, gated: bool = False) -> Cut | None:
     """Of a product [rows, depth] x [depth, outputs]; None where it is not for this kernel. gated: of all outputs half
     are gates; then the depth is not cut. Otherwise it is cut as seldom as fills all multiprocessors at once."""
-    whole = 16 if gated else 8
-    if not LEAST_ROWS <= rows <= MOST_ROWS or not depth or outputs % (2 * whole):
+    (least, most), whole = (GATED_ROWS, 16) if gated else (PARTS_ROWS, 8)
+    if not least <= rows <= most or not depth or outputs % (2 * whole):
         return None
     every = [Cut(1, columns, 0).with_most_stages(rows) for columns in range(LEAST_COLUMNS, MOST_COLUMNS + 1, whole)]
     every = [cut for cut in every if cut.stages >= LEAST_STAGES]
 
     def turns(cut: Cut) -> int:
         """Tiles of the busiest program."""
-        return -(-cut.tiles(rows, outputs) * cut.parts // multiprocessors)
+        return -(-cut.tiles(outputs) * cut.parts // multiprocessors)
 
     for parts in range(1, 2 if gated else MOST_PARTS + 1):
         cuts = [cut._replace(parts=parts) for cut in every] if depth % (parts * BOX) == 0 else []
-        full = [cut for cut in cuts if cut.tiles(rows, outputs) * parts >= FULL * turns(cut) * multiprocessors]
+        full = [cut for cut in cuts if cut.tiles(outputs) * parts >= FULL * turns(cut) * multiprocessors]
         if not gated:
             full = [cut for cut in full if turns(cut) == 1]
         if full:
@@ -90,7 +91,7 @@ def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
 
 
 def _cut_for(x: torch.Tensor, weight: torch.Tensor, gated: bool) -> Cut | None:
-    if not LEAST_ROWS <= len(x) <= MOST_ROWS or x.element_size() != 2 or not x.is_cuda:
+    if len(x) > MOST_ROWS or x.element_size() != 2 or not x.is_cuda:
         return None
     if x.data_ptr() % 16 or weight.data_ptr() % 16:
         return None
@@ -99,7 +100,7 @@ def _cut_for(x: torch.Tensor, weight: torch.Tensor, gated: bool) -> Cut | None:
 
 
 def run(x: torch.Tensor, weight: torch.Tensor, cut: Cut, gated: bool = False) -> torch.Tensor:
-    """The product of 1 to 256 rows cut as given: see `linear_parts`, or `gated`. Raises ValueError for a cut that the
+    """The product of 1 to 128 rows cut as given: see `linear_parts`, or `gated`. Raises ValueError for a cut that the
     kernel cannot take."""
     rows, (outputs, depth) = len(x), weight.shape
     _check(cut, rows, outputs, depth, gated)
@@ -148,7 +149,7 @@ class WideKernel:
         self._arguments.maps[0] = tensor_map(x.data_ptr(), rows, depth, self._input_rows)
         self._arguments.maps[1] = tensor_map(weight.data_ptr(), len(weight), depth, self._tall)
         self._arguments.words[:] = out.data_ptr(), rows, outputs, depth // cut.parts
-        programs = min(cut.tiles(rows, len(weight)), max(1, _multiprocessors(x.device.index) // cut.parts))
+        programs = min(cut.tiles(len(weight)), max(1, _multiprocessors(x.device.index) // cut.parts))
         self._kernel.launch((programs, cut.parts), cut.shared_bytes(rows), self._arguments.places)
 
 

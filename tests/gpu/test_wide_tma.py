@@ -1,4 +1,4 @@
-"""Products of 33 to 256 rows by warpgroups, whose weights are copied by boxes, against the same in float64."""
+"""Products of 33 to 128 rows by warpgroups, whose weights are copied by boxes, against the same in float64."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def poison(*shape: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [33, 64, 65, 101, 128, 129, 200, 256])
+@pytest.mark.parametrize("rows", [113, 120, 127, 128])
 @pytest.mark.parametrize("outputs,depth", GATED)
 def test_what_gates_let_through(outputs, depth, rows, dtype):
     from superinfer.kernels import wide_tma
@@ -47,7 +47,7 @@ def test_what_gates_let_through(outputs, depth, rows, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [33, 64, 65, 101, 128, 129, 256])
+@pytest.mark.parametrize("rows", [33, 48, 64, 65, 96])
 @pytest.mark.parametrize("outputs,depth", SHAPES)
 def test_parts_add_up_to_the_product(outputs, depth, rows, dtype):
     from superinfer.kernels import wide_tma
@@ -64,7 +64,7 @@ def test_parts_add_up_to_the_product(outputs, depth, rows, dtype):
     torch.testing.assert_close(parts.double().sum(0), x.double() @ weight.double().T, rtol=1e-4, atol=5e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 17, 64, 65, 100, 128, 129, 256])
+@pytest.mark.parametrize("rows", [1, 17, 64, 65, 100, 128])
 @pytest.mark.parametrize(
     "cut",
     [(1, 256, 2), (1, 256, 3), (2, 96, 4), (3, 128, 2), (4, 8, 5), (4, 200, 3), (8, 256, 4)],
@@ -80,7 +80,7 @@ def test_any_cut_of_any_rows(rows, cut):
     torch.testing.assert_close(found.double().sum(0), x.double() @ weight.double().T, rtol=1e-4, atol=5e-5)
 
 
-@pytest.mark.parametrize("rows", [9, 64, 65, 128, 140])
+@pytest.mark.parametrize("rows", [9, 64, 65, 128])
 @pytest.mark.parametrize("cut", [(1, 16, 3), (1, 32, 9), (1, 208, 2), (1, 256, 4), (1, 224, 5)])
 def test_any_cut_of_gates(rows, cut):
     """130 tiles of 16, fewer of the others: the last tile's gates reach into what they gate, and that beyond."""
@@ -155,10 +155,16 @@ def test_the_same_product_has_the_same_bits():
 def test_products_that_are_not_for_it():
     from superinfer.kernels import wide_tma
 
-    for rows, outputs, depth in ((257, 28672, 4096), (32, 28672, 4096), (96, 512, 4096), (96, 28672, 4100)):
+    for rows, outputs, depth in (
+        (129, 28672, 4096),
+        (32, 28672, 4096),
+        (120, 512, 4096),
+        (96, 512, 4096),
+        (120, 28672, 4100),
+    ):
         x, weight = operands(rows, outputs, depth)
         assert wide_tma.gated(x, weight) is None and wide_tma.linear_parts(x, weight) is None
-    x, weight = operands(96, 8192, 4096, torch.float32)
+    x, weight = operands(120, 28672, 4096, torch.float32)
     assert wide_tma.gated(x, weight) is None
-    at_no_multiple_of_16_bytes = torch.zeros(96 * 4096 + 1, dtype=torch.bfloat16, device=CUDA)[1:].view(96, 4096)
+    at_no_multiple_of_16_bytes = torch.zeros(120 * 4096 + 1, dtype=torch.bfloat16, device=CUDA)[1:].view(120, 4096)
     assert wide_tma.gated(at_no_multiple_of_16_bytes, weight.bfloat16()) is None
