@@ -36,6 +36,7 @@ from superinfer.errors import (
 from superinfer.runtime import protocol
 from superinfer.runtime.client import AsyncEngineClient, EngineClient, new_request_id
 from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.engine.frontdoor import MAX_AT_ONCE
 from superinfer.runtime.launch import launch_engine
 from superinfer.runtime.protocol import Generate, Hello, SamplingParams, Score
 from superinfer.runtime.slo import SLO
@@ -338,6 +339,46 @@ def test_messages_that_cannot_be_read_disturb_nobody(engine, client):
     context.term()
     assert next(stream).token_ids
     stream.close()
+
+
+def test_a_client_that_sends_faster_than_is_read_does_not_hold_the_steps_of_others_up(tiny_checkpoint):
+    """Between two tokens of another the engine reads a few of its messages, and all of them in the end."""
+    flood = 8000
+    held, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        go.wait(60)
+
+    with (
+        slow_engine(tiny_checkpoint, step_s=0.005) as engine,
+        EngineClient(engine.address) as client,
+        zmq.Context() as context,
+        context.socket(zmq.DEALER) as socket,
+    ):
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(engine.address)
+        stream = client.generate(request([5, 6], LONG))
+        next(stream)
+        engine.executor.meanwhile = hold
+        assert held.wait(60), "the engine makes no steps"
+        socket.send(protocol.encode(Hello(version=protocol.PROTOCOL_VERSION)))
+        socket.send(protocol.encode(protocol.GetStats(token=1)))
+        for _ in range(flood):
+            socket.send(protocol.encode(protocol.Cancel(request_id="none of ours")))
+        socket.send(protocol.encode(protocol.GetStats(token=2)))
+        go.set()
+        reports: list[protocol.StatsReport] = []
+        while len(reports) < 2:
+            assert socket.poll(60_000), "messages were lost"
+            message = protocol.decode_to_client(socket.recv())
+            if isinstance(message, protocol.StatsReport):
+                reports.append(message)
+        stream.close()
+    first, last = reports
+    assert (first.token, last.token) == (1, 2)
+    assert last.steps - first.steps >= flood // MAX_AT_ONCE - 1
 
 
 def test_a_request_id_cannot_be_used_twice_at_a_time(client):

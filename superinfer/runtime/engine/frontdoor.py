@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket as unix_socket
+import time
 from collections import deque
 from collections.abc import Iterator
 
@@ -18,6 +19,7 @@ from superinfer.errors import InvalidRequestError, ProtocolError
 from superinfer.runtime import protocol
 from superinfer.runtime.protocol import Failed, Hello, Message, ModelInfo, Refused, Stopping, ToEngine, Welcome
 
+MAX_AT_ONCE = 32  # messages that are taken at one time whatever they cost: 1 to 2 ms, if all are requests
 MAX_BACKLOG = 4096  # messages kept for a client that does not read, beyond what ZMQ itself holds
 HEARTBEAT_INTERVAL_MS = 500
 HEARTBEAT_TIMEOUT_MS = 5000
@@ -54,15 +56,21 @@ class FrontDoor:
         self.gone: set[bytes] = set()
         self.orphaned = False
 
-    def receive(self, timeout_ms: int) -> Iterator[tuple[bytes, ToEngine]]:
+    def receive(self, timeout_ms: int, seconds: float = 0.0) -> Iterator[tuple[bytes, ToEngine]]:
         """Messages of welcomed clients, waiting up to `timeout_ms` for the first. Handshakes and bad frames are
-        answered here. Sets `orphaned` once the parent process is gone."""
+        answered here. Sets `orphaned` once the parent process is gone.
+
+        Beyond MAX_AT_ONCE it takes what there is time for in `seconds`. ZMQ takes from one client after the other, so
+        who sends much does not hold others' messages up; what is left waits in the sockets for the next call.
+        """
         ready = dict(self._poller.poll(timeout_ms))
         if self._lifeline_fd in ready:
             self.orphaned = True
         if self._socket not in ready:
             return
-        while True:
+        until, taken = time.monotonic() + seconds, 0
+        while taken < MAX_AT_ONCE or time.monotonic() < until:
+            taken += 1
             try:
                 client, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:

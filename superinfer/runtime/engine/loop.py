@@ -49,6 +49,7 @@ log = logging.getLogger("superinfer.engine")
 IDLE_POLL_MS = 200
 IDLE_S = 2.0  # without a request, until what a later one may need is made ready
 LOOK_S = 2e-3  # how often it is seen, while planning is put off, whether the device is done sooner than foreseen
+READING_SHARE = 0.05  # of a step, that reading messages may take
 COMPILING_POLL_MS = 2  # while nothing computes and a grammar is being compiled
 NOTHING: Mapping[bytes, list[SequenceDelta]] = MappingProxyType({})
 PULSE_S = 1.0  # how long the requests of a client that has gone may go on at most
@@ -88,6 +89,7 @@ class EngineLoop:
         self._counters = Counters()
         self._attainment = Attainment()
         self._started = self._turned = self._pulsed = self._read = time.monotonic()
+        self._reading_s = 0.0  # what a turn may spend on messages beyond a few, so that steps of seconds read them all
         self._round: Iterator[bytes] = iter(())  # of all clients, who are pulsed in turn
         self._prepare = prepare
         self._busy = self._started  # when there was a request last
@@ -113,7 +115,7 @@ class EngineLoop:
         return self._stop_reason
 
     def _turn(self) -> None:
-        for client, message in self._door.receive(0):
+        for client, message in self._door.receive(0, self._reading_s):
             self._handle(client, message, self._read)
         self._read = time.monotonic()
         self._wait()
@@ -147,7 +149,7 @@ class EngineLoop:
         if wait_ms < 1.0:  # a poll waits for whole milliseconds: this is slept, and what comes meanwhile read after it
             time.sleep(wait_ms / 1e3)
             came = self._read
-        for client, message in self._door.receive(int(wait_ms)):
+        for client, message in self._door.receive(int(wait_ms), self._reading_s):
             self._handle(client, message, came)
         self._read = time.monotonic()
 
@@ -200,6 +202,7 @@ class EngineLoop:
             return
         now = time.monotonic()
         self._timing.ended(result.elapsed - result.link.stall_s, now)
+        self._reading_s = READING_SHARE * result.elapsed
         self._counters.steps += 1
         self._counters.step_s += result.elapsed
         updates = self._scheduler.commit(result, now)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +26,7 @@ Progress = Callable[[str, float], None]
 
 # What names of tensors end with where others quantize: GPTQ and AWQ, bitsandbytes, and scales of 8 bits.
 QUANTIZED = (".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".quant_map", "_scale", "_scale_inv", "_packed")
+EMBEDDING = "model.embed_tokens.weight"
 DUMMY_PIECE = 1 << 26  # numbers drawn at once, 256 MiB
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 HUB_COPIES = ["consolidated*", "original/*"]  # the same weights once more, in their makers' own format
@@ -161,28 +163,23 @@ def _published_path(path: str, model: CausalLM) -> str:
 
 def _load_weights(model: CausalLM, path: Path, on_progress: Progress | None) -> None:
     targets = checkpoint_targets(model)
+    files = _weight_files(path)
+    _check_names(targets, path, files, model.config)
     missing = {name for target in targets.values() for name in target.fills}
     total, head = len(missing), None
-    for file in _weight_files(path):
+    for file in files:
         for name, tensor in _read_tensors(file):
-            if ".rotary_emb." in name:  # old Llamas carry tables that follow from the config
+            if _is_table(name):
                 continue
             if name == "lm_head.weight" and model.config.tie_word_embeddings:
                 head = tensor
                 continue
-            _fill(targets, name, tensor, file, model.config)
+            _fill(targets, name, tensor, file)
             missing.difference_update(targets[name].fills)
             if on_progress is not None:
                 on_progress("loading weights", 1.0 - len(missing) / total)
-    embedding = "model.embed_tokens.weight"
-    if head is not None and embedding in missing:  # of a shared tensor one name was kept, and it is the head's
-        _fill(targets, embedding, head, path, model.config)
-        missing.remove(embedding)
-    if missing:
-        raise ModelLoadError(
-            f"{path} lacks {len(missing)} of {total} tensors, the first is {min(missing)!r}; "
-            "download the checkpoint again, all of its files, or take the config.json that belongs to it"
-        )
+    if head is not None and EMBEDDING in missing:  # of a shared tensor one name was kept, and it is the head's
+        _fill(targets, EMBEDDING, head, path)
     if head is not None and not torch.equal(head.to(model.lm_head.weight), model.lm_head.weight):
         raise ModelLoadError(
             f"{path} says tie_word_embeddings=true, but its 'lm_head.weight' is not 'model.embed_tokens.weight'; "
@@ -190,13 +187,40 @@ def _load_weights(model: CausalLM, path: Path, on_progress: Progress | None) -> 
         )
 
 
-def _fill(targets: dict[str, Target], name: str, tensor: torch.Tensor, file: Path, config: ModelConfig) -> None:
-    """Copy one tensor to its place, converting it. Raises ModelLoadError where it has none or does not fit."""
-    if name not in targets:
-        reason = "config.json and weights are not of the same model"
-        if name.endswith(QUANTIZED):
-            reason = "it belongs to quantized weights; take the model's unquantized ones"
-        raise ModelLoadError(f"{file} holds tensor {name!r}, which {config.architecture} has no place for; {reason}")
+def _check_names(targets: dict[str, Target], path: Path, files: list[Path], config: ModelConfig) -> None:
+    """Raises ModelLoadError where tensors are missing or have no place: files name theirs at their beginning, so that
+    nobody waits for gigabytes to be read first."""
+    missing = {name for target in targets.values() for name in target.fills}
+    total = len(missing)
+    for file in files:
+        with _opened(file) as tensors:
+            names = [name for name in tensors.keys() if not _is_table(name)]  # noqa: SIM118 - not a dict
+        for name in names:
+            if name == "lm_head.weight" and config.tie_word_embeddings:
+                missing.discard(EMBEDDING)
+            elif name in targets:
+                missing.difference_update(targets[name].fills)
+            else:
+                reason = "config.json and weights are not of the same model"
+                if name.endswith(QUANTIZED):
+                    reason = "it belongs to quantized weights; take the model's unquantized ones"
+                raise ModelLoadError(
+                    f"{file} holds tensor {name!r}, which {config.architecture} has no place for; {reason}"
+                )
+    if missing:
+        raise ModelLoadError(
+            f"{path} lacks {len(missing)} of {total} tensors, the first is {min(missing)!r}; "
+            "download the checkpoint again, all of its files, or take the config.json that belongs to it"
+        )
+
+
+def _is_table(name: str) -> bool:
+    """Old Llamas carry tables that follow from the config."""
+    return ".rotary_emb." in name
+
+
+def _fill(targets: dict[str, Target], name: str, tensor: torch.Tensor, file: Path) -> None:
+    """Copy one tensor to its place, converting it. Raises ModelLoadError where it does not fit."""
     target = targets[name].tensor
     if tensor.shape != target.shape:
         raise ModelLoadError(
@@ -247,10 +271,17 @@ def _weight_files(path: Path) -> list[Path]:
 
 def _read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """One tensor at a time, so that the file is never in memory as a whole."""
+    with _opened(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - not a dict
+            yield name, tensors.get_tensor(name)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, its header read. Raises ModelLoadError where it, or what is read of it, is damaged."""
     try:
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                yield name, tensors.get_tensor(name)
+            yield tensors
     except (SafetensorError, OSError) as error:
         raise ModelLoadError(f"{file} is damaged or incomplete ({error}); download it again") from error
 

@@ -409,6 +409,21 @@ def test_a_missing_tensor_is_named(folder):
         load_model(folder)
 
 
+@pytest.mark.parametrize("wrong", ["missing", "has no place"])
+def test_names_are_checked_before_weights_are_read(tmp_path, wrong):
+    make_checkpoint(tmp_path / "one").save_pretrained(tmp_path / "many", max_shard_size="60KB")
+    shard = max((tmp_path / "many").glob("*.safetensors"))
+    tensors = load_file(shard)
+    name, tensor = tensors.popitem()
+    if wrong != "missing":
+        tensors |= {name: tensor, "model.extra.weight": tensor.clone()}
+    save_file(tensors, shard, metadata={"format": "pt"})
+    seen: list[float] = []
+    with pytest.raises(ModelLoadError, match="lacks 1 of" if wrong == "missing" else "'model.extra.weight'.*no place"):
+        load_model(tmp_path / "many", on_progress=lambda _, done: seen.append(done))
+    assert not seen
+
+
 def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(folder):
     edit_weights(folder, lambda t: t.update({"model.norm.weight": torch.ones(63)}))
     with pytest.raises(ModelLoadError, match=r"'model\.norm\.weight' is \[63\].*asks for \[64\]"):
