@@ -180,7 +180,7 @@ class ServerWire:
             raise DeadlineMissedError(f"the service did not answer in time: {error}") from error
         except (aiohttp.ClientError, OSError) as error:
             raise EngineUnavailableError(
-                f"the server at {self._base} does not answer: {error or repr(error)}"
+                f"the server at {self._base} does not answer: {str(error) or repr(error)}"
             ) from error
 
     async def _answered(self, path: str, body: bytes) -> aiohttp.ClientResponse:

@@ -72,6 +72,30 @@ def test_a_program_says_the_same_over_http_as_on_the_engine(server: str, endpoin
     assert meta["prompt_tokens"] == here.get_meta_info("x")["prompt_tokens"]
 
 
+def test_a_chat_that_begins_with_an_answer_is_as_a_template_begins_one(
+    server: str, endpoint: si.RuntimeEndpoint
+) -> None:
+    """The tool use of SGLang's tutorial. Templates are given no chat without a message."""
+
+    @si.function
+    def tool_use(s, question):
+        s += si.assistant(f"To answer {question} I need a " + si.select("tool", ["calculator", "search"]) + ". ")
+        s += si.assistant("I look for: " + si.gen("word", max_tokens=4, temperature=0, regex="[a-z]{4}"))
+
+    @si.function
+    def alone(s):
+        s += si.assistant(si.gen("word", max_tokens=4, temperature=0, regex="[a-z]{4}"))
+        s += si.user("And?") + si.assistant(si.gen("more", max_tokens=4, temperature=0, regex="[a-z]{4}"))
+
+    with si.RuntimeEndpoint(server) as backend:
+        for program, arguments in ((tool_use, ("1+1",)), (alone, ())):
+            here, there = program.run(*arguments, backend=endpoint), program.run(*arguments, backend=backend)
+            assert here.text().startswith("<|assistant|>") and here.text().count("<|assistant|>") == 2
+            assert there.messages() == here.messages() and here.error() is there.error() is None
+            for name in ("word", "more" if program is alone else "tool"):
+                assert there.get_meta_info(name)["prompt_tokens"] == here.get_meta_info(name)["prompt_tokens"]
+
+
 @pytest.mark.parametrize(
     "method", [si.token_length_normalized, si.greedy_token_selection, si.unconditional_likelihood_normalized]
 )
@@ -313,6 +337,24 @@ def test_what_a_service_cannot_do_is_refused_before_anything_is_sent(service: Se
     assert service.asked == []
 
 
+def test_an_answer_to_nothing_is_refused_before_it_is_sent(service: Service) -> None:
+    @si.function
+    def first(s):
+        s += si.assistant(si.gen("x"))
+
+    @si.function
+    def instructed(s):
+        s += si.system("Be brief.") + si.assistant(si.gen("x"))
+
+    openai, anthropic = backends(service)
+    with openai, anthropic:
+        for program, backend in ((first, openai), (first, anthropic), (instructed, anthropic)):
+            with pytest.warns(RuntimeWarning, match=r"add user\("):
+                assert isinstance(program.run(backend=backend).error(), si.UnsupportedError)
+        assert service.asked == []
+        assert instructed.run(backend=openai)["x"] == "so it is"
+
+
 @pytest.mark.parametrize("options", [{"stop_regex": "[0-9]"}, {"return_logprob": True}, {"top_logprobs_num": 2}])
 def test_what_a_superinfer_server_is_not_asked_over_http_is_refused_by_name(
     server: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
@@ -431,6 +473,29 @@ def test_a_services_errors_are_ours(service: Service, status: int, kind: type[Ex
             assert type(chat.run("hi", backend=backend).error()) is kind
 
 
+@pytest.mark.parametrize(
+    ("breaks", "kind"),
+    [
+        ("ends", si.EngineUnavailableError),
+        ("cut", si.EngineUnavailableError),
+        ("silent", si.DeadlineMissedError),
+        ("json", si.SuperinferError),
+        ("error", si.SuperinferError),
+    ],
+)
+def test_an_answer_that_breaks_off_is_no_answer(service: Service, breaks: str, kind: type[Exception]) -> None:
+    service.breaks = breaks
+    timeout = 1.0 if breaks == "silent" else 60.0
+    openai = si.OpenAI("m", base_url=f"{service.url}/v1", timeout=timeout, max_retries=0)
+    anthropic = si.Anthropic("m", base_url=service.url, api_key="k", timeout=timeout, max_retries=0)
+    for backend in (openai, anthropic):
+        with backend, pytest.warns(RuntimeWarning, match="the service"):
+            state = chat.run("hi", backend=backend)
+        assert type(state.error()) is kind
+        with pytest.raises(kind):
+            state["answer"]
+
+
 def test_nobody_at_the_address_is_said_so() -> None:
     for make in (
         lambda: si.OpenAI("m", base_url="http://127.0.0.1:9/v1", max_retries=0),
@@ -513,3 +578,15 @@ def test_litellm_answers_through_its_library(monkeypatch: pytest.MonkeyPatch) ->
             assert isinstance(chat.run("hi", backend=backend, ignore_eos=True).error(), si.UnsupportedError)
     with pytest.warns(RuntimeWarning, match="closed"):
         chat.run("hi", backend=backend)
+
+
+@pytest.mark.parametrize(("breaks", "kind"), [("cut", si.EngineUnavailableError), ("silent", si.DeadlineMissedError)])
+def test_what_litellm_wraps_is_told_as_what_it_is(
+    service: Service, monkeypatch: pytest.MonkeyPatch, breaks: str, kind: type[Exception]
+) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    service.breaks = breaks
+    timeout = 1.0 if breaks == "silent" else 60.0
+    backend = si.LiteLLM("openai/m", api_base=f"{service.url}/v1", api_key="k", timeout=timeout, max_retries=0)
+    with backend, pytest.warns(RuntimeWarning, match="the service"):
+        assert type(chat.run("hi", backend=backend).error()) is kind
