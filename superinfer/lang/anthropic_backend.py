@@ -84,7 +84,7 @@ class Anthropic(RemoteBackend):
             messages.append({"role": "assistant", "content": request.chat.begun})
         asked: dict[str, Any] = {"model": self.model, "messages": messages, "stream": True}
         asked["max_tokens"] = request.sampling.max_tokens or DEFAULT_MAX_TOKENS
-        sampling = given(request.sampling, _NAMES)
+        sampling = given(request, _NAMES)
         if sampling:
             asked["extra_body"] = (
                 sampling  # the client has no arguments for them any more; it is the model that decides

@@ -38,7 +38,7 @@ class LiteLLM(RemoteBackend):
         import litellm
         import openai
 
-        asked: dict[str, Any] = {**self._options, **given(request.sampling, _NAMES)}
+        asked: dict[str, Any] = {**self._options, **given(request, _NAMES)}
         if request.sampling.max_tokens is not None:
             asked["max_tokens"] = request.sampling.max_tokens
         if request.stop:

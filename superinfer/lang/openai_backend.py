@@ -190,7 +190,7 @@ class OpenAI(RemoteBackend):
     def _asked(self, request: CallRequest) -> tuple[str, dict[str, Any]]:
         """Path and body."""
         asked: dict[str, Any] = {"model": self.model, "stream": True, "stream_options": {"include_usage": True}}
-        asked |= given(request.sampling, _NAMES)
+        asked |= given(request, _NAMES)
         if request.stop:
             asked["stop"] = list(request.stop)
         if request.sampling.max_tokens is not None:
@@ -234,7 +234,7 @@ class OpenAI(RemoteBackend):
 
     def _extra(self, request: CallRequest) -> dict[str, Any]:
         """What our server takes beyond OpenAI's fields."""
-        extra = given(request.sampling, _OWN_NAMES)
+        extra = given(request, _OWN_NAMES)
         extra |= {name: getattr(request.sampling, name) for name in _DEFAULTED}
         if (grammar := request.sampling.grammar) is not None:
             kind = _GRAMMARS.get(grammar.kind)

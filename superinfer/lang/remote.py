@@ -35,6 +35,7 @@ from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import TextDelta, TextRequest
 
 _DEFAULTS = SamplingParams()
+_MODELS_OWN = ("temperature", "top_p")  # a service may have others for its model where nothing is said
 _GEN_NAMES = {"grammar": "regex, json_schema or dtype", "logprobs": "return_logprob"}
 
 
@@ -243,9 +244,11 @@ def reading(library: Any) -> Iterator[None]:
         raise SuperinferError(f"the service failed: it answered what is no JSON, {error.doc!r:.80}") from error
 
 
-def given(sampling: SamplingParams, names: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of `sampling` that say something, by the service's names."""
-    told = {
-        names[name]: getattr(sampling, name) for name in names if getattr(sampling, name) != getattr(_DEFAULTS, name)
-    }
+def given(request: CallRequest, names: Mapping[str, str]) -> dict[str, Any]:
+    """The sampling arguments that say something, by the service's names."""
+    told = {}
+    for name, theirs in names.items():
+        value = getattr(request.sampling, name)
+        if value != getattr(_DEFAULTS, name) or (name in _MODELS_OWN and name in request.said):
+            told[theirs] = value
     return msgspec.to_builtins(told)

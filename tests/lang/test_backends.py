@@ -313,6 +313,20 @@ def test_messages_go_out_and_text_comes_back(service: Service) -> None:
     assert "slo" not in first and "cache_salt" not in first
 
 
+def test_a_temperature_that_is_said_is_sent_though_it_is_the_usual_one(service: Service) -> None:
+    """Services have their own where nothing is said: vLLM takes the model's generation_config.json."""
+
+    @si.function
+    def program(s):
+        s += si.user("u") + si.assistant(si.gen("x", temperature=1.0))
+
+    for backend in backends(service):
+        with backend:
+            program.run(backend=backend, top_p=1.0, top_k=-1)
+    for asked in service.asked:
+        assert (asked["temperature"], asked["top_p"]) == (1.0, 1.0) and "top_k" not in asked
+
+
 @pytest.mark.parametrize(
     ("say", "named"),
     [
