@@ -176,6 +176,8 @@ class ServerWire:
                 yield response
         except SuperinferError:
             raise
+        except msgspec.DecodeError as error:
+            raise SuperinferError(f"the service failed: it answered what cannot be read: {error}") from error
         except TimeoutError as error:
             raise DeadlineMissedError(f"the service did not answer in time: {error}") from error
         except (aiohttp.ClientError, OSError) as error:

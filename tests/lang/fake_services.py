@@ -90,7 +90,8 @@ class Handler(BaseHTTPRequestHandler):
         if kind == "silent":
             self.rfile.read()  # until the client has gone
         elif kind == "json":
-            self.wfile.write(b"event: content_block_delta\ndata: {no json\n\n")
+            name = b"event: content_block_delta\n" if "messages" in self.path else b""
+            self.wfile.write(name + b"data: {no json\n\n")
         elif kind == "error":
             told = {"type": "error", "error": {"type": "overloaded_error", "message": "too many"}}
             self.wfile.write(f"event: error\ndata: {json.dumps(told)}\n\n".encode())

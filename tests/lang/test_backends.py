@@ -502,8 +502,10 @@ def test_an_answer_that_breaks_off_is_no_answer(service: Service, breaks: str, k
     timeout = 1.0 if breaks == "silent" else 60.0
     openai = si.OpenAI("m", base_url=f"{service.url}/v1", timeout=timeout, max_retries=0)
     anthropic = si.Anthropic("m", base_url=service.url, api_key="k", timeout=timeout, max_retries=0)
-    for backend in (openai, anthropic):
-        with backend, pytest.warns(RuntimeWarning, match="the service"):
+    service.owner = "superinfer"
+    ours = si.OpenAI("m", base_url=f"{service.url}/v1", timeout=timeout, max_retries=0)
+    for backend in (openai, anthropic, ours):
+        with backend, pytest.warns(RuntimeWarning, match=r"the service|the server"):
             state = chat.run("hi", backend=backend)
         assert type(state.error()) is kind
         with pytest.raises(kind):
