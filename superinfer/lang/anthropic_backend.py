@@ -14,7 +14,8 @@ from superinfer.errors import (
     UnsupportedError,
 )
 from superinfer.lang.backend import CallRequest
-from superinfer.lang.remote import Abilities, Answering, RemoteBackend, given
+from superinfer.lang.prompt import Chat
+from superinfer.lang.remote import Abilities, Answering, RemoteBackend, given, reading
 from superinfer.lang.sampling import DEFAULT_MAX_TOKENS
 from superinfer.runtime.text import TextDelta
 
@@ -54,20 +55,27 @@ class Anthropic(RemoteBackend):
 
         answering = Answering(1)
         try:
-            async with await self._client.messages.create(**self._asked(request)) as events:
-                async for event in events:
-                    if event.type == "message_start":
-                        answering.prompt_tokens = event.message.usage.input_tokens
-                        answering.cached_tokens = event.message.usage.cache_read_input_tokens or 0
-                    elif event.type == "content_block_delta" and event.delta.type == "text_delta":
-                        yield answering.text(0, event.delta.text)
-                    elif event.type == "message_delta":
-                        answering.output_tokens = event.usage.output_tokens
-                        answering.reasons[0] = "length" if event.delta.stop_reason == "max_tokens" else "stop"
+            with reading(anthropic):
+                async with await self._client.messages.create(**self._asked(request)) as events:
+                    async for event in events:
+                        if event.type == "message_start":
+                            answering.prompt_tokens = event.message.usage.input_tokens
+                            answering.cached_tokens = event.message.usage.cache_read_input_tokens or 0
+                        elif event.type == "content_block_delta" and event.delta.type == "text_delta":
+                            yield answering.text(0, event.delta.text)
+                        elif event.type == "message_delta":
+                            answering.output_tokens = event.usage.output_tokens
+                            answering.end(0, "length" if event.delta.stop_reason == "max_tokens" else "stop")
         except anthropic.AnthropicError as error:
             raise _as_ours(error) from error
+        answering.check_whole()
         for delta in answering.last():
             yield delta
+
+    def _check_chat(self, chat: Chat) -> None:
+        super()._check_chat(chat)
+        if not chat.begun and all(message["role"] == "system" for message in chat.messages):
+            raise UnsupportedError(f"no message before assistant(gen(...)): {self.name} answers one; add user(...)")
 
     def _asked(self, request: CallRequest) -> dict[str, Any]:
         messages = [message for message in request.chat.messages if message["role"] != "system"]
@@ -76,7 +84,7 @@ class Anthropic(RemoteBackend):
             messages.append({"role": "assistant", "content": request.chat.begun})
         asked: dict[str, Any] = {"model": self.model, "messages": messages, "stream": True}
         asked["max_tokens"] = request.sampling.max_tokens or DEFAULT_MAX_TOKENS
-        sampling = given(request.sampling, _NAMES)
+        sampling = given(request, _NAMES)
         if sampling:
             asked["extra_body"] = (
                 sampling  # the client has no arguments for them any more; it is the model that decides
@@ -100,6 +108,6 @@ def _as_ours(error: Exception) -> SuperinferError:
         return EngineUnavailableError(f"the service does not answer: {error}")
     if isinstance(error, anthropic.RateLimitError):
         return QueueFullError(str(error))
-    if isinstance(error, anthropic.APIStatusError) and error.status_code >= 500:
+    if isinstance(error, anthropic.APIStatusError) and not 400 <= error.status_code < 500:  # in a stream it is 200
         return SuperinferError(f"the service failed: {error}")
     return InvalidRequestError(str(error))

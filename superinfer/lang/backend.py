@@ -31,10 +31,12 @@ class CallRequest(TextRequest):
     """A request with the chat that its prompt was rendered from, for backends that render none.
 
     live: somebody waits for each piece of the text; otherwise it may come in fewer, larger ones.
+    said: the sampling arguments that the program gave, be it the value that they have anyhow.
     """
 
     chat: Chat = NO_CHAT
     live: bool = True
+    said: frozenset[str] = frozenset()
 
 
 class Backend(ABC):

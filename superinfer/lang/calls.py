@@ -101,6 +101,7 @@ def request_of(
         interval_s=0.0 if live else PIECE_S,
         after=after,
         sampling=_params(context.backend, gen, sampling),
+        said=sampling.said,
         stop=sampling.stop_strings,
         stop_regex=sampling.stop_patterns,
         slo=context.slo,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import NoneType
 from typing import Any
 
@@ -77,9 +77,8 @@ class Engine(Runtime):
         requests = _requests(prompt, input_ids, sampling_params, return_logprob, top_logprobs_num, slo)
         many = not _is_one(prompt, input_ids)
         if stream:
-            return _elsewhere(language_loop().iterate(self._stream(_only(requests, many))))
-        future = language_loop().submit(self._complete(requests))
-        return _shaped(await asyncio.wrap_future(future), many)
+            return language_loop().aiterate(self._stream(_only(requests, many)))
+        return _shaped(await language_loop().arun(self._complete(requests)), many)
 
     async def _complete(self, requests: list[TextRequest]) -> list[list[dict[str, Any]]]:
         done = await asyncio.gather(*[self._one(request) for request in requests])
@@ -98,17 +97,6 @@ class Engine(Runtime):
             async for delta in deltas:
                 result.add(delta)
                 yield _told(result, self)
-
-
-async def _elsewhere(items: Iterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
-    """The items of a blocking iterator, for a loop that must not wait."""
-    try:
-        while (item := await asyncio.to_thread(next, items, None)) is not None:
-            yield item
-    finally:
-        close = getattr(items, "close", None)
-        if close is not None:
-            close()
 
 
 def _is_one(prompt: object, input_ids: object) -> bool:

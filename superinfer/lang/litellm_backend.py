@@ -38,7 +38,7 @@ class LiteLLM(RemoteBackend):
         import litellm
         import openai
 
-        asked: dict[str, Any] = {**self._options, **given(request.sampling, _NAMES)}
+        asked: dict[str, Any] = {**self._options, **given(request, _NAMES)}
         if request.sampling.max_tokens is not None:
             asked["max_tokens"] = request.sampling.max_tokens
         if request.stop:
@@ -58,7 +58,7 @@ class LiteLLM(RemoteBackend):
                         if choice.delta.content:
                             yield answering.text(choice.index, choice.delta.content)
                         if choice.finish_reason is not None:
-                            answering.reasons[choice.index] = "length" if choice.finish_reason == "length" else "stop"
+                            answering.end(choice.index, "length" if choice.finish_reason == "length" else "stop")
                     usage = getattr(chunk, "usage", None)
                     if usage is not None:
                         answering.prompt_tokens, answering.output_tokens = usage.prompt_tokens, usage.completion_tokens
@@ -67,6 +67,7 @@ class LiteLLM(RemoteBackend):
                 if close is not None:
                     await close()
         except openai.APIError as error:  # litellm's errors are made from these
-            raise as_ours(error) from error
+            # What breaks while an answer is read it wraps, for fallbacks that are not asked for here.
+            raise as_ours(getattr(error, "original_exception", None) or error) from error
         for delta in answering.last():
             yield delta

@@ -23,7 +23,7 @@ from superinfer.lang.backend import CallRequest
 from superinfer.lang.loop import language_loop
 from superinfer.lang.openai_tools import CallDeltas, wire_messages
 from superinfer.lang.prompt import Chat, Prompt
-from superinfer.lang.remote import Abilities, Answering, RemoteBackend, given
+from superinfer.lang.remote import Abilities, Answering, RemoteBackend, given, reading
 from superinfer.runtime.choices import ScoredChoices
 from superinfer.runtime.file_limit import connections_within
 from superinfer.runtime.protocol import SamplingParams
@@ -160,12 +160,14 @@ class OpenAI(RemoteBackend):
         tools: dict[int, CallDeltas] = {}
         path, asked = self._asked(request)
         try:
-            async with contextlib.aclosing(self._chunks(path, asked)) as arrivals:
-                async for chunks in arrivals:
-                    for delta in _read(chunks, answering, tools, plain=request.chat.plain is not None):
-                        yield delta
+            with reading(openai):
+                async with contextlib.aclosing(self._chunks(path, asked)) as arrivals:
+                    async for chunks in arrivals:
+                        for delta in _read(chunks, answering, tools, plain=request.chat.plain is not None):
+                            yield delta
         except openai.APIError as error:
             raise as_ours(error) from error
+        answering.check_whole()
         for index, calls in tools.items():
             yield answering.text(index, calls.text())
         for delta in answering.last():
@@ -188,7 +190,7 @@ class OpenAI(RemoteBackend):
     def _asked(self, request: CallRequest) -> tuple[str, dict[str, Any]]:
         """Path and body."""
         asked: dict[str, Any] = {"model": self.model, "stream": True, "stream_options": {"include_usage": True}}
-        asked |= given(request.sampling, _NAMES)
+        asked |= given(request, _NAMES)
         if request.stop:
             asked["stop"] = list(request.stop)
         if request.sampling.max_tokens is not None:
@@ -232,7 +234,7 @@ class OpenAI(RemoteBackend):
 
     def _extra(self, request: CallRequest) -> dict[str, Any]:
         """What our server takes beyond OpenAI's fields."""
-        extra = given(request.sampling, _OWN_NAMES)
+        extra = given(request, _OWN_NAMES)
         extra |= {name: getattr(request.sampling, name) for name in _DEFAULTED}
         if (grammar := request.sampling.grammar) is not None:
             kind = _GRAMMARS.get(grammar.kind)
@@ -272,11 +274,11 @@ def server_backend(url: str, api_key: str | None, timeout: float) -> OpenAI:
 
 
 def chat_fields(chat: Chat) -> dict[str, Any]:
-    """The messages of a chat, and what an open answer begins with."""
+    """The messages of a chat, and what an open answer begins with: nothing, where it is the first message."""
     fields: dict[str, Any] = {"messages": wire_messages(chat.messages)}
     if chat.tools:
         fields["tools"] = list(chat.tools)
-    if chat.begun:
+    if chat.begun or not chat.messages:
         fields["messages"].append({"role": "assistant", "content": chat.begun})
         fields["continue_final_message"] = True
     return fields
@@ -299,7 +301,7 @@ def _read(chunks: list[Any], answering: Answering, tools: dict[int, CallDeltas],
             if not plain and choice.delta.tool_calls:
                 tools.setdefault(choice.index, CallDeltas()).add(choice.delta.tool_calls)
             if choice.finish_reason is not None:
-                answering.reasons[choice.index] = "length" if choice.finish_reason == "length" else "stop"
+                answering.end(choice.index, "length" if choice.finish_reason == "length" else "stop")
         _account(answering, chunk)
     for index, pieces in texts.items():
         yield answering.text(index, "".join(pieces))

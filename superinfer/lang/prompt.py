@@ -160,9 +160,9 @@ class Transcript:
 
     def _chat(self, messages: list[dict[str, Any]]) -> str:
         """The messages' text, up to where the content of the open one begins."""
-        if self.role == "assistant":
+        if self.role == "assistant" and messages:
             return self._render(messages, tools=self.tools, add_generation_prompt=True)
-        if self.role is not None:
+        if self.role is not None:  # an answer before any message too: templates take no chat without one
             marked = [*messages, {"role": self.role, "content": _MARK}]
             whole = self._render(marked, tools=self.tools, add_generation_prompt=False)
             if _MARK not in whole:

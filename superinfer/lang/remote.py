@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, ClassVar
 
 import msgspec
 
-from superinfer.errors import RequestCancelledError, UnsupportedError
+from superinfer.errors import (
+    DeadlineMissedError,
+    EngineUnavailableError,
+    RequestCancelledError,
+    SuperinferError,
+    UnsupportedError,
+)
 from superinfer.lang.backend import Backend, CallRequest
 from superinfer.lang.chat_text import plain_chat
 from superinfer.lang.in_time import in_time
@@ -27,6 +35,7 @@ from superinfer.runtime.slo import SLO
 from superinfer.runtime.text import TextDelta, TextRequest
 
 _DEFAULTS = SamplingParams()
+_MODELS_OWN = ("temperature", "top_p")  # a service may have others for its model where nothing is said
 _GEN_NAMES = {"grammar": "regex, json_schema or dtype", "logprobs": "return_logprob"}
 
 
@@ -126,6 +135,8 @@ class RemoteBackend(Backend):
             raise UnsupportedError(
                 f"assistant({chat.begun!r:.40} + gen(...)): {self.name} cannot go on with an answer that has begun"
             )
+        if not chat.messages and not self.abilities.prefix:
+            raise UnsupportedError(f"assistant(gen(...)) comes first: {self.name} answers messages; add user(...)")
         if self.abilities.tools:
             return
         if chat.tools or any(message["role"] == "tool" for message in chat.messages):
@@ -180,6 +191,7 @@ class Answering:
         self.started = time.monotonic()
         self.first: float | None = None
         self.reasons: dict[int, FinishReason] = dict.fromkeys(range(n), "stop")
+        self._open = set(range(n))
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.output_tokens = 0
@@ -190,6 +202,16 @@ class Answering:
         if self.first is None:
             self.first = time.monotonic()
         return TextDelta(index, text)
+
+    def end(self, index: int, reason: FinishReason) -> None:
+        """The service says that a continuation has ended."""
+        self.reasons[index] = reason
+        self._open.discard(index)
+
+    def check_whole(self) -> None:
+        """Raises EngineUnavailableError unless the service has ended every continuation."""
+        if self._open:
+            raise EngineUnavailableError("the service broke off its answer")
 
     def last(self) -> list[TextDelta]:
         """The ends. Without the server's own account the stages are those seen from here: prefill_s is all before the
@@ -207,9 +229,26 @@ class Answering:
         return [TextDelta(index, "", finish_reason=reason, report=report) for index, reason in self.reasons.items()]
 
 
-def given(sampling: SamplingParams, names: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of `sampling` that say something, by the service's names."""
-    told = {
-        names[name]: getattr(sampling, name) for name in names if getattr(sampling, name) != getattr(_DEFAULTS, name)
-    }
+@contextlib.contextmanager
+def reading(library: Any) -> Iterator[None]:
+    """What breaks while an answer is read, as our error. library: of the service; it makes errors its own of what
+    happens until an answer begins, and passes on those of the HTTP library that it is built on from then on."""
+    http = import_module(type(library.DEFAULT_CONNECTION_LIMITS).__module__.partition(".")[0])
+    try:
+        yield
+    except http.TimeoutException as error:
+        raise DeadlineMissedError(f"the service did not go on in time: {str(error) or repr(error)}") from error
+    except http.HTTPError as error:
+        raise EngineUnavailableError(f"the service broke off its answer: {str(error) or repr(error)}") from error
+    except json.JSONDecodeError as error:
+        raise SuperinferError(f"the service failed: it answered what is no JSON, {error.doc!r:.80}") from error
+
+
+def given(request: CallRequest, names: Mapping[str, str]) -> dict[str, Any]:
+    """The sampling arguments that say something, by the service's names."""
+    told = {}
+    for name, theirs in names.items():
+        value = getattr(request.sampling, name)
+        if value != getattr(_DEFAULTS, name) or (name in _MODELS_OWN and name in request.said):
+            told[theirs] = value
     return msgspec.to_builtins(told)

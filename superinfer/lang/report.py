@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from superinfer.runtime.protocol import RequestReport
-from superinfer.runtime.slo import SLO, TokenTimeline, why_late_at_client
+from superinfer.runtime.slo import SLO, STAGES, TokenTimeline, why_late_at_client
 
 
 class CallReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -216,7 +216,20 @@ class CallWatch:
         lateness = max(verdict.lateness for verdict in verdicts)
         if self.engine is None:
             return "client"
-        return why_late_at_client(lateness, self.engine.lateness_s, self.engine.why)
+        return why_late_at_client(lateness, *self._late_at_engine(self.engine))
+
+    def _late_at_engine(self, engine: RequestReport) -> tuple[float | None, str]:
+        """How late the engine was, and why: by what was promised, where it was sent a plan in its stead."""
+        deadline = self.slo.deadline if self.slo is not None else None
+        if self.planned is None or deadline is None:
+            return engine.lateness_s, engine.why
+        late = engine.e2e_s - deadline
+        if late > 0:
+            spent = {stage: getattr(engine, field) for stage, (_, field) in zip(STAGES[:-1], _STAGES[:-1], strict=True)}
+            return late, max(spent, key=lambda stage: spent[stage])
+        if engine.ttft_met is False or engine.tbt_met is False:
+            return engine.lateness_s, engine.why
+        return late, ""
 
     def _met(self, e2e: float, failed: bool) -> bool | None:
         if self.slo is None or not self.slo.promises_anything:

@@ -70,6 +70,11 @@ class Sampling:
     def stop_patterns(self) -> tuple[str, ...]:
         return (self.stop_regex,) if isinstance(self.stop_regex, str) else tuple(self.stop_regex or ())
 
+    @cached_property
+    def said(self) -> frozenset[str]:
+        """Names of the arguments that are given."""
+        return frozenset(field.name for field in fields(self) if getattr(self, field.name) is not None)
+
     def over(self, defaults: Sampling) -> Sampling:
         """These arguments, and `defaults` where nothing is said."""
         if defaults is NO_SAMPLING:

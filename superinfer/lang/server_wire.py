@@ -176,11 +176,13 @@ class ServerWire:
                 yield response
         except SuperinferError:
             raise
+        except msgspec.DecodeError as error:
+            raise SuperinferError(f"the service failed: it answered what cannot be read: {error}") from error
         except TimeoutError as error:
             raise DeadlineMissedError(f"the service did not answer in time: {error}") from error
         except (aiohttp.ClientError, OSError) as error:
             raise EngineUnavailableError(
-                f"the server at {self._base} does not answer: {error or repr(error)}"
+                f"the server at {self._base} does not answer: {str(error) or repr(error)}"
             ) from error
 
     async def _answered(self, path: str, body: bytes) -> aiohttp.ClientResponse:

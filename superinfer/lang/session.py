@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,7 +153,7 @@ class Session(Conversation):
 
     async def aprefetch(self) -> None:
         """Async twin of `prefetch`."""
-        await asyncio.wrap_future(language_loop().submit(self._prefetch()))
+        await language_loop().arun(self._prefetch())
 
     async def _prefetch(self) -> None:
         backend = resolve_backend(self.backend)

@@ -7,12 +7,22 @@ import concurrent.futures
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_END = object()
+
+@dataclass(frozen=True)
+class _End:
+    """No more items. error: what ended them."""
+
+    error: BaseException | None = None
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
 
 
 class LoopThread:
@@ -56,33 +66,35 @@ class LoopThread:
             future.cancel()
             raise
 
+    async def arun(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Async twin of `run`, for any loop, this one too. Cancelling the caller cancels the coroutine."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
+
     def iterate(self, source: AsyncIterator[T]) -> Iterator[T]:
         """The items of an async iterator, for a synchronous caller. Leaving the loop early closes the source."""
-        items: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-        async def pump() -> None:
-            try:
-                async for item in source:
-                    items.put(item)
-            except BaseException as error:
-                items.put((_END, error))
-                raise
-            else:
-                items.put((_END, None))
-            finally:
-                close = getattr(source, "aclose", None)
-                if close is not None:
-                    await close()
-
-        future = self.submit(pump())
+        items: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
+        future = self.submit(_pump(source, items.put))
         try:
-            while True:
-                item = items.get()
-                if isinstance(item, tuple) and len(item) == 2 and item[0] is _END:
-                    if item[1] is not None:
-                        raise item[1]
-                    return
+            while not isinstance(item := items.get(), _End):
                 yield item
+            item.check()
+        finally:
+            future.cancel()
+
+    async def aiterate(self, source: AsyncIterator[T]) -> AsyncIterator[T]:
+        """Async twin of `iterate`, for any loop, this one too. Closing it, or cancelling its reader, closes the
+        source."""
+        here, items = asyncio.get_running_loop(), asyncio.Queue[T | _End]()
+
+        def put(item: T | _End) -> None:
+            with contextlib.suppress(RuntimeError):  # that loop is closed: nobody reads there any more
+                here.call_soon_threadsafe(items.put_nowait, item)
+
+        future = asyncio.run_coroutine_threadsafe(_pump(source, put), self._loop)
+        try:
+            while not isinstance(item := await items.get(), _End):
+                yield item
+            item.check()
         finally:
             future.cancel()
 
@@ -102,3 +114,19 @@ class LoopThread:
         self._loop.call_soon_threadsafe(self._loop.stop)
         if threading.current_thread() is not self._thread:
             self._thread.join(5)
+
+
+async def _pump(source: AsyncIterator[T], put: Callable[[T | _End], object]) -> None:
+    """Give all items to `put`, then an _End, and close the source."""
+    try:
+        async for item in source:
+            put(item)
+    except BaseException as error:
+        put(_End(error))
+        raise
+    else:
+        put(_End())
+    finally:
+        close = getattr(source, "aclose", None)
+        if close is not None:
+            await close()

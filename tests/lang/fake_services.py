@@ -13,7 +13,9 @@ from typing import Any
 
 class Service(ThreadingHTTPServer):
     """Answers with `words`, one chunk each, `word_s` seconds apart; a first message with `calls` of tools, if there
-    are any. Keeps what it was asked. `owner`: of its model; `key`: it asks for this one."""
+    are any. Keeps what it was asked. `owner`: of its model; `key`: it asks for this one. `breaks`: how an answer breaks
+    after its first two events, if it does: it "ends" as if that were all, is "cut" off, falls "silent", goes on with
+    what is no "json", or with an "error"."""
 
     daemon_threads = True
 
@@ -23,6 +25,7 @@ class Service(ThreadingHTTPServer):
         self.word_s = 0.0
         self.calls: list[tuple[str, str]] = []
         self.status = 200
+        self.breaks: str | None = None
         self.owner = "someone"
         self.key: str | None = None
         self.asked: list[dict[str, Any]] = []
@@ -64,11 +67,15 @@ class Handler(BaseHTTPRequestHandler):
             return self._json(self.server.status, {"error": {"message": "no", "type": "x", "code": "x"}})
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
+        if self.server.breaks == "cut":
+            self.send_header("Content-Length", "1000000")
         self.end_headers()
         try:
             calls = self.server.calls if len(body.get("messages", [])) == 1 else []
             events = anthropic(self.server.words) if "messages" in self.path else openai(self.server.words, calls)
-            for event in events:
+            for at, event in enumerate(events):
+                if at == 2 and self.server.breaks is not None:
+                    return self._break()
                 name = f"event: {event['type']}\n" if "type" in event else ""
                 self.wfile.write(f"{name}data: {json.dumps(event)}\n\n".encode())
                 self.wfile.flush()
@@ -77,6 +84,17 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b"data: [DONE]\n\n")
         except OSError:
             self.server.gone += 1
+
+    def _break(self) -> None:
+        kind = self.server.breaks
+        if kind == "silent":
+            self.rfile.read()  # until the client has gone
+        elif kind == "json":
+            name = b"event: content_block_delta\n" if "messages" in self.path else b""
+            self.wfile.write(name + b"data: {no json\n\n")
+        elif kind == "error":
+            told = {"type": "error", "error": {"type": "overloaded_error", "message": "too many"}}
+            self.wfile.write(f"event: error\ndata: {json.dumps(told)}\n\n".encode())
 
     def _json(self, status: int, body: dict[str, Any]) -> None:
         data = json.dumps(body).encode()

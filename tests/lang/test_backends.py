@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import subprocess
 import sys
@@ -70,6 +71,30 @@ def test_a_program_says_the_same_over_http_as_on_the_engine(server: str, endpoin
     meta = there.get_meta_info("x")
     assert (meta["finish_reason"], meta["completion_tokens"]) == ("length", 6)
     assert meta["prompt_tokens"] == here.get_meta_info("x")["prompt_tokens"]
+
+
+def test_a_chat_that_begins_with_an_answer_is_as_a_template_begins_one(
+    server: str, endpoint: si.RuntimeEndpoint
+) -> None:
+    """The tool use of SGLang's tutorial. Templates are given no chat without a message."""
+
+    @si.function
+    def tool_use(s, question):
+        s += si.assistant(f"To answer {question} I need a " + si.select("tool", ["calculator", "search"]) + ". ")
+        s += si.assistant("I look for: " + si.gen("word", max_tokens=4, temperature=0, regex="[a-z]{4}"))
+
+    @si.function
+    def alone(s):
+        s += si.assistant(si.gen("word", max_tokens=4, temperature=0, regex="[a-z]{4}"))
+        s += si.user("And?") + si.assistant(si.gen("more", max_tokens=4, temperature=0, regex="[a-z]{4}"))
+
+    with si.RuntimeEndpoint(server) as backend:
+        for program, arguments in ((tool_use, ("1+1",)), (alone, ())):
+            here, there = program.run(*arguments, backend=endpoint), program.run(*arguments, backend=backend)
+            assert here.text().startswith("<|assistant|>") and here.text().count("<|assistant|>") == 2
+            assert there.messages() == here.messages() and here.error() is there.error() is None
+            for name in ("word", "more" if program is alone else "tool"):
+                assert there.get_meta_info(name)["prompt_tokens"] == here.get_meta_info(name)["prompt_tokens"]
 
 
 @pytest.mark.parametrize(
@@ -289,6 +314,20 @@ def test_messages_go_out_and_text_comes_back(service: Service) -> None:
     assert "slo" not in first and "cache_salt" not in first
 
 
+def test_a_temperature_that_is_said_is_sent_though_it_is_the_usual_one(service: Service) -> None:
+    """Services have their own where nothing is said: vLLM takes the model's generation_config.json."""
+
+    @si.function
+    def program(s):
+        s += si.user("u") + si.assistant(si.gen("x", temperature=1.0))
+
+    for backend in backends(service):
+        with backend:
+            program.run(backend=backend, top_p=1.0, top_k=-1)
+    for asked in service.asked:
+        assert (asked["temperature"], asked["top_p"]) == (1.0, 1.0) and "top_k" not in asked
+
+
 @pytest.mark.parametrize(
     ("say", "named"),
     [
@@ -311,6 +350,24 @@ def test_what_a_service_cannot_do_is_refused_before_anything_is_sent(service: Se
         with backend, pytest.warns(RuntimeWarning, match=named):
             assert isinstance(program.run(backend=backend).error(), si.UnsupportedError)
     assert service.asked == []
+
+
+def test_an_answer_to_nothing_is_refused_before_it_is_sent(service: Service) -> None:
+    @si.function
+    def first(s):
+        s += si.assistant(si.gen("x"))
+
+    @si.function
+    def instructed(s):
+        s += si.system("Be brief.") + si.assistant(si.gen("x"))
+
+    openai, anthropic = backends(service)
+    with openai, anthropic:
+        for program, backend in ((first, openai), (first, anthropic), (instructed, anthropic)):
+            with pytest.warns(RuntimeWarning, match=r"add user\("):
+                assert isinstance(program.run(backend=backend).error(), si.UnsupportedError)
+        assert service.asked == []
+        assert instructed.run(backend=openai)["x"] == "so it is"
 
 
 @pytest.mark.parametrize("options", [{"stop_regex": "[0-9]"}, {"return_logprob": True}, {"top_logprobs_num": 2}])
@@ -431,6 +488,31 @@ def test_a_services_errors_are_ours(service: Service, status: int, kind: type[Ex
             assert type(chat.run("hi", backend=backend).error()) is kind
 
 
+@pytest.mark.parametrize(
+    ("breaks", "kind"),
+    [
+        ("ends", si.EngineUnavailableError),
+        ("cut", si.EngineUnavailableError),
+        ("silent", si.DeadlineMissedError),
+        ("json", si.SuperinferError),
+        ("error", si.SuperinferError),
+    ],
+)
+def test_an_answer_that_breaks_off_is_no_answer(service: Service, breaks: str, kind: type[Exception]) -> None:
+    service.breaks = breaks
+    timeout = 1.0 if breaks == "silent" else 60.0
+    openai = si.OpenAI("m", base_url=f"{service.url}/v1", timeout=timeout, max_retries=0)
+    anthropic = si.Anthropic("m", base_url=service.url, api_key="k", timeout=timeout, max_retries=0)
+    service.owner = "superinfer"
+    ours = si.OpenAI("m", base_url=f"{service.url}/v1", timeout=timeout, max_retries=0)
+    for backend in (openai, anthropic, ours):
+        with backend, pytest.warns(RuntimeWarning, match=r"the service|the server"):
+            state = chat.run("hi", backend=backend)
+        assert type(state.error()) is kind
+        with pytest.raises(kind):
+            state["answer"]
+
+
 def test_nobody_at_the_address_is_said_so() -> None:
     for make in (
         lambda: si.OpenAI("m", base_url="http://127.0.0.1:9/v1", max_retries=0),
@@ -513,3 +595,25 @@ def test_litellm_answers_through_its_library(monkeypatch: pytest.MonkeyPatch) ->
             assert isinstance(chat.run("hi", backend=backend, ignore_eos=True).error(), si.UnsupportedError)
     with pytest.warns(RuntimeWarning, match="closed"):
         chat.run("hi", backend=backend)
+
+
+# In a process of its own, for what litellm leaves behind in one.
+ASK_LITELLM = """
+import sys, superinfer as si
+
+@si.function
+def chat(s):
+    s += si.user("hi") + si.assistant(si.gen("x"))
+
+with si.LiteLLM("openai/m", api_base=sys.argv[1], api_key="k", timeout=float(sys.argv[2]), max_retries=0) as backend:
+    print("it is", type(chat.run(backend=backend).error()).__name__)
+"""
+
+
+@pytest.mark.parametrize(("breaks", "kind"), [("cut", "EngineUnavailableError"), ("silent", "DeadlineMissedError")])
+def test_what_litellm_wraps_is_told_as_what_it_is(service: Service, breaks: str, kind: str) -> None:
+    service.breaks = breaks
+    command = [sys.executable, "-c", ASK_LITELLM, f"{service.url}/v1", "1.0" if breaks == "silent" else "60.0"]
+    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert f"it is {kind}" in done.stdout

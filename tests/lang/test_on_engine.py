@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from own_time import OwnTime
 from slow_engine import SlowEngine
 
 import superinfer as si
+from superinfer.lang import backend as backend_module
 from superinfer.lang.backend import RuntimeEndpoint
 from superinfer.runtime.client import EngineClient
 from superinfer.runtime.launch import EngineProcess
@@ -148,6 +150,32 @@ async def test_cancelling_a_program_frees_the_engine(slow: SlowEngine) -> None:
             await asyncio.sleep(0.01)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        end = time.monotonic() + 10
+        while (now := await asyncio.to_thread(stats, slow)).running and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+    assert now.running == 0 and now.cancelled == before.cancelled + 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_cancelling_who_waits_for_a_prompts_answer_frees_the_engine(
+    slow: SlowEngine, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    process = SimpleNamespace(address=slow.address, pid=0, close=lambda: None)
+    monkeypatch.setattr(backend_module, "launch_engine", lambda *_, **__: process)
+    before = await asyncio.to_thread(stats, slow)
+
+    async def read() -> None:
+        answer = await engine.async_generate("x", {"max_new_tokens": 900, "ignore_eos": True}, stream=stream)
+        async for _ in answer:
+            pass
+
+    with si.Engine() as engine:
+        task = asyncio.create_task(read())
+        while not task.done() and (await asyncio.to_thread(stats, slow)).running == 0:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
         end = time.monotonic() + 10
         while (now := await asyncio.to_thread(stats, slow)).running and time.monotonic() < end:
             await asyncio.sleep(0.02)

@@ -244,6 +244,19 @@ def test_late_is_explained_by_the_engine_else_laid_at_the_clients_door(model: Sc
     assert (row.met, row.why) == (False, "client")
 
 
+def test_late_by_the_promise_is_explained_though_the_engine_kept_the_plan_it_was_sent(model: ScriptedClient) -> None:
+    model.token_s = 1.3  # longer than the promise, which leaves time for a machine that stands still before the call
+    model.report = make_report(queue_s=50.0, decode_s=10.0, e2e_s=60.0, met=True, deadline_met=True, lateness_s=-2.0)
+
+    @si.function(deadline=2.5)
+    def program(s):
+        s += si.gen("x") + si.gen("y")
+
+    program.trace()
+    row = program.run().slo_report().rows[0]
+    assert row.planned_s is not None and (row.met, row.why) == (False, "queue")
+
+
 def test_the_report_prints_as_an_aligned_table(model: ScriptedClient) -> None:
     @si.function(deadline=20.0)
     def program(s):

@@ -468,9 +468,15 @@ def test_prefetch_asks_for_what_was_said(model: ScriptedClient) -> None:
     session.prefetch()
     say.run("one", session=session)
     asyncio.run(session.aprefetch())
-    first, _, second = model.requests
+
+    @si.function
+    async def another(s):
+        await session.aprefetch()
+
+    another.run()
+    first, _, second, third = model.requests
     assert (first.prompt, first.sampling.max_tokens) == ("<system>S</>", 1)
-    assert second.prompt == "<system>S</><user>one</><assistant>ok</>"
+    assert second.prompt == third.prompt == "<system>S</><user>one</><assistant>ok</>"
 
 
 def test_a_sessions_own_backend_is_used(model: ScriptedClient) -> None:

@@ -342,6 +342,13 @@ def test_an_engine_answers_prompts_without_a_program(talking_llama) -> None:
         assert last["text"] == one["text"] and last["meta_info"]["finish_reason"]["type"] == "length"
         twin = asyncio.run(engine.async_generate("hello", params))
         assert twin["text"] == one["text"]
+
+        @sgl.function
+        async def asks_on(s):
+            stream = await engine.async_generate("hello", params, stream=True)
+            return await engine.async_generate("hello", params), [said async for said in stream][-1]
+
+        assert [said["text"] for said in asks_on.run(backend=engine).ret_value] == [one["text"]] * 2
         assert len(engine.generate(input_ids=[5, 6], sampling_params={**params, "n": 2})) == 2
         with pytest.raises(sgl.UnsupportedError, match="spaces_between"):
             engine.generate("x", {"spaces_between": True})
