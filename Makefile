@@ -61,10 +61,12 @@ rotation-picture: .venv/.dev
 	$(PYTHON) -m venv .venv
 
 .venv/.runtime: pyproject.toml | .venv/bin/python
+	@echo "Installing superinfer and $(TORCH) into .venv; a download of torch takes minutes."
 	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable .
 	@touch $@
 
 .venv/.dev: pyproject.toml | .venv/bin/python
+	@echo "Installing superinfer, $(TORCH) and what the tests need into .venv; a download takes minutes."
 	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[dev]"
 	@touch $@ .venv/.runtime
 

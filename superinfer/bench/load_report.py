@@ -57,7 +57,8 @@ class Attainment(msgspec.Struct, frozen=True, kw_only=True):
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     """One run. Seconds, from when a request was due; a client that sends late makes its own figures worse.
 
-    completed, failed: requests. errors: failures by kind, with the words of one. duration: first arrival to last token.
+    completed, failed: requests. errors: failures by kind, with the words of one. duration: first arrival to the
+    last token, or to the last arrival where nothing came after it, as from a server that died.
     ttft, e2e: of requests that completed. tbt: gaps between arrivals of tokens, of which tokens_per_chunk came at once.
     tpot: of each request, its mean gap. goodput: requests/s with all promises met.
     by_class: attainment for each SLO, as JSON. late_by: late requests by the stage that cost most;
@@ -92,8 +93,9 @@ def report(samples: Sequence[Sample], delay: ClientDelay) -> LoadReport:
     """Sum up one run."""
     good = [sample for sample in samples if not sample.error]
     started = min((sample.due for sample in samples), default=0.0)
-    ended = max((s.due + s.timeline.last for s in samples if s.timeline.first is not None), default=started)
-    duration = max(ended - started, 1e-9)
+    last_due = max((sample.due for sample in samples), default=0.0)
+    ended = max((s.due + s.timeline.last for s in samples if s.timeline.first is not None), default=last_due)
+    duration = max(ended - started, last_due - started, 1e-9)
     verdicts = [verdict_of(sample) for sample in samples]
     promised = [(s, v) for s, v in zip(samples, verdicts, strict=True) if _promises(s)]
     late = [(s, v) for s, v in promised if not v.met and s.engine is not None]

@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -56,13 +57,23 @@ def serve(
         import aiohttp  # noqa: F401
     except ImportError:
         raise UnsupportedError("bench serve needs aiohttp; install it with: pip install 'superinfer[bench]'") from None
-    from superinfer.bench.workload import Load, Span, workload_name
+    from superinfer.bench.workload import FIRST_TOKEN, Load, Span, make_load, workload_name
     from superinfer.out_file import check_writable
     from superinfer.runtime.sim.command import parse_slos
 
     check_writable(json_path)
     if priority not in ("", "edf"):
         raise InvalidRequestError(f"priority={priority!r} must be edf, or not given")
+    if vocab <= FIRST_TOKEN:
+        raise InvalidRequestError(
+            f"vocab={vocab} must be above {FIRST_TOKEN}: prompts are token ids from {FIRST_TOKEN} on"
+        )
+    if warmup < 0:
+        raise InvalidRequestError(f"warmup={warmup} must be at least 0")
+    if not drain >= 0:
+        raise InvalidRequestError(f"drain={drain} must be at least 0 seconds")
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+        raise InvalidRequestError(f"url={url!r} must be http://HOST:PORT or https://HOST:PORT")
     load = Load(
         workload=workload_name(workload, trace),
         trace=trace,
@@ -74,7 +85,10 @@ def serve(
         seed=seed,
         slos=tuple(parse_slos(slo)),
     )
-    command = _Command(url, model, api_key, load, _rates(rate), send_slo, priority, ignore_eos, vocab, warmup, drain)
+    rates = _rates(rate)
+    for each in rates:
+        make_load(load, each)  # so that what is wrong with it is said before a server is asked
+    command = _Command(url, model, api_key, load, rates, send_slo, priority, ignore_eos, vocab, warmup, drain)
     found = asyncio.run(command.run(quiet=str(json_path) == "-"))
     _write(json_path, settings, found)
     if not any(run["report"]["completed"] for run in found["runs"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -62,8 +63,8 @@ def workload_name(workload: str, trace: Path | None) -> str:
 
 def make_load(load: Load, rate: float) -> list[Job]:
     """The jobs of one run at `rate` requests/s, the same for the same seed. Raises InvalidRequestError."""
-    if load.scale <= 0:
-        raise InvalidRequestError(f"scale={load.scale} must be above 0")
+    if not (math.isfinite(load.scale) and load.scale > 0):
+        raise InvalidRequestError(f"scale={load.scale} must be finite and above 0")
     own = load.workload in OWN_LENGTHS
     jobs = make_jobs(
         "sharegpt" if own else load.workload,  # its times and classes; the lengths are replaced

@@ -195,6 +195,41 @@ def test_a_dead_server_fails_each_request_and_the_others_keep_their_figures():
     assert found.errors["no connection"]["count"] == 2
 
 
+def test_a_server_that_dies_at_once_is_given_no_rate_of_the_moment_that_it_lived():
+    with ScriptedServer() as server:
+        answered = load(server, [job()])
+    lost = [new_sample(job(at=float(at))) for at in (1, 10)]
+    for sample in lost:
+        sample.error, sample.finished = "no connection", 0.001
+    found = report(answered + lost, IDLE)
+    assert found.attainment.met == pytest.approx(1 / 3)
+    assert found.duration >= 10.0
+    assert found.goodput <= 0.1 and found.output_tokens_per_s <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--trace", "/nowhere/trace.csv"), "/nowhere/trace.csv"),
+        (("--arrivals", "soon"), "arrivals='soon'"),
+        (("--duration", "-1"), "duration=-1.0"),
+        (("--scale", "nan"), "scale=nan"),
+        (("--vocab", "10"), "vocab=10"),
+        (("--warmup", "-1"), "warmup=-1"),
+        (("--drain", "nan"), "drain=nan"),
+        (("--json", "/"), "'/' is a folder"),
+        (("--url", "127.0.0.1:9"), "url='127.0.0.1:9'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_what_is_wrong_is_said_before_a_server_is_asked(
+    run: Callable[..., tuple[int, str, str]], arguments: tuple[str, ...], said: str
+):
+    status, _, err = run("bench", "serve", "--url", "http://127.0.0.1:9", *arguments)
+    assert status == 2 and "Traceback" not in err
+    assert said in err
+
+
 def test_times_count_from_when_a_request_was_due_not_from_when_it_was_sent():
     sample = new_sample(job(at=3.0))
 

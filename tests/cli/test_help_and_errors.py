@@ -73,6 +73,17 @@ def test_a_value_out_of_range_is_named(run: Run) -> None:
     assert "its fields are ttft_ms" in error_of(run("serve", "--slo-class", "gold=ttft:5"))
 
 
+def test_a_simulated_engine_plans_one_step_ahead_or_two(run: Run) -> None:
+    assert "depth=7 must be 1 or 2" in error_of(run("simulate", "--depth", "7", "--duration", "1"))
+
+
+def test_no_column_of_a_simulation_is_cut_in_a_pipe(run: Run) -> None:
+    options = ("--policy", "rota", "--dram-tokens", "65536", "--rate", "2", "--duration", "2")
+    status, out, err = run("simulate", *options)
+    assert status == 0, err
+    assert "…" not in out and "preempted" in out and "sim req/s" in out
+
+
 def test_an_unknown_policy_is_named_with_the_known_ones(run: Run) -> None:
     line = error_of(run("engine", "--policy", "astrology"))
     assert "'astrology'" in line and "fcfs" in line

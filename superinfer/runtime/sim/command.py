@@ -64,6 +64,8 @@ def simulate(
     rates = [_number("--rate", part) for part in _parts(rate)]
     classes = parse_slos(slo)
     check_writable(json_path)
+    if depth not in (1, 2):
+        raise InvalidRequestError(f"depth={depth} must be 1 or 2, as an engine's")
     if plot_folder is not None:
         check_can_plot(plot_folder)
     points = []
@@ -106,7 +108,10 @@ def _show(points: list[Point], settings: dict[str, object], json_path: Path | No
         return
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 160).print(table(points, title))
+    shown = table(points, title)
+    # In a file or a pipe it is as wide as it need be; in a terminal columns are cut where there is no room.
+    width = None if sys.stdout.isatty() else Console(width=1000).measure(shown).maximum
+    Console(width=width).print(shown)
     if json_path is not None:
         json_path.write_text(text + "\n")
 
