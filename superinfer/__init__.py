@@ -46,6 +46,8 @@ __all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return import_module("superinfer.version").version()
     if name in ("errors", "lang", "runtime"):
         return import_module(f"superinfer.{name}")
     if name not in _HOME_OF:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import superinfer
 from superinfer.cli import chat, main
 
 Run = Callable[..., tuple[int, str, str]]
@@ -47,6 +48,7 @@ def test_help_does_not_import_what_is_slow() -> None:
 def test_version(run: Run) -> None:
     status, out, _ = run("--version")
     assert status == 0 and out.startswith("superinfer 0.")
+    assert out.split()[1] == superinfer.__version__
 
 
 def error_of(result: tuple[int, str, str], expected: int = 2) -> str:
