@@ -85,9 +85,9 @@ class Door(FrontDoor):
         self._device, self._notes = device, notes
         self._came: dict[str, tuple[str, float, float]] = {}
 
-    def receive(self, timeout_ms: int) -> Iterator[tuple[bytes, ToEngine]]:
+    def receive(self, timeout_ms: int, seconds: float = 0.0) -> Iterator[tuple[bytes, ToEngine]]:
         """See FrontDoor."""
-        for client, message in super().receive(timeout_ms):
+        for client, message in super().receive(timeout_ms, seconds):
             if isinstance(message, Generate):
                 self._came[message.request_id] = message.program, time.monotonic(), self._device.busy_s
             yield client, message

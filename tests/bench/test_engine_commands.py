@@ -102,7 +102,8 @@ def test_kernels_without_a_gpu_says_so_and_times_the_references_if_asked(bench: 
         (("latency", "--prefill", "many"), "'many'"),
         (("latency", "--layers", "2"), "--layers"),
         (("serve", "--url", "http://127.0.0.1:9", "--rate", "0"), "--rate '0'"),
-        (("serve", "--url", "http://127.0.0.1:9", "--workload", "azure"), "no server answers"),
+        (("serve", "--url", "http://127.0.0.1:9", "--workload", "azure"), "--trace FILE"),
+        (("serve", "--url", "http://127.0.0.1:9"), "no server answers"),
         (("serve", "--url", "http://127.0.0.1:9", "--slo", "ttft=soon"), "soon"),
     ],
 )

@@ -78,7 +78,7 @@ class Door:
         self.gone: set[bytes] = set()
         self.clients = {b"client"}
 
-    def receive(self, timeout_ms: int) -> Iterator[tuple[bytes, Any]]:
+    def receive(self, timeout_ms: int, seconds: float = 0.0) -> Iterator[tuple[bytes, Any]]:
         clock = self.clock
         end = clock.now + timeout_ms / 1e3
         if self.arrivals and self.arrivals[0][0] <= end:
