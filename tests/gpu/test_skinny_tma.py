@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
+from hopper_products import CUDA, activated, operands, poison
 
 from superinfer.kernels.hopper import SHARED_BYTES
 
-CUDA = torch.device("cuda")
 SHAPES = [(6144, 4096), (4096, 4096), (4096, 14336), (7168, 5120), (5120, 27648), (3072, 2048)]
 GATED = [(28672, 4096), (16384, 2048), (55296, 5120)]
 ROWS = [9, 16, 31, 32, 50, 64]
@@ -16,24 +15,6 @@ ROWS = [9, 16, 31, 32, 50, 64]
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="the kernel is for Hopper"
 )
-
-
-def operands(rows: int, outputs: int, depth: int, dtype: torch.dtype = torch.bfloat16):
-    """x and a weight of a size that makes outputs of about 1."""
-    generator = torch.Generator(CUDA).manual_seed(rows * outputs + depth)
-    x, weight = (torch.randn(n, depth, dtype=dtype, device=CUDA, generator=generator) for n in (rows, outputs))
-    return x, weight * depth**-0.5
-
-
-def activated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """In float64 of gates that were rounded once, as in the other paths."""
-    gate, up = (x.double() @ weight.double().T).to(x.dtype).double().chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def poison(*shape: int, dtype: torch.dtype) -> None:
-    """Memory that the next product's output is likely to get is NaN, so that what is not written is seen."""
-    torch.full(shape, float("nan"), dtype=dtype, device=CUDA)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -19,7 +19,7 @@ from superinfer.errors import InvalidRequestError, ProtocolError
 from superinfer.runtime import protocol
 from superinfer.runtime.protocol import Failed, Hello, Message, ModelInfo, Refused, Stopping, ToEngine, Welcome
 
-MAX_AT_ONCE = 32  # messages that are taken at one time whatever they cost: 1 to 2 ms, if all are requests
+MAX_AT_ONCE = 32  # messages that are taken at one time, whatever they cost
 MAX_BACKLOG = 4096  # messages kept for a client that does not read, beyond what ZMQ itself holds
 HEARTBEAT_INTERVAL_MS = 500
 HEARTBEAT_TIMEOUT_MS = 5000

@@ -1,0 +1,28 @@
+"""Operands of the products that are written for Hopper, and what they are compared with."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+CUDA = torch.device("cuda")
+
+
+def operands(
+    rows: int, outputs: int, depth: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and a weight of a size that makes outputs of about 1."""
+    generator = torch.Generator(CUDA).manual_seed(rows * outputs + depth)
+    x, weight = (torch.randn(n, depth, dtype=dtype, device=CUDA, generator=generator) for n in (rows, outputs))
+    return x, weight * depth**-0.5
+
+
+def activated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """In float64 of gates that were rounded once, as in the other paths."""
+    gate, up = (x.double() @ weight.double().T).to(x.dtype).double().chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def poison(*shape: int, dtype: torch.dtype) -> None:
+    """Memory that the next product's output is likely to get is NaN, so that what is not written is seen."""
+    torch.full(shape, float("nan"), dtype=dtype, device=CUDA)
