@@ -1,4 +1,19 @@
-"""What a program may have of a Hopper's multiprocessor (CUDA programming guide, "Compute Capability 9.0")."""
+"""Hopper's multiprocessors: what a program may have of one (CUDA programming guide, "Compute Capability 9.0"), and how
+many there are."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
 
 SHARED_BYTES = 227 << 10  # of shared memory, at most
 RESERVED_BYTES = 1 << 10  # more of it that the driver takes for each program
+
+
+@functools.cache
+def multiprocessors_of(device: int) -> int:
+    """0: not a Hopper, for which alone the kernels in `.cu` files are compiled."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from superinfer.kernels.hopper import RESERVED_BYTES, SHARED_BYTES
+from superinfer.kernels.hopper import RESERVED_BYTES, SHARED_BYTES, multiprocessors_of
 from superinfer.kernels.tensor_map import BOX, tensor_map
 
 MOST_ROWS = 64
@@ -210,13 +210,5 @@ def cut_for(x: torch.Tensor, weight: torch.Tensor, gated: bool) -> Cut | None:
         return None
     if x.data_ptr() % 16 or weight.data_ptr() % 16:
         return None
-    multiprocessors = _multiprocessors(x.device.index)
+    multiprocessors = multiprocessors_of(x.device.index)
     return choose_cut(len(x), *weight.shape[-2:], multiprocessors, gated) if multiprocessors else None
-
-
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    """0: not a Hopper, for which alone the kernel is compiled."""
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return 0
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -42,8 +42,8 @@ __device__ __forceinline__ void group_commit() { asm volatile("wgmma.commit_grou
 
 // x: of [rows, depth], boxes of 64 GROUPS rows; weight: of [all outputs, depth], boxes of ANSWERS rows; both of 64 columns,
 // swizzled by 128 bytes. out: float32 [gridDim.y, rows, outputs], to be added up; GATED: in x's type [rows, outputs],
-// gridDim.y = 1. rows: up to 64 GROUPS. outputs: even. slice: depth / gridDim.y, a multiple of 64. Grid: (programs, parts of the depth); 4 GROUPS +
-// 1 warps; shared memory: STAGES x (STAGE + 16) bytes.
+// gridDim.y = 1. rows: up to 64 GROUPS. outputs: even. slice: depth / gridDim.y, a multiple of 64. Grid: (programs, parts of
+// the depth); 4 GROUPS + 1 warps; shared memory: STAGES x (STAGE + 16) bytes.
 extern "C" __global__ void __launch_bounds__(32 * (READERS + 1), 1)
     some_rows(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, void* out, int rows,
               int outputs, int slice) {

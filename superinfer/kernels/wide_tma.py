@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from superinfer.kernels.hopper import SHARED_BYTES
+from superinfer.kernels.hopper import SHARED_BYTES, multiprocessors_of
 from superinfer.kernels.tensor_map import BOX, tensor_map
 
 MOST_ROWS = 128  # for more warpgroups sums over 224 columns have not enough registers
@@ -95,7 +95,7 @@ def _cut_for(x: torch.Tensor, weight: torch.Tensor, gated: bool) -> Cut | None:
         return None
     if x.data_ptr() % 16 or weight.data_ptr() % 16:
         return None
-    multiprocessors = _multiprocessors(x.device.index)
+    multiprocessors = multiprocessors_of(x.device.index)
     return choose_cut(len(x), *weight.shape, multiprocessors, gated) if multiprocessors else None
 
 
@@ -149,7 +149,7 @@ class WideKernel:
         self._arguments.maps[0] = tensor_map(x.data_ptr(), rows, depth, self._input_rows)
         self._arguments.maps[1] = tensor_map(weight.data_ptr(), len(weight), depth, self._tall)
         self._arguments.words[:] = out.data_ptr(), rows, outputs, depth // cut.parts
-        programs = min(cut.tiles(len(weight)), max(1, _multiprocessors(x.device.index) // cut.parts))
+        programs = min(cut.tiles(len(weight)), max(1, multiprocessors_of(x.device.index) // cut.parts))
         self._kernel.launch((programs, cut.parts), cut.shared_bytes(rows), self._arguments.places)
 
 
@@ -184,11 +184,3 @@ __device__ __forceinline__ void group_wait(float (&d)[{sums}]) {{
 def _kernel(device: int, groups: int, columns: int, stages: int, gated: bool, half: bool) -> WideKernel:
     with torch.cuda.device(device):
         return WideKernel(groups, columns, stages, gated, half)
-
-
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    """0: not a Hopper, for which alone the kernel is compiled."""
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return 0
-    return torch.cuda.get_device_properties(device).multi_processor_count

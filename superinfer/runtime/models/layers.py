@@ -77,11 +77,8 @@ class Linear(nn.Module):
     def in_parts(self, x: torch.Tensor) -> torch.Tensor:
         """Like `forward`; or, on a GPU where that is quicker, float32 [parts, tokens, outputs] for who adds them up."""
         if x.is_cuda and self.bias is None:
-            from superinfer.kernels import (
-                skinny,
-                skinny_tma,
-                wide_tma,
-            )  # need triton, which comes with CUDA builds of torch
+            # These need triton, which comes with CUDA builds of torch.
+            from superinfer.kernels import skinny, skinny_tma, wide_tma
 
             for kernel in (wide_tma, skinny_tma, skinny):
                 parts = kernel.linear_parts(x, self.weight)

@@ -41,8 +41,9 @@ def taken(monkeypatch) -> list[str]:
     monkeypatch.setattr(skinny_tma, "run", by_boxes)
     monkeypatch.setattr(wide_tma, "run", by_groups)
     monkeypatch.setattr(skinny, "run", by_triton)
-    for module in (skinny, skinny_tma, wide_tma):
-        monkeypatch.setattr(module, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(skinny, "_multiprocessors", lambda device: 132)
+    for module in (skinny_tma, wide_tma):
+        monkeypatch.setattr(module, "multiprocessors_of", lambda device: 132)
     return names
 
 
