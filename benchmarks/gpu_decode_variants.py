@@ -1,6 +1,6 @@
 """What habits of decode steps are worth, in one run: products of few rows by tensor copies (`skinny_tma`, `wide_tma`
-for more) and by Triton (`skinny`), kernels that start before the one in front is over, and our own decode attention in
-FlashInfer's place.
+for more) and by Triton (`skinny`), kernels that start before the one in front is over, our own decode attention in
+FlashInfer's place, and that it rotates and stores itself.
 
 Llama-3-8B's shape, random weights, bf16, 520 tokens a sequence, greedy: device milliseconds of a step by batch, the
 median of five times 20 steps.
@@ -17,7 +17,7 @@ from gpu_common import MODEL, PROMPT, ROOM, decode_plan, device_ms, fill_slots, 
 from record import write
 
 from superinfer.kernels import fused, launch, skinny, skinny_tma, wide_tma
-from superinfer.kernels.paged import Choice, choose_attention
+from superinfer.kernels.paged import AttentionByLayer, Choice, choose_attention
 from superinfer.runtime.engine import cuda_build
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 80, 96, 112, 128)
@@ -25,13 +25,14 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 80, 96, 112, 128)
 
 class Variant(NamedTuple):
     """overlap: kernels start early. boxes, triton: rows up to which products are by these. wide: those of more rows by
-    warpgroups. attention: our own."""
+    warpgroups. attention: our own. rotating: which rotates and stores itself."""
 
     overlap: bool = True
     boxes: int = skinny_tma.MOST_ROWS
     triton: int = 64
     wide: bool = True
     attention: bool = True
+    rotating: bool = True
 
 
 VARIANTS = {
@@ -41,10 +42,12 @@ VARIANTS = {
     "no wide": Variant(wide=False),
     "no triton": Variant(triton=0),
     "FlashInfer": Variant(attention=False),
+    "not rotating": Variant(rotating=False),
     "all": Variant(),
 }
 STEPS, REPEATS = 20, 5
 WIDE_ROWS = wide_tma.MOST_ROWS
+ROTATING = AttentionByLayer.rotating
 
 
 def without_our_own(*shape: Any) -> Choice:
@@ -59,6 +62,7 @@ def settle(variant: Variant) -> None:
     skinny.choose_tiles.cache_clear()
     skinny_tma.choose_cut.cache_clear()
     cuda_build.choose_attention = choose_attention if variant.attention else without_our_own  # type: ignore[attr-defined]
+    AttentionByLayer.rotating = ROTATING if variant.rotating else lambda self, layer: None  # type: ignore[method-assign]
     overlap = launch.overlap if variant.overlap else lambda x: {"PDL": False}
     fused.overlap = skinny.overlap = overlap  # type: ignore[attr-defined]
 

@@ -113,14 +113,16 @@ __device__ __forceinline__ u32 pack(float low, float high) {
   return x;
 }
 
-// To its type and back.
-__device__ __forceinline__ float rounded(float x) {
-  u32 both = pack(x, 0.0f);
+// Two numbers of its type, the first in the lower half.
+__device__ __forceinline__ float2 unpack(u32 both) {
 #if HALF
-  float y;
-  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %1;\ncvt.f32.f16 %0, l;\n}" : "=f"(y) : "r"(both));
-  return y;
+  float2 x;
+  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}" : "=f"(x.x), "=f"(x.y) : "r"(both));
+  return x;
 #else
-  return __uint_as_float(both << 16);
+  return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
 #endif
 }
+
+// To its type and back.
+__device__ __forceinline__ float rounded(float x) { return unpack(pack(x, 0.0f)).x; }

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,28 @@ class AttentionCall(Protocol):
         ...
 
 
+class Projected(NamedTuple):
+    """A layer's queries, keys and values of a step's tokens as its matrix leaves them, neither rotated nor stored.
+
+    qkv: contiguous [tokens, heads + 2 · kv_heads, head_dim], or float32 [parts, tokens, heads + 2 · kv_heads,
+    head_dim], their sum. cos, sin: contiguous [tokens, 1, head_dim] from `rope_angles`.
+    """
+
+    qkv: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@runtime_checkable
+class RotatingCall(AttentionCall, Protocol):
+    """Attention of one query per sequence that rotates, and stores keys and values, itself."""
+
+    def rotate_and_run(self, given: Projected, kv: torch.Tensor, out: torch.Tensor) -> None:
+        """given: a token a sequence, its newest. kv: as for `run`; the token's place in it is written. out: [sequences,
+        heads, head_dim], for the answer."""
+        ...
+
+
 class AttentionByLayer:
     """Implements `AttentionCall` for models whose layers have windows: one call for each window there is."""
 
@@ -76,6 +98,11 @@ class AttentionByLayer:
         self.skips_empty = all(call.skips_empty for call in self._calls)
         self.reads_lengths = any(call.reads_lengths for call in self._calls)
         self._by_layer = [calls[window] for window in windows]
+
+    def rotating(self, layer: int) -> RotatingCall | None:
+        """The layer's call where it can rotate and store itself."""
+        call = self._by_layer[layer]
+        return call if isinstance(call, RotatingCall) else None
 
     def plan(self, batch: PagedBatch) -> None:
         """See AttentionCall.plan."""

@@ -6,13 +6,16 @@
 // as there are programs, and whoever finishes a sequence that several spans share adds up its parts ("stream-K" of
 // matrix products, Osama et al. 2023; parts merged as in FlashDecoding, Dao et al. 2023).
 //
+// In a step of decodes alone nobody need rotate and store first: each warp rotates its queries as it reads them from the
+// projection, and whoever has a sequence's last tile puts the newest key and value into it, and into the cache.
+//
 // Products are transposed, tokens x heads and dims x heads, so that the heads that share a KV head are the short side
 // of the tensor core's tile (8) and not the long one (16): S = K q, O += V^T P. Layouts of fragments: PTX ISA,
 // "Matrix fragments for mma.m16n8k16".
 //
 // Constants, given by the compiler's command line: HEAD_DIM (multiple of 16), GROUP (query heads per KV head, at most 8),
 // KV_HEADS, HEADS (KV heads of a program, a divisor of KV_HEADS), PAGE (multiple of 16), STAGES, MIN_TILES (shortest
-// span), HALF (1: float16, 0: bfloat16).
+// span), TOGETHER_ON_ONE (programs that a multiprocessor has shared memory for), HALF (1: float16, 0: bfloat16).
 
 #include "hopper.cuh"
 
@@ -24,7 +27,8 @@ constexpr int STAGE = 2 * TILE * ROW;
 constexpr int BARRIERS = 128;                     // bytes before the first stage
 constexpr int TILES_PER_PAGE = PAGE / TILE;
 constexpr int QUERY_HEADS = KV_HEADS * GROUP;
-constexpr int AHEAD = HEADS > 4 ? 2 : 4;         // parts of a sequence that are read at once; more warps have fewer registers
+constexpr int HALF_DIM = HEAD_DIM / 2;            // dimension i is rotated with i + HALF_DIM
+constexpr int AHEAD = HEADS > 4 || TOGETHER_ON_ONE > 1 ? 2 : 4;  // parts of a sequence that are read at once, as registers allow
 constexpr int MOST_AT_ONCE = 16;                  // parts that one warp adds up, where there are no more
 constexpr int TOGETHER = 8;                       // parts of a group, where there are
 constexpr float LOWEST = -1e30f;                  // below any score, and finite
@@ -164,6 +168,108 @@ struct Part {
 
 constexpr int PART = (STEPS + 1) * 32;  // float4 of a part
 
+// What attention begins with. qkv: a row a sequence, `row` numbers apart, of its type; or `parts` of float32, `part_step`
+// numbers apart, to be added up and rounded once (0: it is of its type). A row has QUERY_HEADS queries, then, where cos
+// is given, KV_HEADS keys and as many values. cos, sin: [sequences, HEAD_DIM] of the rows' positions (rope.rope_angles:
+// both halves alike, sin negative in the first); null: queries are rotated, the newest keys and values in the cache.
+struct Asked {
+  const void* qkv;
+  u64 row, part_step;
+  int parts;
+  const u16 *cos, *sin;
+
+  // Pairs of neighbouring numbers, all on their way at once.
+  template <int N>
+  __device__ __forceinline__ void read(float2 (&x)[N], const u64 (&at)[N]) const {
+    if (!parts) {
+      u32 both[N];
+#pragma unroll
+      for (int i = 0; i < N; ++i) both[i] = *reinterpret_cast<const u32*>(static_cast<const u16*>(qkv) + at[i]);
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[i] = unpack(both[i]);
+      return;
+    }
+    const float* from = static_cast<const float*>(qkv);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = make_float2(0.0f, 0.0f);
+    for (int part = 0; part < parts; part += 2) {
+      float2 one[N], two[N];
+      u64 further = part + 1 < parts ? part_step : 0;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        one[i] = *reinterpret_cast<const float2*>(from + part * part_step + at[i]);
+        two[i] = *reinterpret_cast<const float2*>(from + part * part_step + further + at[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        x[i].x += one[i].x, x[i].y += one[i].y;
+        if (further) x[i].x += two[i].x, x[i].y += two[i].y;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = unpack(pack(x[i].x, x[i].y));
+  }
+};
+
+// By their position's angles, two pairs of numbers that are rotated with each other.
+__device__ __forceinline__ void rotate(float2& low, float2& high, u32 cosines, u32 sines) {
+  float2 c = unpack(cosines), s = unpack(sines), a = low, b = high;
+  low = make_float2(fmaf(a.x, c.x, -b.x * s.x), fmaf(a.y, c.y, -b.y * s.y));
+  high = make_float2(fmaf(b.x, c.x, a.x * s.x), fmaf(b.y, c.y, a.y * s.y));
+}
+
+// A warp's queries of one sequence, as its products take them, and of the newest token each lane's four pairs: of the key's
+// first and second half and of the value's.
+struct Begun {
+  u32 query[STEPS][2], newest[4];
+
+  // first: of the sequence's row. Waits for the kernel in front.
+  __device__ __forceinline__ void read(const Asked& asked, int sequence, int head, int lane) {
+    const int whose = min(lane / 4, GROUP - 1), dim = lane % 4 * 2, own = lane % (HALF_DIM / 2) * 2;
+    const bool rotates = asked.cos != nullptr;
+    u32 cosines[STEPS + 1], sines[STEPS + 1];
+    if (rotates) {
+      const u16 *cos = asked.cos + u64(sequence) * HEAD_DIM, *sin = asked.sin + u64(sequence) * HEAD_DIM + HALF_DIM;
+#pragma unroll
+      for (int i = 0; i <= STEPS; ++i) {
+        int d = i < STEPS ? i * 8 + dim : own;
+        cosines[i] = *reinterpret_cast<const u32*>(cos + d), sines[i] = *reinterpret_cast<const u32*>(sin + d);
+      }
+    }
+    wait_for_kernels_in_front();
+    constexpr int N = 2 * STEPS + 4;
+    u64 row = sequence * asked.row, at[N];
+#pragma unroll
+    for (int i = 0; i < 2 * STEPS; ++i) at[i] = row + (head * GROUP + whose) * HEAD_DIM + i * 8 + dim;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // without rotation there is nothing to read there
+      at[2 * STEPS + i] = rotates ? row + (QUERY_HEADS + i / 2 * KV_HEADS + head) * HEAD_DIM + i % 2 * HALF_DIM + own : at[0];
+    }
+    float2 x[N];
+    asked.read(x, at);
+    if (rotates) {
+#pragma unroll
+      for (int i = 0; i < STEPS; ++i) rotate(x[i], x[i + STEPS], cosines[i], sines[i]);
+      rotate(x[2 * STEPS], x[2 * STEPS + 1], cosines[STEPS], sines[STEPS]);
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * STEPS; ++i) query[i / 2][i % 2] = lane / 4 < GROUP ? pack(x[i].x, x[i].y) : 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) newest[i] = pack(x[2 * STEPS + i].x, x[2 * STEPS + i].y);
+  }
+
+  // Into a tile in shared memory, and into the cache. keys, values, key, value: of its row.
+  __device__ __forceinline__ void store(u32 keys, u32 values, u16* key, u16* value, int lane) const {
+    if (lane >= HALF_DIM / 2) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      u32 to = (i < 2 ? keys : values) + (i % 2 * HALF_DIM + lane * 2) * 2;
+      asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(newest[i]) : "memory");
+      *reinterpret_cast<u32*>((i < 2 ? key : value) + i % 2 * HALF_DIM + lane * 2) = newest[i];
+    }
+  }
+};
+
 // The sequence that has tile `first`: the last that begins there or before. 32 are looked at at once, for each look is
 // a trip to memory.
 __device__ int sequence_of(const int* kv_indptr, int sequences, int first, int lane) {
@@ -201,17 +307,18 @@ __device__ void produce(const u16* kv, const int* kv_indices, u32 memory, int fi
   if (settled >= end) wait_for_kernels_in_front();  // all do, so that who comes behind need not
 }
 
-// q, out: [sequences, QUERY_HEADS, HEAD_DIM]. kv: a layer's keys of block 0; steps in elements: between blocks, from
+// asked: of [sequences]. out: [sequences, QUERY_HEADS, HEAD_DIM]. kv: a layer's keys of block 0; steps in elements: between blocks, from
 // keys to values, between tokens. kv_indptr [sequences + 1], kv_indices, last_page_len [sequences]: as in PagedBatch.
 // parts: [2 gridDim.x, KV_HEADS, PART]. arrived: [sequences + 2 gridDim.x, KV_HEADS], zero, and left so. scale: of scores, in powers
 // of two. Grid: (spans, KV_HEADS / HEADS); HEADS + 1 warps; BARRIERS + STAGES x STAGE bytes of shared memory.
 //
-// kv_indptr, kv_indices and last_page_len, and of the cache all but each sequence's last block, were there before the
-// kernel in front of this one began: they are read before it is over.
-extern "C" __global__ void __launch_bounds__(32 * (HEADS + 1))
-    decode_attention(const u16* q, const u16* kv, u16* out, const int* kv_indptr, const int* kv_indices,
+// kv_indptr, kv_indices, last_page_len, cos and sin, and of the cache all but each sequence's last block, where it rotates all
+// but the newest tokens, were there before the kernel in front of this one began: they are read before it is over.
+extern "C" __global__ void __launch_bounds__(32 * (HEADS + 1), TOGETHER_ON_ONE)
+    decode_attention(const void* qkv, u16* kv, u16* out, const int* kv_indptr, const int* kv_indices,
                      const int* last_page_len, float4* parts, u32* arrived, u64 block_step, u64 value_step,
-                     u64 token_step, int sequences, float scale) {
+                     u64 token_step, int sequences, float scale, u64 row, u64 part_step, int qkv_parts, const u16* cos,
+                     const u16* sin) {
   extern __shared__ __align__(128) unsigned char shared[];
   u32 memory = static_cast<u32>(__cvta_generic_to_shared(shared));
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -234,34 +341,35 @@ extern "C" __global__ void __launch_bounds__(32 * (HEADS + 1))
   }
   int begun = sequence_of(kv_indptr, sequences, first, lane);
   if (warp == HEADS) {
-    int settled = max(first, (kv_indptr[begun + 1] - 1) * TILES_PER_PAGE);
+    int settled = cos ? end : max(first, (kv_indptr[begun + 1] - 1) * TILES_PER_PAGE);
     produce(kv, kv_indices, memory, first, end, settled, block_step, value_step, token_step, lane);
     return;
   }
 
   int head = blockIdx.y * HEADS + warp;
+  const Asked asked = {qkv, row, part_step, qkv_parts, cos, sin};
+  Begun with;
   Part part;
-  wait_for_kernels_in_front();
   for (int sequence = begun, tile = first, i = 0; tile < end; ++sequence) {
     int pages = kv_indptr[sequence], begin = pages * TILES_PER_PAGE;
     pages = kv_indptr[sequence + 1] - pages;
     int stop = begin + pages * TILES_PER_PAGE, until = min(stop, end);
     int context = (pages - 1) * PAGE + last_page_len[sequence];
     bool whole = tile == begin && until == stop;
-    const u16* asked = q + (u64(sequence) * QUERY_HEADS + head * GROUP + lane / 4) * HEAD_DIM + lane % 4 * 2;
-    u32 query[STEPS][2];
-#pragma unroll
-    for (int k = 0; k < STEPS; ++k) {
-      query[k][0] = lane / 4 < GROUP ? *reinterpret_cast<const u32*>(asked + k * 16) : 0;
-      query[k][1] = lane / 4 < GROUP ? *reinterpret_cast<const u32*>(asked + k * 16 + 8) : 0;
-    }
+    with.read(asked, sequence, head, lane);
+    u64 newest = kv_indices[begin / TILES_PER_PAGE + (context - 1) / PAGE] * block_step + (context - 1) % PAGE * token_step +
+                 head * HEAD_DIM;
     part.clear();
     for (; tile < until; ++tile, ++i) {
       int stage = i % STAGES, known = context - (tile - begin) * TILE;
       u32 full = memory + 8 * stage, keys = memory + BARRIERS + stage * STAGE + warp * (HEAD_DIM * 2);
       u32 values = keys + TILE * ROW;
       barrier_wait(full, (i / STAGES) & 1);
-      if (known < TILE) {  // what lies behind the last token may be anything, and 0 x NaN is NaN
+      if (known <= TILE) {  // what lies behind the last token may be anything, and 0 x NaN is NaN
+        if (cos && known > 0) {
+          u32 down = (known - 1) * ROW;
+          with.store(keys + down, values + down, kv + newest, kv + newest + value_step, lane);
+        }
         for (int at = max(known, 0) * (HEAD_DIM / 8) + lane; at < TILE * (HEAD_DIM / 8); at += 32) {
           u32 to = values + at / (HEAD_DIM / 8) * ROW + at % (HEAD_DIM / 8) * 16;
           asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
@@ -269,7 +377,7 @@ extern "C" __global__ void __launch_bounds__(32 * (HEADS + 1))
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncwarp();
       }
-      part.attend(query, keys, values, known, scale, lane);
+      part.attend(with.query, keys, values, known, scale, lane);
       __syncwarp();
       if (lane == 0) barrier_arrive(full + 8 * STAGES);
     }

@@ -13,7 +13,7 @@ import torch
 
 from superinfer.kernels.hopper import RESERVED_BYTES, SHARED_BYTES
 from superinfer.kernels.nvrtc import Arguments, CudaKernel
-from superinfer.kernels.paged import PagedBatch
+from superinfer.kernels.paged import PagedBatch, Projected
 
 TILE = 16  # tokens; pages are multiples
 LOG2_E = 1.4426950408889634
@@ -56,35 +56,53 @@ class HopperKernel:
     ) -> None:  # fmt: skip
         """max_sequences: of one call. Raises CudaFailure where the kernel cannot be compiled or loaded."""
         self._sizes = heads, head_dim
+        self._row = (heads + 2 * kv_heads) * head_dim
         together = next(n for n in range(min(geometry.most_heads, kv_heads), 0, -1) if kv_heads % n == 0)
-        constants = dict(
-            HEAD_DIM=head_dim, GROUP=heads // kv_heads, KV_HEADS=kv_heads, HEADS=together, PAGE=page,
-            STAGES=geometry.stages, MIN_TILES=geometry.min_tiles, HALF=int(dtype == torch.float16),
-        )  # fmt: skip
         torch.cuda.current_stream(device)  # the device's context exists from here on
         self._shared_bytes = 128 + geometry.stages * 2 * TILE * (together * head_dim * 2 + 16)
+        together_on_one = max(1, SHARED_BYTES // (self._shared_bytes + RESERVED_BYTES))
+        constants = dict(
+            HEAD_DIM=head_dim, GROUP=heads // kv_heads, KV_HEADS=kv_heads, HEADS=together, PAGE=page,
+            STAGES=geometry.stages, MIN_TILES=geometry.min_tiles, TOGETHER_ON_ONE=together_on_one,
+            HALF=int(dtype == torch.float16),
+        )  # fmt: skip
         threads = 32 * (together + 1)
         self._kernel = CudaKernel("paged_hopper.cu", "decode_attention", constants, threads, self._shared_bytes)
-        together_on_one = max(1, SHARED_BYTES // (self._shared_bytes + RESERVED_BYTES))
         programs = torch.cuda.get_device_properties(device).multi_processor_count * together_on_one
         self._grid = max(1, programs * together // kv_heads), kv_heads // together
         part = (head_dim // 16 + 1) * 32 * 4
         self._parts = torch.empty(2 * self._grid[0] * kv_heads * part, dtype=torch.float32, device=device)
         self._arrived = torch.zeros((max_sequences + 2 * self._grid[0]) * kv_heads, dtype=torch.int32, device=device)
         self._max_sequences = max_sequences
-        self._arguments = Arguments(13)
+        self._arguments = Arguments(18)
         words = self._arguments.words
         words[6:8] = self._parts.data_ptr(), self._arrived.data_ptr()
-        words[12:].view(np.float32)[0] = scale * LOG2_E
+        words[12:13].view(np.float32)[0] = scale * LOG2_E
 
     def launch(self, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, batch: PagedBatch) -> None:
         """In the current stream; may be captured. q, out: [sequences, heads, head_dim], contiguous. kv: see
         AttentionCall, with the heads of a token one after another."""
-        assert (q.shape[1], q.shape[2]) == self._sizes and batch.sequences <= self._max_sequences
-        assert q.is_contiguous() and out.is_contiguous() and kv.stride()[3:] == (kv.shape[4], 1)
+        assert (q.shape[1], q.shape[2]) == self._sizes and q.is_contiguous()
+        self._arguments.words[13:] = q.stride(0), 0, 0, 0, 0
+        self._launch(q, kv, out, batch)
+
+    def launch_rotating(self, given: Projected, kv: torch.Tensor, out: torch.Tensor, batch: PagedBatch) -> None:
+        """As `launch`, of queries that are not rotated and keys and values that are not stored."""
+        qkv, cos, sin = given
+        assert qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
+        assert qkv.shape[-2] * qkv.shape[-1] == self._row and qkv.shape[-3] == len(cos) == len(out)
+        in_parts = qkv.dim() == 4
+        assert qkv.dtype == (torch.float32 if in_parts else out.dtype)
+        parts = (qkv.stride(0), len(qkv)) if in_parts else (0, 0)
+        self._arguments.words[13:] = self._row, *parts, cos.data_ptr(), sin.data_ptr()
+        self._launch(qkv, kv, out, batch)
+
+    def _launch(self, qkv: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, batch: PagedBatch) -> None:
+        assert (out.shape[1], out.shape[2]) == self._sizes and batch.sequences <= self._max_sequences
+        assert out.is_contiguous() and kv.stride()[3:] == (kv.shape[4], 1)
         words = self._arguments.words
         words[:6] = (
-            q.data_ptr(), kv.data_ptr(), out.data_ptr(), batch.kv_indptr.data_ptr(), batch.kv_indices.data_ptr(),
+            qkv.data_ptr(), kv.data_ptr(), out.data_ptr(), batch.kv_indptr.data_ptr(), batch.kv_indices.data_ptr(),
             batch.last_page_len.data_ptr(),
         )  # fmt: skip
         words[8:12] = *kv.stride()[:3], batch.sequences
@@ -92,7 +110,7 @@ class HopperKernel:
 
 
 class HopperDecode:
-    """Implements `AttentionCall` for one query per sequence; nothing to prepare on the host.
+    """Implements `RotatingCall`: attention of one query per sequence; nothing to prepare on the host.
 
     May be captured in a CUDA graph, whose replays read the batch's device tensors as they are then.
     """
@@ -114,3 +132,8 @@ class HopperDecode:
         out = torch.empty_like(q) if out is None else out
         self._kernel.launch(q, kv, out, self._batch)
         return out
+
+    def rotate_and_run(self, given: Projected, kv: torch.Tensor, out: torch.Tensor) -> None:
+        """See RotatingCall. Other kernels may still write to other places of the cache while this one reads."""
+        assert self._batch is not None, "rotate_and_run() before plan()"
+        self._kernel.launch_rotating(given, kv, out, self._batch)

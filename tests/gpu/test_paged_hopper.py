@@ -8,6 +8,9 @@ import pytest
 import torch
 from paged_batches import Case, dense_answer, make_batch
 
+from superinfer.kernels.paged import Projected
+from superinfer.kernels.rope import rope_angles
+
 SCALE = 0.1
 CUDA = torch.device("cuda")
 MIXED = (1, 16, 700, 33, 15, 17, 2000, 256)
@@ -153,3 +156,100 @@ def test_a_graph_reads_the_batch_as_it_is_at_replay():
     out.fill_(float("nan"))
     graph.replay()
     close(out, dense_answer(second, SCALE))
+
+
+def projected(case: Case, parts: int) -> tuple[Projected, torch.Tensor]:
+    """Random queries, keys and values of each sequence's newest token, and where the cache keeps it. `case` is made
+    what attention sees of them: its queries rotated, the newest keys and values in `dense` alone."""
+    kv_heads, head_dim = case.cache.shape[-2:]
+    heads, dtype = case.q.shape[1], case.q.dtype
+    shape = len(case.q), heads + 2 * kv_heads, head_dim
+    qkv = torch.randn((parts, *shape) if parts else shape, device=CUDA, dtype=torch.float32 if parts else dtype)
+    batch = case.batch
+    positions = (batch.kv_indptr.diff() - 1) * case.cache.shape[3] + batch.last_page_len - 1
+    frequencies = (10_000 ** -torch.linspace(0, 1, head_dim // 2, device=CUDA)).repeat(2)
+    amplitudes = torch.full((2, head_dim), 1.25, device=CUDA)
+    amplitudes[1, : head_dim // 2] *= -1
+    cos, sin = rope_angles(positions.long(), frequencies, amplitudes, dtype)
+    whole = (qkv.sum(0).to(dtype) if parts else qkv).double()
+    turned = (whole * cos.double() + whole.roll(head_dim // 2, -1) * sin.double()).to(dtype)
+    case.q.copy_(turned[:, :heads])
+    for kv, k, v in zip(
+        case.dense, turned[:, heads:-kv_heads].cpu(), whole[:, -kv_heads:].to(dtype).cpu(), strict=True
+    ):
+        kv[0, -1], kv[1, -1] = k, v
+    last_blocks = batch.kv_indices[batch.kv_indptr[1:].long() - 1]
+    return Projected(qkv, cos, sin), last_blocks * case.cache.shape[3] + batch.last_page_len - 1
+
+
+@pytest.mark.parametrize("parts", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("page", [16, 48])
+@pytest.mark.parametrize("sizes", [(32, 8, 128), (14, 2, 64), (4, 4, 64), (64, 8, 128), (5, 1, 128)])
+def test_rotates_and_stores_what_the_projection_leaves(sizes, page, dtype, parts):
+    case = decode_case((*MIXED, *range(1, 50)), sizes, page, dtype)
+    given, places = projected(case, parts)
+    view = case.cache[:, case.layer]
+    blocks, offsets = places.long() // page, places.long() % page
+    view[blocks, :, offsets] = float("nan")
+    before, call, out = case.cache.clone(), make_kernel(sizes, page, dtype), torch.full_like(case.q, float("nan"))
+    call.plan(case.batch)
+    call.rotate_and_run(given, view, out)
+    close(out, dense_answer(case, SCALE))
+    stored = view[blocks, :, offsets].cpu().float()
+    expected = torch.stack([kv[:, -1] for kv in case.dense]).float()
+    assert torch.allclose(stored, expected, rtol=2**-7 if dtype == torch.bfloat16 else 2**-10, atol=1e-6)
+    assert torch.equal(stored[:, 1], expected[:, 1])
+    view[blocks, :, offsets] = float("nan")
+    assert torch.equal(case.cache.view(torch.int16), before.view(torch.int16)), "it wrote to other places, too"
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_rotating_itself_is_as_if_another_kernel_had(geometry):
+    from superinfer.kernels import fused
+
+    sizes, contexts = (32, 8, 128), (*range(1, 60), 5_000, 500, 16, 17, 9_000)
+    case = decode_case(contexts, sizes)
+    call = make_kernel(sizes, geometry=geometry_of(*geometry))
+    call.plan(case.batch)
+    given, places = projected(case, 2)
+    caches = [case.cache.clone() for _ in range(2)]
+    views = [cache[:, case.layer] for cache in caches]
+    q = fused.rope_and_store(given.qkv, given.cos, given.sin, places.int(), views[0], sizes[1])
+    out = torch.full_like(case.q, float("nan"))
+    call.rotate_and_run(given, views[1], out)
+    assert torch.equal(out, call.run(q, views[0]))
+    assert torch.equal(caches[0].view(torch.int16), caches[1].view(torch.int16))
+
+
+@pytest.mark.parametrize("parts", [0, 2])
+def test_a_projection_that_the_kernel_in_front_writes_is_waited_for(parts):
+    """In a graph, where it starts while that one runs, and reads the cache meanwhile."""
+    from superinfer.kernels import fused
+
+    sizes = 32, 8, 128
+    case = decode_case((*range(1, 60), 500, 16, 17, 900), sizes)
+    given, places = projected(case, parts)
+    call, view = make_kernel(sizes), case.cache[:, case.layer]
+    call.plan(case.batch)
+    blocks, offsets = places.long() // 16, places.long() % 16
+    nothing = torch.full((), float("nan"), dtype=case.q.dtype, device=CUDA)
+    source, out = given.qkv.clone(), torch.empty_like(case.q)
+    # The sum of itself and zeros, by a kernel that lets the next one start early; parts are added up by it alone.
+    flat, weight, floor = source.view(-1, 128), torch.ones(128, device=CUDA), torch.zeros((), device=CUDA)
+
+    def step() -> None:
+        for _ in range(8):
+            view[blocks, :, offsets] = nothing
+            given.qkv.zero_()
+            fused.add_rms_norm(flat, given.qkv.view(-1, 128), weight, floor)
+            call.rotate_and_run(given, view, out)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(10):
+        out.fill_(float("nan"))
+        graph.replay()
+        close(out, dense_answer(case, SCALE))

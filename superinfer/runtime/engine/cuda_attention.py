@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from superinfer.kernels import fused
-from superinfer.kernels.paged import AttentionCall, PagedBatch
+from superinfer.kernels.paged import AttentionByLayer, AttentionCall, PagedBatch, Projected
 from superinfer.runtime.engine.cuda_mixed import CapturedChunks
 
 
@@ -35,7 +35,8 @@ class Part(NamedTuple):
 
 
 class SplitAttention:
-    """Implements `AttentionBackend` for one step: rotation and KV writes of all rows, then each part's attention."""
+    """Implements `AttentionBackend` for one step: rotation and KV writes of all rows, then each part's attention; of a
+    step of decodes alone one kernel does all that where it can."""
 
     def __init__(self, views: list[torch.Tensor], places: torch.Tensor, kv_heads: int, parts: list[Part]) -> None:
         """views: the cache by layer. places: [rows] int32, where keys and values go. parts: in order of the rows."""
@@ -50,6 +51,12 @@ class SplitAttention:
     ) -> torch.Tensor:
         """See AttentionBackend. `scale` is the model's, which the calls were made with."""
         kv = self._views[layer]
+        only = self._parts[0].call
+        rotating = only.rotating(layer) if len(self._parts) == 1 and isinstance(only, AttentionByLayer) else None
+        if rotating is not None:
+            out = kv.new_empty(qkv.shape[-3], qkv.shape[-2] - 2 * self._kv_heads, kv.shape[-1])
+            rotating.rotate_and_run(Projected(qkv, cos, sin), kv, out)
+            return out.flatten(1)
         kept = kv.new_empty(2, qkv.shape[-3], self._kv_heads, kv.shape[-1]) if self._keeps else None
         q = fused.rope_and_store(qkv, cos, sin, self._places, kv, self._kv_heads, kept=kept)
         out = torch.empty_like(q)
