@@ -2,14 +2,15 @@
 //
 // A program has rows of W for its whole part of the depth, so that it reads x's part once: a producer warp keeps STAGES of
 // boxes in flight, and each of WARPS others has TILES x 16 of these rows for itself and all rows of x, so that no sums are
-// shared. W does not depend on the kernel in front: the first stages' boxes of W are on their way before x is there.
+// shared. W does not depend on the kernel in front: the first stages' boxes of W are on their way before x is there, but only
+// EARLY at once: whatever the kernel in front still has to read would wait behind them.
 //
 // Products are transposed, as W's rows are the long side: of the tensor core's 16 x 8 tile x has the 8. Layouts of
 // fragments: PTX ISA, "Matrix fragments for mma.m16n8k16"; of boxes: "Swizzling modes", 128B: of a row's eight chunks of
 // 16 bytes the one at c lies at c ^ (row % 8), so that eight rows' chunks lie in different banks.
 //
 // Constants, given by the compiler's command line: EIGHTHS (of rows of x, at most), WARPS, TILES (1 or 2), BOXES (of a
-// stage, each 64 of the depth), STAGES, GATED (1: W's first half are gates and its second half what they gate, TILES is 2,
+// stage, each 64 of the depth), STAGES, EARLY (at most STAGES), GATED (1: W's first half are gates and its second half what they gate, TILES is 2,
 // one of each; y is silu(gate) times the other), ROUTED (1: one row, through several of many matrices W, which lie one after
 // another), HALF (1: float16, 0: bfloat16).
 
@@ -42,7 +43,7 @@ __device__ __forceinline__ float load_now(const float* from) {
 // columns, swizzled by 128 bytes. out: float32 [gridDim.y, rows, outputs], to be added up; GATED: in x's type
 // [rows, outputs], gridDim.y = 1. rows: up to 8 EIGHTHS. outputs: a multiple of 16. slice: depth / gridDim.y, a multiple of
 // 64 BOXES. Grid: (programs of WARPS x ANSWERS outputs, parts of the depth); WARPS + 1 warps; shared memory: STAGES x
-// (STAGE + 16) bytes.
+// (STAGE + 24) bytes.
 // ROUTED: rows = 1; gridDim.z choices, of which the one at z is for the matrix experts[z]; x: its row z x_step; out: of all
 // choices, one after another; if not GATED, times scales[z].
 extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1)
@@ -50,53 +51,57 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1)
              int slice, const int* experts, const float* scales, int x_step) {
   extern __shared__ __align__(1024) unsigned char shared[];
   u32 memory = static_cast<u32>(__cvta_generic_to_shared(shared));
-  u32 barriers = memory + STAGES * STAGE;  // STAGES that are full, then as many that are empty
+  // Of each stage: W is there, x is there, what was there has been read.
+  u32 weights_there = memory + STAGES * STAGE, inputs_there = weights_there + 8 * STAGES, empty = inputs_there + 8 * STAGES;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int first = blockIdx.x * (WARPS * ANSWERS), steps = slice / (BOX * BOXES);
   int active = min(WARPS, (outputs - first + ANSWERS - 1) / ANSWERS);  // warps with outputs
   if (threadIdx.x == 0) {
     if (memory % 1024 != 0) __trap();  // a swizzle goes by addresses
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(barriers + 8 * i, 1);
-      barrier_init(barriers + 8 * (STAGES + i), active);
+      barrier_init(weights_there + 8 * i, 1);
+      barrier_init(inputs_there + 8 * i, 1);
+      barrier_init(empty + 8 * i, active);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 
+  int column = blockIdx.y * slice, early = min(steps, STAGES);
+  auto fetch_inputs = [&](int step, int stage) {
+    u32 to = memory + stage * STAGE + BOXES * WEIGHTS, there = inputs_there + 8 * stage;
+    barrier_expect(there, BOXES * INPUTS);
+#pragma unroll
+    for (int box = 0; box < BOXES; ++box) {
+      tensor_copy(to + box * INPUTS, x, column + (step * BOXES + box) * BOX, ROUTED ? blockIdx.z * x_step : 0, there);
+    }
+  };
   if (warp == WARPS) {
     if (lane != 0) return;
-    prefetch_map(weight), prefetch_map(x);
+    prefetch_map(weight);
     u64 policy = read_once_policy();
-    int column = blockIdx.y * slice, above = 0;  // rows of W before those of this product
+    int above = 0;  // rows of W before those of this product
     if (ROUTED) {
       wait_for_kernels_in_front();
       above = load_now(experts + blockIdx.z) * (GATED ? 2 * outputs : outputs);
     }
     auto fetch_weights = [&](int step, int stage) {
-      u32 to = memory + stage * STAGE, full = barriers + 8 * stage;
-      barrier_expect(full, STAGE);  // x's too
+      u32 to = memory + stage * STAGE, there = weights_there + 8 * stage;
+      barrier_expect(there, BOXES * WEIGHTS);
 #pragma unroll
       for (int box = 0; box < BOXES; ++box) {
         int at = column + (step * BOXES + box) * BOX;
-        tensor_copy(to + box * WEIGHTS, weight, at, above + first, full, policy);
-        if (GATED) tensor_copy(to + box * WEIGHTS + WEIGHTS / 2, weight, at, above + outputs + first, full, policy);
+        tensor_copy(to + box * WEIGHTS, weight, at, above + first, there, policy);
+        if (GATED) tensor_copy(to + box * WEIGHTS + WEIGHTS / 2, weight, at, above + outputs + first, there, policy);
       }
     };
-    auto fetch_inputs = [&](int step, int stage) {
-      u32 to = memory + stage * STAGE + BOXES * WEIGHTS, full = barriers + 8 * stage;
-#pragma unroll
-      for (int box = 0; box < BOXES; ++box) {
-        tensor_copy(to + box * INPUTS, x, column + (step * BOXES + box) * BOX, ROUTED ? blockIdx.z * x_step : 0, full);
-      }
-    };
-    int early = min(steps, STAGES);
-    for (int step = 0; step < early; ++step) fetch_weights(step, step);
-    if (!ROUTED) wait_for_kernels_in_front();
-    for (int step = 0; step < early; ++step) fetch_inputs(step, step);
+    for (int step = 0; step < early; ++step) {
+      if (step >= EARLY) await(weights_there + 8 * (step - EARLY), 0);
+      fetch_weights(step, step);
+    }
     for (int step = STAGES, stage = 0, parity = 0; step < steps; ++step) {
-      await(barriers + 8 * (STAGES + stage), parity);  // what was there before has been read
+      await(empty + 8 * stage, parity);
       fetch_weights(step, stage);
       fetch_inputs(step, stage);
       if (++stage == STAGES) stage = 0, parity ^= 1;
@@ -104,6 +109,12 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1)
     return;
   }
   if (warp >= active) return;
+  if (warp == 0 && lane == 0) {  // the producer may still have weights to bring when x is there
+    prefetch_map(x);
+    wait_for_kernels_in_front();
+    for (int step = 0; step < early; ++step) fetch_inputs(step, step);
+  }
+  __syncwarp();
 
   // ldmatrix, W: lanes 0-15 have rows, lanes 16-31 the same rows 8 columns on; x: each eight lanes eight rows, 8 columns
   // on from the eight before. Steps along the depth are bits 5 and 6 of an address, in which nothing else is added.
@@ -113,7 +124,8 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1)
   constexpr int NEXT_TILE = GATED ? WEIGHTS / 2 : TILE;
   float c[TILES][EIGHTHS][4] = {};
   for (int step = 0, stage = 0, parity = 0; step < steps; ++step) {
-    await(barriers + 8 * stage, parity);
+    await(weights_there + 8 * stage, parity);
+    await(inputs_there + 8 * stage, parity);
 #pragma unroll
     for (int box = 0; box < BOXES; ++box) {
 #pragma unroll
@@ -139,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1)
       }
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(barriers + 8 * (STAGES + stage));
+    if (lane == 0) barrier_arrive(empty + 8 * stage);
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
 

@@ -26,8 +26,15 @@ BEST_SHARE = 7  # tiles of a program: 6 for qkv and 8 for o and down of Llama-3-
 EVEN = 1.1  # how much more than its share the busiest multiprocessor may have
 MOST_TOGETHER = 2  # programs on one multiprocessor, where one cannot have its whole share
 MOST_ROWS_TOGETHER = 32  # above, two have not enough registers
-_BARRIERS = 16  # bytes for each stage
+# Of weights before the kernel in front is over, as much as keeps the memory busy: that kernel's reads wait behind it.
+EARLY_BYTES = 64 << 10
+_BARRIERS = 24  # bytes for each stage
 _LINE = BOX * 2  # bytes of a box's row
+
+
+def early_stages(stage_bytes: int, stages: int) -> int:
+    """How many stages' weights may be on their way at once before the kernel in front is over."""
+    return max(1, min(stages, EARLY_BYTES // stage_bytes))
 
 
 class Cut(NamedTuple):
@@ -191,7 +198,7 @@ def compile_constants(eighths: int, cut: Cut, gated: bool, half: bool, routed: b
     """What `skinny_tma.cu` is compiled with."""
     return dict(
         EIGHTHS=eighths, WARPS=cut.warps, TILES=cut.tiles, BOXES=cut.boxes, STAGES=cut.stages, GATED=int(gated),
-        ROUTED=int(routed), HALF=int(half),
+        ROUTED=int(routed), HALF=int(half), EARLY=early_stages(cut.boxes * cut.share * 16 * _LINE, cut.stages),
     )  # fmt: skip
 
 

@@ -4,13 +4,13 @@
 // (m64nNk16, both operands from shared memory, N of them: PTX ISA, "Asynchronous warpgroup level matrix instructions"), as
 // many rows of x would otherwise be read from shared memory too often. A program computes one tile after another; a producer
 // warp keeps STAGES of boxes in flight, across tiles too. W does not depend on the kernel in front: the first stages' boxes
-// of W are on their way before x is there.
+// of W are on their way before x is there, EARLY at once, as in `skinny_tma.cu`.
 //
 // Layout of operands: "Matrix descriptor" and "Swizzling modes", 128B: eight rows of 128 bytes are 1024 that follow each
 // other; a step of 16 along the depth is 32 bytes in each of them.
 //
 // Constants, given by the compiler's command line: GROUPS (warpgroups: 64 rows of x each), COLUMNS (rows of W in a tile: a
-// multiple of 8, to 256), STAGES, GATED (1: a tile's first half are gates, its second what they gate, and COLUMNS a multiple
+// multiple of 8, to 256), STAGES, EARLY, GATED (1: a tile's first half are gates, its second what they gate, and COLUMNS a multiple
 // of 16; y is silu(gate) times the other), HALF (1: float16, 0: bfloat16).
 // `multiply_group.cuh` is made for COLUMNS (`wide_tma.py`).
 
@@ -49,43 +49,48 @@ extern "C" __global__ void __launch_bounds__(32 * (READERS + 1), 1)
               int outputs, int slice) {
   extern __shared__ __align__(1024) unsigned char shared[];
   u32 memory = static_cast<u32>(__cvta_generic_to_shared(shared));
-  u32 barriers = memory + STAGES * STAGE;  // STAGES that are full, then as many that are empty
+  // Of each stage: W is there, x is there, what was there has been read.
+  u32 weights_there = memory + STAGES * STAGE, inputs_there = weights_there + 8 * STAGES, empty = inputs_there + 8 * STAGES;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int steps = slice / BOX, tiles = (outputs + ANSWERS - 1) / ANSWERS;
   if (threadIdx.x == 0) {
     if (memory % 1024 != 0) __trap();  // a swizzle goes by addresses
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(barriers + 8 * i, 1);
-      barrier_init(barriers + 8 * (STAGES + i), READERS);
+      barrier_init(weights_there + 8 * i, 1);
+      barrier_init(inputs_there + 8 * i, 1);
+      barrier_init(empty + 8 * i, READERS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 
+  int column = blockIdx.y * slice, early = min(steps, STAGES);
+  auto fetch_inputs = [&](int step, int stage) {
+    barrier_expect(inputs_there + 8 * stage, INPUTS);
+    tensor_copy(memory + stage * STAGE + WEIGHTS, x, column + step * BOX, 0, inputs_there + 8 * stage);
+  };
   if (warp == READERS) {
     if (lane != 0) return;
-    prefetch_map(weight), prefetch_map(x);
+    prefetch_map(weight);
     u64 policy = read_once_policy();
-    int column = blockIdx.y * slice;
     auto fetch_weights = [&](int tile, int step, int stage) {
-      u32 to = memory + stage * STAGE, full = barriers + 8 * stage;
+      u32 to = memory + stage * STAGE, there = weights_there + 8 * stage;
       int first = tile * ANSWERS;
-      barrier_expect(full, STAGE);  // x's too
-      tensor_copy(to, weight, column + step * BOX, first, full, policy);
-      if (GATED) tensor_copy(to + WEIGHTS / 2, weight, column + step * BOX, outputs + first, full, policy);
+      barrier_expect(there, WEIGHTS);
+      tensor_copy(to, weight, column + step * BOX, first, there, policy);
+      if (GATED) tensor_copy(to + WEIGHTS / 2, weight, column + step * BOX, outputs + first, there, policy);
     };
-    auto fetch_inputs = [&](int step, int stage) {
-      tensor_copy(memory + stage * STAGE + WEIGHTS, x, column + step * BOX, 0, barriers + 8 * stage);
-    };
-    int tile = blockIdx.x, early = min(steps, STAGES);
-    for (int step = 0; step < early; ++step) fetch_weights(tile, step, step);
-    wait_for_kernels_in_front();
-    for (int step = 0; step < early; ++step) fetch_inputs(step, step);
+    int tile = blockIdx.x;
+    for (int step = 0; step < early; ++step) {
+      if (step >= EARLY) await(weights_there + 8 * (step - EARLY), 0);
+      fetch_weights(tile, step, step);
+    }
+    wait_for_kernels_in_front();  // what follows has x, too
     int stage = early % STAGES, parity = early == STAGES ? 0 : 1;  // of an empty barrier's phase before its first: 1
     for (int step = early; tile < tiles; tile += gridDim.x, step = 0) {
       for (; step < steps; ++step) {
-        await(barriers + 8 * (STAGES + stage), parity);  // what was there before has been read
+        await(empty + 8 * stage, parity);
         fetch_weights(tile, step, stage);
         fetch_inputs(step, stage);
         if (++stage == STAGES) stage = 0, parity ^= 1;
@@ -93,17 +98,24 @@ extern "C" __global__ void __launch_bounds__(32 * (READERS + 1), 1)
     }
     return;
   }
+  if (warp == 0 && lane == 0) {  // the producer may still have weights to bring when x is there
+    prefetch_map(x);
+    wait_for_kernels_in_front();
+    for (int step = 0; step < early; ++step) fetch_inputs(step, step);
+  }
+  __syncwarp();
 
   int group = warp / 4;
   auto release = [&](int stage) {
-    if (lane == 0) barrier_arrive(barriers + 8 * (STAGES + stage));
+    if (lane == 0) barrier_arrive(empty + 8 * stage);
   };
   int stage = 0, parity = 0;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     float d[COLUMNS / 2] = {};
     int before = 0;
     for (int step = 0; step < steps; ++step) {
-      await(barriers + 8 * stage, parity);
+      await(weights_there + 8 * stage, parity);
+      await(inputs_there + 8 * stage, parity);
       u64 b = descriptor(memory + stage * STAGE), a = descriptor(memory + stage * STAGE + WEIGHTS + group * 64 * LINE);
       group_fence();
 #pragma unroll

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from superinfer.kernels.hopper import SHARED_BYTES, multiprocessors_of
+from superinfer.kernels.skinny_tma import early_stages
 from superinfer.kernels.tensor_map import BOX, tensor_map
 
 MOST_ROWS = 128  # for more warpgroups sums over 224 columns have not enough registers
@@ -23,7 +24,7 @@ LEAST_COLUMNS, MOST_COLUMNS = 96, 256  # of a tile; of fewer, x is read too ofte
 LEAST_STAGES = 3
 MOST_PARTS = 4  # of the depth: more are more sums to write and to add up
 FULL = 0.9  # share of the multiprocessors that have to have a program
-_BARRIERS = 16  # bytes for each stage
+_BARRIERS = 24  # bytes for each stage
 _LINE = BOX * 2  # bytes of a box's row
 
 
@@ -155,7 +156,8 @@ class WideKernel:
 
 def compile_constants(groups: int, cut: Cut, gated: bool, half: bool) -> dict[str, int]:
     """What `wide_tma.cu` is compiled with."""
-    return dict(GROUPS=groups, COLUMNS=cut.columns, STAGES=cut.stages, GATED=int(gated), HALF=int(half))
+    early = early_stages(cut.columns * _LINE, cut.stages)
+    return dict(GROUPS=groups, COLUMNS=cut.columns, STAGES=cut.stages, EARLY=early, GATED=int(gated), HALF=int(half))
 
 
 def made_for(columns: int) -> tuple[tuple[str, str], ...]:
