@@ -19,11 +19,11 @@ from record import write
 from superinfer.kernels import fused
 from superinfer.kernels import paged_flashinfer as flashinfer
 from superinfer.kernels.paged import AttentionCall, PagedBatch
-from superinfer.kernels.paged_hopper import FEW, FEWEST, MANY, Geometry, HopperDecode, HopperKernel
+from superinfer.kernels.paged_hopper import FEW, MANY, Geometry, HopperDecode, HopperKernel
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE, LAYERS = 32, 8, 128, 16, 32
 BLOCKS = 26_000
-GEOMETRIES = {"fewest": FEWEST, "few": FEW, "many": MANY}
+GEOMETRIES = {"few": FEW, "many": MANY}
 SHAPES = (
     (1, 520),
     (1, 8192),

@@ -31,6 +31,8 @@ constexpr int HALF_DIM = HEAD_DIM / 2;            // dimension i is rotated with
 constexpr int AHEAD = HEADS > 4 || TOGETHER_ON_ONE > 1 ? 2 : 4;  // parts of a sequence that are read at once, as registers allow
 constexpr int MOST_AT_ONCE = 16;                  // parts that one warp adds up, where there are no more
 constexpr int TOGETHER = 8;                       // parts of a group, where there are
+constexpr int APART = 32;                         // sequences, at most, that have spans of their own: one a lane
+constexpr int LONGER = 3;                         // tiles that these may be longer than equal spans of all
 constexpr float LOWEST = -1e30f;                  // below any score, and finite
 constexpr float SLACK = 8.0f;                     // powers of two that weights may exceed 1 by before all is rescaled
 
@@ -270,17 +272,64 @@ struct Begun {
   }
 };
 
-// The sequence that has tile `first`: the last that begins there or before. 32 are looked at at once, for each look is
-// a trip to memory.
-__device__ int sequence_of(const int* kv_indptr, int sequences, int first, int lane) {
-  int low = 0, high = sequences;
-  while (high - low > 1) {
-    int step = (high - low + 31) / 32, at = low + lane * step;
-    bool begun = at < high && kv_indptr[at] * TILES_PER_PAGE <= first;
-    low += (__popc(__ballot_sync(~0u, begun)) - 1) * step;
-    high = min(high, low + step);
+// What a program has of all tiles: first to end, of this sequence and, unless sequences are apart, those behind it. span: tiles
+// of a program. from, last: programs of the sequence, where sequences are apart.
+struct Share {
+  int first, end, sequence, span, from, last;
+  bool apart;
+
+  // tiles: of all.
+  __device__ void of_equal(const int* kv_indptr, int sequences, int tiles, int lane) {
+    apart = false;
+    span = max((tiles + int(gridDim.x) - 1) / int(gridDim.x), MIN_TILES);
+    first = blockIdx.x * span, end = min(tiles, first + span);
+    if (first >= end) return;
+    // The last sequence that begins there or before. 32 are looked at at once, for each look is a trip to memory.
+    int low = 0, high = sequences;
+    while (high - low > 1) {
+      int step = (high - low + 31) / 32, at = low + lane * step;
+      bool begun = at < high && kv_indptr[at] * TILES_PER_PAGE <= first;
+      low += (__popc(__ballot_sync(~0u, begun)) - 1) * step;
+      high = min(high, low + step);
+    }
+    sequence = low;
   }
-  return low;
+
+  // begin, tiles: of the sequence at `lane`. False where spans would be too long.
+  __device__ bool of_one(int begin, int tiles, int lane) {
+    int programs = gridDim.x, all = __reduce_add_sync(~0u, tiles);
+    int equal = max((all + programs - 1) / programs, MIN_TILES), count;
+    for (span = equal;; ++span) {
+      if (span > equal + LONGER) return false;
+      count = (tiles + span - 1) / span;
+      if (__reduce_add_sync(~0u, count) <= programs) break;
+    }
+    apart = true;
+    int before = count;
+    for (int step = 1; step < 32; step *= 2) {
+      int further = __shfl_up_sync(~0u, before, step);
+      if (lane >= step) before += further;
+    }
+    before -= count;
+    sequence = __popc(__ballot_sync(~0u, count && before <= int(blockIdx.x))) - 1;  // those without tiles are the last
+    from = __shfl_sync(~0u, before, sequence), last = from + __shfl_sync(~0u, count, sequence) - 1;
+    first = end = 0;
+    if (int(blockIdx.x) > last) return true;
+    begin = __shfl_sync(~0u, begin, sequence);
+    first = begin + (blockIdx.x - from) * span;
+    end = min(first + span, begin + __shfl_sync(~0u, tiles, sequence));
+    return true;
+  }
+};
+
+__device__ Share share_of(const int* kv_indptr, int sequences, int lane) {
+  Share share;
+  if (sequences <= APART) {
+    int begin = lane < sequences ? kv_indptr[lane] : 0, stop = lane < sequences ? kv_indptr[lane + 1] : 0;
+    if (share.of_one(begin * TILES_PER_PAGE, (stop - begin) * TILES_PER_PAGE, lane)) return share;
+  }
+  share.of_equal(kv_indptr, sequences, kv_indptr[sequences] * TILES_PER_PAGE, lane);
+  return share;
 }
 
 // settled: the first tile that the kernel in front may still write to.
@@ -332,16 +381,14 @@ extern "C" __global__ void __launch_bounds__(32 * (HEADS + 1), TOGETHER_ON_ONE)
   __syncthreads();
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 
-  int tiles = kv_indptr[sequences] * TILES_PER_PAGE;
-  int span = max((tiles + int(gridDim.x) - 1) / int(gridDim.x), MIN_TILES);
-  int first = blockIdx.x * span, end = min(tiles, first + span);
-  if (first >= end) {
-    wait_for_kernels_in_front();
+  const Share share = share_of(kv_indptr, sequences, lane);
+  const int first = share.first, end = share.end;
+  if (first >= end) {  // its multiprocessor is free for the kernel behind, which need wait for this one alone
+    if (blockIdx.x == 0) wait_for_kernels_in_front();
     return;
   }
-  int begun = sequence_of(kv_indptr, sequences, first, lane);
   if (warp == HEADS) {
-    int settled = cos ? end : max(first, (kv_indptr[begun + 1] - 1) * TILES_PER_PAGE);
+    int settled = cos ? end : max(first, (kv_indptr[share.sequence + 1] - 1) * TILES_PER_PAGE);
     produce(kv, kv_indices, memory, first, end, settled, block_step, value_step, token_step, lane);
     return;
   }
@@ -350,7 +397,7 @@ extern "C" __global__ void __launch_bounds__(32 * (HEADS + 1), TOGETHER_ON_ONE)
   const Asked asked = {qkv, row, part_step, qkv_parts, cos, sin};
   Begun with;
   Part part;
-  for (int sequence = begun, tile = first, i = 0; tile < end; ++sequence) {
+  for (int sequence = share.sequence, tile = first, i = 0; tile < end; ++sequence) {
     int pages = kv_indptr[sequence], begin = pages * TILES_PER_PAGE;
     pages = kv_indptr[sequence + 1] - pages;
     int stop = begin + pages * TILES_PER_PAGE, until = min(stop, end);
@@ -387,7 +434,7 @@ extern "C" __global__ void __launch_bounds__(32 * (HEADS + 1), TOGETHER_ON_ONE)
       part.answer(to, lane);
       continue;
     }
-    int from = begin / span, last = (stop - 1) / span;
+    int from = share.apart ? share.from : begin / share.span, last = share.apart ? share.last : (stop - 1) / share.span;
     auto part_of = [&](int one) { return parts + (u64(2 * one + (one == from)) * KV_HEADS + head) * PART; };
     auto last_of = [&](u32* counter, int count) {  // whether all the others have come here before
       __threadfence();

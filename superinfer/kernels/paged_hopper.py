@@ -29,20 +29,14 @@ class Geometry(NamedTuple):
 
 
 # Copies of 1 KB, a token of 4 heads, take a multiprocessor's copy engine as long as the memory has for them; where
-# copies are of 2 KB the memory alone is the limit, but spans are fewer and their ends longer. Of a few sequences spans
-# are so short that two programs on a multiprocessor, one of which begins while the other ends, are the quicker where
-# contexts are short, too, and 2 % of a step slower for 8 x 8,192 tokens.
-FEWEST = Geometry(most_heads=4, stages=3)
+# copies are of 2 KB the memory alone is the limit, but spans are fewer and their ends longer.
 FEW = Geometry(most_heads=4, stages=4)
 MANY = Geometry(most_heads=8, stages=2)
-FEWEST_SEQUENCES = range(2, 9)
 MANY_SEQUENCES, MANY_ROW = 64, 2048  # from so many sequences on, where copies have so many bytes
 
 
 def geometry_for(sequences: int, kv_heads: int, head_dim: int) -> Geometry:
     """The quickest for so many sequences on an H200 (docs/performance.md)."""
-    if sequences in FEWEST_SEQUENCES:
-        return FEWEST
     long_copies = kv_heads % MANY.most_heads == 0 and MANY.most_heads * head_dim * 2 >= MANY_ROW
     return MANY if long_copies and sequences >= MANY_SEQUENCES else FEW
 

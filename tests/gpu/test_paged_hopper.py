@@ -74,7 +74,8 @@ def test_is_dense_attention(sizes, dtype, page):
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize(
-    "contexts", [(1,), (20_000,), (4_200, 9_000, 2), (1,) * 200, (5000, *(3,) * 40, 1234), tuple(range(1, 129))]
+    "contexts",
+    [(1,), (20_000,), (4_200, 9_000, 2), (1,) * 200, (5000, *(3,) * 40, 1234), (520,) * 32, tuple(range(1, 129))],
 )
 def test_spans_that_share_a_sequence_add_up(contexts, geometry):
     sizes = 8, 2, 128
@@ -182,26 +183,27 @@ def projected(case: Case, parts: int) -> tuple[Projected, torch.Tensor]:
     return Projected(qkv, cos, sin), last_blocks * case.cache.shape[3] + batch.last_page_len - 1
 
 
-@pytest.mark.parametrize("parts", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("contexts", [(*MIXED, *range(1, 50)), (600, 1, 31, 2_000)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("page", [16, 48])
 @pytest.mark.parametrize("sizes", [(32, 8, 128), (14, 2, 64), (4, 4, 64), (64, 8, 128), (5, 1, 128)])
-def test_rotates_and_stores_what_the_projection_leaves(sizes, page, dtype, parts):
-    case = decode_case((*MIXED, *range(1, 50)), sizes, page, dtype)
-    given, places = projected(case, parts)
-    view = case.cache[:, case.layer]
-    blocks, offsets = places.long() // page, places.long() % page
-    view[blocks, :, offsets] = float("nan")
-    before, call, out = case.cache.clone(), make_kernel(sizes, page, dtype), torch.full_like(case.q, float("nan"))
+def test_rotates_and_stores_what_the_projection_leaves(sizes, page, dtype, contexts):
+    case = decode_case(contexts, sizes, page, dtype)
+    call, view = make_kernel(sizes, page, dtype), case.cache[:, case.layer]
     call.plan(case.batch)
-    call.rotate_and_run(given, view, out)
-    close(out, dense_answer(case, SCALE))
-    stored = view[blocks, :, offsets].cpu().float()
-    expected = torch.stack([kv[:, -1] for kv in case.dense]).float()
-    assert torch.allclose(stored, expected, rtol=2**-7 if dtype == torch.bfloat16 else 2**-10, atol=1e-6)
-    assert torch.equal(stored[:, 1], expected[:, 1])
-    view[blocks, :, offsets] = float("nan")
-    assert torch.equal(case.cache.view(torch.int16), before.view(torch.int16)), "it wrote to other places, too"
+    for parts in range(5):
+        given, places = projected(case, parts)
+        blocks, offsets = places.long() // page, places.long() % page
+        view[blocks, :, offsets] = float("nan")
+        before, out = case.cache.clone(), torch.full_like(case.q, float("nan"))
+        call.rotate_and_run(given, view, out)
+        close(out, dense_answer(case, SCALE))
+        stored = view[blocks, :, offsets].cpu().float()
+        expected = torch.stack([kv[:, -1] for kv in case.dense]).float()
+        assert torch.allclose(stored, expected, rtol=2**-7 if dtype == torch.bfloat16 else 2**-10, atol=1e-6)
+        assert torch.equal(stored[:, 1], expected[:, 1])
+        view[blocks, :, offsets] = float("nan")
+        assert torch.equal(case.cache.view(torch.int16), before.view(torch.int16)), "it wrote to other places, too"
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
