@@ -32,7 +32,8 @@ constexpr int AHEAD = HEADS > 4 || TOGETHER_ON_ONE > 1 ? 2 : 4;  // parts of a s
 constexpr int MOST_AT_ONCE = 16;                  // parts that one warp adds up, where there are no more
 constexpr int TOGETHER = 8;                       // parts of a group, where there are
 constexpr int APART = 32;                         // sequences, at most, that have spans of their own: one a lane
-constexpr int LONGER = 3;                         // tiles that these may be longer than equal spans of all
+constexpr int SHORT = 12;                         // tiles of the longest equal spans for which that is worth it
+constexpr int LONGER = 3;                         // tiles that spans of one sequence may be longer than equal ones
 constexpr float LOWEST = -1e30f;                  // below any score, and finite
 constexpr float SLACK = 8.0f;                     // powers of two that weights may exceed 1 by before all is rescaled
 
@@ -295,10 +296,11 @@ struct Share {
     sequence = low;
   }
 
-  // begin, tiles: of the sequence at `lane`. False where spans would be too long.
+  // begin, tiles: of the sequence at `lane`. False where equal spans are better.
   __device__ bool of_one(int begin, int tiles, int lane) {
     int programs = gridDim.x, all = __reduce_add_sync(~0u, tiles);
     int equal = max((all + programs - 1) / programs, MIN_TILES), count;
+    if (equal > SHORT) return false;
     for (span = equal;; ++span) {
       if (span > equal + LONGER) return false;
       count = (tiles + span - 1) / span;

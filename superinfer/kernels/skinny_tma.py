@@ -26,15 +26,15 @@ BEST_SHARE = 7  # tiles of a program: 6 for qkv and 8 for o and down of Llama-3-
 EVEN = 1.1  # how much more than its share the busiest multiprocessor may have
 MOST_TOGETHER = 2  # programs on one multiprocessor, where one cannot have its whole share
 MOST_ROWS_TOGETHER = 32  # above, two have not enough registers
-# Of weights before the kernel in front is over, as much as keeps the memory busy: that kernel's reads wait behind it.
-EARLY_BYTES = 64 << 10
+EARLY_BYTES = 48 << 10  # of weights on their way before the kernel in front is over
 _BARRIERS = 24  # bytes for each stage
 _LINE = BOX * 2  # bytes of a box's row
 
 
-def early_stages(stage_bytes: int, stages: int) -> int:
-    """How many stages' weights may be on their way at once before the kernel in front is over."""
-    return max(1, min(stages, EARLY_BYTES // stage_bytes))
+def early_stages(stage_bytes: int, stages: int, early_bytes: int = EARLY_BYTES) -> int:
+    """How many stages' weights may be on their way at once before the kernel in front is over: enough to keep the memory
+    busy, as what that kernel has to read waits behind them."""
+    return max(1, min(stages, early_bytes // stage_bytes))
 
 
 class Cut(NamedTuple):

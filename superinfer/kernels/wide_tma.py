@@ -24,6 +24,7 @@ LEAST_COLUMNS, MOST_COLUMNS = 96, 256  # of a tile; of fewer, x is read too ofte
 LEAST_STAGES = 3
 MOST_PARTS = 4  # of the depth: more are more sums to write and to add up
 FULL = 0.9  # share of the multiprocessors that have to have a program
+EARLY_BYTES = 64 << 10  # of weights on their way before the kernel in front is over
 _BARRIERS = 24  # bytes for each stage
 _LINE = BOX * 2  # bytes of a box's row
 
@@ -156,7 +157,7 @@ class WideKernel:
 
 def compile_constants(groups: int, cut: Cut, gated: bool, half: bool) -> dict[str, int]:
     """What `wide_tma.cu` is compiled with."""
-    early = early_stages(cut.columns * _LINE, cut.stages)
+    early = early_stages(cut.columns * _LINE, cut.stages, EARLY_BYTES)
     return dict(GROUPS=groups, COLUMNS=cut.columns, STAGES=cut.stages, EARLY=early, GATED=int(gated), HALF=int(half))
 
 
