@@ -32,8 +32,8 @@ _LINE = BOX * 2  # bytes of a box's row
 
 
 def early_stages(stage_bytes: int, stages: int, early_bytes: int = EARLY_BYTES) -> int:
-    """How many stages' weights may be on their way at once before the kernel in front is over: enough to keep the memory
-    busy, as what that kernel has to read waits behind them."""
+    """How many stages' weights may be on their way at once before the kernel in front is over: enough to keep the
+    memory busy, as what that kernel has to read waits behind them."""
     return max(1, min(stages, early_bytes // stage_bytes))
 
 

@@ -17,8 +17,8 @@ from superinfer.kernels.skinny_tma import early_stages
 from superinfer.kernels.tensor_map import BOX, tensor_map
 
 MOST_ROWS = 128  # for more warpgroups sums over 224 columns have not enough registers
-PARTS_ROWS = 33, 96  # of products that are added up: of more rows adding takes longer than is gained
-GATED_ROWS = 113, 128  # of gates: of fewer, which fill the warpgroups less, cuBLAS is quicker, or `skinny_tma`
+PARTS_ROWS = 33, 112  # of products that are added up: of more rows adding takes as long as is gained
+GATED_ROWS = 49, 128  # of gates: of fewer, which fill the warpgroups less, `skinny_tma` is quicker
 GROUP = 64  # rows of x of a warpgroup
 LEAST_COLUMNS, MOST_COLUMNS = 96, 256  # of a tile; of fewer, x is read too often
 LEAST_STAGES = 3

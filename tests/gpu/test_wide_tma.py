@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [113, 120, 127, 128])
+@pytest.mark.parametrize("rows", [49, 64, 65, 100, 127, 128])
 @pytest.mark.parametrize("outputs,depth", GATED)
 def test_what_gates_let_through(outputs, depth, rows, dtype):
     from superinfer.kernels import wide_tma
@@ -28,7 +28,7 @@ def test_what_gates_let_through(outputs, depth, rows, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [33, 48, 64, 65, 96])
+@pytest.mark.parametrize("rows", [33, 48, 64, 65, 96, 112])
 @pytest.mark.parametrize("outputs,depth", SHAPES)
 def test_parts_add_up_to_the_product(outputs, depth, rows, dtype):
     from superinfer.kernels import wide_tma

@@ -9,7 +9,7 @@ from superinfer.kernels.hopper import SHARED_BYTES
 from superinfer.kernels.wide_tma import Cut, choose_cut, run
 
 
-@pytest.mark.parametrize("rows", [113, 128])
+@pytest.mark.parametrize("rows", [49, 64, 65, 128])
 @pytest.mark.parametrize("outputs,depth", [(28672, 4096), (16384, 2048), (55296, 5120), (57344, 8192), (14336, 4096)])
 def test_tiles_fill_the_multiprocessors(outputs, depth, rows):
     cut = choose_cut(rows, outputs, depth, 132, gated=True)
@@ -38,7 +38,7 @@ def test_the_depth_is_cut_as_seldom_as_fills_the_multiprocessors(rows, outputs, 
 @pytest.mark.parametrize(
     "rows,outputs,depth,why",
     [
-        (112, 28672, 4096, "fewer rows"),
+        (48, 28672, 4096, "fewer rows"),
         (129, 28672, 4096, "more rows"),
         (120, 1024, 4096, "programs for half the multiprocessors"),
         (120, 28672, 4100, "no boxes of the depth"),
