@@ -1,6 +1,6 @@
 """What habits of decode steps are worth, in one run: products of few rows by tensor copies (`skinny_tma`, `wide_tma`
-for more) and by Triton (`skinny`), kernels that start before the one in front is over, our own decode attention in
-FlashInfer's place, and that it rotates and stores itself.
+for more) and by Triton (`skinny`), kernels that start before the one in front is over, few weights fetched by then, our
+own decode attention in FlashInfer's place, and that it rotates and stores itself.
 
 Llama-3-8B's shape, random weights, bf16, 520 tokens a sequence, greedy: device milliseconds of a step by batch, the
 median of five times 20 steps.
@@ -17,6 +17,7 @@ from gpu_common import MODEL, PROMPT, ROOM, decode_plan, device_ms, fill_slots, 
 from record import write
 
 from superinfer.kernels import fused, launch, skinny, skinny_tma, wide_tma
+from superinfer.kernels.hopper import SHARED_BYTES
 from superinfer.kernels.paged import AttentionByLayer, Choice, choose_attention
 from superinfer.runtime.engine import cuda_build
 
@@ -25,12 +26,14 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 80, 96, 112, 128)
 
 class Variant(NamedTuple):
     """overlap: kernels start early. boxes, triton: rows up to which products are by these. wide: those of more rows by
-    warpgroups. attention: our own. rotating: which rotates and stores itself."""
+    warpgroups. few_early: of their weights few are fetched while the kernel in front runs, else all that have room.
+    attention: our own. rotating: which rotates and stores itself."""
 
     overlap: bool = True
     boxes: int = skinny_tma.MOST_ROWS
     triton: int = 64
     wide: bool = True
+    few_early: bool = True
     attention: bool = True
     rotating: bool = True
 
@@ -41,12 +44,14 @@ VARIANTS = {
     "no boxes": Variant(boxes=0),
     "no wide": Variant(wide=False),
     "no triton": Variant(triton=0),
+    "much early": Variant(few_early=False),
     "FlashInfer": Variant(attention=False),
     "not rotating": Variant(rotating=False),
     "all": Variant(),
 }
 STEPS, REPEATS = 20, 5
 WIDE_ROWS = wide_tma.MOST_ROWS
+EARLY_BYTES = {kernel: kernel.EARLY_BYTES for kernel in (skinny_tma, wide_tma)}
 ROTATING = AttentionByLayer.rotating
 
 
@@ -61,6 +66,9 @@ def settle(variant: Variant) -> None:
     wide_tma.MOST_ROWS = WIDE_ROWS if variant.wide else 0
     skinny.choose_tiles.cache_clear()
     skinny_tma.choose_cut.cache_clear()
+    for kernel, bytes_early in EARLY_BYTES.items():
+        kernel.EARLY_BYTES = bytes_early if variant.few_early else SHARED_BYTES
+        kernel._kernel.cache_clear()
     cuda_build.choose_attention = choose_attention if variant.attention else without_our_own  # type: ignore[attr-defined]
     AttentionByLayer.rotating = ROTATING if variant.rotating else lambda self, layer: None  # type: ignore[method-assign]
     overlap = launch.overlap if variant.overlap else lambda x: {"PDL": False}

@@ -31,7 +31,7 @@ _BARRIERS = 24  # bytes for each stage
 _LINE = BOX * 2  # bytes of a box's row
 
 
-def early_stages(stage_bytes: int, stages: int, early_bytes: int = EARLY_BYTES) -> int:
+def early_stages(early_bytes: int, stage_bytes: int, stages: int) -> int:
     """How many stages' weights may be on their way at once before the kernel in front is over: enough to keep the
     memory busy, as what that kernel has to read waits behind them."""
     return max(1, min(stages, early_bytes // stage_bytes))
@@ -198,7 +198,7 @@ def compile_constants(eighths: int, cut: Cut, gated: bool, half: bool, routed: b
     """What `skinny_tma.cu` is compiled with."""
     return dict(
         EIGHTHS=eighths, WARPS=cut.warps, TILES=cut.tiles, BOXES=cut.boxes, STAGES=cut.stages, GATED=int(gated),
-        ROUTED=int(routed), HALF=int(half), EARLY=early_stages(cut.boxes * cut.share * 16 * _LINE, cut.stages),
+        ROUTED=int(routed), HALF=int(half), EARLY=early_stages(EARLY_BYTES, cut.boxes * cut.share * 16 * _LINE, cut.stages),
     )  # fmt: skip
 
 

@@ -157,7 +157,7 @@ class WideKernel:
 
 def compile_constants(groups: int, cut: Cut, gated: bool, half: bool) -> dict[str, int]:
     """What `wide_tma.cu` is compiled with."""
-    early = early_stages(cut.columns * _LINE, cut.stages, EARLY_BYTES)
+    early = early_stages(EARLY_BYTES, cut.columns * _LINE, cut.stages)
     return dict(GROUPS=groups, COLUMNS=cut.columns, STAGES=cut.stages, EARLY=early, GATED=int(gated), HALF=int(half))
 
 
