@@ -196,9 +196,10 @@ class SkinnyKernel:
 
 def compile_constants(eighths: int, cut: Cut, gated: bool, half: bool, routed: bool = False) -> dict[str, int]:
     """What `skinny_tma.cu` is compiled with."""
+    early = early_stages(EARLY_BYTES, cut.boxes * cut.share * 16 * _LINE, cut.stages)
     return dict(
-        EIGHTHS=eighths, WARPS=cut.warps, TILES=cut.tiles, BOXES=cut.boxes, STAGES=cut.stages, GATED=int(gated),
-        ROUTED=int(routed), HALF=int(half), EARLY=early_stages(EARLY_BYTES, cut.boxes * cut.share * 16 * _LINE, cut.stages),
+        EIGHTHS=eighths, WARPS=cut.warps, TILES=cut.tiles, BOXES=cut.boxes, STAGES=cut.stages, EARLY=early,
+        GATED=int(gated), ROUTED=int(routed), HALF=int(half),
     )  # fmt: skip
 
 
