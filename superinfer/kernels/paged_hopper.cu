@@ -2,12 +2,13 @@
 //
 // Decode attention is a read of the whole cache: what counts is how many bytes are on their way. A producer warp keeps
 // STAGES tiles of 16 tokens in flight, keys and values of HEADS KV heads each, one bulk copy a token; one warp a KV
-// head computes. No host plan: all tiles of all sequences, in the order of kv_indices, are cut into as many equal spans
-// as there are programs, and whoever finishes a sequence that several spans share adds up its parts ("stream-K" of
-// matrix products, Osama et al. 2023; parts merged as in FlashDecoding, Dao et al. 2023).
+// head computes. No host plan: all tiles of all sequences, in the order of kv_indices, are cut into spans, one a program
+// (`paged_spans.cuh`), and whoever finishes a sequence that several spans share adds up its parts (merged as in
+// FlashDecoding, Dao et al. 2023).
 //
 // In a step of decodes alone nobody need rotate and store first: each warp rotates its queries as it reads them from the
-// projection, and whoever has a sequence's last tile puts the newest key and value into it, and into the cache.
+// projection (`paged_projected.cuh`), and whoever has a sequence's last tile puts the newest key and value into it, and
+// into the cache.
 //
 // Products are transposed, tokens x heads and dims x heads, so that the heads that share a KV head are the short side
 // of the tensor core's tile (8) and not the long one (16): S = K q, O += V^T P. Layouts of fragments: PTX ISA,
@@ -18,22 +19,16 @@
 // span), TOGETHER_ON_ONE (programs that a multiprocessor has shared memory for), HALF (1: float16, 0: bfloat16).
 
 #include "hopper.cuh"
+#include "paged_projected.cuh"
+#include "paged_spans.cuh"
 
-constexpr int TILE = 16;
-constexpr int STEPS = HEAD_DIM / 16;              // of the tensor core along a head
 constexpr int ROW_BYTES = HEADS * HEAD_DIM * 2;   // of one token's keys or values
 constexpr int ROW = ROW_BYTES + 16;               // in shared memory: eight rows then lie in different banks
 constexpr int STAGE = 2 * TILE * ROW;
 constexpr int BARRIERS = 128;                     // bytes before the first stage
-constexpr int TILES_PER_PAGE = PAGE / TILE;
-constexpr int QUERY_HEADS = KV_HEADS * GROUP;
-constexpr int HALF_DIM = HEAD_DIM / 2;            // dimension i is rotated with i + HALF_DIM
-constexpr int AHEAD = HEADS > 4 || TOGETHER_ON_ONE > 1 ? 2 : 4;  // parts of a sequence that are read at once, as registers allow
+constexpr int AHEAD = HEADS > 4 || TOGETHER_ON_ONE > 1 ? 2 : 4;  // parts that are read at once, as registers allow
 constexpr int MOST_AT_ONCE = 16;                  // parts that one warp adds up, where there are no more
 constexpr int TOGETHER = 8;                       // parts of a group, where there are
-constexpr int APART = 32;                         // sequences, at most, that have spans of their own: one a lane
-constexpr int SHORT = 12;                         // tiles of the longest equal spans for which that is worth it
-constexpr int LONGER = 3;                         // tiles that spans of one sequence may be longer than equal ones
 constexpr float LOWEST = -1e30f;                  // below any score, and finite
 constexpr float SLACK = 8.0f;                     // powers of two that weights may exceed 1 by before all is rescaled
 
@@ -171,169 +166,6 @@ struct Part {
 
 constexpr int PART = (STEPS + 1) * 32;  // float4 of a part
 
-// What attention begins with. qkv: a row a sequence, `row` numbers apart, of its type; or `parts` of float32, `part_step`
-// numbers apart, to be added up and rounded once (0: it is of its type). A row has QUERY_HEADS queries, then, where cos
-// is given, KV_HEADS keys and as many values. cos, sin: [sequences, HEAD_DIM] of the rows' positions (rope.rope_angles:
-// both halves alike, sin negative in the first); null: queries are rotated, the newest keys and values in the cache.
-struct Asked {
-  const void* qkv;
-  u64 row, part_step;
-  int parts;
-  const u16 *cos, *sin;
-
-  // Pairs of neighbouring numbers, all on their way at once.
-  template <int N>
-  __device__ __forceinline__ void read(float2 (&x)[N], const u64 (&at)[N]) const {
-    if (!parts) {
-      u32 both[N];
-#pragma unroll
-      for (int i = 0; i < N; ++i) both[i] = *reinterpret_cast<const u32*>(static_cast<const u16*>(qkv) + at[i]);
-#pragma unroll
-      for (int i = 0; i < N; ++i) x[i] = unpack(both[i]);
-      return;
-    }
-    const float* from = static_cast<const float*>(qkv);
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = make_float2(0.0f, 0.0f);
-    for (int part = 0; part < parts; part += 2) {
-      float2 one[N], two[N];
-      u64 further = part + 1 < parts ? part_step : 0;
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        one[i] = *reinterpret_cast<const float2*>(from + part * part_step + at[i]);
-        two[i] = *reinterpret_cast<const float2*>(from + part * part_step + further + at[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        x[i].x += one[i].x, x[i].y += one[i].y;
-        if (further) x[i].x += two[i].x, x[i].y += two[i].y;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = unpack(pack(x[i].x, x[i].y));
-  }
-};
-
-// By their position's angles, two pairs of numbers that are rotated with each other.
-__device__ __forceinline__ void rotate(float2& low, float2& high, u32 cosines, u32 sines) {
-  float2 c = unpack(cosines), s = unpack(sines), a = low, b = high;
-  low = make_float2(fmaf(a.x, c.x, -b.x * s.x), fmaf(a.y, c.y, -b.y * s.y));
-  high = make_float2(fmaf(b.x, c.x, a.x * s.x), fmaf(b.y, c.y, a.y * s.y));
-}
-
-// A warp's queries of one sequence, as its products take them, and of the newest token each lane's four pairs: of the key's
-// first and second half and of the value's.
-struct Begun {
-  u32 query[STEPS][2], newest[4];
-
-  // first: of the sequence's row. Waits for the kernel in front.
-  __device__ __forceinline__ void read(const Asked& asked, int sequence, int head, int lane) {
-    const int whose = min(lane / 4, GROUP - 1), dim = lane % 4 * 2, own = lane % (HALF_DIM / 2) * 2;
-    const bool rotates = asked.cos != nullptr;
-    u32 cosines[STEPS + 1], sines[STEPS + 1];
-    if (rotates) {
-      const u16 *cos = asked.cos + u64(sequence) * HEAD_DIM, *sin = asked.sin + u64(sequence) * HEAD_DIM + HALF_DIM;
-#pragma unroll
-      for (int i = 0; i <= STEPS; ++i) {
-        int d = i < STEPS ? i * 8 + dim : own;
-        cosines[i] = *reinterpret_cast<const u32*>(cos + d), sines[i] = *reinterpret_cast<const u32*>(sin + d);
-      }
-    }
-    wait_for_kernels_in_front();
-    constexpr int N = 2 * STEPS + 4;
-    u64 row = sequence * asked.row, at[N];
-#pragma unroll
-    for (int i = 0; i < 2 * STEPS; ++i) at[i] = row + (head * GROUP + whose) * HEAD_DIM + i * 8 + dim;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {  // without rotation there is nothing to read there
-      at[2 * STEPS + i] = rotates ? row + (QUERY_HEADS + i / 2 * KV_HEADS + head) * HEAD_DIM + i % 2 * HALF_DIM + own : at[0];
-    }
-    float2 x[N];
-    asked.read(x, at);
-    if (rotates) {
-#pragma unroll
-      for (int i = 0; i < STEPS; ++i) rotate(x[i], x[i + STEPS], cosines[i], sines[i]);
-      rotate(x[2 * STEPS], x[2 * STEPS + 1], cosines[STEPS], sines[STEPS]);
-    }
-#pragma unroll
-    for (int i = 0; i < 2 * STEPS; ++i) query[i / 2][i % 2] = lane / 4 < GROUP ? pack(x[i].x, x[i].y) : 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) newest[i] = pack(x[2 * STEPS + i].x, x[2 * STEPS + i].y);
-  }
-
-  // Into a tile in shared memory, and into the cache. keys, values, key, value: of its row.
-  __device__ __forceinline__ void store(u32 keys, u32 values, u16* key, u16* value, int lane) const {
-    if (lane >= HALF_DIM / 2) return;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      u32 to = (i < 2 ? keys : values) + (i % 2 * HALF_DIM + lane * 2) * 2;
-      asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(newest[i]) : "memory");
-      *reinterpret_cast<u32*>((i < 2 ? key : value) + i % 2 * HALF_DIM + lane * 2) = newest[i];
-    }
-  }
-};
-
-// What a program has of all tiles: first to end, of this sequence and, unless sequences are apart, those behind it. span: tiles
-// of a program. from, last: programs of the sequence, where sequences are apart.
-struct Share {
-  int first, end, sequence, span, from, last;
-  bool apart;
-
-  // tiles: of all.
-  __device__ void of_equal(const int* kv_indptr, int sequences, int tiles, int lane) {
-    apart = false;
-    span = max((tiles + int(gridDim.x) - 1) / int(gridDim.x), MIN_TILES);
-    first = blockIdx.x * span, end = min(tiles, first + span);
-    if (first >= end) return;
-    // The last sequence that begins there or before. 32 are looked at at once, for each look is a trip to memory.
-    int low = 0, high = sequences;
-    while (high - low > 1) {
-      int step = (high - low + 31) / 32, at = low + lane * step;
-      bool begun = at < high && kv_indptr[at] * TILES_PER_PAGE <= first;
-      low += (__popc(__ballot_sync(~0u, begun)) - 1) * step;
-      high = min(high, low + step);
-    }
-    sequence = low;
-  }
-
-  // begin, tiles: of the sequence at `lane`. False where equal spans are better.
-  __device__ bool of_one(int begin, int tiles, int lane) {
-    int programs = gridDim.x, all = __reduce_add_sync(~0u, tiles);
-    int equal = max((all + programs - 1) / programs, MIN_TILES), count;
-    if (equal > SHORT) return false;
-    for (span = equal;; ++span) {
-      if (span > equal + LONGER) return false;
-      count = (tiles + span - 1) / span;
-      if (__reduce_add_sync(~0u, count) <= programs) break;
-    }
-    apart = true;
-    int before = count;
-    for (int step = 1; step < 32; step *= 2) {
-      int further = __shfl_up_sync(~0u, before, step);
-      if (lane >= step) before += further;
-    }
-    before -= count;
-    sequence = __popc(__ballot_sync(~0u, count && before <= int(blockIdx.x))) - 1;  // those without tiles are the last
-    from = __shfl_sync(~0u, before, sequence), last = from + __shfl_sync(~0u, count, sequence) - 1;
-    first = end = 0;
-    if (int(blockIdx.x) > last) return true;
-    begin = __shfl_sync(~0u, begin, sequence);
-    first = begin + (blockIdx.x - from) * span;
-    end = min(first + span, begin + __shfl_sync(~0u, tiles, sequence));
-    return true;
-  }
-};
-
-__device__ Share share_of(const int* kv_indptr, int sequences, int lane) {
-  Share share;
-  if (sequences <= APART) {
-    int begin = lane < sequences ? kv_indptr[lane] : 0, stop = lane < sequences ? kv_indptr[lane + 1] : 0;
-    if (share.of_one(begin * TILES_PER_PAGE, (stop - begin) * TILES_PER_PAGE, lane)) return share;
-  }
-  share.of_equal(kv_indptr, sequences, kv_indptr[sequences] * TILES_PER_PAGE, lane);
-  return share;
-}
-
 // settled: the first tile that the kernel in front may still write to.
 __device__ void produce(const u16* kv, const int* kv_indices, u32 memory, int first, int end, int settled,
                         u64 block_step, u64 value_step, u64 token_step, int lane) {
@@ -358,13 +190,14 @@ __device__ void produce(const u16* kv, const int* kv_indices, u32 memory, int fi
   if (settled >= end) wait_for_kernels_in_front();  // all do, so that who comes behind need not
 }
 
-// asked: of [sequences]. out: [sequences, QUERY_HEADS, HEAD_DIM]. kv: a layer's keys of block 0; steps in elements: between blocks, from
-// keys to values, between tokens. kv_indptr [sequences + 1], kv_indices, last_page_len [sequences]: as in PagedBatch.
-// parts: [2 gridDim.x, KV_HEADS, PART]. arrived: [sequences + 2 gridDim.x, KV_HEADS], zero, and left so. scale: of scores, in powers
-// of two. Grid: (spans, KV_HEADS / HEADS); HEADS + 1 warps; BARRIERS + STAGES x STAGE bytes of shared memory.
+// qkv and the five after `scale`: see Asked; cos null or not. out: [sequences, QUERY_HEADS, HEAD_DIM]. kv: a layer's keys
+// of block 0; steps in elements: between blocks, from keys to values, between tokens. kv_indptr [sequences + 1],
+// kv_indices, last_page_len [sequences]: as in PagedBatch. parts: [2 gridDim.x, KV_HEADS, PART]. arrived: [sequences + 2
+// gridDim.x, KV_HEADS], zero, and left so. scale: of scores, in powers of two. Grid: (spans, KV_HEADS / HEADS); HEADS + 1
+// warps; BARRIERS + STAGES x STAGE bytes of shared memory.
 //
-// kv_indptr, kv_indices, last_page_len, cos and sin, and of the cache all but each sequence's last block, where it rotates all
-// but the newest tokens, were there before the kernel in front of this one began: they are read before it is over.
+// kv_indptr, kv_indices, last_page_len, cos and sin, and of the cache all but each sequence's last block, where it rotates
+// all but the newest tokens, were there before the kernel in front of this one began: they are read before it is over.
 extern "C" __global__ void __launch_bounds__(32 * (HEADS + 1), TOGETHER_ON_ONE)
     decode_attention(const void* qkv, u16* kv, u16* out, const int* kv_indptr, const int* kv_indices,
                      const int* last_page_len, float4* parts, u32* arrived, u64 block_step, u64 value_step,
@@ -406,8 +239,8 @@ extern "C" __global__ void __launch_bounds__(32 * (HEADS + 1), TOGETHER_ON_ONE)
     int context = (pages - 1) * PAGE + last_page_len[sequence];
     bool whole = tile == begin && until == stop;
     with.read(asked, sequence, head, lane);
-    u64 newest = kv_indices[begin / TILES_PER_PAGE + (context - 1) / PAGE] * block_step + (context - 1) % PAGE * token_step +
-                 head * HEAD_DIM;
+    u64 newest = kv_indices[begin / TILES_PER_PAGE + (context - 1) / PAGE] * block_step;
+    newest += (context - 1) % PAGE * token_step + head * HEAD_DIM;
     part.clear();
     for (; tile < until; ++tile, ++i) {
       int stage = i % STAGES, known = context - (tile - begin) * TILE;
@@ -436,7 +269,8 @@ extern "C" __global__ void __launch_bounds__(32 * (HEADS + 1), TOGETHER_ON_ONE)
       part.answer(to, lane);
       continue;
     }
-    int from = share.apart ? share.from : begin / share.span, last = share.apart ? share.last : (stop - 1) / share.span;
+    int from = share.apart ? share.from : begin / share.span;
+    int last = share.apart ? share.last : (stop - 1) / share.span;
     auto part_of = [&](int one) { return parts + (u64(2 * one + (one == from)) * KV_HEADS + head) * PART; };
     auto last_of = [&](u32* counter, int count) {  // whether all the others have come here before
       __threadfence();

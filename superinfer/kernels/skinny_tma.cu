@@ -2,17 +2,17 @@
 //
 // A program has rows of W for its whole part of the depth, so that it reads x's part once: a producer warp keeps STAGES of
 // boxes in flight, and each of WARPS others has TILES x 16 of these rows for itself and all rows of x, so that no sums are
-// shared. W does not depend on the kernel in front: the first stages' boxes of W are on their way before x is there, but only
-// EARLY at once: whatever the kernel in front still has to read would wait behind them.
+// shared. W does not depend on the kernel in front: the first stages' boxes of W are on their way before x is there, but
+// only EARLY at once: whatever the kernel in front still has to read would wait behind them.
 //
 // Products are transposed, as W's rows are the long side: of the tensor core's 16 x 8 tile x has the 8. Layouts of
 // fragments: PTX ISA, "Matrix fragments for mma.m16n8k16"; of boxes: "Swizzling modes", 128B: of a row's eight chunks of
 // 16 bytes the one at c lies at c ^ (row % 8), so that eight rows' chunks lie in different banks.
 //
 // Constants, given by the compiler's command line: EIGHTHS (of rows of x, at most), WARPS, TILES (1 or 2), BOXES (of a
-// stage, each 64 of the depth), STAGES, EARLY (at most STAGES), GATED (1: W's first half are gates and its second half what they gate, TILES is 2,
-// one of each; y is silu(gate) times the other), ROUTED (1: one row, through several of many matrices W, which lie one after
-// another), HALF (1: float16, 0: bfloat16).
+// stage, each 64 of the depth), STAGES, EARLY (at most STAGES), GATED (1: W's first half are gates and its second half what
+// they gate, TILES is 2, one of each; y is silu(gate) times the other), ROUTED (1: one row, through several of many matrices
+// W, which lie one after another), HALF (1: float16, 0: bfloat16).
 
 #include "hopper.cuh"
 
