@@ -23,6 +23,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     page_size: tokens in a KV block.
     kv_tokens: size of the KV pool in tokens; None: what suits the device.
     dram_tokens: size of a second KV tier in host memory, in tokens, for rotated and finished sequences; 0: none.
+        Where memory is short it is smaller, with a warning.
     link_gbps: speed of the link between the tiers, 10^9 bytes/s each way, for the CPU; None: that of memory.
     max_model_len: longest prompt plus output in tokens; None: the model's own, bounded by the KV pool.
     max_batch_size: sequences computed in one step.

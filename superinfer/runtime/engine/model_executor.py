@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
 from superinfer.runtime.engine.step_inputs import BlockTables, StepAssembler, StepInputs, Wanted
 from superinfer.runtime.kv.duplex_cpu import CpuDuplex
 from superinfer.runtime.kv.link_profile import LinkProfile
+from superinfer.runtime.kv.pinned import RESERVE_BYTES
 from superinfer.runtime.memory import free_memory, zeros_on_demand
 from superinfer.runtime.models.config import ModelConfig, load_config
 from superinfer.runtime.models.decoder import CausalLM
@@ -30,6 +32,8 @@ from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 
 if TYPE_CHECKING:
     from superinfer.runtime.engine.cuda_executor import CudaExecutor
+
+log = logging.getLogger("superinfer.engine")
 
 # Default pool: room for every slot at this length, within this share of the memory that is free.
 DEFAULT_SEQUENCE_TOKENS = 2048
@@ -71,6 +75,7 @@ class ModelExecutor:
         self.cache = zeros_on_demand(shape, weight.dtype)  # memory is taken as blocks are first used
         self.duplex: CpuDuplex | None = None
         self.tier: TierLimits | None = None
+        num_dram_blocks = _dram_blocks(num_dram_blocks, self.cache)
         if num_dram_blocks:
             self.duplex = CpuDuplex(self.cache, num_dram_blocks, bytes_per_s=link_bytes_per_s)
             link = None
@@ -271,15 +276,35 @@ def executor_limits(config: EngineConfig, model: ModelConfig, length: int, pool_
 
 
 def _pool_tokens(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, model_len: int) -> int:
-    per_token = model.kv_bytes_per_token(dtype)
+    per_token, free = model.kv_bytes_per_token(dtype), free_memory(torch.device("cpu"))
     if config.kv_tokens is not None:
+        if config.kv_tokens * per_token > free:
+            raise InvalidRequestError(
+                f"kv_tokens={config.kv_tokens} takes {config.kv_tokens * per_token / 2**30:.1f} GiB, and "
+                f"{free / 2**30:.1f} GiB of memory are free; lower it to {free // per_token} at most"
+            )
         return config.kv_tokens
     page = config.page_size
     per_sequence = -(-min(model_len, DEFAULT_SEQUENCE_TOKENS) // page) * page
-    free = free_memory(torch.device("cpu"))
     tokens = min(config.max_batch_size * per_sequence, int(free * DEFAULT_MEMORY_SHARE) // per_token)
     if tokens < page:
         raise ModelLoadError(
             f"{free >> 20} MiB of free memory leave no room for one KV block of {page * per_token} bytes"
         )
     return tokens
+
+
+def _dram_blocks(wanted: int, cache: torch.Tensor) -> int:
+    """How many of the blocks wanted for the second tier there is memory for, once all of `cache` is in use."""
+    if not wanted:
+        return 0
+    block_bytes, free = cache[0].nbytes, free_memory(torch.device("cpu"))
+    most = max(0, free - cache.nbytes - RESERVE_BYTES) // block_bytes
+    if most < wanted:
+        held, asked = (blocks * block_bytes / 2**30 for blocks in (most, wanted))
+        log.warning(
+            "the DRAM tier has %.1f GiB instead of %.1f: %.1f GiB of memory are free, of which the KV pool takes %.1f "
+            "and %.1f stay so",
+            held, asked, free / 2**30, cache.nbytes / 2**30, RESERVE_BYTES / 2**30,
+        )  # fmt: skip
+    return min(most, wanted)

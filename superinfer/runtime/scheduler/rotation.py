@@ -22,6 +22,9 @@ MIRROR_BLOCKS = 32
 MIRROR_S = 5e-3  # and no more of them than take so long: whoever gets such a block next has to wait for it
 FIRST_MIRRORS = 2  # of these, until one is over: on a link that moves nothing, no more blocks than these are stuck
 PROBE = 100.0  # where one block takes longer than that: one of so many times its own time, to see whether it still does
+# What a block counts as taking while copies fail, doubled up to the second with each result that tells of failures
+# alone: longer than may be mirrored, so that one is tried every second, in the end every 20.
+FAILING_S, LONGEST_FAILING_S = 2 * MIRROR_S, 0.2
 BLOCK_S = 50e-6  # seconds a block takes, until one has: 2 MiB over PCIe 5
 LATE = 2.0  # steps from the end of a copy to the plan that knows of it
 REPORT_S = 0.1  # results tell of copies a step or two late; a copy out for longer says that the link is slow
@@ -86,14 +89,15 @@ class Rotation:
         self.mirror_blocks = max(MIRROR_BLOCKS, link.mirror_blocks if link is not None else 0)
         self._oldest, self._oldest_since, self._stuck_s = 0, 0.0, 0.0
         self._now = self._probed = 0.0
+        self._failing_s = 0.0  # 0 unless no copy that the last results told of could be made
         self._link = LinkUse()
         self._sizes: dict[int, tuple[int, int]] = {}  # by step under way: tokens, decodes
 
     @property
     def block_s(self) -> float:
-        """Seconds a block takes over the link: as measured, and no less than the oldest copy has been under way. The
-        slower way counts: a copy in waits for the copy out that makes its room."""
-        return max(self.cost.block_s or BLOCK_S, self._out_s, self._stuck_s)
+        """Seconds a block takes over the link: as measured, and no less than the oldest copy has been under way, nor
+        than where copies fail. The slower way counts: a copy in waits for the copy out that makes its room."""
+        return max(self.cost.block_s or BLOCK_S, self._out_s, self._stuck_s, self._failing_s)
 
     @property
     def backlog_s(self) -> float:
@@ -103,8 +107,13 @@ class Rotation:
     @property
     def background_blocks(self) -> int:
         """How many copies each way nobody needs yet may be under way: what they cost is that others wait for them."""
-        most = FIRST_MIRRORS if self.cost.block_s is None else int(MIRROR_S / self.block_s)
+        most = FIRST_MIRRORS if self._is_unknown else int(MIRROR_S / self.block_s)
         return min(self.mirror_blocks, most)
+
+    @property
+    def _is_unknown(self) -> bool:
+        """Whether no copy has told how long one takes, nor that it cannot be made."""
+        return self.cost.block_s is None and not self._failing_s
 
     @property
     def is_quick(self) -> bool:
@@ -132,12 +141,14 @@ class Rotation:
         return (max(awaits) - self.kv.oldest_pending) * self.block_s <= MAX_WAIT_S
 
     def worth_loading(self, path: list[Node]) -> list[Node]:
-        """The part of a matched path to share: all of it, or up to its first block that is quicker to compute."""
+        """The part of a matched path to share: all of it, or up to its first block that is quicker to compute, or that
+        a link on which copies fail would have to bring."""
         absent = [at for at, node in enumerate(path) if node.block < 0]
         if not absent:
             return path
         tokens = (len(path) - absent[0]) * self.kv.page_size
-        return path if self.cost.loads(len(absent), tokens, self.kv.num_pending_in) else path[: absent[0]]
+        loads = not self._failing_s and self.cost.loads(len(absent), tokens, self.kv.num_pending_in)
+        return path if loads else path[: absent[0]]
 
     def worth_parking(self, table: BlockTable, computed: int) -> bool:
         """Whether a sequence that must give its blocks up is back sooner by loading them than by computing its first
@@ -188,6 +199,11 @@ class Rotation:
         """Take in a result's reports. True when running sequences may have lost something."""
         blocks_in, blocks_out = self.kv.totals.blocks_in, self.kv.totals.blocks_out
         hurt = self.kv.settle(result.copied, result.failed_copies)
+        if result.copied:
+            self._failing_s = 0.0
+        elif result.failed_copies:
+            self._failing_s = min(2 * self._failing_s or FAILING_S, LONGEST_FAILING_S)
+            self._probed = self._now
         tokens, decodes = self._sizes.pop(result.step)
         moved_in, moved_out = self.kv.totals.blocks_in - blocks_in, self.kv.totals.blocks_out - blocks_out
         self.cost.observe(tokens, decodes, result, moved_in, moved_out)

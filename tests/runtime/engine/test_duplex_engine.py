@@ -12,6 +12,8 @@ from transformers import LlamaForCausalLM
 from superinfer.errors import InvalidRequestError
 from superinfer.runtime.client import EngineClient, new_request_id
 from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.engine import model_executor
+from superinfer.runtime.kv.pinned import RESERVE_BYTES
 from superinfer.runtime.launch import launch_engine
 from superinfer.runtime.protocol import Generate, SamplingParams
 
@@ -98,6 +100,28 @@ def test_a_request_larger_than_hbm_is_refused_however_much_dram_there_is_and_oth
         with pytest.raises(InvalidRequestError, match="64"):
             generate(client, [5] * 60)
         assert generate(client, fits, max_tokens=50)[0] == reference(fits)[:50]
+
+
+def test_a_second_tier_beyond_what_memory_there_is_is_smaller_and_serves(random_llama, reference, capfd):
+    config = EngineConfig(model=str(random_llama), **{**SETTINGS, "dram_tokens": 10**13})
+    prompts = prompts_of(3, seed=2)
+    with launch_engine(config) as engine, EngineClient(engine.address) as client:
+        assert [tokens for tokens, _ in all_at_once(client, prompts)] == [reference(prompt) for prompt in prompts]
+        assert 0 < client.stats().tiers.dram_blocks < 10**13 // config.page_size
+    assert "the DRAM tier has" in capfd.readouterr().err
+
+
+def test_where_memory_is_short_there_is_no_second_tier_and_the_engine_serves(random_llama, monkeypatch, caplog):
+    monkeypatch.setattr(model_executor, "free_memory", lambda device: RESERVE_BYTES + (1 << 20))
+    executor = model_executor.build_executor(EngineConfig(model=str(random_llama), **SETTINGS | {"kv_tokens": 8192}))
+    assert (executor.duplex, executor.tier) == (None, None)
+    assert "the DRAM tier has 0.0 GiB" in caplog.text
+    executor.close()
+
+
+def test_a_pool_beyond_what_memory_there_is_is_refused_with_what_would_do(random_llama):
+    with pytest.raises(InvalidRequestError, match=r"kv_tokens=10000000000000 takes .* GiB of memory are free; lower"):
+        launch_engine(EngineConfig(model=str(random_llama), kv_tokens=10**13))
 
 
 def test_without_dram_nothing_is_said_of_it(client):

@@ -85,6 +85,27 @@ def test_a_token_is_not_believed_whose_step_read_what_a_copy_failed_to_bring_tho
     bench.check_all_given_back()
 
 
+def test_a_link_on_which_all_copies_fail_is_tried_now_and_then_and_used_again_once_it_works():
+    bench = Bench(blocks=12, dram=40, quantum=2)
+    bench.executor.fails = 1.0
+    sequences = play(bench, [([at] * 9, 8, 1) for at in range(6)])
+    bench.run()  # which ends when there is nothing more to plan: no copy is tried again at once
+    bench.check(sequences)
+    failed = bench.kv.totals.failed
+
+    def wait(seconds):
+        for _ in range(5 * seconds):  # as often as an idle engine looks
+            bench.now += 0.19
+            bench.step()
+
+    wait(300)
+    assert 10 <= bench.kv.totals.failed - failed <= 25 and not bench.kv.num_pending
+    bench.executor.fails = 0.0
+    wait(30)
+    assert bench.kv.num_cached > 4 and bench.kv.totals.blocks_out >= bench.kv.num_cached, "all is mirrored by now"
+    bench.check_all_given_back()
+
+
 # ---------------------------------------------------------------------------- planted faults
 
 
