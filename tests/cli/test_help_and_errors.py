@@ -91,8 +91,9 @@ def test_an_unknown_policy_is_named_with_the_known_ones(run: Run) -> None:
     assert "'astrology'" in line and "fcfs" in line
 
 
-def test_a_missing_model_is_named(run: Run, tmp_path: Path) -> None:
-    assert str(tmp_path / "nowhere") in error_of(run("chat", "--model", str(tmp_path / "nowhere")), 1)
+def test_a_path_where_no_model_is_is_a_wrong_value(run: Run, tmp_path: Path) -> None:
+    assert str(tmp_path / "nowhere") in error_of(run("chat", "--model", str(tmp_path / "nowhere")))
+    assert "not a Hugging Face checkpoint" in error_of(run("chat", "--model", str(tmp_path)))
 
 
 @pytest.mark.parametrize("command", ["serve", "engine", "chat", "run", "demo", "bench latency"])
