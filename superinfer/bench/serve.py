@@ -29,8 +29,10 @@ def serve(
         str, typer.Option(help="sharegpt, lmsys, azure, mooncake, fixed or uniform.", show_default="by trace")
     ] = "",
     trace: Annotated[Path | None, typer.Option(help="A trace's file: Azure's CSV, or Mooncake's JSON lines.")] = None,
-    prompt_tokens: Annotated[str, typer.Option(help="For fixed and uniform: 512, or 100:1024.")] = "512",
-    output_tokens: Annotated[str, typer.Option(help="The same, of outputs.")] = "128",
+    prompt_tokens: Annotated[
+        str, typer.Option(help="Prompts' lengths with fixed and uniform: 512, or 100:1024.", show_default="512")
+    ] = "",
+    output_tokens: Annotated[str, typer.Option(help="The same, of outputs.", show_default="128")] = "",
     scale: Annotated[float, typer.Option(help="Multiplies all lengths, for models with a short context.")] = 1.0,
     rate: Annotated[str, typer.Option(help="Requests/s; several with commas are run one after another.")] = "1",
     arrivals: Annotated[str, typer.Option(help="poisson, or trace: the trace's own times, stretched.")] = "poisson",
@@ -57,7 +59,7 @@ def serve(
         import aiohttp  # noqa: F401
     except ImportError:
         raise UnsupportedError("bench serve needs aiohttp; install it with: pip install 'superinfer[bench]'") from None
-    from superinfer.bench.workload import FIRST_TOKEN, Load, Span, make_load, workload_name
+    from superinfer.bench.workload import FIRST_TOKEN, OWN_LENGTHS, Load, Span, make_load, workload_name
     from superinfer.out_file import check_writable
     from superinfer.runtime.sim.command import parse_slos
 
@@ -74,11 +76,17 @@ def serve(
         raise InvalidRequestError(f"drain={drain} must be at least 0 seconds")
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
         raise InvalidRequestError(f"url={url!r} must be http://HOST:PORT or https://HOST:PORT")
+    named = workload_name(workload, trace)
+    for option, given in (("--prompt-tokens", prompt_tokens), ("--output-tokens", output_tokens)):
+        if given and named not in OWN_LENGTHS:
+            raise InvalidRequestError(
+                f"{option} {given!r}: workload {named!r} has lengths of its own; give --workload uniform with it"
+            )
     load = Load(
-        workload=workload_name(workload, trace),
+        workload=named,
         trace=trace,
-        prompt_tokens=Span.parse("--prompt-tokens", prompt_tokens),
-        output_tokens=Span.parse("--output-tokens", output_tokens),
+        prompt_tokens=Span.parse("--prompt-tokens", prompt_tokens or "512"),
+        output_tokens=Span.parse("--output-tokens", output_tokens or "128"),
         scale=scale,
         arrivals=arrivals,
         duration=duration,
