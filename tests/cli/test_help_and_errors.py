@@ -79,11 +79,13 @@ def test_a_simulated_engine_plans_one_step_ahead_or_two(run: Run) -> None:
     assert "depth=7 must be 1 or 2" in error_of(run("simulate", "--depth", "7", "--duration", "1"))
 
 
-def test_no_column_of_a_simulation_is_cut_in_a_pipe(run: Run) -> None:
-    options = ("--policy", "rota", "--dram-tokens", "65536", "--rate", "2", "--duration", "2")
+def test_a_simulations_tables_fit_a_terminal_of_80_columns(run: Run) -> None:
+    options = ("--policy", "lvf-time,rota", "--dram-tokens", "65536", "--rate", "12.5", "--duration", "20")
     status, out, err = run("simulate", *options)
     assert status == 0, err
-    assert "…" not in out and "preempted" in out and "sim req/s" in out
+    assert all(len(line) <= 80 for line in out.splitlines()) and "…" not in out
+    for column in ("TTFT p50", "goodput", "preempted", "GB/s out", "plan p50"):
+        assert column in out
 
 
 def test_an_unknown_policy_is_named_with_the_known_ones(run: Run) -> None:

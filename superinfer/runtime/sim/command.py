@@ -100,7 +100,7 @@ def simulate(
 
 
 def _show(points: list[Point], settings: dict[str, object], json_path: Path | None, title: str) -> None:
-    from superinfer.runtime.sim.report import as_json, table
+    from superinfer.runtime.sim.report import as_json, tables
 
     text = json.dumps(as_json(points, settings), indent=1)
     if json_path is not None and str(json_path) == "-":
@@ -108,10 +108,10 @@ def _show(points: list[Point], settings: dict[str, object], json_path: Path | No
         return
     from rich.console import Console
 
-    shown = table(points, title)
-    # In a file or a pipe it is as wide as it need be; in a terminal columns are cut where there is no room.
-    width = None if sys.stdout.isatty() else Console(width=1000).measure(shown).maximum
-    Console(width=width).print(shown)
+    console = Console(width=None if sys.stdout.isatty() else 1000)  # in a file or a pipe nothing is cut
+    for each in tables(points, title):
+        console.print(each)
+        console.print()
     if json_path is not None:
         json_path.write_text(text + "\n")
 
