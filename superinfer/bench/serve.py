@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import typer
 
 from superinfer.errors import InvalidRequestError, SuperinferError, UnsupportedError
+from superinfer.runtime.sim.command import Promises, parse_slos
 
 if TYPE_CHECKING:
     from superinfer.bench.load import Asking
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 def serve(
     url: Annotated[str, typer.Option(help="The server: http://HOST:PORT, with or without /v1.")],
     model: Annotated[str, typer.Option(help="Which of its models.", show_default="the first")] = "",
-    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True)] = "",
+    api_key: Annotated[str, typer.Option(help="Sent as bearer.", envvar="OPENAI_API_KEY", show_envvar=True)] = "",
     workload: Annotated[
         str, typer.Option(help="sharegpt, lmsys, azure, mooncake, fixed or uniform.", show_default="by trace")
     ] = "",
@@ -38,12 +39,11 @@ def serve(
     arrivals: Annotated[str, typer.Option(help="poisson, or trace: the trace's own times, stretched.")] = "poisson",
     duration: Annotated[float, typer.Option(help="Seconds of arrivals.")] = 60.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same requests at the same times.")] = 0,
-    slo: Annotated[
-        str,
-        typer.Option(help="Promises: ttft=1,tbt=0.1,deadline=30,weight=2. Classes: '0.8: ttft=1; 0.2: deadline=60'."),
-    ] = "ttft=1,tbt=0.1",
+    slo: Promises = "ttft=1,tbt=0.1",
     send_slo: Annotated[bool, typer.Option("--send-slo", help="Tell a superinfer server the promises.")] = False,
-    priority: Annotated[str, typer.Option(help="edf: send vLLM's `priority`, arrival plus TTFT objective, ms.")] = "",
+    priority: Annotated[
+        str, typer.Option(help="edf: send `priority` as vLLM knows it, arrival plus TTFT objective, ms.")
+    ] = "",
     ignore_eos: Annotated[bool, typer.Option(help="Outputs of exactly the lengths asked for.")] = True,
     vocab: Annotated[int, typer.Option(help="Prompts are random token ids below this.")] = 2000,
     warmup: Annotated[int, typer.Option(help="Requests sent before, at once, and not counted.")] = 8,
@@ -61,7 +61,6 @@ def serve(
         raise UnsupportedError("bench serve needs aiohttp; install it with: pip install 'superinfer[bench]'") from None
     from superinfer.bench.workload import FIRST_TOKEN, OWN_LENGTHS, Load, Span, make_load, workload_name
     from superinfer.out_file import check_writable
-    from superinfer.runtime.sim.command import parse_slos
 
     check_writable(json_path)
     if priority not in ("", "edf"):

@@ -19,6 +19,14 @@ from superinfer.runtime.slo import SLO
 if TYPE_CHECKING:
     from superinfer.runtime.sim.report import Point
 
+Promises = Annotated[
+    str,
+    typer.Option(
+        help="What is promised: any of ttft, tbt and deadline, in seconds, and weight. Several classes, each with its "
+        "share: '0.8: ttft=1; 0.2: deadline=60'."
+    ),
+]
+
 
 def simulate(
     hardware: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "h100-pcie5",
@@ -32,18 +40,19 @@ def simulate(
         bool, typer.Option("--turns", help="Prompts of a mooncake conversation have its earlier answers in them.")
     ] = False,
     rate: Annotated[str, typer.Option(help="Requests/s; several with commas.")] = "10",
-    policy: Annotated[str, typer.Option(help=f"Of {', '.join(POLICIES)}; several with commas.")] = "fcfs",
-    slo: Annotated[
-        str,
-        typer.Option(help="Promises: ttft=1,tbt=0.1,deadline=30,weight=2. Classes: '0.8: ttft=1; 0.2: deadline=60'."),
-    ] = "ttft=1,tbt=0.1",
+    policy: Annotated[str, typer.Option(help=f"{', '.join(POLICIES)}; several with commas.")] = "fcfs",
+    slo: Promises = "ttft=1,tbt=0.1",
     max_tokens: Annotated[
-        int, typer.Option(help="What requests ask for, though answers end before; 0: as long as these are.")
+        int, typer.Option(help="max_tokens of every request, though its answer may end before; 0: what the answer has.")
     ] = 0,
-    kv_tokens: Annotated[int | None, typer.Option(help="KV pool, in tokens.", show_default="what fits")] = None,
-    dram_tokens: Annotated[int, typer.Option(help="A second KV tier in host memory, in tokens; 0: none.")] = 0,
-    max_batch_size: Annotated[int, typer.Option(help="Sequences in one step.")] = 1024,
-    max_batch_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 8192,
+    kv_tokens: Annotated[
+        int | None, typer.Option(help="Size of the KV cache, in tokens.", show_default="what fits")
+    ] = None,
+    dram_tokens: Annotated[
+        int, typer.Option(help="Second tier of the KV cache, in CPU memory, in tokens; 0: none.")
+    ] = 0,
+    max_batch_size: Annotated[int, typer.Option(help="Most sequences in one step.")] = 1024,
+    max_batch_tokens: Annotated[int, typer.Option(help="Most tokens in one step.")] = 8192,
     depth: Annotated[int, typer.Option(help="Steps planned ahead of their results, 1 or 2.")] = 1,
     duration: Annotated[float, typer.Option(help="Seconds of arrivals.")] = 60.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
