@@ -113,15 +113,14 @@ def _rates(text: str) -> list[float]:
 
 
 def _write(path: Path | None, settings: dict[str, Any], found: dict[str, Any]) -> None:
-    import json
-
-    from superinfer.bench.record import environment, without_nan, write_record
+    from superinfer.bench.record import environment, write_record
+    from superinfer.out_file import json_text
 
     if path is None:
         return
     command, measured = shlex.join(["superinfer", *_arguments()]), {"settings": settings, **found}
     if str(path) == "-":
-        print(json.dumps(without_nan(environment(command) | measured), indent=1))
+        print(json_text(environment(command) | measured))
     else:
         print(f"written to {write_record(path, command, measured)}", file=sys.stderr)
 

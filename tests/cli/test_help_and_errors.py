@@ -98,6 +98,11 @@ def test_a_simulations_tables_fit_a_terminal_of_80_columns(run: Run) -> None:
         assert column in out
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "absent/out.json"], ids=["no name of a file", "no folder"])
+def test_a_file_that_cannot_be_written_is_named(run: Run, tmp_path: Path, name: str) -> None:
+    assert name in error_of(run("simulate", "--duration", "1", "--json", str(tmp_path / name)))
+
+
 def test_an_unknown_policy_is_named_with_the_known_ones(run: Run) -> None:
     line = error_of(run("engine", "--policy", "astrology"))
     assert "'astrology'" in line and "fcfs" in line

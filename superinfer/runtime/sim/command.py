@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -109,11 +108,11 @@ def simulate(
 
 
 def _show(points: list[Point], settings: dict[str, object], json_path: Path | None, title: str) -> None:
+    from superinfer.out_file import json_text, write_json
     from superinfer.runtime.sim.report import as_json, tables
 
-    text = json.dumps(as_json(points, settings), indent=1)
     if json_path is not None and str(json_path) == "-":
-        print(text)
+        print(json_text(as_json(points, settings)))
         return
     from rich.console import Console
 
@@ -122,7 +121,7 @@ def _show(points: list[Point], settings: dict[str, object], json_path: Path | No
         console.print(each)
         console.print()
     if json_path is not None:
-        json_path.write_text(text + "\n")
+        write_json(json_path, as_json(points, settings))
 
 
 def parse_slos(text: str) -> list[tuple[float, SLO]]:

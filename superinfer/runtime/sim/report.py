@@ -66,9 +66,9 @@ def _table(title: str, columns: Many[str]) -> Table:
 
 
 def as_json(points: Many[Point], settings: dict[str, Any]) -> dict[str, Any]:
-    """Everything, as JSON knows it: what is not a number is null."""
+    """Everything, as `out_file.json_text` takes it."""
     runs = [{"rate": point.rate, **msgspec.to_builtins(point.result)} for point in points]
-    return {"settings": settings, "runs": _without_nan(runs)}
+    return {"settings": settings, "runs": runs}
 
 
 def plot_residency(points: Many[Point], folder: Path, name: str) -> Path:
@@ -156,11 +156,3 @@ def _moved(moved: Movement | None) -> list[str]:
 
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return [_without_nan(item) for item in value] if isinstance(value, list) else value
