@@ -65,7 +65,7 @@ def main() -> None:
         for rate in rates:
             jobs = make_jobs(
                 workload, rate=rate, duration=arguments.duration, seed=arguments.seed, slos=[(1.0, STREAM)],
-                trace=arguments.azure,
+                trace=arguments.azure if workload == "azure" else None,
             )  # fmt: skip
             for policy in policies:
                 config = SimConfig(

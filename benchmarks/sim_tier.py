@@ -37,6 +37,7 @@ def jobs_of(workload: str, requests: int, seed: int, trace: Path | None) -> list
     """Arrivals one by one, at random."""
     if workload in DRAWN:
         rate, slos = DRAWN[workload], [(1.0, STREAM)]
+        trace = trace if workload == "azure" else None
         return make_jobs(workload, rate=rate, duration=requests / rate, seed=seed, trace=trace, slos=slos)
     prompts, outputs, rate = WORKLOADS[workload]
     rng, jobs, at = random.Random(seed), [], 0.0

@@ -40,6 +40,13 @@ class ModelLoadError(SuperinferError):
     code = "model_load_failed"
 
 
+class CheckpointNotFoundError(ModelLoadError):
+    """There is no checkpoint of the name or at the path that was given."""
+
+    code = "checkpoint_not_found"
+    exit_status = 2
+
+
 class OutputError(SuperinferError, ValueError):
     """The model's answer is not of the kind that the program asked for."""
 

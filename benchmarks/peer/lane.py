@@ -30,7 +30,7 @@ from servers import Server, ServerFailed
 from superinfer.bench.load import Asking, probe
 from superinfer.bench.openai_stream import OpenAIStreams
 from superinfer.bench.openai_stream import Server as Described
-from superinfer.bench.record import without_nan
+from superinfer.out_file import without_nan
 
 PHASES: dict[str, Callable[..., dict[str, Any]]] = {
     "tpot": closed_loop.tpot,

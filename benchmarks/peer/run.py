@@ -36,7 +36,8 @@ from plan import Plan  # noqa: E402
 from schedule import SCHEDULES, Lane, gpu_of, only  # noqa: E402
 from table import table  # noqa: E402
 
-from superinfer.bench.record import environment, without_nan  # noqa: E402
+from superinfer.bench.record import environment  # noqa: E402
+from superinfer.out_file import without_nan  # noqa: E402
 
 END_S = 25.0  # kept back to end servers and write results
 LOOK_S = 2.0

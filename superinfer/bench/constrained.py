@@ -29,9 +29,9 @@ MAX_TOKENS = 1500  # of an output, which ends before: everything in it is bounde
 def constrained(
     config: EngineConfig,
     batch: Annotated[str, typer.Option(help="Requests that decode together; several with commas.")] = "64",
-    prompt_tokens: Annotated[int, typer.Option(help="Of each of them.")] = 128,
-    temperatures: Annotated[str, typer.Option(help="Several with commas.")] = "0,1",
-    rounds: Annotated[int, typer.Option(help="Of each arm, in turns; medians are shown, all are written.")] = 3,
+    prompt_tokens: Annotated[int, typer.Option(help="Prompt of each of these, in tokens.")] = 128,
+    temperatures: Annotated[str, typer.Option(help="Sampling temperatures; several with commas.")] = "0,1",
+    rounds: Annotated[int, typer.Option(help="Measurements of each, in turns; medians are shown.")] = 3,
     layers: Annotated[int | None, typer.Option(help="Fewer layers than the named shape has.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write everything here.")] = None,
 ) -> None:

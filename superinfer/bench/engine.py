@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from superinfer.bench.record import write_record
+from superinfer.bench.workload import FIRST_TOKEN
 from superinfer.errors import InvalidRequestError
 from superinfer.runtime.client import AsyncEngineClient, new_request_id
 from superinfer.runtime.config import EngineConfig
@@ -25,7 +26,6 @@ TIER_COUNTERS = (
     "copies_failed",
 )  # fmt: skip
 TIER_GAUGES = ("gbps_in", "gbps_out", "overlap", "mirror_hit_rate", "dram_blocks", "dram_free")  # since the start
-FIRST_TOKEN = 10  # the first ids of most vocabularies are special tokens
 
 
 @contextlib.contextmanager

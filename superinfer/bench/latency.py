@@ -25,13 +25,19 @@ if TYPE_CHECKING:
 @with_engine_options
 def latency(
     config: EngineConfig,
-    batch: Annotated[str, typer.Option(help="Requests that decode together, for TPOT.")] = "1,8,32",
-    prompt_tokens: Annotated[int, typer.Option(help="Of each of them.")] = 512,
-    output_tokens: Annotated[int, typer.Option(help="Of each of them.")] = 160,
-    ttft: Annotated[str, typer.Option(help="Prompt lengths, one request at a time, for TTFT.")] = "128,512,1024",
-    prefill: Annotated[str, typer.Option(help="Prompts at once x their length, for prefill throughput.")] = "8x512",
-    temperature: Annotated[float, typer.Option(help="Of TPOT's requests.")] = 0.0,
-    rounds: Annotated[int, typer.Option(help="Of each; medians are shown, all are written.")] = 3,
+    batch: Annotated[
+        str, typer.Option(help="Requests that decode together, for TPOT; several with commas.")
+    ] = "1,8,32",
+    prompt_tokens: Annotated[int, typer.Option(help="Prompt of each of these, in tokens.")] = 512,
+    output_tokens: Annotated[int, typer.Option(help="Answer of each of these, in tokens.")] = 160,
+    ttft: Annotated[
+        str, typer.Option(help="Prompt lengths, one request at a time, for TTFT; several with commas.")
+    ] = "128,512,1024",
+    prefill: Annotated[
+        str, typer.Option(help="Prompts at once x their length, for prefill throughput; several with commas.")
+    ] = "8x512",
+    temperature: Annotated[float, typer.Option(help="Sampling temperature, for TPOT.")] = 0.0,
+    rounds: Annotated[int, typer.Option(help="How often each is measured; medians are shown, all are written.")] = 3,
     layers: Annotated[int | None, typer.Option(help="Fewer layers than the named shape has.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write everything here.")] = None,
 ) -> None:

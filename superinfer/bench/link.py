@@ -11,8 +11,10 @@ from superinfer.errors import UnsupportedError
 
 
 def link(
-    gib: Annotated[float, typer.Option(help="Moved each way with the largest blocks; less with smaller ones.")] = 4.0,
-    rounds: Annotated[int, typer.Option(help="Of each measurement; the median counts.")] = 5,
+    gib: Annotated[
+        float, typer.Option(help="GiB moved each way with the largest blocks; less with smaller ones.")
+    ] = 4.0,
+    rounds: Annotated[int, typer.Option(help="How often each is measured; the median counts.")] = 5,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write everything here.")] = None,
 ) -> None:
     """Measure the link between GPU and host memory: sizes × directions × methods, and which method is the best."""

@@ -25,11 +25,11 @@ Work = list[tuple[list[int], int]]
 @with_engine_options
 def offline(
     config: EngineConfig,
-    requests: Annotated[int, typer.Option(help="How many.")] = 1024,
-    prompt_tokens: Annotated[str, typer.Option(help="512, or 100:1024, uniform.")] = "100:1024",
+    requests: Annotated[int, typer.Option(help="How many requests.")] = 1024,
+    prompt_tokens: Annotated[str, typer.Option(help="Prompts' lengths: 512, or 100:1024, uniform.")] = "100:1024",
     output_tokens: Annotated[str, typer.Option(help="The same, of outputs.")] = "100:1024",
     seed: Annotated[int, typer.Option(help="The same seed gives the same requests.")] = 0,
-    rounds: Annotated[int, typer.Option(help="How often, each with prompts of its own.")] = 1,
+    rounds: Annotated[int, typer.Option(help="How often all are sent, each time with other prompts.")] = 1,
     layers: Annotated[int | None, typer.Option(help="Fewer layers than the named shape has.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write everything here.")] = None,
 ) -> None:

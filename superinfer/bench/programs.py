@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from superinfer.bench.program_texts import SHAPES
-from superinfer.cli.options import with_engine_options
+from superinfer.cli.options import check_unset, with_engine_options
 from superinfer.errors import InvalidRequestError, SuperinferError
 from superinfer.runtime.config import EngineConfig
 
@@ -27,25 +27,30 @@ if TYPE_CHECKING:
 def programs(
     config: EngineConfig,
     url_ours: Annotated[
-        str, typer.Option(help="Our arm: a running engine, ipc://… or tcp://…, or a superinfer server, http://….")
+        str,
+        typer.Option(help="Our arm: a running engine, ipc://PATH or tcp://HOST:PORT, or a server, http://HOST:PORT."),
     ] = "",
     start: Annotated[
         bool, typer.Option("--start", help="Our arm: an engine of the options below, started here.")
     ] = False,
     url_engine: Annotated[
         str,
-        typer.Option(help="Our arm once more, at the engine itself, ipc://… or tcp://…, beside --url-ours http://…."),
+        typer.Option(
+            help="Our arm once more, at its engine, ipc://PATH or tcp://HOST:PORT, where --url-ours is a server."
+        ),
     ] = "",
     url_peer: Annotated[str, typer.Option(help="The other arm: an OpenAI-compatible server, http://HOST:PORT.")] = "",
-    peer_model: Annotated[str, typer.Option(help="Which of its models.", show_default="the first")] = "",
+    peer_model: Annotated[str, typer.Option(help="Which of that server's models.", show_default="the first")] = "",
     select_by: Annotated[
-        str, typer.Option(help="Of the other arm: scores, or choice (the server writes one, constrained).")
+        str, typer.Option(help="How the other arm selects: scores, or choice (the server writes one, constrained).")
     ] = "scores",
-    shapes: Annotated[str, typer.Option(help="Which programs, with commas.")] = ",".join(SHAPES),
+    shapes: Annotated[
+        str, typer.Option(help=f"Of {', '.join(SHAPES)}; several with commas.", show_default="all")
+    ] = ",".join(SHAPES),
     at_once: Annotated[
         str, typer.Option(help="Programs that run at once; several with commas, one after another.")
     ] = "8,32",
-    rounds: Annotated[int, typer.Option(help="How often; medians are shown, all are written.")] = 3,
+    rounds: Annotated[int, typer.Option(help="How often each is measured; medians are shown, all are written.")] = 3,
     scale: Annotated[
         float | None,
         typer.Option(
@@ -116,7 +121,11 @@ def _arms(
     if not (start or url_ours or url_engine or url_peer):
         raise InvalidRequestError("nothing to measure: give --url-ours, --url-engine or --start, --url-peer, or both")
     if url_engine.startswith("http"):
-        raise InvalidRequestError(f"--url-engine {url_engine!r} is no engine's address; give ipc://… or tcp://…")
+        raise InvalidRequestError(
+            f"--url-engine {url_engine!r} is no engine's address; give ipc://PATH or tcp://HOST:PORT"
+        )
+    if not start:
+        check_unset(config, url_ours or url_engine or url_peer)
     with contextlib.ExitStack() as stack:
         arms: list[Arm] = []
         backend: Any = None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
-import math
 import os
 import platform
 import subprocess
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import superinfer
-from superinfer.errors import InvalidRequestError
+from superinfer.out_file import write_json
 
 ROOT = Path(superinfer.__file__).parent.parent
 PACKAGES = (
@@ -27,10 +25,7 @@ def write_record(path: Path, command: str, measured: dict[str, Any]) -> Path:
 
     Raises InvalidRequestError where the file cannot be written.
     """
-    try:
-        path.write_text(json.dumps(without_nan(environment(command) | measured), indent=1) + "\n")
-    except OSError as error:
-        raise InvalidRequestError(f"{str(path)!r} cannot be written: {error.strerror}") from None
+    write_json(path, environment(command) | measured)
     return path
 
 
@@ -45,15 +40,6 @@ def environment(command: str) -> dict[str, Any]:
         "device": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version(), **_gpu()},
         "versions": _versions(),
     }
-
-
-def without_nan(value: Any) -> Any:
-    """JSON knows no NaN and no infinity."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    return [without_nan(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _versions() -> dict[str, str]:

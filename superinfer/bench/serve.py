@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import typer
 
 from superinfer.errors import InvalidRequestError, SuperinferError, UnsupportedError
+from superinfer.runtime.sim.command import Promises, parse_slos
 
 if TYPE_CHECKING:
     from superinfer.bench.load import Asking
@@ -24,24 +25,25 @@ if TYPE_CHECKING:
 def serve(
     url: Annotated[str, typer.Option(help="The server: http://HOST:PORT, with or without /v1.")],
     model: Annotated[str, typer.Option(help="Which of its models.", show_default="the first")] = "",
-    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True)] = "",
+    api_key: Annotated[str, typer.Option(help="Sent as bearer.", envvar="OPENAI_API_KEY", show_envvar=True)] = "",
     workload: Annotated[
         str, typer.Option(help="sharegpt, lmsys, azure, mooncake, fixed or uniform.", show_default="by trace")
     ] = "",
     trace: Annotated[Path | None, typer.Option(help="A trace's file: Azure's CSV, or Mooncake's JSON lines.")] = None,
-    prompt_tokens: Annotated[str, typer.Option(help="For fixed and uniform: 512, or 100:1024.")] = "512",
-    output_tokens: Annotated[str, typer.Option(help="The same, of outputs.")] = "128",
+    prompt_tokens: Annotated[
+        str, typer.Option(help="Prompts' lengths with fixed and uniform: 512, or 100:1024.", show_default="512")
+    ] = "",
+    output_tokens: Annotated[str, typer.Option(help="The same, of outputs.", show_default="128")] = "",
     scale: Annotated[float, typer.Option(help="Multiplies all lengths, for models with a short context.")] = 1.0,
     rate: Annotated[str, typer.Option(help="Requests/s; several with commas are run one after another.")] = "1",
     arrivals: Annotated[str, typer.Option(help="poisson, or trace: the trace's own times, stretched.")] = "poisson",
     duration: Annotated[float, typer.Option(help="Seconds of arrivals.")] = 60.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same requests at the same times.")] = 0,
-    slo: Annotated[
-        str,
-        typer.Option(help="Promises: ttft=1,tbt=0.1,deadline=30,weight=2. Classes: '0.8: ttft=1; 0.2: deadline=60'."),
-    ] = "ttft=1,tbt=0.1",
+    slo: Promises = "ttft=1,tbt=0.1",
     send_slo: Annotated[bool, typer.Option("--send-slo", help="Tell a superinfer server the promises.")] = False,
-    priority: Annotated[str, typer.Option(help="edf: send vLLM's `priority`, arrival plus TTFT objective, ms.")] = "",
+    priority: Annotated[
+        str, typer.Option(help="edf: send `priority` as vLLM knows it, arrival plus TTFT objective, ms.")
+    ] = "",
     ignore_eos: Annotated[bool, typer.Option(help="Outputs of exactly the lengths asked for.")] = True,
     vocab: Annotated[int, typer.Option(help="Prompts are random token ids below this.")] = 2000,
     warmup: Annotated[int, typer.Option(help="Requests sent before, at once, and not counted.")] = 8,
@@ -57,9 +59,8 @@ def serve(
         import aiohttp  # noqa: F401
     except ImportError:
         raise UnsupportedError("bench serve needs aiohttp; install it with: pip install 'superinfer[bench]'") from None
-    from superinfer.bench.workload import FIRST_TOKEN, Load, Span, make_load, workload_name
+    from superinfer.bench.workload import FIRST_TOKEN, OWN_LENGTHS, Load, Span, make_load, workload_name
     from superinfer.out_file import check_writable
-    from superinfer.runtime.sim.command import parse_slos
 
     check_writable(json_path)
     if priority not in ("", "edf"):
@@ -74,11 +75,17 @@ def serve(
         raise InvalidRequestError(f"drain={drain} must be at least 0 seconds")
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
         raise InvalidRequestError(f"url={url!r} must be http://HOST:PORT or https://HOST:PORT")
+    named = workload_name(workload, trace)
+    for option, given in (("--prompt-tokens", prompt_tokens), ("--output-tokens", output_tokens)):
+        if given and named not in OWN_LENGTHS:
+            raise InvalidRequestError(
+                f"{option} {given!r}: workload {named!r} has lengths of its own; give --workload uniform with it"
+            )
     load = Load(
-        workload=workload_name(workload, trace),
+        workload=named,
         trace=trace,
-        prompt_tokens=Span.parse("--prompt-tokens", prompt_tokens),
-        output_tokens=Span.parse("--output-tokens", output_tokens),
+        prompt_tokens=Span.parse("--prompt-tokens", prompt_tokens or "512"),
+        output_tokens=Span.parse("--output-tokens", output_tokens or "128"),
         scale=scale,
         arrivals=arrivals,
         duration=duration,
@@ -106,15 +113,14 @@ def _rates(text: str) -> list[float]:
 
 
 def _write(path: Path | None, settings: dict[str, Any], found: dict[str, Any]) -> None:
-    import json
-
-    from superinfer.bench.record import environment, without_nan, write_record
+    from superinfer.bench.record import environment, write_record
+    from superinfer.out_file import json_text
 
     if path is None:
         return
     command, measured = shlex.join(["superinfer", *_arguments()]), {"settings": settings, **found}
     if str(path) == "-":
-        print(json.dumps(without_nan(environment(command) | measured), indent=1))
+        print(json_text(environment(command) | measured))
     else:
         print(f"written to {write_record(path, command, measured)}", file=sys.stderr)
 

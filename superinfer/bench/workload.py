@@ -66,6 +66,8 @@ def make_load(load: Load, rate: float) -> list[Job]:
     if not (math.isfinite(load.scale) and load.scale > 0):
         raise InvalidRequestError(f"scale={load.scale} must be finite and above 0")
     own = load.workload in OWN_LENGTHS
+    if own and (load.trace is not None or load.arrivals == "trace"):
+        raise InvalidRequestError(f"workload {load.workload!r} reads no trace; leave out --trace and --arrivals trace")
     jobs = make_jobs(
         "sharegpt" if own else load.workload,  # its times and classes; the lengths are replaced
         rate=rate,

@@ -21,7 +21,6 @@ import superinfer
 from superinfer.cli.engines import CONNECT_TIMEOUT_S, engine_address, start_progress
 from superinfer.cli.overload import (
     BASELINE,
-    DEADLINE_POLICY,
     Glance,
     Overload,
     PolicyRun,
@@ -64,16 +63,16 @@ EXAMPLES = (
 class DemoOptions:
     """overload_s: about how long each overloaded run takes, 0: none. policy: the one beside fcfs. picture: an SVG."""
 
-    overload_s: float = 10.0
-    policy: str = DEADLINE_POLICY
-    picture: Path = Path("superinfer-demo.svg")
+    overload_s: float
+    policy: str
+    picture: Path
 
     def __post_init__(self) -> None:
         if not 0 <= self.overload_s <= 600:
             raise InvalidRequestError(f"overload={self.overload_s} must be from 0 to 600 seconds")
         if self.policy not in POLICIES:
             known = ", ".join(sorted(POLICIES))
-            raise InvalidRequestError(f"policy {self.policy!r} is unknown; choose one of {known}")
+            raise InvalidRequestError(f"--against {self.policy!r} is no policy; choose one of {known}")
         check_writable(self.picture)
 
 

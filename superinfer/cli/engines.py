@@ -11,6 +11,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from superinfer.cli.options import check_unset
 from superinfer.errors import EngineUnavailableError
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.launch import EngineProcess, launch_engine
@@ -64,9 +65,10 @@ def start_progress(what: str) -> Iterator[StartProgress]:
 def engine_address(config: EngineConfig, address: str) -> Iterator[str]:
     """`address` where one was given, else that of an engine that lives as long as the block.
 
-    Raises like `launch_engine`.
+    Raises like `launch_engine`, and InvalidRequestError where `config` says something about the engine at `address`.
     """
     if address:
+        check_unset(config, f"--engine {address}")
         yield address
         return
     with start_progress("starting the engine") as progress:

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from superinfer.bench.commands import app as bench
-from superinfer.cli.options import EngineAddress, with_engine_options
+from superinfer.cli.options import EngineAddress, check_unset, with_engine_options
 from superinfer.cli.server_options import with_server_options
 from superinfer.cli.trace import app as trace
 from superinfer.errors import InvalidRequestError, SuperinferError
@@ -47,11 +47,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-app.command()(simulate)
-app.add_typer(bench, name="bench")
-app.add_typer(trace, name="trace")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -95,25 +90,22 @@ def demo(
     config: EngineConfig,
     engine: EngineAddress = "",
     overload: Annotated[float, typer.Option(help="Seconds of each overloaded run; 0 leaves them out.")] = 10.0,
-    against: Annotated[
-        str, typer.Option(help="Policy to compare with fcfs.", show_default="the one for deadlines")
-    ] = "",
+    against: Annotated[str, typer.Option(help="Policy to compare with fcfs.")] = "rota",
     picture: Annotated[Path, typer.Option(help="Where to save a picture of both runs.")] = Path("superinfer-demo.svg"),
 ) -> None:
     """Run two example programs with deadlines, then one overload under two policies, and show which promises were
     kept."""
     from superinfer.cli.demo import DemoOptions, run_demo
-    from superinfer.cli.overload import DEADLINE_POLICY
 
-    run_demo(config, engine, DemoOptions(overload, against or DEADLINE_POLICY, picture))
+    run_demo(config, engine, DemoOptions(overload, against, picture))
 
 
 @app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
 @with_engine_options
 def run(
     config: EngineConfig,
-    file: Annotated[Path, typer.Argument(help="A Python file with a superinfer program.", show_default=False)],
-    arguments: Annotated[list[str] | None, typer.Argument(help="Passed to FILE.", show_default=False)] = None,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A Python file with a superinfer program.")],
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[ARGUMENTS]...", help="Passed to FILE.")] = None,
     engine: EngineAddress = "",
 ) -> None:
     """Run FILE with an engine as its default backend. Options of this command go before FILE."""
@@ -129,7 +121,9 @@ def serve(
     config: EngineConfig,
     settings: ServerSettings,
     engine: EngineAddress = "",
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 8000,
     engine_address: Annotated[
         str,
@@ -149,6 +143,8 @@ def serve(
         raise InvalidRequestError(
             f"--engine {engine} runs already; --engine-address {engine_address} is of one to start: give one"
         )
+    if engine:
+        check_unset(config, f"--engine {engine}")
     config = msgspec.structs.replace(config, address=engine_address)
 
     def ready(url: str) -> None:
@@ -177,6 +173,8 @@ def chat(
 
     if url and engine:
         raise InvalidRequestError(f"--url {url} and --engine {engine} exclude each other; give one")
+    if url:
+        check_unset(config, f"--url {url}")
     run_chat(config, engine, url, api_key, ChatOptions(system=system, max_tokens=max_tokens, temperature=temperature))
 
 
@@ -192,3 +190,8 @@ def engine(
     from superinfer.cli.engines import run_engine
 
     run_engine(config, address)
+
+
+app.command()(simulate)
+app.add_typer(bench, name="bench")
+app.add_typer(trace, name="trace")

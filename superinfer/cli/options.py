@@ -7,12 +7,12 @@ import inspect
 from collections.abc import Callable
 from typing import Annotated, Any, get_type_hints
 
+import msgspec
 import typer
 
+from superinfer.errors import InvalidRequestError
 from superinfer.runtime.config import EMBEDDED, EngineConfig
 from superinfer.runtime.scheduler.registry import POLICIES
-
-PANEL = "Engine"
 
 EngineAddress = Annotated[
     str,
@@ -29,11 +29,17 @@ def _engine_options(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     policy: Annotated[str, typer.Option(help=f"Scheduling policy: {', '.join(POLICIES)}.")] = EngineConfig().policy,
     admission: Annotated[
-        str, typer.Option(help="What cannot be kept is taken all the same (accept), taken last (degrade), or refused.")
+        str,
+        typer.Option(
+            help="With rota, what becomes of a request whose promise cannot be kept: accept, degrade (it runs last) "
+            "or refuse."
+        ),
     ] = EngineConfig().admission,
-    kv_tokens: Annotated[int | None, typer.Option(help="KV pool, in tokens.", show_default="by device")] = None,
+    kv_tokens: Annotated[
+        int | None, typer.Option(help="Size of the KV cache, in tokens.", show_default="what the device has room for")
+    ] = None,
     dram_tokens: Annotated[
-        int, typer.Option(help="Second KV tier in CPU memory, in tokens; 0 is off.")
+        int, typer.Option(help="Second tier of the KV cache, in CPU memory, in tokens; 0: none.")
     ] = EngineConfig().dram_tokens,
     link_gbps: Annotated[
         float | None, typer.Option(help="Limit of the link between the tiers, GB/s each way.", show_default="none")
@@ -42,9 +48,11 @@ def _engine_options(
     max_model_len: Annotated[
         int | None, typer.Option(help="Longest prompt and output together, in tokens.", show_default="by model")
     ] = None,
-    max_batch_size: Annotated[int, typer.Option(help="Sequences in one step.")] = EngineConfig().max_batch_size,
-    max_batch_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = EngineConfig().max_batch_tokens,
-    max_queue: Annotated[int, typer.Option(help="Unfinished sequences held at most.")] = EngineConfig().max_queue,
+    max_batch_size: Annotated[int, typer.Option(help="Most sequences in one step.")] = EngineConfig().max_batch_size,
+    max_batch_tokens: Annotated[int, typer.Option(help="Most tokens in one step.")] = EngineConfig().max_batch_tokens,
+    max_queue: Annotated[
+        int, typer.Option(help="Most unfinished sequences; more are refused.")
+    ] = EngineConfig().max_queue,
     jump_forward: Annotated[
         bool, typer.Option(help="Take text that a grammar forces without sampling it.")
     ] = EngineConfig().jump_forward,
@@ -56,16 +64,11 @@ def _engine_options(
     ] = EngineConfig().plan_late,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.", show_default="all cores")] = None,
     trace: Annotated[
-        str, typer.Option(metavar="FILE", help="Write the engine's steps, copies and requests for ui.perfetto.dev.")
+        str, typer.Option(metavar="FILE", help="Write steps, copies and requests to FILE, for ui.perfetto.dev.")
     ] = "",
-    load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights.")] = "auto",
+    load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights.")] = "auto",
 ) -> EngineConfig:
-    import msgspec
-
-    from superinfer.errors import InvalidRequestError
-
     fields = dict(locals())
-    del fields["msgspec"], fields["InvalidRequestError"]
     try:
         return msgspec.convert(fields, EngineConfig)
     except msgspec.ValidationError as error:
@@ -81,27 +84,47 @@ def _say(fields: dict[str, Any], message: str) -> str:
     return f"--{name.replace('_', '-')} {fields[name]!r} is not one of {allowed.removeprefix('Literal')}"
 
 
-def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace the command's `config` parameter by the engine options, which make it."""
-    options = inspect.signature(_engine_options).parameters
-    own = inspect.signature(command).parameters
+def with_options(
+    name: str, make: Callable[..., Any], panel: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that replaces a command's parameter `name` by options, which are `make`'s parameters; it makes the
+    parameter's value of them. In help they stand in a panel of their own."""
+    options = inspect.signature(make).parameters
 
-    @functools.wraps(command)
-    def wrapper(**given: Any) -> None:
-        config = _engine_options(**{name: given.pop(name) for name in options})
-        command(config=config, **given)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command).parameters
 
-    hints = get_type_hints(_engine_options, include_extras=True) | get_type_hints(command, include_extras=True)
-    hints = {name: hint for name, hint in hints.items() if name not in ("config", "return")}
-    for name in options:
-        hints[name] = _in_panel(hints[name])
-    merged = [p.replace(annotation=hints[n]) for n, p in (own | options).items() if n != "config"]
-    merged.sort(key=lambda p: p.default is not inspect.Parameter.empty)
-    wrapper.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = hints
-    return wrapper
+        @functools.wraps(command)
+        def wrapper(**given: Any) -> None:
+            made = make(**{option: given.pop(option) for option in options})
+            command(**{name: made}, **given)
+
+        hints = get_type_hints(make, include_extras=True)
+        for option in options:
+            hints[option].__metadata__[0].rich_help_panel = panel
+        hints |= get_type_hints(command, include_extras=True)
+        hints = {each: hint for each, hint in hints.items() if each not in (name, "return")}
+        merged = [p.replace(annotation=hints[n]) for n, p in (own | options).items() if n != name]
+        merged.sort(key=lambda p: p.default is not inspect.Parameter.empty)
+        wrapper.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = hints
+        return wrapper
+
+    return decorate
 
 
-def _in_panel(hint: Any) -> Any:
-    hint.__metadata__[0].rich_help_panel = PANEL
-    return hint
+with_engine_options = with_options("config", _engine_options, "Engine")
+
+
+def check_unset(config: EngineConfig, instead: str) -> None:
+    """That nothing is asked of an engine which is not started. instead: what is used, as it was given.
+
+    Raises InvalidRequestError naming the options that would do nothing.
+    """
+    default = EngineConfig()
+    names = [name for name in config.__struct_fields__ if getattr(config, name) != getattr(default, name)]
+    if names:
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise InvalidRequestError(
+            f"{instead} runs already, and {given} would do nothing to it: leave out one or the other"
+        )

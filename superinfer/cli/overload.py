@@ -26,7 +26,6 @@ from superinfer.runtime.protocol import Generate, ModelInfo, SamplingParams, Sta
 from superinfer.runtime.slo import SLO, TokenTimeline, Verdict
 
 BASELINE = "fcfs"
-DEADLINE_POLICY = "rota"
 REQUESTS, RESIDENT = 40, 10  # how many come, and how many of them the HBM pool holds
 # An output is half its prompt: a request that is let in with its prompt has most of its KV.
 PROMPT_TOKENS = 48, 512  # of a prompt, at least and at most; between them as the length of the run asks

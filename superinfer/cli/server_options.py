@@ -2,49 +2,66 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
+from superinfer.cli.options import with_options
 from superinfer.runtime.server.settings import load_settings, parse_slo_class, read_keys
-
-PANEL = "Server"
 
 
 def _server_options(
     server_config: Annotated[
-        Path | None, typer.Option("--config", help="TOML file with these settings.", show_default=False)
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="TOML file with these settings.", show_default=False),
     ] = None,
     model_name: Annotated[
         str | None, typer.Option(help="What clients call the model.", show_default="the model")
     ] = None,
     api_key: Annotated[
-        list[str] | None, typer.Option(help="A key that requests may bring; may be repeated.", show_default="none")
+        list[str] | None,
+        typer.Option(
+            metavar="KEY", help="Requests must bring this key, or another; may be repeated.", show_default="none"
+        ),
     ] = None,
-    api_key_file: Annotated[Path | None, typer.Option(help="More keys, one a line.", show_default=False)] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="More keys, one a line.", show_default=False)
+    ] = None,
     slo_class: Annotated[
         list[str] | None,
-        typer.Option(help="name=ttft_ms:500,tbt_ms:50: a service_tier with a promise; may be repeated."),
+        typer.Option(
+            metavar="CLASS",
+            help="A service_tier with a promise: gold=ttft_ms:500 or with more fields, separated by commas (tbt_ms, "
+            "deadline_ms, weight, on_miss); may be repeated.",
+        ),
     ] = None,
     tool_parser: Annotated[
-        str | None, typer.Option(help="hermes, llama3_json, mistral or pythonic.", show_default="by model")
+        str | None,
+        typer.Option(
+            help="How the model writes tool calls: hermes, llama3_json, mistral or pythonic.", show_default="by model"
+        ),
     ] = None,
-    reasoning_parser: Annotated[str | None, typer.Option(help="think or none.", show_default="by model")] = None,
+    reasoning_parser: Annotated[
+        str | None, typer.Option(help="How it sets its reasoning apart: think or none.", show_default="by model")
+    ] = None,
     sampling_defaults: Annotated[
         str | None,
         typer.Option(
-            help="Where requests say nothing: model (generation_config.json) or openai.", show_default="model"
+            help="Whose sampling, where a request does not say: model (the checkpoint's own) or openai.",
+            show_default="model",
         ),
     ] = None,
-    max_body_bytes: Annotated[int | None, typer.Option(help="Longest request body.", show_default="32 MiB")] = None,
-    max_total_body_bytes: Annotated[
-        int | None, typer.Option(help="Of all request bodies at a time.", show_default="1 GiB")
+    max_body_bytes: Annotated[
+        int | None, typer.Option(help="Longest request body; longer ones get 413.", show_default="32 MiB")
     ] = None,
-    max_concurrent: Annotated[int | None, typer.Option(help="Requests at a time.", show_default="4096")] = None,
+    max_total_body_bytes: Annotated[
+        int | None,
+        typer.Option(help="Bodies of all requests at a time; what is beyond gets 429.", show_default="1 GiB"),
+    ] = None,
+    max_concurrent: Annotated[
+        int | None, typer.Option(help="Requests at a time; what is beyond gets 429.", show_default="4096")
+    ] = None,
     write_timeout_s: Annotated[
         float | None,
         typer.Option(help="Seconds until a client that reads or sends nothing is cut off.", show_default="60"),
@@ -57,17 +74,25 @@ def _server_options(
         int | None, typer.Option(help="Memory for stored responses; 0 is none.", show_default="64 MiB")
     ] = None,
     cors_origins: Annotated[
-        list[str] | None, typer.Option("--cors-origin", help="Browser origin to allow; may be repeated.")
+        list[str] | None,
+        typer.Option("--cors-origin", metavar="ORIGIN", help="Whose pages a browser lets call; may be repeated."),
     ] = None,
-    tls_cert: Annotated[str | None, typer.Option(help="PEM certificate: serve HTTPS.", show_default=False)] = None,
-    tls_key: Annotated[str | None, typer.Option(help="Its PEM key.", show_default=False)] = None,
+    tls_cert: Annotated[
+        str | None, typer.Option(metavar="FILE", help="PEM certificate: serve HTTPS.", show_default=False)
+    ] = None,
+    tls_key: Annotated[str | None, typer.Option(metavar="FILE", help="Its PEM key.", show_default=False)] = None,
     access_log: Annotated[
-        bool | None, typer.Option("--access-log/--no-access-log", help="A JSON line on stderr for each request.")
+        bool | None,
+        typer.Option(
+            "--access-log/--no-access-log", help="A JSON line on stderr for each request.", show_default="no-access-log"
+        ),
     ] = None,
     otlp_endpoint: Annotated[
-        str | None, typer.Option(help="Send traces there by OTLP over HTTP.", show_default=False)
+        str | None, typer.Option(metavar="URL", help="Send OpenTelemetry traces there, by HTTP.", show_default=False)
     ] = None,
-    page: Annotated[bool | None, typer.Option("--page/--no-page", help="Serve the page at /.")] = None,
+    page: Annotated[
+        bool | None, typer.Option("--page/--no-page", help="Serve the page at /.", show_default="page")
+    ] = None,
 ) -> Any:
     flags: dict[str, Any] = dict(locals())
     config, key_file = flags.pop("server_config"), flags.pop("api_key_file")
@@ -80,23 +105,4 @@ def _server_options(
     return load_settings(flags, config=config)
 
 
-def with_server_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace the command's `settings` parameter by the server's options, which make it."""
-    options = inspect.signature(_server_options).parameters
-    own = inspect.signature(command).parameters
-
-    @functools.wraps(command)
-    def wrapper(**given: Any) -> None:
-        settings = _server_options(**{name: given.pop(name) for name in options})
-        command(settings=settings, **given)
-
-    own_hints = get_type_hints(command, include_extras=True)
-    hints = own_hints | get_type_hints(_server_options, include_extras=True)
-    hints = {name: hint for name, hint in hints.items() if name not in ("settings", "return")}
-    for name in options:
-        hints[name].__metadata__[0].rich_help_panel = PANEL
-    merged = [p.replace(annotation=hints[n]) for n, p in (own | options).items() if n != "settings"]
-    merged.sort(key=lambda p: p.default is not inspect.Parameter.empty)
-    wrapper.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = hints
-    return wrapper
+with_server_options = with_options("settings", _server_options, "Server")

@@ -19,15 +19,21 @@ def _group() -> None:
 
 @app.command()
 def plot(
-    file: Annotated[Path, typer.Argument(help="What an engine wrote with --trace.", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What an engine wrote with --trace.")],
     out: Annotated[Path, typer.Option(help="Where to save the picture; .png, .svg or .pdf.")] = Path("rotation.png"),
     requests: Annotated[
-        str, typer.Option(help="Their numbers in the trace, with commas.", show_default="up to three that were rotated")
+        str,
+        typer.Option(
+            help="Which requests to draw: their numbers in the trace, with commas.",
+            show_default="up to three that were rotated",
+        ),
     ] = "",
     begin: Annotated[
-        float | None, typer.Option("--from", help="Window of the close view, s.", show_default="around one exchange")
+        float | None, typer.Option("--from", help="Where the close view begins, s.", show_default="around one exchange")
     ] = None,
-    end: Annotated[float | None, typer.Option("--to", help="Its end.", show_default="the same")] = None,
+    end: Annotated[
+        float | None, typer.Option("--to", help="Where it ends, s.", show_default="behind that exchange")
+    ] = None,
     title: Annotated[str, typer.Option(help="Above the picture.", show_default="the trace's name")] = "",
 ) -> None:
     """Draw a rotation: steps, copies each way, and the life of some requests across the tiers (needs matplotlib)."""

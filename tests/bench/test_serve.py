@@ -303,6 +303,22 @@ def test_a_request_that_a_server_refuses_outright_ends_the_command_with_its_word
         asyncio.run(ask(server))
 
 
+@pytest.mark.parametrize(
+    "options,reason",
+    [
+        (("--prompt-tokens", "300"), "--prompt-tokens '300': workload 'sharegpt' has lengths of its own"),
+        (("--workload", "lmsys", "--output-tokens", "9"), "--output-tokens '9': workload 'lmsys' has lengths"),
+        (("--workload", "fixed", "--trace", "a.csv"), "workload 'fixed' reads no trace"),
+        (("--workload", "fixed", "--arrivals", "trace"), "workload 'fixed' reads no trace"),
+    ],
+)
+def test_an_option_that_the_workload_does_not_heed_is_refused(
+    run: Callable[..., tuple[int, str, str]], options: tuple[str, ...], reason: str
+):
+    status, _, err = run("bench", "serve", "--url", "http://127.0.0.1:9", *options)
+    assert status == 2 and reason in err
+
+
 def test_the_command_measures_our_server_and_breaks_lateness_down(
     start: Callable[..., Any], run: Callable[..., tuple[int, str, str]], tiny_engine: Any, tmp_path: Path
 ):

@@ -18,10 +18,14 @@ from superinfer.cli import chat, main
 Run = Callable[..., tuple[int, str, str]]
 
 
+COMMANDS = ("demo", "run", "serve", "chat", "engine", "simulate")
+BENCHES = ("bench serve", "bench offline", "bench latency", "bench kernels", "bench link", "bench programs")
+
+
 def test_help_names_every_command(run: Run) -> None:
     status, out, _ = run("--help")
     assert status == 0
-    for command in ("demo", "run", "serve", "chat", "engine", "simulate", "bench", "trace"):
+    for command in (*COMMANDS, "bench", "trace"):
         assert f" {command} " in out
 
 
@@ -29,6 +33,12 @@ def test_help_names_every_command(run: Run) -> None:
 def test_each_command_explains_its_options(run: Run, command: str) -> None:
     status, out, _ = run(command, "--help")
     assert status == 0 and "--kv-tokens" in out and "--model" in out
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *BENCHES, "bench constrained", "trace plot"])
+def test_no_word_of_help_is_cut_in_80_columns(run: Run, command: str) -> None:
+    status, out, _ = run(*command.split(), "--help", COLUMNS="80")
+    assert status == 0 and "…" not in out
 
 
 def test_help_does_not_import_what_is_slow() -> None:
@@ -79,11 +89,18 @@ def test_a_simulated_engine_plans_one_step_ahead_or_two(run: Run) -> None:
     assert "depth=7 must be 1 or 2" in error_of(run("simulate", "--depth", "7", "--duration", "1"))
 
 
-def test_no_column_of_a_simulation_is_cut_in_a_pipe(run: Run) -> None:
-    options = ("--policy", "rota", "--dram-tokens", "65536", "--rate", "2", "--duration", "2")
+def test_a_simulations_tables_fit_a_terminal_of_80_columns(run: Run) -> None:
+    options = ("--policy", "lvf-time,rota", "--dram-tokens", "65536", "--rate", "12.5", "--duration", "20")
     status, out, err = run("simulate", *options)
     assert status == 0, err
-    assert "…" not in out and "preempted" in out and "sim req/s" in out
+    assert all(len(line) <= 80 for line in out.splitlines()) and "…" not in out
+    for column in ("TTFT p50", "goodput", "preempted", "GB/s out", "plan p50"):
+        assert column in out
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "absent/out.json"], ids=["no name of a file", "no folder"])
+def test_a_file_that_cannot_be_written_is_named(run: Run, tmp_path: Path, name: str) -> None:
+    assert name in error_of(run("simulate", "--duration", "1", "--json", str(tmp_path / name)))
 
 
 def test_an_unknown_policy_is_named_with_the_known_ones(run: Run) -> None:
@@ -91,8 +108,9 @@ def test_an_unknown_policy_is_named_with_the_known_ones(run: Run) -> None:
     assert "'astrology'" in line and "fcfs" in line
 
 
-def test_a_missing_model_is_named(run: Run, tmp_path: Path) -> None:
-    assert str(tmp_path / "nowhere") in error_of(run("chat", "--model", str(tmp_path / "nowhere")), 1)
+def test_a_path_where_no_model_is_is_a_wrong_value(run: Run, tmp_path: Path) -> None:
+    assert str(tmp_path / "nowhere") in error_of(run("chat", "--model", str(tmp_path / "nowhere")))
+    assert "not a Hugging Face checkpoint" in error_of(run("chat", "--model", str(tmp_path)))
 
 
 @pytest.mark.parametrize("command", ["serve", "engine", "chat", "run", "demo", "bench latency"])
@@ -153,6 +171,21 @@ def test_a_port_that_no_machine_has_is_named(run: Run, tiny_checkpoint: Path) ->
 
 def test_a_url_where_nothing_answers_is_named(run: Run) -> None:
     assert "http://127.0.0.1:9/v1" in error_of(run("chat", "--url", "http://127.0.0.1:9/v1", stdin="hello\n"), 1)
+
+
+@pytest.mark.parametrize("command", ["serve", "chat", "demo", "run program.py"])
+def test_options_of_an_engine_beside_one_that_runs_are_refused(run: Run, tmp_path: Path, command: str) -> None:
+    (tmp_path / "program.py").touch()
+    name, *file = command.split()
+    arguments = (name, "--engine", "ipc:///nowhere", "--policy", "rota", "--no-plan-late")
+    line = error_of(run(*arguments, *[str(tmp_path / each) for each in file]))
+    assert "--engine ipc:///nowhere runs already" in line and "--policy, --plan-late" in line
+
+
+@pytest.mark.parametrize("command", ["chat --url", "bench programs --url-peer"])
+def test_options_of_an_engine_beside_a_server_are_refused(run: Run, command: str) -> None:
+    line = error_of(run(*command.split(), "http://127.0.0.1:9", "--model", "llama-3-8b"))
+    assert "http://127.0.0.1:9 runs already" in line and "--model" in line
 
 
 def test_engine_and_url_exclude_each_other(run: Run) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -38,11 +41,23 @@ def test_a_missing_file_is_named(run: Run, tmp_path: Path) -> None:
     assert status == 2 and "none.py" in err and "Traceback" not in err
 
 
-def test_a_programs_own_error_keeps_its_traceback(run: Run, tiny_engine: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "program,error",
+    [
+        ("import json\n\ndef ask():\n    json.loads('{')\n\nask()\n", "json.decoder.JSONDecodeError: "),
+        ("print(1 /)\n", "SyntaxError: "),
+    ],
+    ids=["raised", "not Python"],
+)
+def test_a_programs_own_error_is_shown_as_python_shows_it(
+    run: Run, tiny_engine: Any, tmp_path: Path, program: str, error: str
+) -> None:
     file = tmp_path / "program.py"
-    file.write_text("print(1 / 0)\n")
+    file.write_text(program)
     status, _, err = run("run", "--engine", tiny_engine.address, str(file))
-    assert status == 1 and "ZeroDivisionError" in err and "program.py" in err
+    python = subprocess.run([sys.executable, str(file)], capture_output=True, text=True)
+    assert status == 1 and error in err
+    assert err == python.stderr  # no frame of ours above the program's
 
 
 def test_a_known_error_names_the_programs_line(run: Run, tiny_engine: Any, tmp_path: Path) -> None:

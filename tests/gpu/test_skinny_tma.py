@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hopper_products import CUDA, activated, operands, poison
+from hopper_products import CUDA, SHAPES, activated, operands, poison
 
 from superinfer.kernels.hopper import SHARED_BYTES
 
-SHAPES = [(6144, 4096), (4096, 4096), (4096, 14336), (7168, 5120), (5120, 27648), (3072, 2048)]
 GATED = [(28672, 4096), (16384, 2048), (55296, 5120)]
 ROWS = [9, 16, 31, 32, 50, 64]
 

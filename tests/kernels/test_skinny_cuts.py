@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hopper_products import SHAPES
 
 from superinfer.kernels.hopper import RESERVED_BYTES, SHARED_BYTES
 from superinfer.kernels.skinny_tma import EVEN, MOST_WARPS, Cut, choose_cut, run
 
-SHAPES = [(6144, 4096), (4096, 4096), (4096, 14336), (7168, 5120), (5120, 27648), (3072, 2048)]
 GATED = [(28672, 4096), (16384, 2048)]
 
 

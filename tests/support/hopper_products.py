@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 
 CUDA = torch.device("cuda")
+# (outputs, depth) of products in Llama-3-8B, Qwen2.5-32B and smaller models.
+SHAPES = [(6144, 4096), (4096, 4096), (4096, 14336), (7168, 5120), (5120, 27648), (3072, 2048)]
 
 
 def operands(

@@ -208,7 +208,7 @@ def build_executor(config: EngineConfig, on_progress: Progress | None = None) ->
     """Load the model that `config` names and make room for its KV cache.
 
     on_progress: called with a label and a fraction 0..1 while loading.
-    Raises ModelLoadError (no such model, or damaged), UnsupportedError (known, but not implemented here), or
+    Raises ModelLoadError (no such checkpoint, or damaged), UnsupportedError (known, but not implemented here), or
     InvalidRequestError (settings that cannot work together).
     """
     if config.threads is not None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 import torch
 
-from superinfer.errors import ModelLoadError, UnsupportedError
+from superinfer.errors import CheckpointNotFoundError, ModelLoadError, UnsupportedError
 from superinfer.runtime.models.rope import RopeConfig, read_rope
 
 F = TypeVar("F")
@@ -187,7 +187,8 @@ QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_con
 def load_config(path: Path) -> ModelConfig:
     """Read `path`/config.json (and generation_config.json and the tokenizer's files for the eos ids).
 
-    Raises ModelLoadError (missing, malformed or inconsistent) or UnsupportedError (a feature not implemented).
+    Raises CheckpointNotFoundError (the folder has none), ModelLoadError (malformed or inconsistent) or UnsupportedError
+    (a feature not implemented).
     """
     file = path / "config.json"
     values = _read_json(file)
@@ -351,7 +352,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelLoadError(f"{path} does not exist; {_kind_of_folder(path.parent)}") from error
+        raise CheckpointNotFoundError(f"{path} does not exist; {_kind_of_folder(path.parent)}") from error
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):

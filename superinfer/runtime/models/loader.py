@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from superinfer.errors import ModelLoadError, UnsupportedError
+from superinfer.errors import CheckpointNotFoundError, ModelLoadError, UnsupportedError
 from superinfer.runtime.config import EMBEDDED
 from superinfer.runtime.memory import free_memory
 from superinfer.runtime.models.config import ModelConfig, load_config
@@ -35,7 +35,8 @@ HUB_COPIES = ["consolidated*", "original/*"]  # the same weights once more, in t
 def resolve_model(model: str) -> Path:
     """The folder of a checkpoint: the embedded one, a local folder, or a hub name's downloaded snapshot.
 
-    Raises ModelLoadError when there is no such folder, or the hub cannot be reached and holds no cached copy.
+    Raises CheckpointNotFoundError when there is no such folder or repository, ModelLoadError when the hub cannot be
+    reached and nothing is cached.
     """
     if model == EMBEDDED:
         from superinfer.embedded import model_path
@@ -45,23 +46,29 @@ def resolve_model(model: str) -> Path:
     if path.is_dir():
         return path
     if path.suffix == ".gguf":
-        raise ModelLoadError(
+        raise CheckpointNotFoundError(
             f"model={model!r} is a GGUF file, which is not read; take the safetensors checkpoint that it was made from"
         )
     if path.exists():
-        raise ModelLoadError(f"model={model!r} is a file; give the folder that holds config.json and *.safetensors")
+        raise CheckpointNotFoundError(
+            f"model={model!r} is a file; give the folder that holds config.json and *.safetensors"
+        )
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
-        raise ModelLoadError(f"model={model!r} is not an existing folder, a hub name (owner/name), or {EMBEDDED!r}")
+        raise CheckpointNotFoundError(
+            f"model={model!r} is not an existing folder, a hub name (owner/name), or {EMBEDDED!r}; check the path"
+        )
     return _download(model)
 
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES))
     except Exception as error:  # HTTP, DNS, authentication and cache errors share no base class
-        raise ModelLoadError(
+        unknown = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
+        raise (CheckpointNotFoundError if unknown else ModelLoadError)(
             f"model={name!r} is no local folder and could not be had from the Hugging Face hub "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}); "
             "check the name and the network, or give a folder"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +18,14 @@ from superinfer.runtime.slo import SLO
 if TYPE_CHECKING:
     from superinfer.runtime.sim.report import Point
 
+Promises = Annotated[
+    str,
+    typer.Option(
+        help="What is promised: any of ttft, tbt and deadline, in seconds, and weight. Several classes, each with its "
+        "share: '0.8: ttft=1; 0.2: deadline=60'."
+    ),
+]
+
 
 def simulate(
     hardware: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "h100-pcie5",
@@ -32,18 +39,19 @@ def simulate(
         bool, typer.Option("--turns", help="Prompts of a mooncake conversation have its earlier answers in them.")
     ] = False,
     rate: Annotated[str, typer.Option(help="Requests/s; several with commas.")] = "10",
-    policy: Annotated[str, typer.Option(help=f"Of {', '.join(POLICIES)}; several with commas.")] = "fcfs",
-    slo: Annotated[
-        str,
-        typer.Option(help="Promises: ttft=1,tbt=0.1,deadline=30,weight=2. Classes: '0.8: ttft=1; 0.2: deadline=60'."),
-    ] = "ttft=1,tbt=0.1",
+    policy: Annotated[str, typer.Option(help=f"{', '.join(POLICIES)}; several with commas.")] = "fcfs",
+    slo: Promises = "ttft=1,tbt=0.1",
     max_tokens: Annotated[
-        int, typer.Option(help="What requests ask for, though answers end before; 0: as long as these are.")
+        int, typer.Option(help="max_tokens of every request, though its answer may end before; 0: what the answer has.")
     ] = 0,
-    kv_tokens: Annotated[int | None, typer.Option(help="KV pool, in tokens.", show_default="what fits")] = None,
-    dram_tokens: Annotated[int, typer.Option(help="A second KV tier in host memory, in tokens; 0: none.")] = 0,
-    max_batch_size: Annotated[int, typer.Option(help="Sequences in one step.")] = 1024,
-    max_batch_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 8192,
+    kv_tokens: Annotated[
+        int | None, typer.Option(help="Size of the KV cache, in tokens.", show_default="what fits")
+    ] = None,
+    dram_tokens: Annotated[
+        int, typer.Option(help="Second tier of the KV cache, in CPU memory, in tokens; 0: none.")
+    ] = 0,
+    max_batch_size: Annotated[int, typer.Option(help="Most sequences in one step.")] = 1024,
+    max_batch_tokens: Annotated[int, typer.Option(help="Most tokens in one step.")] = 8192,
     depth: Annotated[int, typer.Option(help="Steps planned ahead of their results, 1 or 2.")] = 1,
     duration: Annotated[float, typer.Option(help="Seconds of arrivals.")] = 60.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
@@ -100,20 +108,20 @@ def simulate(
 
 
 def _show(points: list[Point], settings: dict[str, object], json_path: Path | None, title: str) -> None:
-    from superinfer.runtime.sim.report import as_json, table
+    from superinfer.out_file import json_text, write_json
+    from superinfer.runtime.sim.report import as_json, tables
 
-    text = json.dumps(as_json(points, settings), indent=1)
     if json_path is not None and str(json_path) == "-":
-        print(text)
+        print(json_text(as_json(points, settings)))
         return
     from rich.console import Console
 
-    shown = table(points, title)
-    # In a file or a pipe it is as wide as it need be; in a terminal columns are cut where there is no room.
-    width = None if sys.stdout.isatty() else Console(width=1000).measure(shown).maximum
-    Console(width=width).print(shown)
+    console = Console(width=None if sys.stdout.isatty() else 1000)  # in a file or a pipe nothing is cut
+    for each in tables(points, title):
+        console.print(each)
+        console.print()
     if json_path is not None:
-        json_path.write_text(text + "\n")
+        write_json(json_path, as_json(points, settings))
 
 
 def parse_slos(text: str) -> list[tuple[float, SLO]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from rich import box
 from rich.table import Table
 
 from superinfer.errors import InvalidRequestError, UnsupportedError
@@ -24,38 +25,50 @@ class Point(msgspec.Struct, frozen=True):
     result: SimResult
 
 
-def table(points: Many[Point], title: str = "") -> Table:
-    """A row for each run."""
-    shown = Table(title=title or None)
-    for name in (
-        "policy", "req/s", "TTFT p50", "p99", "TTFT met", "all met", "goodput/s", "TPOT", "TBT p99", "tok/s",
-        "preempted", "rotated", "GB/s in", "out", "stall", "plan p50", "sim req/s",
-    ):  # fmt: skip
-        shown.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
+def tables(points: Many[Point], title: str = "") -> list[Table]:
+    """What requests saw, and what the memory and the host did for it: a row for each run, within 80 columns."""
+    seen, done = _table(title, SEEN), _table("", DONE)
     for rate, result in ((point.rate, point.result) for point in points):
-        shown.add_row(
+        seen.add_row(
             result.policy,
             f"{rate:g}",
             _seconds(result.ttft.p50),
             _seconds(result.ttft.p99),
             _percent(result.ttft_met),
             _percent(result.met),
-            f"{result.goodput:.2f}",
+            f"{result.goodput:.2f}/s",
             _seconds(result.tpot.mean),
             _seconds(result.tbt.p99),
             f"{result.tokens_per_s:,.0f}",
+        )
+        done.add_row(
+            result.policy,
+            f"{rate:g}",
             f"{result.preemptions:,}",
             *_moved(result.moved),
             f"{result.plan_ms.p50:.2f} ms",
-            f"{result.requests_per_wall_s:.0f}",
+            f"{result.requests_per_wall_s:.0f}/s",
         )
-    return shown
+    return [seen, done]
+
+
+# Met: the share of promises kept, of first tokens and of whole answers; goodput: requests of which all was met.
+SEEN = ("policy", "req/s", "TTFT p50", "p99", "TTFT met", "all met", "goodput", "TPOT", "TBT p99", "tok/s")
+# Stalled: the share of the time that steps stood still for copies. Planning takes real time, and so does simulating.
+DONE = ("policy", "req/s", "preempted", "rotated", "GB/s in", "GB/s out", "stalled", "plan p50", "simulated")
+
+
+def _table(title: str, columns: Many[str]) -> Table:
+    made = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for name in columns:
+        made.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
+    return made
 
 
 def as_json(points: Many[Point], settings: dict[str, Any]) -> dict[str, Any]:
-    """Everything, as JSON knows it: what is not a number is null."""
+    """Everything, as `out_file.json_text` takes it."""
     runs = [{"rate": point.rate, **msgspec.to_builtins(point.result)} for point in points]
-    return {"settings": settings, "runs": _without_nan(runs)}
+    return {"settings": settings, "runs": runs}
 
 
 def plot_residency(points: Many[Point], folder: Path, name: str) -> Path:
@@ -143,11 +156,3 @@ def _moved(moved: Movement | None) -> list[str]:
 
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return [_without_nan(item) for item in value] if isinstance(value, list) else value

@@ -98,8 +98,8 @@ def make_jobs(
     turns: prompts have the answers in them that they follow, as `as_turns` says; "mooncake" only.
     max_tokens: what every request asks for, though its answer ends before; 0: as long as its answer is.
 
-    Raises InvalidRequestError for an unknown workload, a missing or malformed trace, a rate or duration not above 0,
-    and max_tokens below 0.
+    Raises InvalidRequestError for an unknown workload, a missing, malformed or useless trace, a rate or duration not
+    above 0, and max_tokens below 0.
     """
     if turns and workload != "mooncake":
         raise InvalidRequestError(f"--turns: prompts of workload {workload!r} follow no answers; those of mooncake do")
@@ -163,6 +163,8 @@ def _before(job: Job, asked: Mapping[int, Job]) -> list[int]:
 
 def _shapes(workload: str, trace: Path | None, rng: np.random.Generator, count: int) -> list[_Shape]:
     if workload in PUBLISHED:
+        if trace is not None:
+            raise InvalidRequestError(f"workload {workload!r} reads no trace; with --trace give azure or mooncake")
         given = PUBLISHED[workload]
         prompts = lognormal(rng, given.prompt_mean, given.prompt_std, count)
         outputs = lognormal(rng, given.output_mean, given.output_std, count)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from checkpoints import make_checkpoint
 from safetensors.torch import load_file, save_file
 
-from superinfer.errors import ModelLoadError, UnsupportedError
+from superinfer.errors import CheckpointNotFoundError, ModelLoadError, UnsupportedError
 from superinfer.runtime.models.config import load_config
 from superinfer.runtime.models.loader import HUB_COPIES, HUB_FILES, load_model, resolve_model
 
@@ -277,7 +279,7 @@ def test_features_not_implemented_are_refused_by_name(folder, changes, match):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(ModelLoadError, match=r"nowhere.*not an existing folder"):
+    with pytest.raises(CheckpointNotFoundError, match=r"nowhere.*not an existing folder.*check the path"):
         resolve_model(str(tmp_path / "nowhere"))
 
 
@@ -288,8 +290,32 @@ def test_a_file_is_not_a_model(folder):
 
 def test_a_hub_name_without_a_network_says_so(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelLoadError, match=r"'nobody/no-such-model'.*network"):
+    with pytest.raises(ModelLoadError, match=r"'nobody/no-such-model'.*network") as failed:
         resolve_model("nobody/no-such-model")
+    assert failed.type is ModelLoadError  # whether there is such a model is not known
+
+
+@pytest.mark.parametrize(
+    "status,code,error", [(404, "RepoNotFound", CheckpointNotFoundError), (403, "GatedRepo", ModelLoadError)]
+)
+def test_a_name_the_hub_does_not_know_is_told_apart_from_one_it_may_not_give(monkeypatch, status, code, error):
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+        with pytest.raises(ModelLoadError, match="'nobody/no-such-model'") as failed:
+            resolve_model("nobody/no-such-model")
+        hub.shutdown()
+    assert failed.type is error
 
 
 def test_a_hub_name_already_downloaded_needs_no_network(folder, tmp_path_factory, monkeypatch):

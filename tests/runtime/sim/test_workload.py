@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -145,6 +147,7 @@ def test_classes_are_drawn_by_their_shares():
     [
         ({"workload": "poems"}, "'poems' is unknown"),
         ({"workload": "azure"}, "--trace"),
+        ({"workload": "sharegpt", "trace": Path("azure.csv")}, "reads no trace; with --trace give azure"),
         ({"workload": "sharegpt", "arrivals": "trace"}, "no times of its own"),
         ({"workload": "sharegpt", "arrivals": "bursty"}, "poisson or trace"),
         ({"workload": "sharegpt", "rate": 0.0}, "above 0"),

@@ -166,7 +166,7 @@ class JsonReader:
 class MistralReader:
     """`[TOOL_CALLS]` and then a list of `{"name", "arguments"}`, or `name[ARGS]{...}` for each: Mistral and Mixtral."""
 
-    TAG, ARGS = "[TOOL_CALLS]", "[ARGS]"
+    TAG = "[TOOL_CALLS]"
     _NAME = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\][\w-]+)?\[ARGS\]\s*(?=\{)")
 
     def __init__(self, names: frozenset[str]) -> None:
