@@ -307,6 +307,11 @@ def _read(chunks: list[Any], answering: Answering, tools: dict[int, CallDeltas],
         yield answering.text(index, "".join(pieces))
 
 
+# Of our server's SloReport, which has milliseconds, and of a RequestReport, which has seconds.
+_TIMES = ("queue", "prefill", "decode", "rotated", "copy_wait", "preempted", "e2e", "max_tbt", "ttft", "lateness")
+_VERDICTS = ("met", "ttft_met", "tbt_met", "deadline_met", "why", "degraded")
+
+
 def _account(answering: Answering, chunk: Any) -> None:
     """Usage and, from our server, what became of the SLO."""
     usage = getattr(chunk, "usage", None)
@@ -317,14 +322,9 @@ def _account(answering: Answering, chunk: Any) -> None:
     slo = getattr(chunk, "slo", None)
     if slo is None:
         return
-    stages = {f"{name}_s": slo[f"{name}_ms"] / 1e3 for name in ("queue", "prefill", "decode", "e2e", "max_tbt")}
-    first = slo["ttft_ms"]
-    answering.stages = {
-        **stages,
-        "ttft_s": None if first is None else first / 1e3,
-        "met": slo["met"],
-        "why": slo["why"],
-    }
+    times = {name: slo[f"{name}_ms"] for name in _TIMES}
+    found: dict[str, Any] = {f"{name}_s": None if ms is None else ms / 1e3 for name, ms in times.items()}
+    answering.stages = found | {name: slo[name] for name in _VERDICTS}
     if slo["truncated"]:
         answering.reasons = dict.fromkeys(answering.reasons, "deadline")
 

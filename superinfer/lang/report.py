@@ -23,7 +23,8 @@ class CallReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     client_s: the rest of e2e_s, spent outside the engine; 0 where the engine counts more than that, for it counts a
         request from when it may have come at the earliest.
     met: None where nothing was promised. why: what cost most when late (slo.why_late_at_client), "budget" where nothing
-        was left to begin with, "error" where the call failed.
+        was left to begin with, "error" where the call failed, "overload" where the engine took it without its promise.
+    degraded: the engine did that, for it could not be kept when the call came; in time or not.
     error: type and text of what ended the call, "" for none.
     """
 
@@ -45,6 +46,7 @@ class CallReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     client_s: float | None = None
     met: bool | None = None
     why: str = ""
+    degraded: bool = False
     finish_reason: str | None = None
     error: str = ""
 
@@ -200,6 +202,7 @@ class CallWatch:
             client_s=max(0.0, e2e - engine.e2e_s) if engine else None,
             met=met,
             why=why if met is False else "",
+            degraded=engine is not None and engine.degraded,
             finish_reason=finish_reason,
             error=f"{type(error).__name__}: {error}" if error is not None else "",
         )
@@ -224,6 +227,8 @@ class CallWatch:
         if self.planned is None or deadline is None:
             return engine.lateness_s, engine.why
         late = engine.e2e_s - deadline
+        if late > 0 and engine.degraded:
+            return late, "overload"
         if late > 0:
             spent = {stage: getattr(engine, field) for stage, (_, field) in zip(STAGES[:-1], _STAGES[:-1], strict=True)}
             return late, max(spent, key=lambda stage: spent[stage])

@@ -217,7 +217,8 @@ class RequestReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     queue_s: arrival until first scheduled. prefill_s: computing up to the first token. decode_s: computing after it.
     rotated_s: with its KV in the second tier, where it went `rotations` times. copy_wait_s: in a slot, waiting for
     copies. preempted_s: without KV after one of `preemptions`; computing it anew is prefill or decode.
-    met is None where nothing was promised; `why` names the stage that cost most when late (slo.why_late).
+    met is None where nothing was promised; `why` names the stage that cost most when late (slo.why_late), or
+    "overload" where it was degraded: taken without its promise, which could not be kept when it came.
     """
 
     prompt_tokens: int
@@ -240,6 +241,7 @@ class RequestReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     deadline_met: bool | None = None
     lateness_s: float | None = None
     why: str = ""
+    degraded: bool = False
 
 
 class SequenceDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -322,7 +324,8 @@ class ClassStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What became of one SLO class's sequences, since start.
 
     requests: ended, or refused. met, missed: whole promises, of those that ended and had one. ttft_met: first tokens in
-    time. refused: on arrival, for overload. expired: ended at their deadline (`on_miss` other than "finish").
+    time. refused: on arrival, for overload; degraded: taken without their promise for it, and ended. expired: ended at
+    their deadline (`on_miss` other than "finish").
     """
 
     requests: int = 0
@@ -330,6 +333,7 @@ class ClassStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     missed: int = 0
     ttft_met: int = 0
     refused: int = 0
+    degraded: int = 0
     expired: int = 0
 
 

@@ -11,13 +11,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from fake_services import Service, serving
 
 import superinfer as si
 from superinfer.lang.loop import language_loop
-from superinfer.runtime.launch import EngineProcess
+from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.launch import EngineProcess, launch_engine
 
 
 @si.function
@@ -195,6 +197,28 @@ except si.SuperinferError as error:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
     assert done.stdout.splitlines()[:1] == ["300 []"], done.stdout + done.stderr
     assert "EngineUnavailableError this process may have 60 files open" in done.stdout
+
+
+def test_over_http_a_report_has_all_stages_that_the_engine_tells(talking_llama: Path) -> None:
+    small = dict(policy="lru", page_size=8, kv_tokens=256, dram_tokens=4096, max_batch_size=8, max_batch_tokens=64)
+
+    @si.function
+    def story(s, number):
+        s += f"{number}" + si.gen("x", max_tokens=120, ignore_eos=True, slo=si.SLO(tbt=0.0001))
+
+    with (
+        launch_engine(EngineConfig(model=str(talking_llama), device="cpu", **small)) as engine,
+        serving_at("--engine", engine.address, "--model-name", "tiny") as url,
+        si.OpenAI("tiny", base_url=f"{url}/v1") as backend,
+    ):
+        states = story.run_batch([{"number": number} for number in range(8)], backend=backend)
+        rows = [row for state in states for row in state.slo_report().rows]
+    assert len(rows) == 8
+    assert sum(row.rotated_s + row.copy_wait_s + row.preempted_s for row in rows) > 0.0  # memory is for two of them
+    for row in rows:
+        inside = row.queue_s + row.prefill_s + row.rotated_s + row.copy_wait_s + row.preempted_s + row.decode_s
+        assert inside + row.client_s == pytest.approx(max(row.e2e_s, inside), abs=1e-4)
+        assert row.met is False and row.why
 
 
 def test_an_slo_goes_to_our_server_and_its_verdict_comes_back(server: str) -> None:

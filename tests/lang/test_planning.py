@@ -255,6 +255,16 @@ def test_a_program_that_cannot_be_in_time_any_more_yields_to_others(model: Scrip
     assert state["answer"] == "ok" and state.slo_report().program.met is False
 
 
+def test_a_planned_call_that_the_engine_took_without_its_promise_says_so(model: ScriptedClient) -> None:
+    model.token_s = 0.05
+    model.report = make_report(e2e_s=2.0, decode_s=1.998, met=False, deadline_met=False, why="overload", degraded=True)
+    program = fresh(support)
+    program.trace("t")
+    row = program.run("t", deadline=0.1).slo_report().rows[0]
+    assert row.planned_s is not None
+    assert (row.met, row.why, row.degraded) == (False, "overload", True)
+
+
 def test_siblings_of_a_fork_share_a_group_and_others_have_none(model: ScriptedClient) -> None:
     fresh(support).run("t")
     groups = [r.hints.group if r.hints else "" for r in model.requests]

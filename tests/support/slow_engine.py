@@ -16,6 +16,7 @@ import pytest
 from memory_executor import MemoryExecutor
 from own_time import pass_time
 
+from superinfer.runtime.config import Admission
 from superinfer.runtime.engine import loop as loop_module
 from superinfer.runtime.engine.executor import ExecutorLimits
 from superinfer.runtime.engine.frontdoor import FrontDoor
@@ -55,6 +56,7 @@ class SlowExecutor(MemoryExecutor):
         if call is not None:
             call()
         result = super().collect()
+        result.elapsed = self.step_s
         result.tokens = {slot: 5 + token for slot, token in result.tokens.items()}  # letters and digits
         return result
 
@@ -98,18 +100,25 @@ class SlowEngine:
 
 @contextlib.contextmanager
 def slow_engine(
-    checkpoint: Path, *, step_s: float = 0.05, num_slots: int = 16, max_queue: int = 64, context: int = 1024
+    checkpoint: Path,
+    *,
+    step_s: float = 0.05,
+    num_slots: int = 16,
+    max_queue: int = 64,
+    context: int = 1024,
+    policy: str = "fcfs",
+    admission: Admission = "accept",
 ) -> Iterator[SlowEngine]:
-    """One that serves text with the tokenizer of `checkpoint`, `num_slots` sequences at a time, first come first."""
+    """One that serves text with the tokenizer of `checkpoint`, `num_slots` sequences at a time."""
     executor = SlowExecutor(num_slots, context, step_s)
     limits = executor.limits
     info = ModelInfo(
         model="slow", path=str(checkpoint), architecture="none", vocab_size=limits.vocab_size, max_model_len=context,
-        eos_token_ids=(2,), dtype="none", device="none", page_size=PAGE, num_blocks=limits.num_blocks, policy="fcfs",
+        eos_token_ids=(2,), dtype="none", device="none", page_size=PAGE, num_blocks=limits.num_blocks, policy=policy,
         pid=0,
     )  # fmt: skip
     kv = build_cache(limits.num_blocks, 0, limits.page_size, prefix_cache=False)
-    scheduler = build_scheduler("fcfs", kv, SchedulerLimits(num_slots, 64, context))
+    scheduler = build_scheduler(policy, kv, SchedulerLimits(num_slots, 64, context), admission=admission)
     door = FrontDoor("tcp://127.0.0.1:0", info)
     loop = loop_module.EngineLoop(door, Intake(info), scheduler, executor, max_queue)  # type: ignore[arg-type]
     thread = threading.Thread(target=loop.run, daemon=True)

@@ -20,6 +20,7 @@ class Attainment:
         """A sequence ended. What its caller cancelled says nothing about its promise, and is only counted."""
         counts = self._of(slo_class)
         counts["requests"] += 1
+        counts["degraded"] += report.degraded
         if reason == "cancelled":
             return
         counts["met"] += report.met is True

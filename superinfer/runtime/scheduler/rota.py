@@ -85,18 +85,18 @@ class Rota(BatchScheduler):
     def overload(self, sequence: Sequence, now: float) -> float | None:
         """See Scheduler.overload. It may stay if it is kept beside all that were promised something before it.
 
-        Another try is worth it once what is kept now has been computed.
+        Where nobody runs it may in any case: it is in nobody's way, and what it takes is learnt. Another try is worth
+        it once what is kept now has been computed.
         """
-        roster = self._roster
-        if self.admission == "accept" or not sequence.kept:
+        roster, verdicts, slo = self._roster, self._standing.verdicts, sequence.slo
+        if self.admission == "accept" or slo is None or not slo.promises_anything:
             return None
-        if (
-            self._standing.verdicts.load < BUSY
-            and self._standing.verdicts.streams.all()
-            and self._looks.arrived < UNSEEN
-        ):
-            return None
-        self._look(now)
+        if sequence.row in roster.fresh:  # else it came with another, for whom all have been looked at
+            is_quiet = verdicts.load < BUSY and verdicts.streams.all() and sequence.kept
+            is_fine = not self._running or (is_quiet and not self._is_too_late(sequence, now))
+            if is_fine and self._looks.arrived < UNSEEN:
+                return None
+            self._look(now)
         if roster.whole[sequence.row]:
             return None
         if self.admission == "refuse":
@@ -147,13 +147,17 @@ class Rota(BatchScheduler):
         together = float(roster.prefill[row] + roster.shared[row])
         return due - self._standing.units.prefill_s(together, float(roster.context[row]) - together)
 
-    def _is_lost(self, sequence: Sequence, now: float) -> bool:
-        """Whether a kept sequence that waits is too late by now, as the next look would find; it is let go then."""
+    def _is_too_late(self, sequence: Sequence, now: float) -> bool:
+        """Whether a sequence that waits could not be in time even if it were next, as a look would find."""
         roster, row = self._roster, sequence.row
         prefill = float(roster.prefill[row])
         needs_s = self._standing.units.prefill_s(prefill, float(roster.context[row]) - prefill)
         needs_s += float(roster.load[row]) * self._block_s()
-        if self._due(sequence, at_best=True) - now >= needs_s or sequence is self._standing.aged:
+        return self._due(sequence, at_best=True) - now < needs_s
+
+    def _is_lost(self, sequence: Sequence, now: float) -> bool:
+        """Whether a kept sequence that waits is too late by now; it is let go then."""
+        if not self._is_too_late(sequence, now) or sequence is self._standing.aged:
             return False
         self._let_go(sequence)
         self._join(sequence)  # among the others that wait: nobody else may be left to compute for

@@ -252,6 +252,7 @@ class Sequence:
             deadline_met=verdict.deadline_met,
             lateness_s=verdict.lateness,
             why="overload" if why and self.is_degraded else why,
+            degraded=self.is_degraded,
         )
 
 

@@ -141,14 +141,17 @@ class _Engine(Collector):
         yield self._gauge("mirror_hit_rate", "Share of rotated blocks mirrored before, 0..1.", tiers.mirror_hit_rate)
 
     def _classes(self, stats: StatsReport) -> Iterable[Metric]:
-        """What never became an answer: by class, as the engine counts."""
+        """What never became an answer in time: by class, as the engine counts."""
         labels = ("model_name", "slo_class")
         refused = CounterMetricFamily("superinfer:slo_refused", "Sequences refused on arrival.", labels=labels)
+        degraded = CounterMetricFamily("superinfer:slo_degraded", "Sequences run without their promise.", labels=labels)
         expired = CounterMetricFamily("superinfer:slo_expired", "Sequences ended at their deadline.", labels=labels)
         for name, counts in stats.classes.items():
             refused.add_metric((self._model, name), counts.refused)
+            degraded.add_metric((self._model, name), counts.degraded)
             expired.add_metric((self._model, name), counts.expired)
         yield refused
+        yield degraded
         yield expired
 
     def _gauge(self, name: str, help: str, value: float) -> Metric:

@@ -42,7 +42,8 @@ class SloReport(msgspec.Struct, frozen=True):
     Of several choices: `met` says whether all met it, the rest is of the one that was latest.
     truncated: the deadline passed and `on_miss="truncate"` ended the answer there.
     queue_ms .. preempted_ms: a stage each, see RequestReport; they sum to e2e_ms. lateness_ms: the worst lag behind
-    the promise, negative where it was kept. why: the stage that cost most, where it was missed.
+    the promise, negative where it was kept. why: the stage that cost most, where it was missed; "overload" where it was
+    degraded: taken without the promise, which could not be kept when it came. Of several choices, whether one was.
     ttft_met, tbt_met, deadline_met: null where that was not promised. slo_class: the operator's class it counts under.
     """
 
@@ -63,6 +64,7 @@ class SloReport(msgspec.Struct, frozen=True):
     tbt_met: bool | None = None
     deadline_met: bool | None = None
     slo_class: str = ""
+    degraded: bool = False
 
 
 class Tally:
@@ -140,6 +142,7 @@ class Tally:
             tbt_met=None if slo.tbt is None else worst.tbt_met,
             deadline_met=None if slo.deadline is None else worst.deadline_met,
             slo_class=self.promise.slo_class,
+            degraded=any(report.degraded for report in reports),
         )
 
     @property

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rotation_bench import Bench
 
+from superinfer.runtime.config import Admission
 from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.protocol import Hints
 from superinfer.runtime.scheduler import looks as module
@@ -274,6 +275,56 @@ def test_while_calls_of_programs_run_deadlines_keep_steps_short():
         for hints in (None, Hints(rest_tokens=200.0, rest_s=1.0))
     )
     assert called < 0.8 * alone
+
+
+def offered(admission: Admission) -> tuple[list[Sequence], list[Sequence]]:
+    """(taken, refused) of twice as many streams as an H100 can serve, for 5 s, once all that were taken have ended."""
+    cost = StepCost(StepRates.seed(H100, LLAMA))
+    scheduler = build_scheduler("rota", KVCache(20_000, 16), SchedulerLimits(256, 8192, 8192), cost, admission)
+    now, number, taken, refused = 0.0, 0, [], []
+    while now < 5.0 or any(sequence.status is not Status.FINISHED for sequence in taken):
+        while number < 40.0 * now and now < 5.0:
+            prompt = [number] * (2000 + 7919 * number % 1500)
+            sequence = Sequence(id=number, prompt=prompt, max_tokens=100, arrival=now, slo=STREAM)
+            number += 1
+            scheduler.add(sequence)
+            again_s = scheduler.overload(sequence, now)
+            if again_s is None:
+                taken.append(sequence)
+            else:
+                assert again_s >= 1.0
+                scheduler.cancel(sequence, now)
+                refused.append(sequence)
+        plan = scheduler.plan(now)
+        if plan is None:
+            now += 0.001
+            continue
+        took_s = cost.seconds(StepLoad.of(plan))
+        now += took_s
+        scheduler.commit(StepResult(plan.step, {w.slot: 1 for w in plan.work if w.sample}, elapsed=took_s), now)
+    return taken, refused
+
+
+def test_under_overload_those_who_cannot_be_kept_are_refused_and_hardly_anybody_else():
+    taken, refused = offered("refuse")
+    assert len(refused) >= 0.4 * (len(taken) + len(refused))
+    late = [sequence for sequence in taken if not sequence.report(0.0).met]
+    assert sum(sequence.arrival > 1.0 for sequence in late) <= 0.05 * len(taken)  # until then load is not foreseen
+    everybody, _ = offered("accept")
+    assert len(taken) - len(late) >= 0.85 * sum(bool(sequence.report(0.0).met) for sequence in everybody)
+
+
+def test_what_comes_to_a_machine_where_nobody_runs_is_taken_though_cheaper_ones_are_foreseen():
+    cost = StepCost(StepRates.seed(H100, LLAMA))
+    scheduler = build_scheduler("rota", KVCache(20_000, 16), SchedulerLimits(256, 8192, 8192), cost, "refuse")
+    for number in range(200):  # 50 a second of 3,000 tokens, who leave again
+        sequence = Sequence(id=number, prompt=[number] * 3000, max_tokens=20, arrival=number / 50, slo=STREAM)
+        scheduler.add(sequence)
+        scheduler.overload(sequence, number / 50)
+        scheduler.cancel(sequence, number / 50)
+    dear = Sequence(id=200, prompt=[200] * 8000, max_tokens=20, arrival=4.0, slo=STREAM)
+    scheduler.add(dear)
+    assert scheduler.overload(dear, 4.0) is None
 
 
 def without_wall(result: SimResult) -> dict:

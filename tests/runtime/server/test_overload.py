@@ -16,7 +16,7 @@ import pytest
 from slow_engine import slow_engine
 
 from superinfer.runtime.client import EngineClient
-from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.config import Admission, EngineConfig
 from superinfer.runtime.launch import launch_engine
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
@@ -59,6 +59,33 @@ def test_what_cannot_be_kept_is_a_503_that_says_when_to_come_back(choosy: Any, s
         counted = http.get("/metrics").text
     assert 'superinfer:slo_refused_total{model_name="tiny",slo_class="gold"}' in counted
     assert 'superinfer:http_requests_total{path="/v1/chat/completions",status="503"}' in counted
+
+
+@pytest.mark.parametrize("admission", ["refuse", "degrade"])
+def test_who_could_not_be_in_time_even_alone_hears_it_though_all_others_were_promised_nothing(
+    tiny_checkpoint: Path, serving: Callable[..., Any], admission: Admission
+) -> None:
+    hopeless = {"model": "tiny", "prompt": "hi", "max_tokens": 20, "ignore_eos": True, "slo": {"deadline_ms": 10}}
+    with (
+        slow_engine(tiny_checkpoint, num_slots=4, policy="rota", admission=admission) as engine,
+        EngineClient(engine.address) as client,
+        serving(engine.address) as served,
+        stream(served, max_tokens=900),  # for 45 s at least
+    ):
+        until(lambda: client.stats().steps >= 8)  # how long they take is known
+        answer = httpx.post(f"{served.url}/v1/completions", json=hopeless, timeout=30)
+        if admission == "refuse":
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
+            assert int(answer.headers["retry-after"]) >= 1
+        else:
+            told = answer.json()["slo"]
+            assert (told["met"], told["why"], told["degraded"]) == (False, "overload", True)
+        counted = client.stats().classes["default"]
+        assert (counted.refused, counted.degraded) == ((1, 0) if admission == "refuse" else (0, 1))
+        assert client.stats().running == 1, "the other goes on"
+        metrics = httpx.get(f"{served.url}/metrics").text
+    outcome = "refused" if admission == "refuse" else "degraded"
+    assert f'superinfer:slo_{outcome}_total{{model_name="tiny",slo_class="default"}} 1.0' in metrics
 
 
 # ---------------------------------------------------------------------------- an engine whose steps take their time
