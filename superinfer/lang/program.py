@@ -251,6 +251,7 @@ class Function:
             for executor in run.executors:  # forks are appended while we wait
                 executor.drained().result()
             run.check_turn()
+            self._warn_of_forks(run)
         except BaseException as error:
             run.abort(self._kept(error))
             raise
@@ -267,12 +268,22 @@ class Function:
             for executor in run.executors:
                 await executor.drained().get()
             run.check_turn()
+            self._warn_of_forks(run)
         except BaseException as error:
             run.abort(self._kept(error))
             raise
         finally:
             inside_run.reset(token)
             run.end()
+
+    def _warn_of_forks(self, run: Run) -> None:
+        """Of those that failed and that the program neither read nor joined: nobody else would hear of it."""
+        code = getattr(self.func, "__code__", None)
+        file, line = (code.co_filename, code.co_firstlineno) if code is not None else (f"<program {self.name}>", 1)
+        for fork, error in run.untold():
+            which = f"{fork} of program {self.name}, which nobody read or joined"
+            text = f"{which}, failed: {type(error).__name__}: {error}"
+            _warn(text, file, line, getattr(self.func, "__module__", None))
 
     def _kept(self, error: BaseException) -> BaseException:
         """What a state keeps of what ended its program: who reads it there is not to exit or end in the program's
@@ -460,13 +471,16 @@ _warned: dict[Any, Any] = {}
 
 
 def _warn_of_error(name: str, state: ProgramState) -> None:
-    """At the caller's caller, whose module would remember each for as long as the process lives."""
+    """At the caller's caller."""
     error = state.stream_executor.error
     if error is not None:
-        if len(_warned) > MOST_WARNED:
-            _warned.clear()
-        text, caller = f"program {name} failed: {type(error).__name__}: {error} (see state.error())", sys._getframe(2)
-        module = caller.f_globals.get("__name__")
-        warnings.warn_explicit(
-            text, RuntimeWarning, caller.f_code.co_filename, caller.f_lineno, module, registry=_warned
-        )
+        caller = sys._getframe(2)
+        text = f"program {name} failed: {type(error).__name__}: {error} (see state.error())"
+        _warn(text, caller.f_code.co_filename, caller.f_lineno, caller.f_globals.get("__name__"))
+
+
+def _warn(text: str, file: str, line: int, module: str | None) -> None:
+    """Each once, as long as it is remembered; by the module at fault it would be for as long as the process lives."""
+    if len(_warned) > MOST_WARNED:
+        _warned.clear()
+    warnings.warn_explicit(text, RuntimeWarning, file, line, module, registry=_warned)
