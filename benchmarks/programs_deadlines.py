@@ -21,7 +21,7 @@ from record import write
 
 from superinfer.lang.callgraph import Call, CallGraph, site_of
 from superinfer.lang.history import History
-from superinfer.lang.planner import Planner, Sent
+from superinfer.lang.planner import Planner, Sent, hints_unseen
 from superinfer.lang.promise import Promises
 from superinfer.lang.report import CallReport
 from superinfer.runtime.engine.executor import ExecutorLimits
@@ -203,7 +203,8 @@ class World:
         due = program.start + program.deadline
         promise = Promises(due=due).for_call(None, now)
         planner = self.planners[program.shape]
-        sent = planner.send(call, promise, due - now, "") if self.plan else Sent(promise.slo, None)
+        unplanned = Sent(promise.slo, hints_unseen("", None, promise.shared))
+        sent = planner.send(call, promise, due - now, "") if self.plan else unplanned
         sequence = Sequence(
             id=next(_unique), prompt=prompt, arrival=now, max_tokens=node.output, sampling=IGNORE_EOS, slo=sent.slo,
             hints=sent.hints, program=program.id,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from superinfer.errors import InvalidRequestError
@@ -43,14 +43,23 @@ def check_at_once(num_threads: object) -> int | None:
 
 def in_threads(
     items: Sequence[Item], work: Callable[[Item], T], at_once: int | None, cancel: Callable[[], object]
-) -> Iterator[T]:
-    """What `work` makes of each item, in their order. cancel: called at the end, or when the caller has gone, to stop
-    what still runs."""
+) -> Generator[T, None, None]:
+    """What `work` makes of each item, in their order; what it raises ends them all, at once. cancel: called at the end,
+    or when the caller has gone, to stop what still runs."""
     pool = ThreadPoolExecutor(at_once or _auto_threads(), "superinfer-batch")
-    futures = [pool.submit(work, item) for item in items]
+    outcomes: list[Outcome[T]] = [Outcome() for _ in items]
+
+    def one(item: Item, outcome: Outcome[T]) -> None:
+        try:
+            outcome.set(work(item))
+        except BaseException as error:
+            _end_all(outcomes, error)
+
+    futures: list[Future[None]] = []
     try:
-        for future in futures:
-            yield future.result()
+        futures.extend(pool.submit(one, item, outcome) for item, outcome in zip(items, outcomes, strict=True))
+        for outcome in outcomes:
+            yield outcome.result()
     finally:  # all done, or the caller has gone: then nothing of it is wanted any more
         for future in futures:
             future.cancel()
@@ -58,37 +67,65 @@ def in_threads(
         pool.shutdown(wait=False)
 
 
-def as_tasks(items: Sequence[Item], work: Callable[[Item], Awaitable[T]], at_once: int | None) -> Iterator[T]:
-    """What `work` makes of each item, in their order; all are tasks on the language's loop. Leaving early cancels."""
+def as_tasks(
+    items: Sequence[Item], work: Callable[[Item], Awaitable[T]], at_once: int | None
+) -> Generator[T, None, None]:
+    """The same, as tasks on the language's loop. Leaving early cancels."""
     if on_language_loop():
         raise RuntimeError("run_batch() would block the event loop that its programs run on; use arun_batch()")
     loop = language_loop().loop
-    limit = asyncio.Semaphore(at_once or max(1, len(items)))
     outcomes: list[Outcome[T]] = [Outcome() for _ in items]
     tasks: list[asyncio.Task[None]] = []
+
+    def start() -> None:
+        tasks.extend(_start(items, work, at_once, outcomes))
+
+    def cancel_all() -> None:
+        for task in tasks:
+            task.cancel()
+
+    try:
+        loop.call_soon_threadsafe(start)
+        for outcome in outcomes:
+            yield outcome.result()
+    finally:
+        loop.call_soon_threadsafe(cancel_all)  # comes after `start` at any rate
+
+
+async def as_tasks_here(
+    items: Sequence[Item], work: Callable[[Item], Awaitable[T]], at_once: int | None
+) -> AsyncGenerator[T, None]:
+    """The same, as tasks on the caller's loop. When it is left, or closed, all have ended."""
+    outcomes: list[Outcome[T]] = [Outcome() for _ in items]
+    tasks = _start(items, work, at_once, outcomes)
+    try:
+        for outcome in outcomes:
+            yield await outcome.get()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _start(
+    items: Sequence[Item], work: Callable[[Item], Awaitable[T]], at_once: int | None, outcomes: Sequence[Outcome[T]]
+) -> list[asyncio.Task[None]]:
+    limit = asyncio.Semaphore(at_once or max(1, len(items)))
 
     async def one(item: Item, outcome: Outcome[T]) -> None:
         try:
             async with limit:
                 outcome.set(await work(item))
         except BaseException as error:
-            outcome.fail(error)
-            if not isinstance(error, Exception):
-                raise
+            _end_all(outcomes, error)  # and no loop is ended by it: who waits for the batch gets it
 
-    def start() -> None:
-        tasks.extend(loop.create_task(one(item, outcome)) for item, outcome in zip(items, outcomes, strict=True))
+    return [asyncio.create_task(one(item, outcome)) for item, outcome in zip(items, outcomes, strict=True)]
 
-    def cancel_all() -> None:
-        for task in tasks:
-            task.cancel()
 
-    loop.call_soon_threadsafe(start)
-    try:
-        for outcome in outcomes:
-            yield outcome.result()
-    finally:
-        loop.call_soon_threadsafe(cancel_all)  # comes after `start` at any rate
+def _end_all(outcomes: Sequence[Outcome[Any]], error: BaseException) -> None:
+    """An item's own failure is in its state. What else ends it is meant for all: Ctrl-C, or the batch is not wanted."""
+    for outcome in outcomes:
+        outcome.fail(error)
 
 
 def _auto_threads() -> int:

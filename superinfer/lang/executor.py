@@ -36,7 +36,7 @@ from superinfer.lang.ir import (
 )
 from superinfer.lang.loop import language_loop, on_language_loop
 from superinfer.lang.outcome import Outcome
-from superinfer.lang.planner import NO_PAUSES, Sent, unseen
+from superinfer.lang.planner import NO_PAUSES, Sent, hints_unseen, unseen
 from superinfer.lang.promise import Promise, Promises
 from superinfer.lang.prompt import NO_PROMPT, Transcript
 from superinfer.lang.report import CallWatch
@@ -45,7 +45,6 @@ from superinfer.lang.steps import Append, Ask, Fork, OpenScope, Say, Step
 from superinfer.lang.unknown import DataDependent
 from superinfer.lang.variable import Feed, Variable
 from superinfer.lang.written import SentCall, Written, can_be_extended, new_mark, say
-from superinfer.runtime.protocol import Hints
 
 if TYPE_CHECKING:
     from superinfer.lang.run import Run
@@ -358,8 +357,7 @@ class StreamExecutor:
             pauses = session.pauses()
             group = group or (session.group() if call.index == 0 else "")
         if self.run.planner is None:
-            keep = unseen(pauses)
-            return Sent(promise.slo, Hints(group=group, keep_s=keep) if group or keep is not None else None)
+            return Sent(promise.slo, hints_unseen(group, unseen(pauses), promise.shared))
         return self.run.planner.send(call, promise, self.run.due - self.run.clock(), group, pauses)
 
     async def _answer(

@@ -78,6 +78,13 @@ def unseen(pauses: Pauses) -> float | None:
     return pauses.tools if pauses.tools is not None else pauses.idle
 
 
+def hints_unseen(group: str, keep_s: float | None, may_go_on: bool) -> Hints | None:
+    """What the engine is told of a call of which nothing has been seen yet."""
+    if group or keep_s is not None or may_go_on:
+        return Hints(group=group, keep_s=keep_s, may_go_on=may_go_on)
+    return None
+
+
 class Planner:
     """Plans the calls of one program from its history, and from a trace where there is one."""
 
@@ -110,7 +117,7 @@ class Planner:
 
     def send(self, call: Call, promise: Promise, left: float, group: str, pauses: Pauses = NO_PAUSES) -> Sent:
         """What to send with a call that has been promised `promise`, with `left` of the program's time."""
-        return self._planned(call, promise, left, self._hints(call, group, pauses))
+        return self._planned(call, promise, left, self._hints(call, promise, group, pauses))
 
     def _planned(self, call: Call, promise: Promise, left: float, hints: Hints | None) -> Sent:
         slo = promise.slo
@@ -127,11 +134,11 @@ class Planner:
         sent = SLO(ttft=slo.ttft, tbt=slo.tbt, deadline=planned, weight=weight)
         return Sent(sent, hints, planned, enforced=slo if slo.on_miss != "finish" else None)
 
-    def _hints(self, call: Call, group: str, pauses: Pauses) -> Hints | None:
+    def _hints(self, call: Call, promise: Promise, group: str, pauses: Pauses) -> Hints | None:
         known = self.history.site(self.program, call.site)
         if known is None:
-            keep = 0.0 if call.site in self._extended else unseen(pauses)
-            return Hints(group=group, keep_s=keep) if group or keep is not None else None
+            keep, traced = 0.0 if call.site in self._extended else unseen(pauses), self._traced.get(call.site)
+            return hints_unseen(group, keep, promise.shared and (traced is None or traced.tail > 0.0))
         return Hints(
             group=group,
             expected_tokens=known.tokens if known.tokens > 0 else None,

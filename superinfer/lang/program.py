@@ -10,12 +10,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, overload
 
-from superinfer.errors import InvalidRequestError, UnsupportedError
+from superinfer.errors import InvalidRequestError, RequestCancelledError, UnsupportedError
 from superinfer.lang.backend import Backend, resolve_backend
-from superinfer.lang.batch import as_tasks, check_at_once, check_items, in_threads
+from superinfer.lang.batch import as_tasks, as_tasks_here, check_at_once, check_items, in_threads
 from superinfer.lang.callgraph import CallGraph
 from superinfer.lang.dry_run import constant_prefix, trace
 from superinfer.lang.history import History
@@ -251,8 +251,9 @@ class Function:
             for executor in run.executors:  # forks are appended while we wait
                 executor.drained().result()
             run.check_turn()
+            self._warn_of_forks(run)
         except BaseException as error:
-            run.abort(error)
+            run.abort(self._kept(error))
             raise
         finally:
             inside_run.reset(token)
@@ -267,15 +268,32 @@ class Function:
             for executor in run.executors:
                 await executor.drained().get()
             run.check_turn()
+            self._warn_of_forks(run)
         except BaseException as error:
-            if isinstance(error, asyncio.CancelledError):
-                run.cancel()
-            else:
-                run.abort(error)
+            run.abort(self._kept(error))
             raise
         finally:
             inside_run.reset(token)
             run.end()
+
+    def _warn_of_forks(self, run: Run) -> None:
+        """Of those that failed and that the program neither read nor joined: nobody else would hear of it."""
+        code = getattr(self.func, "__code__", None)
+        file, line = (code.co_filename, code.co_firstlineno) if code is not None else (f"<program {self.name}>", 1)
+        for fork, error in run.untold():
+            which = f"{fork} of program {self.name}, which nobody read or joined"
+            text = f"{which}, failed: {type(error).__name__}: {error}"
+            _warn(text, file, line, getattr(self.func, "__module__", None))
+
+    def _kept(self, error: BaseException) -> BaseException:
+        """What a state keeps of what ended its program: who reads it there is not to exit or end in the program's
+        stead."""
+        if isinstance(error, SystemExit):
+            code = "" if error.code is None else repr(error.code)
+            return RuntimeError(f"program {self.name} called sys.exit({code})")
+        if isinstance(error, asyncio.CancelledError):
+            return RequestCancelledError(f"program {self.name} was cancelled")
+        return error
 
     async def _arun(self, state: ProgramState, arguments: Arguments) -> None:
         if self.is_async:
@@ -305,13 +323,20 @@ class Function:
         run.task.add_done_callback(lambda _: run.end())  # also of one that was cancelled before it began
 
     def _body_quietly(self, state: ProgramState, arguments: Arguments) -> ProgramState:
-        with contextlib.suppress(Exception):  # `_body` has put it into the state
+        # `_body` has put it into the state.
+        with contextlib.suppress(Exception, SystemExit, asyncio.CancelledError):
             self._body(state, arguments)
         return state
 
     async def _abody_quietly(self, state: ProgramState, arguments: Arguments) -> ProgramState:
-        with contextlib.suppress(Exception):
+        try:
             await self._arun(state, arguments)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise  # else it is the program's own: of a task that it awaited
+        except (Exception, SystemExit):
+            pass  # it is in the state
         return state
 
     # ------------------------------------------------------------------ many runs
@@ -327,7 +352,8 @@ class Function:
     ) -> Any:
         """Run once for each item, a dict or a tuple of arguments, and return the states in that order.
 
-        An item that fails keeps its error in its state (`error()`; reading a variable raises it) and harms no other.
+        An item that fails, or exits, keeps its error in its state (`error()`; reading a variable raises it) and harms
+        no other. Ctrl-C, and a KeyboardInterrupt of an item, end the batch at once and cancel what runs.
         num_threads: programs at a time, "auto" for at most 96 (for `async def` programs, which need no threads: all).
         generator_style: an iterator that yields each state as soon as it and those before it are done.
         Raises InvalidRequestError for arguments that the program does not take, before anything is run, and
@@ -335,12 +361,16 @@ class Function:
         """
         self._check_may_wait("run_batch")
         items, chosen = self._items(batch_kwargs, options)
-        states = self._batch(items, chosen, check_at_once(num_threads))
+        batch = self._batch(items, chosen, check_at_once(num_threads))
+        states: Iterator[ProgramState] = batch
         if progress_bar:
             from rich.progress import track
 
-            states = track(states, description=self.name, total=len(items))  # type: ignore[assignment]
-        return states if generator_style else list(states)
+            states = iter(track(batch, description=self.name, total=len(items)))
+        if generator_style:
+            return states
+        with contextlib.closing(batch):  # Ctrl-C may come anywhere
+            return list(states)
 
     async def arun_batch(
         self,
@@ -354,15 +384,10 @@ class Function:
         Closing the iterator cancels what has not finished.
         """
         items, chosen = self._items(batch_kwargs, options)
-        limit = asyncio.Semaphore(concurrency or max(1, len(items)))
-        tasks = [asyncio.create_task(self._aitem(item, chosen, limit)) for item in items]
-        try:
-            for task in tasks:
-                yield await task
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        states = as_tasks_here(items, lambda item: self._abody_quietly(self._new_state(chosen), item), concurrency)
+        async with contextlib.aclosing(states):
+            async for state in states:
+                yield state
 
     def _items(self, batch: Sequence[Any], options: dict[str, Any]) -> tuple[list[Arguments], RunOptions]:
         """The items of a batch, and how to run them; nothing has been run yet."""
@@ -374,28 +399,31 @@ class Function:
             raise InvalidRequestError(f"run_batch has no option {name!r}; arguments belong into the items")
         return check_items(batch, self._arguments), chosen
 
-    def _batch(self, items: list[Arguments], options: RunOptions, at_once: int | None) -> Iterator[ProgramState]:
+    def _batch(
+        self, items: list[Arguments], options: RunOptions, at_once: int | None
+    ) -> Generator[ProgramState, None, None]:
         if self.is_async:
             return as_tasks(items, lambda item: self._abody_quietly(self._new_state(options), item), at_once)
         running: set[ProgramState] = set()
+        is_over = False
 
         def one(item: Arguments) -> ProgramState:
             state = self._new_state(options)
             running.add(state)
+            if is_over:  # it came after the others had been cancelled
+                state.stream_executor.run.cancel()
             try:
                 return self._body_quietly(state, item)
             finally:
                 running.discard(state)
 
         def cancel() -> None:
+            nonlocal is_over
+            is_over = True
             for state in list(running):
                 state.stream_executor.run.cancel()
 
         return in_threads(items, one, at_once, cancel)
-
-    async def _aitem(self, arguments: Arguments, options: RunOptions, limit: asyncio.Semaphore) -> ProgramState:
-        async with limit:
-            return await self._abody_quietly(self._new_state(options), arguments)
 
     def __repr__(self) -> str:
         return f"<program {self.name}({', '.join(self.arg_names)})>"
@@ -443,13 +471,16 @@ _warned: dict[Any, Any] = {}
 
 
 def _warn_of_error(name: str, state: ProgramState) -> None:
-    """At the caller's caller, whose module would remember each for as long as the process lives."""
+    """At the caller's caller."""
     error = state.stream_executor.error
     if error is not None:
-        if len(_warned) > MOST_WARNED:
-            _warned.clear()
-        text, caller = f"program {name} failed: {type(error).__name__}: {error} (see state.error())", sys._getframe(2)
-        module = caller.f_globals.get("__name__")
-        warnings.warn_explicit(
-            text, RuntimeWarning, caller.f_code.co_filename, caller.f_lineno, module, registry=_warned
-        )
+        caller = sys._getframe(2)
+        text = f"program {name} failed: {type(error).__name__}: {error} (see state.error())"
+        _warn(text, caller.f_code.co_filename, caller.f_lineno, caller.f_globals.get("__name__"))
+
+
+def _warn(text: str, file: str, line: int, module: str | None) -> None:
+    """Each once, as long as it is remembered; by the module at fault it would be for as long as the process lives."""
+    if len(_warned) > MOST_WARNED:
+        _warned.clear()
+    warnings.warn_explicit(text, RuntimeWarning, file, line, module, registry=_warned)

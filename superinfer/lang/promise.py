@@ -45,10 +45,12 @@ def check_pause(name: str, seconds: object) -> float | None:
 
 @dataclass(frozen=True)
 class Promise:
-    """What one call is sent. `spent`: the program's time was over before the call began."""
+    """What one call is sent. spent: the program's time was over before the call began. shared: its deadline is that of
+    all calls together."""
 
     slo: SLO | None
     spent: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,5 +72,6 @@ class Promises:
             return Promise(merged)
         left = self.due - now
         merged = merged or SLO()
-        deadline = min(merged.deadline or math.inf, max(left, SPENT_DEADLINE))
-        return Promise(msgspec.structs.replace(merged, deadline=deadline), spent=left <= 0)
+        own, left_of_all = merged.deadline or math.inf, max(left, SPENT_DEADLINE)
+        slo = msgspec.structs.replace(merged, deadline=min(own, left_of_all))
+        return Promise(slo, spent=left <= 0, shared=left_of_all <= own)

@@ -56,6 +56,7 @@ class Run:
         self.task: asyncio.Task[Any] | None = None  # of a program that runs in the background on the language's loop
         self.executors: list[StreamExecutor] = []  # the first is the program's own state; none once it has ended
         self._has_ended = False
+        self._told: list[BaseException] = []
         render = backend.render_chat
         StreamExecutor(self, Transcript(render) if session is None else session.transcript(render))
         if session is not None:
@@ -77,6 +78,22 @@ class Run:
         self.abort(RequestCancelledError(f"program {self.ledger.name} was cancelled"))
         if self.task is not None:
             language_loop().loop.call_soon_threadsafe(self.task.cancel)
+
+    def tell(self, error: BaseException) -> None:
+        """The program got `error` where it read. Remembered, if it is what made a state fail."""
+        if any(executor.error is error for executor in self.executors):
+            self._told.append(error)
+
+    def untold(self) -> list[tuple[str, BaseException]]:
+        """Which forks have failed, and of what, without the program having been told. What made its own state fail is
+        told by that."""
+        told = {id(error) for error in (*self._told, self.root.error)}
+        failed = []
+        for executor in self.executors:  # after the one that they come from
+            if executor.error is not None and id(executor.error) not in told:
+                told.add(id(executor.error))
+                failed.append(("/".join(executor.path), executor.error))
+        return failed
 
     def check_turn(self) -> None:
         """Raises InvalidRequestError for a turn after which a session could not go on."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, TypeVar
 from urllib.request import getproxies, proxy_bypass
@@ -21,6 +22,7 @@ from superinfer.errors import (
     DeadlineMissedError,
     EngineUnavailableError,
     InvalidRequestError,
+    OverloadedError,
     QueueFullError,
     SuperinferError,
     error_from_code,
@@ -29,7 +31,7 @@ from superinfer.runtime.choices import TokenScore
 from superinfer.runtime.protocol import RequestReport
 
 _KEPT_S = 4.0  # what stands before a server may close what is idle after 5 s; a request must not cross that
-_FIRST_WAIT_S = 0.5  # before another try; twice as long before each further one
+_FIRST_WAIT_S = 0.5  # before another try, at least; twice as long before each further one
 
 T = TypeVar("T")
 
@@ -189,6 +191,7 @@ class ServerWire:
         """The answer's beginning, after as many tries as are allowed. Raises SuperinferError for one that is none."""
         tries = 0
         while True:
+            told_s: float | None = None
             try:
                 response = await self._session.post(
                     self._base + path, data=body, headers={"content-type": "application/json"}
@@ -201,9 +204,13 @@ class ServerWire:
                     return response
                 async with response:
                     said = await response.read()
+                told_s = _retry_after(response.headers.get("Retry-After", ""))
                 if tries >= self._retries or not (response.status in (408, 409, 429) or response.status >= 500):
-                    raise _error(response.status, said)
-            await asyncio.sleep(_FIRST_WAIT_S * 2**tries)
+                    error = _error(response.status, said)
+                    if isinstance(error, OverloadedError):
+                        error.retry_after_s = told_s
+                    raise error
+            await asyncio.sleep(max(_FIRST_WAIT_S * 2**tries, told_s or 0.0))
             tries += 1
 
     async def close(self) -> None:
@@ -221,6 +228,15 @@ def _proxy_of(base_url: str) -> tuple[URL | None, aiohttp.BasicAuth | None]:
     proxy = URL(found)
     auth = aiohttp.BasicAuth(proxy.user, proxy.password or "") if proxy.user else None
     return proxy.with_user(None), auth
+
+
+def _retry_after(header: str) -> float | None:
+    """Seconds; None where a server says nothing of them: our own says no dates."""
+    try:
+        seconds = float(header)
+    except ValueError:
+        return None
+    return seconds if 0.0 <= seconds < math.inf else None
 
 
 def _error(status: int, body: bytes) -> SuperinferError:

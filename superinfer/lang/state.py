@@ -108,8 +108,9 @@ class ProgramState:
 
     def get_var(self, name: str) -> Any:
         """The variable's value, once its call is done. Raises KeyError, and what ended the call."""
-        variable = self._variable(name)
-        value = self._wait(variable.outcome, f"await s.get({name!r})")
+        with self._telling():
+            variable = self._variable(name)
+            value = self._wait(variable.outcome, f"await s.get({name!r})")
         self._saw(variable)
         return value
 
@@ -117,10 +118,20 @@ class ProgramState:
 
     async def get(self, name: str) -> Any:
         """Async twin of `s[name]`."""
-        variable = self._variable(name)
-        value = await variable.outcome.get()
+        with self._telling():
+            variable = self._variable(name)
+            value = await variable.outcome.get()
         self._saw(variable)
         return value
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """What is raised within tells the program what made its state fail, if anything did."""
+        try:
+            yield
+        except Exception as error:
+            self.stream_executor.run.tell(error)
+            raise
 
     def _saw(self, variable: Variable | None = None) -> None:
         """The program knows this call's outcome, or that of all its state has made so far: what follows comes after."""
@@ -172,7 +183,10 @@ class ProgramState:
     def error(self) -> BaseException | None:
         """What made this state fail, if anything did."""
         self.sync()
-        return self.stream_executor.error
+        executor = self.stream_executor
+        if executor.error is not None:
+            executor.run.tell(executor.error)
+        return executor.error
 
     def slo_report(self) -> SLOReport:
         """What was promised to each call of the program, forks included, and what happened.
@@ -192,8 +206,9 @@ class ProgramState:
         if var_name is None and self._has_whole_text():
             yield self.text()
             return
-        for chunk in read(self._feed(var_name), self._abandoned()):
-            yield chunk.text
+        with self._telling():
+            for chunk in read(self._feed(var_name), self._abandoned()):
+                yield chunk.text
         self._saw(self.stream_executor.variables.get(var_name) if var_name is not None else None)
 
     @overload
@@ -209,9 +224,10 @@ class ProgramState:
             yield self.text()
             return
         last = Chunk("")
-        async for chunk in aread(self._feed(var_name), self._abandoned()):
-            last = chunk
-            yield (chunk.text, chunk.meta) if return_meta_data else chunk.text
+        with self._telling():
+            async for chunk in aread(self._feed(var_name), self._abandoned()):
+                last = chunk
+                yield (chunk.text, chunk.meta) if return_meta_data else chunk.text
         if return_meta_data and var_name is not None and (meta := self._variable(var_name).meta) is not last.meta:
             yield "", meta
 
@@ -302,9 +318,11 @@ class ProgramStateGroup:
 
     def _merge(self, mode: str) -> None:
         executors = tuple(state.stream_executor for state in self.states)
-        for executor in executors:
-            if executor.error is not None:
-                raise executor.error
+        errors = [executor.error for executor in executors if executor.error is not None]
+        for error in errors:
+            self.src_state.stream_executor.run.tell(error)
+        if errors:
+            raise errors[0]
         source = self.src_state.stream_executor
         if mode == "concate_and_append":
             source.append(executors)

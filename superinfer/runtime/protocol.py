@@ -52,6 +52,7 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbi
         or let go as a whole, and the time that the program has to spare is left to all of its calls.
     spread_s: mean deviation of how long this and what follows take; at least 0.
     follows: an earlier request's `rest_tokens` had this one in it.
+    may_go_on: the deadline is that of a whole program, and it is not known what of it will follow this.
     """
 
     group: str = ""
@@ -61,6 +62,7 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbi
     rest_s: float = 0.0
     spread_s: float = 0.0
     follows: bool = False
+    may_go_on: bool = False
 
     def __post_init__(self) -> None:
         if self.expected_tokens is not None:

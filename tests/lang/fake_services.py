@@ -28,7 +28,10 @@ class Service(ThreadingHTTPServer):
         self.breaks: str | None = None
         self.owner = "someone"
         self.key: str | None = None
+        self.busy: list[str] = []  # Retry-After with which it refuses, one request each, before it answers
+        self.busy_code = "rate_limit_exceeded"
         self.asked: list[dict[str, Any]] = []
+        self.came: list[float] = []  # when each of `asked` did, on the monotonic clock
         self.gone = 0
         self.proxy_keys: set[str] = set()  # that it was shown as a proxy
 
@@ -61,8 +64,12 @@ class Handler(BaseHTTPRequestHandler):
         if not self._may_come_in():
             return
         self.server.asked.append({"path": self.path, **body})
+        self.server.came.append(time.monotonic())
         if (key := self.headers["Proxy-Authorization"]) is not None:
             self.server.proxy_keys.add(key)
+        if self.server.busy:
+            told = {"error": {"message": "too many", "type": "rate_limit_error", "code": self.server.busy_code}}
+            return self._json(429, told, {"Retry-After": self.server.busy.pop(0)})
         if self.server.status != 200:
             return self._json(self.server.status, {"error": {"message": "no", "type": "x", "code": "x"}})
         self.send_response(200)
@@ -96,9 +103,11 @@ class Handler(BaseHTTPRequestHandler):
             told = {"type": "error", "error": {"type": "overloaded_error", "message": "too many"}}
             self.wfile.write(f"event: error\ndata: {json.dumps(told)}\n\n".encode())
 
-    def _json(self, status: int, body: dict[str, Any]) -> None:
+    def _json(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
         data = json.dumps(body).encode()
         self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

@@ -512,6 +512,35 @@ def test_a_services_errors_are_ours(service: Service, status: int, kind: type[Ex
             assert type(chat.run("hi", backend=backend).error()) is kind
 
 
+@pytest.mark.parametrize("kind", ["OpenAI", "Anthropic", "a superinfer server"])
+def test_a_busy_service_is_asked_again_when_it_said_and_no_more_often_than_allowed(service: Service, kind: str) -> None:
+    if kind == "Anthropic":
+        backend: si.Backend = si.Anthropic("m", base_url=service.url, api_key="k", max_retries=1)
+    else:
+        service.owner = "superinfer" if kind == "a superinfer server" else "someone"
+        backend = si.OpenAI("m", base_url=f"{service.url}/v1", max_retries=1)
+
+    @si.function
+    def program(s):
+        s += si.user("hi") + si.assistant(si.gen("answer"))
+
+    with backend:
+        service.busy = ["2"]
+        assert program.run(backend=backend)["answer"] == "so it is"
+        assert len(service.came) == 2 and service.came[1] - service.came[0] >= 1.9
+        service.busy = ["1", "1"]
+        with pytest.warns(RuntimeWarning, match="QueueFullError: .*too many"):
+            assert type(program.run(backend=backend).error()) is si.QueueFullError
+        assert len(service.came) == 4 and service.came[3] - service.came[2] >= 0.9
+
+
+def test_an_overloaded_server_says_when_to_try_again(service: Service) -> None:
+    service.owner, service.busy, service.busy_code = "superinfer", ["7"], "overloaded"
+    with si.RuntimeEndpoint(service.url) as backend, pytest.warns(RuntimeWarning, match="OverloadedError"):
+        error = chat.run("hi", backend=backend).error()
+    assert isinstance(error, si.OverloadedError) and error.retry_after_s == 7.0
+
+
 @pytest.mark.parametrize(
     ("breaks", "kind"),
     [
@@ -625,19 +654,33 @@ def test_litellm_answers_through_its_library(monkeypatch: pytest.MonkeyPatch) ->
 ASK_LITELLM = """
 import sys, superinfer as si
 
+timeout, retries = float(sys.argv[2]), int(sys.argv[3])
+
 @si.function
 def chat(s):
     s += si.user("hi") + si.assistant(si.gen("x"))
 
-with si.LiteLLM("openai/m", api_base=sys.argv[1], api_key="k", timeout=float(sys.argv[2]), max_retries=0) as backend:
-    print("it is", type(chat.run(backend=backend).error()).__name__)
+with si.LiteLLM("openai/m", api_base=sys.argv[1], api_key="k", timeout=timeout, max_retries=retries) as backend:
+    state = chat.run(backend=backend)
+    print("it is", type(state.error()).__name__ if state.error() else state["x"])
 """
+
+
+def ask_litellm(service: Service, timeout_s: float, retries: int) -> str:
+    command = [sys.executable, "-c", ASK_LITELLM, f"{service.url}/v1", str(timeout_s), str(retries)]
+    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize(("refusals", "answer"), [(1, "so it is"), (2, "QueueFullError")])
+def test_a_busy_service_is_asked_again_through_litellm(service: Service, refusals: int, answer: str) -> None:
+    service.busy = ["2"] * refusals
+    assert f"it is {answer}" in ask_litellm(service, 60.0, retries=1)
+    assert len(service.came) == 2 and service.came[1] - service.came[0] >= 1.9
 
 
 @pytest.mark.parametrize(("breaks", "kind"), [("cut", "EngineUnavailableError"), ("silent", "DeadlineMissedError")])
 def test_what_litellm_wraps_is_told_as_what_it_is(service: Service, breaks: str, kind: str) -> None:
     service.breaks = breaks
-    command = [sys.executable, "-c", ASK_LITELLM, f"{service.url}/v1", "1.0" if breaks == "silent" else "60.0"]
-    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
-    assert f"it is {kind}" in done.stdout
+    assert f"it is {kind}" in ask_litellm(service, 1.0 if breaks == "silent" else 60.0, retries=0)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 from scripted_client import ScriptedClient
@@ -53,6 +56,82 @@ def test_num_threads_bounds_how_many_run_at_once(model: ScriptedClient, kind) ->
     model.token_s = 0.01
     kind.run_batch([(10 + i,) for i in range(9)], num_threads=3)
     assert model.most_open == 3
+
+
+def _leaves(i: int) -> None:
+    if i == 1:
+        sys.exit(7)
+    if i == 2:
+        raise asyncio.CancelledError  # of a task that it awaited, perhaps
+    if i == 3:
+        raise KeyboardInterrupt
+
+
+@si.function
+def leaving(s, i):
+    s += f"item {i}:" + si.gen("x", max_tokens=3000)
+    _leaves(i)
+
+
+@si.function
+async def aleaving(s, i):
+    s += f"item {i}:" + si.gen("x", max_tokens=3000)
+    _leaves(i)
+
+
+async def _here(program: si.lang.program.Function, items: list[tuple[int]]) -> list[si.ProgramState]:
+    return [state async for state in program.arun_batch(items)]
+
+
+RUNS = {
+    "threads": lambda items: leaving.run_batch(items),
+    "tasks": lambda items: aleaving.run_batch(items),
+    "threads, async": lambda items: asyncio.run(_here(leaving, items)),
+    "tasks, async": lambda items: asyncio.run(_here(aleaving, items)),
+}
+
+
+@pytest.mark.parametrize("way", RUNS)
+def test_an_item_that_exits_or_cancels_itself_harms_no_other(model: ScriptedClient, way: str) -> None:
+    states = RUNS[way]([(i,) for i in (0, 1, 2, 4)])
+    assert [states[at]["x"] for at in (0, 3)] == ["ok", "ok"]
+    assert isinstance(states[1].error(), RuntimeError) and "called sys.exit(7)" in str(states[1].error())
+    assert isinstance(states[2].error(), si.RequestCancelledError)
+
+
+@pytest.mark.parametrize("way", RUNS)
+def test_a_keyboard_interrupt_in_an_item_ends_the_batch_at_once(model: ScriptedClient, way: str) -> None:
+    model.token_s, model.answer = 0.005, lambda prompt: "x" * 3000
+    with pytest.raises(KeyboardInterrupt):
+        RUNS[way]([(i,) for i in (0, 4, 5, 3)])
+    _wait_until(lambda: model.open == 0)
+    assert not model.ended  # though the items before it would have gone on for 15 s
+
+
+@pytest.mark.parametrize("progress_bar", [False, True])
+@pytest.mark.parametrize("kind", [leaving, aleaving])
+def test_ctrl_c_ends_a_batch_and_cancels_what_runs(model: ScriptedClient, kind, progress_bar: bool) -> None:
+    model.token_s, model.answer = 0.005, lambda prompt: "x" * 3000
+    batch = [(4,)] * 20
+
+    def press() -> None:
+        _wait_until(lambda: model.open == 3)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        kind.run_batch(batch, num_threads=3, progress_bar=progress_bar)
+    thread.join()
+    _wait_until(lambda: model.open == 0)
+    assert not model.ended and len(model.requests) < len(batch)
+
+
+def _wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.005)
+    assert holds()
 
 
 def test_items_may_be_tuples_and_an_empty_batch_is_empty(model: ScriptedClient) -> None:

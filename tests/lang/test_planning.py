@@ -513,3 +513,30 @@ def test_the_engine_is_told_what_must_follow_a_call(model: ScriptedClient) -> No
     assert plan.rest_tokens > notes[0].rest_tokens > answer.rest_tokens == 0
     assert plan.rest_s > notes[0].rest_s > answer.rest_s == 0
     assert [hints.follows for hints in (plan, *notes, answer)] == [False, True, True, True]
+
+
+def test_while_nothing_is_learnt_the_engine_is_told_that_a_programs_deadline_is_not_for_one_call(
+    model: ScriptedClient,
+) -> None:
+    @si.function
+    def program(s, own=None):
+        s += "p" + si.gen("x", slo=si.SLO(deadline=own) if own else None)
+        s += "q" + si.gen("y")
+
+    def told(**options) -> list[bool]:
+        before = len(model.requests)
+        program.run(**options)
+        return [r.hints is not None and r.hints.may_go_on for r in model.requests[before:]]
+
+    assert told(plan=False) == [False, False]  # no deadline
+    assert told(plan=False, deadline=60.0) == [True, True]
+    assert told(plan=False, deadline=60.0, own=1.0) == [False, True]  # its own
+    fresh = si.function(program.func)
+    before = len(model.requests)
+    fresh.run(deadline=60.0)
+    fresh.run(deadline=60.0)
+    assert [r.hints.may_go_on for r in model.requests[before:]] == [True, True, False, False]
+    traced = si.function(program.func).compile()
+    before = len(model.requests)
+    traced.run(deadline=60.0)
+    assert [r.hints is not None and r.hints.may_go_on for r in model.requests[before:]] == [True, False]

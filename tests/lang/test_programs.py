@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import sys
 import time
@@ -418,6 +419,82 @@ def test_an_error_in_a_fork_is_raised_by_join(model: ScriptedClient) -> None:
         s += si.gen("after")
 
     assert program.run()["after"] == "ok"
+
+
+def _fails_at_1(prompt: str) -> str:
+    if prompt.endswith("1"):
+        raise si.QueueFullError("full")
+    return "ok"
+
+
+@si.function
+def unjoined(s):
+    forks = s.fork(3)
+    forks += lambda i: str(i) + si.gen("v")
+    inner = forks[1].fork(2)  # fails with it: one error, one warning
+    inner += si.gen("w")
+    s += "p" + si.gen("x")
+
+
+@si.function
+async def aunjoined(s):
+    forks = s.fork(3)
+    forks += lambda i: str(i) + si.gen("v")
+    s += "p" + si.gen("x")
+
+
+@pytest.mark.parametrize("program", [unjoined, aunjoined])
+@pytest.mark.parametrize("way", ["run", "batch", "stream"])
+def test_a_fork_that_failed_unread_is_told_by_a_warning(model: ScriptedClient, program, way: str) -> None:
+    model.answer = _fails_at_1
+    with pytest.warns(RuntimeWarning) as caught:
+        if way == "stream":
+            state = program.run(stream=True)
+            assert "".join(state.text_iter()) == "pok"
+        else:
+            state = program.run() if way == "run" else program.run_batch([()])[0]
+    assert [str(one.message) for one in caught] == [
+        f"fork[1] of program {program.name}, which nobody read or joined, failed: QueueFullError: full"
+    ]
+    assert caught[0].filename == __file__
+    assert state["x"] == "ok" and state.error() is None
+
+
+def test_a_fork_whose_failure_the_program_was_told_of_warns_no_more(model: ScriptedClient) -> None:
+    model.answer = _fails_at_1
+    ways = {
+        "reads": lambda forks: forks[1]["v"],
+        "joins": lambda forks: forks.join(),
+        "streams": lambda forks: list(forks[1].text_iter("v")),
+        "asks": lambda forks: forks[1].error(),
+    }
+
+    @si.function
+    def program(s, way):
+        forks = s.fork(3)
+        forks += lambda i: str(i) + si.gen("v")
+        forks[2] += " 1" + si.gen("v")  # another that fails
+        with contextlib.suppress(si.QueueFullError):
+            ways[way](forks)
+        if way != "joins":
+            assert isinstance(forks[2].error(), si.QueueFullError)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for way in ways:
+            assert program.run(way).error() is None
+
+    @si.function
+    def looks_too_soon(s):
+        (fork,) = s.fork()
+        fork += "0" + si.gen("v")
+        assert fork["v"] == "ok"
+        with pytest.raises(KeyError):
+            fork["w"]
+        fork += " 1" + si.gen("w")
+
+    with pytest.warns(RuntimeWarning, match=r"fork\[0\] of program looks_too_soon"):
+        looks_too_soon.run()
 
 
 # ------------------------------------------------------------------------------------------------ async programs

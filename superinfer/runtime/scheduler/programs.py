@@ -2,7 +2,7 @@
 
 A program is worth nothing before its last call has ended. So of its time beyond what its calls take, each call may use
 its own part only; what is still to come counts as work; and when one call is let go, all are. docs/rotasched.md says
-what callers tell (`Hints.rest_tokens`, `rest_s`, `spread_s`, `follows`).
+what callers tell (`Hints.rest_tokens`, `rest_s`, `spread_s`, `follows`, `may_go_on`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ class Programs:
     """What callers said of calls that are part of a program; of the roster's rows.
 
     number: of its program, 0 for what is on its own. rest: tokens, the machine time of what follows. rest_s: how long
-    that takes at least, s. spread_s: mean deviation of how long it and what follows take.
+    that takes at least, s. spread_s: mean deviation of how long it and what follows take. is_part: 1 for a call whose
+    deadline is not for it alone.
     """
 
     def __init__(self) -> None:
-        self._table = np.zeros((4, FIRST_ROWS))
+        self._table = np.zeros((5, FIRST_ROWS))
         self._name()
         self._live: dict[str, tuple[int, set[int]]] = {}  # by program: its number, ids of its calls
         self._count = 0
@@ -46,6 +47,7 @@ class Programs:
         if hints is None:
             return
         self.rest[row], self.rest_s[row], self.spread_s[row] = hints.rest_tokens, hints.rest_s, hints.spread_s
+        self.is_part[row] = _tells(sequence)
         self._told += _tells(sequence)
         if sequence.program and (hints.rest_tokens > 0.0 or hints.follows):
             self._count += 1
@@ -85,11 +87,11 @@ class Programs:
         return Following(self.number[rows], self.rest[rows] * token_s, begins, self.rest_s[rows])
 
     def _name(self) -> None:
-        self.number, self.rest, self.rest_s, self.spread_s = self._table
+        self.number, self.rest, self.rest_s, self.spread_s, self.is_part = self._table
 
 
 def _tells(sequence: Sequence) -> bool:
     hints = sequence.hints
     return hints is not None and (
-        hints.rest_tokens > 0.0 or hints.rest_s > 0.0 or hints.spread_s > 0.0 or hints.follows
+        hints.rest_tokens > 0.0 or hints.rest_s > 0.0 or hints.spread_s > 0.0 or hints.follows or hints.may_go_on
     )

@@ -112,8 +112,11 @@ class Rota(BatchScheduler):
             return (-1.0, 0.0, sequence.id)
         if not sequence.kept:
             return (1.0, sequence.arrival, sequence.id)
-        cost_s = sum(self._standing.cost_of(sequence)) / float(self._roster.weight[sequence.row])
-        return (0.0, turn_of_one(self._start_by(sequence) - now, cost_s), sequence.id)
+        start = self._start_by(sequence) - now
+        if not self._standing.programs.is_part[sequence.row]:
+            cost_s = sum(self._standing.cost_of(sequence)) / float(self._roster.weight[sequence.row])
+            start = turn_of_one(start, cost_s)
+        return (0.0, start, sequence.id)
 
     def _queue_key(self, sequence: Sequence, now: float) -> tuple[float, ...]:
         """By age alone: who is next is seen at each look, and costs no sequence its place in a sorted queue."""

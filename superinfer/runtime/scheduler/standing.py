@@ -218,7 +218,10 @@ class Standing:
         rest[: len(is_resident)] &= ~is_resident
         self._settled = ended if not len(waits) and streams.all() else -1
         cost_s = (together_s + (left * token_s)[waits]) / seen.weight[waits]
-        self.line.put(rows[waits], seen.id[waits], now + turn(start - now, cost_s), last, np.flatnonzero(rest))
+        turns = turn(start - now, cost_s)
+        if self.programs:  # what of a program's work is one call's says little of when the program is done
+            turns = np.where(self.programs.is_part[rows[waits]] > 0.0, start - now, turns)
+        self.line.put(rows[waits], seen.id[waits], now + turns, last, np.flatnonzero(rest))
 
     @property
     def is_settled(self) -> bool:

@@ -267,12 +267,13 @@ def test_where_launches_cost_nothing_what_is_learnt_of_them_by_chance_gathers_no
     assert max(prompts) < 2 * np.mean(prompts)
 
 
-def test_while_calls_of_programs_run_deadlines_keep_steps_short():
+@pytest.mark.parametrize("hints", [Hints(rest_tokens=200.0, rest_s=1.0), Hints(may_go_on=True)])
+def test_while_calls_of_programs_run_deadlines_keep_steps_short(hints):
     """What a call takes, those that follow it do not have; by itself it may take the time that it was given."""
     cost = StepCost(StepRates.seed(H100, LLAMA))
     alone, called = (
-        np.mean([cost.seconds(load) for load in steps_of(cost, 64, 15.0, 1200, 5.0, SLO(deadline=20.0), hints)])
-        for hints in (None, Hints(rest_tokens=200.0, rest_s=1.0))
+        np.mean([cost.seconds(load) for load in steps_of(cost, 64, 15.0, 1200, 5.0, SLO(deadline=20.0), said)])
+        for said in (None, hints)
     )
     assert called < 0.8 * alone
 
