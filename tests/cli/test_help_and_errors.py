@@ -121,6 +121,11 @@ def test_a_file_that_cannot_be_written_is_named(run: Run, tmp_path: Path, name: 
     assert name in error_of(run("simulate", "--duration", "1", "--json", str(tmp_path / name)))
 
 
+@pytest.mark.parametrize("command", ["bench offline", "bench kernels", "bench programs --url-peer http://127.0.0.1:9"])
+def test_a_dash_is_no_file_where_tables_go_to_standard_output(run: Run, command: str) -> None:
+    assert "'-' is not standard output here" in error_of(run(*command.split(), "--json", "-"))
+
+
 def test_an_unknown_policy_is_named_with_the_known_ones(run: Run) -> None:
     line = error_of(run("engine", "--policy", "astrology"))
     assert "'astrology'" in line and "fcfs" in line

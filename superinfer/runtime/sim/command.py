@@ -74,7 +74,7 @@ def simulate(
     for name in policies:
         check_policy(name)  # before minutes of simulating the others
     classes = parse_slos(slo)
-    check_writable(json_path)
+    check_writable(json_path, or_stdout=True)
     if depth not in (1, 2):
         raise InvalidRequestError(f"depth={depth} must be 1 or 2, as an engine's")
     if plot_folder is not None:
