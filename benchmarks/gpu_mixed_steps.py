@@ -136,8 +136,8 @@ class HostParts:
         replace(executor._sent, "wait", "sent.wait")
         replace(executor._stage, "next_step", "stage.next_step")
         replace(executor._chunks, "fill", "chunks.fill")
-        replace(executor._chunk_attention, "plan", "chunks.plan")
-        replace(executor._chunk_attention, "run", "chunks.run")
+        replace(executor._attention.chunks, "plan", "chunks.plan")
+        replace(executor._attention.chunks, "run", "chunks.run")
         replace(executor._decodes, "fill", "decodes.fill")
         if executor._mixed_graphs is not None:
             replace(executor._mixed_graphs, "prepare", "mixed.prepare")

@@ -30,8 +30,9 @@ import msgspec
 from http_load import Answer, Direct, quantile
 
 from superinfer.bench.engine import info_of, random_prompt, started_engine
-from superinfer.bench.record import check_writable, write_record
+from superinfer.bench.record import write_record
 from superinfer.bench.shapes import CONFIGS, engine_of_shape
+from superinfer.out_file import check_writable
 from superinfer.runtime.client import AsyncEngineClient, new_request_id
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.protocol import Generate, SamplingParams

@@ -227,7 +227,7 @@ class NoopEngine:
             self.here_s += time.monotonic() - one.arrival
             self.running -= one.started is not None
             del self.live[one.client, one.request.request_id]
-            for follower in self.followers.take(one.client, one.request.request_id):
+            for follower, _ in self.followers.take(one.client, one.request.request_id):
                 prompt = [*one.request.prompt, *(5 + k % 58 for k in range(one.given)), *follower.prompt]
                 self._handle(one.client, msgspec.structs.replace(follower, prompt=prompt, after=""))
 

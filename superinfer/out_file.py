@@ -11,10 +11,12 @@ from typing import Any
 from superinfer.errors import InvalidRequestError
 
 
-def check_writable(path: Path | None) -> None:
-    """Before minutes of measuring, not after. Raises InvalidRequestError."""
-    if path is None or str(path) == "-":
+def check_writable(path: Path | None, *, or_stdout: bool = False) -> None:
+    """Before minutes of measuring, not after. or_stdout: "-" means standard output. Raises InvalidRequestError."""
+    if path is None or (or_stdout and str(path) == "-"):
         return
+    if str(path) == "-":
+        raise InvalidRequestError("'-' is not standard output here, where tables go; give the name of a file")
     if os.path.isdir(path):  # Path.is_dir raises where a name is too long
         raise InvalidRequestError(f"{str(path)!r} is a folder; give the name of a file in it")
     if not os.path.isdir(path.absolute().parent):

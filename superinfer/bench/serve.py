@@ -62,7 +62,7 @@ def serve(
     from superinfer.bench.workload import FIRST_TOKEN, OWN_LENGTHS, Load, Span, make_load, workload_name
     from superinfer.out_file import check_writable
 
-    check_writable(json_path)
+    check_writable(json_path, or_stdout=True)
     if priority not in ("", "edf"):
         raise InvalidRequestError(f"priority={priority!r} must be edf, or not given")
     if vocab <= FIRST_TOKEN:

@@ -67,6 +67,8 @@ class UrlPartner(Partner):
     """Any OpenAI-compatible endpoint."""
 
     def __init__(self, url: str, api_key: str, options: ChatOptions) -> None:
+        if urlsplit(url).scheme not in ("http", "https"):
+            raise InvalidRequestError(f"--url {url!r} must be http://HOST:PORT or https://HOST:PORT")
         try:
             import openai
         except ImportError:

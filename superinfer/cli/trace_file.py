@@ -68,7 +68,8 @@ def read_trace(path: Path) -> EngineTrace:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequestError(f"the trace {str(path)!r} cannot be read: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise InvalidRequestError(f"the trace {str(path)!r} cannot be read: {why}") from None
     events = _events(text)
     names = {e["args"]["name"] for e in events if e.get("name") == "process_name"} if events else set()
     if not events or "engine" not in names:

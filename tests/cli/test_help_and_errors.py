@@ -83,6 +83,24 @@ def test_a_value_out_of_range_is_named(run: Run) -> None:
     assert "temperature=-1.0" in error_of(run("chat", "--temperature", "-1"))
     assert "'gold=ttft_ms:soon'" in error_of(run("serve", "--slo-class", "gold=ttft_ms:soon"))
     assert "its fields are ttft_ms" in error_of(run("serve", "--slo-class", "gold=ttft:5"))
+    assert "sampling_defaults='mine'" in (line := error_of(run("serve", "--sampling-defaults", "mine")))
+    assert "model, openai" in line
+    assert "--url 'localhost:8000' must be http://" in error_of(run("chat", "--url", "localhost:8000"))
+
+
+@pytest.mark.parametrize(
+    "options,reason",
+    [
+        (("--rate", ""), "--rate '' names nothing"),
+        (("--policy", " , "), "--policy ' , ' names nothing"),
+        (("--policy", "fcfs,astrology"), "'astrology' is unknown"),
+        (("--seed", "-1"), "seed=-1"),
+        (("--max-batch-size", "0"), "max_batch_size=0"),
+        (("--max-batch-tokens", "0"), "max_batch_tokens=0"),
+    ],
+)
+def test_what_cannot_be_simulated_is_named(run: Run, options: tuple[str, ...], reason: str) -> None:
+    assert reason in error_of(run("simulate", "--duration", "1", *options))
 
 
 def test_a_simulated_engine_plans_one_step_ahead_or_two(run: Run) -> None:
@@ -101,6 +119,11 @@ def test_a_simulations_tables_fit_a_terminal_of_80_columns(run: Run) -> None:
 @pytest.mark.parametrize("name", ["x" * 300, "absent/out.json"], ids=["no name of a file", "no folder"])
 def test_a_file_that_cannot_be_written_is_named(run: Run, tmp_path: Path, name: str) -> None:
     assert name in error_of(run("simulate", "--duration", "1", "--json", str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("command", ["bench offline", "bench kernels", "bench programs --url-peer http://127.0.0.1:9"])
+def test_a_dash_is_no_file_where_tables_go_to_standard_output(run: Run, command: str) -> None:
+    assert "'-' is not standard output here" in error_of(run(*command.split(), "--json", "-"))
 
 
 def test_an_unknown_policy_is_named_with_the_known_ones(run: Run) -> None:

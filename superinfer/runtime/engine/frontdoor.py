@@ -171,7 +171,10 @@ def _bind(socket: zmq.Socket[bytes], address: str) -> str:
     try:
         socket.bind(wanted)
     except zmq.ZMQError as error:
-        hint = "another process uses it; choose another port" if error.errno == zmq.EADDRINUSE else str(error)
+        taken = error.errno == zmq.EADDRINUSE
+        hint = (
+            "another process uses it; choose another port" if taken else f"{error}; give ipc://PATH or tcp://HOST:PORT"
+        )
         raise InvalidRequestError(f"the engine cannot listen at {address!r}: {hint}") from error
     return str(socket.getsockopt_string(zmq.LAST_ENDPOINT))
 

@@ -22,6 +22,8 @@ from superinfer.runtime.models.moe import SparseMLP
 
 
 class DecoderLayer(nn.Module):
+    """Attention and a feed-forward block, each behind a norm that adds to the residual stream, [tokens, hidden]."""
+
     def __init__(self, config: ModelConfig, attention: Attention, mlp: MLP | SparseMLP) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -44,6 +46,8 @@ class DecoderLayer(nn.Module):
 
 
 class Embedding(nn.Module):
+    """ids [tokens] -> their rows of the table, [tokens, size]."""
+
     def __init__(self, rows: int, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, size))
@@ -53,6 +57,8 @@ class Embedding(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Token ids to final hidden states, cut in two behind the last layer's attention; see CausalLM."""
+
     def __init__(self, config: ModelConfig, layers: list[DecoderLayer]) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
@@ -62,6 +68,7 @@ class Decoder(nn.Module):
 
     @property
     def last(self) -> DecoderLayer:
+        """The last layer."""
         layer = self.layers[-1]
         assert isinstance(layer, DecoderLayer)
         return layer
@@ -105,10 +112,12 @@ class CausalLM(nn.Module):
 
     @staticmethod
     def make_attention(config: ModelConfig, layer: int) -> Attention:
+        """Of the layer with that number, from 0."""
         return Attention(config, layer)
 
     @staticmethod
     def make_mlp(config: ModelConfig, layer: int) -> MLP | SparseMLP:
+        """The same, of its feed-forward block."""
         return MLP(config)
 
     def forward(

@@ -47,6 +47,8 @@ class StepContext:
 
 
 class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension, of `size`; any number of rows."""
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
@@ -61,6 +63,8 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
+    """[tokens, inputs] -> [tokens, outputs], by the kernel that is the quickest for so many tokens on the device."""
+
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
@@ -112,6 +116,8 @@ class FusedLinear(Linear):
 
 
 class RotaryEmbedding(nn.Module):
+    """positions [tokens] -> the angles' cos and sin, each as in StepContext."""
+
     def __init__(self, rope: RopeConfig) -> None:
         super().__init__()
         # float32 whatever the model's dtype: half precision cannot tell neighbouring positions apart.

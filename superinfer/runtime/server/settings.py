@@ -6,7 +6,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -124,7 +124,18 @@ def load_settings(
     try:
         return msgspec.convert(merged, ServerSettings, strict=False)
     except msgspec.ValidationError as error:
-        raise InvalidRequestError(f"a server setting is wrong: {error}") from None
+        raise InvalidRequestError(f"a server setting is wrong: {_say(merged, str(error))}") from None
+
+
+def _say(values: Mapping[str, Any], message: str) -> str:
+    """What msgspec says of a setting, with the value, and with the choices where there are some."""
+    said, _, name = message.partition(" - at `$.")
+    name = name.removesuffix("`")
+    if name not in values:
+        return message
+    kinds = {field.name: field.type for field in msgspec.structs.fields(ServerSettings)}
+    choices = get_args(kinds[name]) if get_origin(kinds[name]) is Literal else ()
+    return f"{name}={values[name]!r}: {said}" + (f"; choose one of {', '.join(choices)}" if choices else "")
 
 
 def _from_file(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from superinfer.errors import InvalidRequestError
-from superinfer.runtime.scheduler.registry import POLICIES
+from superinfer.runtime.scheduler.registry import POLICIES, check_policy
 from superinfer.runtime.sim.hardware import PROFILES, profile_of
 from superinfer.runtime.sim.shapes import SHAPES, shape_of
 from superinfer.runtime.slo import SLO
@@ -69,9 +69,12 @@ def simulate(
     from superinfer.runtime.sim.workload import make_jobs
 
     profile, shape = profile_of(hardware), shape_of(model)
-    rates = [_number("--rate", part) for part in _parts(rate)]
+    rates = [_number("--rate", part) for part in _listed("--rate", rate)]
+    policies = _listed("--policy", policy)
+    for name in policies:
+        check_policy(name)  # before minutes of simulating the others
     classes = parse_slos(slo)
-    check_writable(json_path)
+    check_writable(json_path, or_stdout=True)
     if depth not in (1, 2):
         raise InvalidRequestError(f"depth={depth} must be 1 or 2, as an engine's")
     if plot_folder is not None:
@@ -89,7 +92,7 @@ def simulate(
             turns=turns,
             max_tokens=max_tokens,
         )
-        for name in _parts(policy):
+        for name in policies:
             config = SimConfig(
                 policy=name,
                 kv_tokens=kv_tokens,
@@ -152,6 +155,13 @@ def parse_slos(text: str) -> list[tuple[float, SLO]]:
 
 def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _listed(name: str, text: str) -> list[str]:
+    parts = _parts(text)
+    if not parts:
+        raise InvalidRequestError(f"{name} {text!r} names nothing; give one, or several with commas")
+    return parts
 
 
 def _number(name: str, text: str) -> float:

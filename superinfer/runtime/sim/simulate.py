@@ -110,8 +110,11 @@ def simulate(
     """Run the jobs to their end. on_end: told of each sequence that ended; its id is its place in `jobs`.
 
     believed: what the scheduler expects of the machine before it has seen a step; None: what it is.
-    Raises InvalidRequestError if the model does not fit the machine, and for an unknown policy.
+    Raises InvalidRequestError if the model does not fit the machine, for an unknown policy and for no room in a step.
     """
+    for name in ("max_batch_size", "max_batch_tokens"):
+        if getattr(config, name) < 1:
+            raise InvalidRequestError(f"{name}={getattr(config, name)} must be at least 1")
     rates = StepRates.seed(profile, shape)
     kv_tokens = config.kv_tokens if config.kv_tokens is not None else kv_room(profile, shape)
     num_blocks = kv_tokens // config.page_size

@@ -99,12 +99,14 @@ def make_jobs(
     max_tokens: what every request asks for, though its answer ends before; 0: as long as its answer is.
 
     Raises InvalidRequestError for an unknown workload, a missing, malformed or useless trace, a rate or duration not
-    above 0, and max_tokens below 0.
+    above 0, and a seed or max_tokens below 0.
     """
     if turns and workload != "mooncake":
         raise InvalidRequestError(f"--turns: prompts of workload {workload!r} follow no answers; those of mooncake do")
     if not (math.isfinite(rate) and rate > 0 and math.isfinite(duration) and duration > 0):
         raise InvalidRequestError(f"rate={rate} and duration={duration} must be finite and above 0")
+    if seed < 0:
+        raise InvalidRequestError(f"seed={seed} must be at least 0")
     if max_tokens < 0:
         raise InvalidRequestError(f"max_tokens={max_tokens} must be above 0, or 0 for as many as the answer has")
     if arrivals not in ("poisson", "trace"):
