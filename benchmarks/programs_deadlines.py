@@ -2,8 +2,9 @@
 
 The planner, the history, the scheduler and the KV bookkeeping are the real ones; the clock and the device (an H100
 with Llama-3-8B, unless told otherwise) are simulated. Programs of five shapes arrive as a Poisson process, each with
-a deadline drawn from a range, and are given up once it has passed. Every arm gets the same programs at the same
-times. The planner learns from programs that arrive slowly before the measured ones do.
+a deadline drawn from a range, and are given up once it has passed. Answers end well before their max_tokens. Every arm
+gets the same programs at the same times. The planner learns from programs that arrive slowly before the measured ones
+do.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepRates
 from superinfer.runtime.scheduler.registry import build_scheduler
 from superinfer.runtime.scheduler.sequence import Sequence
-from superinfer.runtime.sim.executor import SimExecutor
+from superinfer.runtime.sim.executor import END_TOKEN, SimExecutor
 from superinfer.runtime.sim.hardware import profile_of
 from superinfer.runtime.sim.shapes import shape_of
 from superinfer.runtime.sim.simulate import kv_room
 
 PAGE = 16
+LONGEST = 4  # times as long as their answers become, calls allow them to be
 IGNORE_EOS = SamplingParams(ignore_eos=True)
 _unique = itertools.count(1)
 
@@ -145,7 +147,8 @@ class World:
         self.scheduler = build_scheduler(
             policy, KVCache(blocks, PAGE), SchedulerLimits(options.slots, options.batch_tokens, 16384)
         )
-        self.executor = SimExecutor(rates, limits)
+        self.lengths: list[int] = []  # of answers, by a sequence's seed
+        self.executor = SimExecutor(rates, limits, lengths=self.lengths)
         self.plan = plan
         self.history = History()
         self.planners = {name: Planner(name, self.history) for name in SHAPES}
@@ -183,7 +186,7 @@ class World:
 
     def _begin(self, program: Program, now: float) -> None:
         for at, node in enumerate(program.nodes):
-            call = Call(at, "", node.name, node.path, node.after, node.extends, 4 * node.output)
+            call = Call(at, "", node.name, node.path, node.after, node.extends, LONGEST * node.output)
             visit = 1 + sum(c.name == node.name and c.path == node.path for c in program.graph.calls)
             call.site = site_of(node.path, node.name, visit)
             program.graph.calls.append(call)
@@ -206,9 +209,10 @@ class World:
         unplanned = Sent(promise.slo, hints_unseen("", None, promise.shared))
         sent = planner.send(call, promise, due - now, "") if self.plan else unplanned
         sequence = Sequence(
-            id=next(_unique), prompt=prompt, arrival=now, max_tokens=node.output, sampling=IGNORE_EOS, slo=sent.slo,
-            hints=sent.hints, program=program.id,
+            id=next(_unique), prompt=prompt, arrival=now, max_tokens=call.max_tokens, sampling=IGNORE_EOS, slo=sent.slo,
+            hints=sent.hints, program=program.id, seed=len(self.lengths), stop_ids=(END_TOKEN,),
         )  # fmt: skip
+        self.lengths.append(node.output)
         program.open[at] = sequence
         self.owner[sequence.id] = (program, call)
         self.scheduler.add(sequence)
@@ -219,7 +223,7 @@ class World:
         if program.over:
             return
         report = sequence.report(now)
-        row = CallReport(call=call.name, e2e_s=report.e2e_s, output_tokens=report.output_tokens, finish_reason="length")
+        row = CallReport(call=call.name, e2e_s=report.e2e_s, output_tokens=report.output_tokens, finish_reason="stop")
         call.end(now - program.start, row, report)
         program.texts[call.index] = list(sequence.tokens)
         program.left -= 1

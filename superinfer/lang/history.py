@@ -83,7 +83,8 @@ class History:
     """What was learnt of programs, by their names. Safe to share among programs and threads.
 
     path: a JSON file to begin from, where it exists, and to write at `save`, and when nobody has this object any more,
-    at the latest at the interpreter's end. Raises InvalidRequestError for a file that holds something else.
+    at the latest at the interpreter's end; what other processes have written there of programs that did not run here
+    stays. Raises InvalidRequestError for a file that holds something else.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
@@ -93,13 +94,14 @@ class History:
         self._lock = threading.Lock()
         self._book = _Book()
         self._changed = threading.Event()  # since it was last written
+        self._ours: set[str] = set()  # programs of which something was learnt here
         if self.path is not None:
             if self.path.exists():
                 try:
                     self._book = msgspec.json.decode(self.path.read_bytes(), type=_Book)
                 except (OSError, msgspec.MsgspecError) as error:
                     raise InvalidRequestError(f"history {str(path)!r} cannot be read ({error}); delete it") from None
-            weakref.finalize(self, _save_quietly, self.path, self._book, self._lock, self._changed)
+            weakref.finalize(self, _save_quietly, self.path, self._book, self._ours, self._lock, self._changed)
 
     @classmethod
     def of(cls, given: History | str | os.PathLike[str] | None) -> History:
@@ -180,6 +182,8 @@ class History:
         learnt = self._book.programs.get(program)
         if learnt is None and len(self._book.programs) < MAX_PROGRAMS:
             learnt = self._book.programs[program] = Learnt()
+        if learnt is not None:
+            self._ours.add(program)
         return learnt
 
     def _learn_speed(self, calls: list[Call]) -> None:
@@ -192,7 +196,7 @@ class History:
         """Write the file, whole or not at all. Raises InvalidRequestError without a path, OSError."""
         if self.path is None:
             raise InvalidRequestError("this history has no path; make it with History('file.json')")
-        _write(self.path, self._book, self._lock, self._changed)
+        _write(self.path, self._book, self._ours, self._lock, self._changed)
 
 
 _of_path: weakref.WeakValueDictionary[str, History] = weakref.WeakValueDictionary()
@@ -208,8 +212,11 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _write(path: Path, book: _Book, lock: threading.Lock, changed: threading.Event) -> None:
+def _write(path: Path, book: _Book, ours: set[str], lock: threading.Lock, changed: threading.Event) -> None:
     with lock:
+        for name, learnt in _written(path).items():
+            if name not in ours and (name in book.programs or len(book.programs) < MAX_PROGRAMS):
+                book.programs[name] = learnt
         data = msgspec.json.encode(book)
         changed.clear()
     beside = path.with_name(f"{path.name}.{os.getpid()}")
@@ -217,10 +224,17 @@ def _write(path: Path, book: _Book, lock: threading.Lock, changed: threading.Eve
     beside.replace(path)
 
 
-def _save_quietly(path: Path, book: _Book, lock: threading.Lock, changed: threading.Event) -> None:
+def _written(path: Path) -> dict[str, Learnt]:
+    """What is in the file by now, perhaps of other processes."""
+    with contextlib.suppress(OSError, msgspec.MsgspecError):
+        return msgspec.json.decode(path.read_bytes(), type=_Book).programs
+    return {}
+
+
+def _save_quietly(path: Path, book: _Book, ours: set[str], lock: threading.Lock, changed: threading.Event) -> None:
     if changed.is_set():
         with contextlib.suppress(OSError):  # nobody is left to tell
-            _write(path, book, lock, changed)
+            _write(path, book, ours, lock, changed)
 
 
 def _gaps(graph: CallGraph) -> dict[int, float]:

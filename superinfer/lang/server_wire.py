@@ -174,7 +174,7 @@ class ServerWire:
     @contextlib.asynccontextmanager
     async def _posted(self, path: str, body: dict[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
         try:
-            async with await self._answered(path, _encode(body)) as response:
+            async with await self._answered(path, body) as response:
                 yield response
         except SuperinferError:
             raise
@@ -187,14 +187,16 @@ class ServerWire:
                 f"the server at {self._base} does not answer: {str(error) or repr(error)}"
             ) from error
 
-    async def _answered(self, path: str, body: bytes) -> aiohttp.ClientResponse:
-        """The answer's beginning, after as many tries as are allowed. Raises SuperinferError for one that is none."""
+    async def _answered(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
+        """The answer's beginning, after as many tries as are allowed. Raises SuperinferError for one that is none, and
+        at once where what was promised would be lost by waiting for another try."""
+        data, due_s = _encode(body), body.get("slo", {}).get("deadline_ms", math.inf) / 1e3
         tries = 0
         while True:
             told_s: float | None = None
             try:
                 response = await self._session.post(
-                    self._base + path, data=body, headers={"content-type": "application/json"}
+                    self._base + path, data=data, headers={"content-type": "application/json"}
                 )
             except aiohttp.ClientConnectionError:
                 if tries >= self._retries:
@@ -205,10 +207,12 @@ class ServerWire:
                 async with response:
                     said = await response.read()
                 told_s = _retry_after(response.headers.get("Retry-After", ""))
-                if tries >= self._retries or not (response.status in (408, 409, 429) or response.status >= 500):
-                    error = _error(response.status, said)
-                    if isinstance(error, OverloadedError):
-                        error.retry_after_s = told_s
+                error = _error(response.status, said)
+                again = response.status in (408, 409, 429) or response.status >= 500
+                if isinstance(error, OverloadedError):
+                    error.retry_after_s = told_s
+                    again = again and (told_s or 0.0) < due_s
+                if tries >= self._retries or not again:
                     raise error
             await asyncio.sleep(max(_FIRST_WAIT_S * 2**tries, told_s or 0.0))
             tries += 1

@@ -539,6 +539,10 @@ def test_an_overloaded_server_says_when_to_try_again(service: Service) -> None:
     with si.RuntimeEndpoint(service.url) as backend, pytest.warns(RuntimeWarning, match="OverloadedError"):
         error = chat.run("hi", backend=backend).error()
     assert isinstance(error, si.OverloadedError) and error.retry_after_s == 7.0
+    service.busy = ["2", "7"]
+    with si.OpenAI("m", base_url=f"{service.url}/v1") as backend, pytest.warns(RuntimeWarning, match="OverloadedError"):
+        chat.run("hi", backend=backend, slo=si.SLO(deadline=5.0))
+    assert not service.busy and len(service.came) == 3  # after 2 s it may yet be in time, after 7 not
 
 
 @pytest.mark.parametrize(

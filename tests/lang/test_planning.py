@@ -7,6 +7,7 @@ import gc
 import json
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -463,6 +464,26 @@ def test_of_what_is_learnt_in_files_nothing_stays_when_nobody_has_it(model: Scri
             time.sleep(0.001)
         assert history() is None
     assert set(json.loads(path.read_text())["programs"]) == {f"desk {number}" for number in range(3)}
+
+
+def test_processes_that_share_a_history_file_leave_each_others_programs_in_it(
+    model: ScriptedClient, tmp_path: Path
+) -> None:
+    path = tmp_path / "learnt.json"
+
+    def other(s):
+        s += "o" + si.gen("x")
+
+    for first in (support, other):  # and whoever writes last
+        mine, theirs = si.History(path), si.History(path)  # as in two processes, both begun before either has written
+        si.function(deadline=5.0, history=mine)(support.func).run("t")
+        si.function(deadline=5.0, history=theirs)(other).run()
+        for history in (mine, theirs) if first is support else (theirs, mine):
+            history.save()
+        again = si.History(path)
+        assert again.program("support") == mine.program("support")
+        assert again.program("other") == theirs.program("other")
+        path.unlink()
 
 
 def test_a_program_that_is_compiled_or_bound_plans_with_what_was_learnt(model: ScriptedClient) -> None:
