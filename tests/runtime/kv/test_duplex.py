@@ -253,6 +253,37 @@ def test_a_copy_that_reads_what_a_failed_one_should_have_written_counts_as_faile
     assert kv.totals.failed == 2
 
 
+def test_a_mirror_made_anew_that_fails_is_known_though_the_one_before_it_was_made():
+    kv = DuplexCache(8, 2, PAGE)
+    running = compute(kv, tokens_of(1))
+    kv.mirror(10)
+    parked = compute(kv, tokens_of(2, 3))
+    assert kv.park(parked, 8)  # takes the mirror's place, on its way as it is
+    kv.release(parked)
+    kv.clear()
+    kv.mirror(10)
+    first, *_, again = (copy.id for copy in kv.take_copies())
+    assert not kv.settle([first], [])
+    assert not land(kv, failed=(again,))
+    assert running.nodes[0].dram < 0, "what was never written counts as a mirror"
+
+
+def test_what_is_written_anew_after_a_failed_copy_out_is_loaded():
+    kv = DuplexCache(2, 1, PAGE)
+    first = compute(kv, tokens_of(1))
+    assert kv.park(first, 4)
+    kv.release(first)
+    kv.clear()
+    second = compute(kv, tokens_of(2))
+    assert kv.park(second, 4)
+    kv.release(fill(kv))
+    assert kv.resume(second, 0)
+    failed, written, loaded = kv.take_copies()
+    assert (failed.dram, written.dram, loaded.dram) == (0, 0, 0)
+    assert not land(kv, failed=(failed.id,))
+    assert kv.is_intact(second)
+
+
 @pytest.mark.parametrize(("dram", "kind"), [(0, KVCache), (5, DuplexCache)])
 def test_there_is_a_second_tier_only_where_there_are_blocks_for_it(dram, kind):
     assert type(build_cache(4, dram, PAGE)) is kind
