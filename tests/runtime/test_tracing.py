@@ -25,15 +25,17 @@ from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepLoad
 from superinfer.runtime.scheduler.registry import build_scheduler
 from superinfer.runtime.scheduler.sequence import Sequence
-from superinfer.runtime.tracing import COPIES_IN, COPIES_OUT, TraceRecorder
+from superinfer.runtime.tracing import COPIES_IN, COPIES_OUT, MIRRORING, TraceRecorder
 
 PAGE = 4
 Event = dict[str, Any]
 
 
-def play(path: Path, prompts: list[list[int]], **recorder: Any) -> tuple[list[Sequence], list[Any]]:
+def play(
+    path: Path, prompts: list[list[int]], kv: DuplexCache | None = None, **recorder: Any
+) -> tuple[list[Sequence], list[Any]]:
     """A small engine with two tiers in virtual time, recorded. Returns its sequences and plans."""
-    kv = DuplexCache(10, 40, PAGE)
+    kv = kv or DuplexCache(10, 40, PAGE)
     scheduler = build_scheduler("lru", kv, SchedulerLimits(3, 12, 10 * PAGE))
     scheduler.quantum = 1  # type: ignore[attr-defined]
     executor = TieredMemoryExecutor(10, 40, PAGE, seed=1)
@@ -111,6 +113,20 @@ def test_a_trace_holds_every_step_copy_and_stage(tmp_path, prompts):
     assert [e["args"]["step"] for e in slices if e["name"] == "submit"] == [plan.step for plan in plans]
     copied = sum(e["args"]["blocks"] for e in slices if e["name"] == "copy")
     assert copied == sum(len(plan.copies) for plan in plans) - _unreported(events, plans)
+
+
+def test_what_a_rotation_copies_out_is_apart_from_what_was_mirrored_ahead_of_need(tmp_path):
+    kv = DuplexCache(10, 40, PAGE)
+    play(tmp_path / "trace.json", [[at] * 18 for at in range(6)], kv)
+    blocks: dict[int, int] = defaultdict(int)
+    for event in json.loads((tmp_path / "trace.json").read_text()):
+        if event["name"] == "copy":
+            blocks[event["tid"]] += event["args"]["blocks"]
+    totals = kv.totals
+    assert kv.num_pending == 0
+    assert blocks[MIRRORING] == totals.mirrored > 0
+    assert blocks[COPIES_OUT] == totals.rotated - totals.rotated_clean > 0
+    assert blocks[COPIES_IN] == totals.blocks_in
 
 
 def _unreported(events: list[Event], plans: list[Any]) -> int:

@@ -192,6 +192,48 @@ def test_a_rotation_takes_the_mirrors_of_running_sequences_when_it_must():
     assert kv.park(table, 12)
     assert (kv.num_dram_pinned, kv.num_dram_free) == (3, 0)
     assert [node.dram >= 0 for node in running.nodes].count(True) == 1
+    land(kv)
+    kv.release(table)
+    kv.mirror(10)
+    assert all(node.dram >= 0 for node in running.nodes), "it is mirrored again once there is room"
+
+
+def test_what_a_rotated_sequence_needs_stays_in_dram_when_another_that_shared_it_ends():
+    kv = DuplexCache(8, 4, PAGE)
+    table, sharing = compute(kv, tokens_of(1, 2, tail=1)), compute(kv, tokens_of(1, 2, tail=1))
+    assert kv.park(table, 8)
+    kv.release(sharing)
+    land(kv)
+    for at in range(3, 9, 2):  # all the room that is not needed, and more than once round
+        mirrored(kv, at, at + 1)
+    kv.release(fill(kv))
+    assert kv.resume(table, 0) and kv.is_intact(table)
+    assert len(kv.take_copies()) == 2
+
+
+def test_what_is_computed_though_it_is_in_dram_is_in_hbm_for_all_without_a_copy():
+    kv = DuplexCache(6, 10, PAGE)
+    mirrored(kv, 1, 2)
+    kv.release(fill(kv))
+    table = kv.open("")
+    kv.allocate(table, 2)
+    kv.commit(table, tokens_of(1, 2), 8)
+    assert [node.block for node in kv.match(tokens_of(1, 2), "", 8)] == table.blocks
+    assert kv.take_copies() == ()
+
+
+def test_a_load_that_fails_after_its_block_was_computed_takes_nothing_away():
+    kv = DuplexCache(3, 10, PAGE)
+    mirrored(kv, 1, 2)
+    kv.release(fill(kv))
+    assert kv.prefetch(kv.match(tokens_of(1, 2), "", 8), most=2) == 2
+    loads = [copy.id for copy in kv.take_copies()]
+    kv.release(fill(kv))  # wants the room before they have come
+    table = kv.open("")
+    kv.allocate(table, 2)
+    kv.commit(table, tokens_of(1, 2), 8)
+    assert not kv.settle([], loads)
+    assert kv.is_intact(table) and known(kv, 1, 2) == 2
 
 
 # ---------------------------------------------------------------------------- failures
@@ -251,6 +293,37 @@ def test_a_copy_that_reads_what_a_failed_one_should_have_written_counts_as_faile
     assert land(kv, failed=(out.id,))
     assert not kv.is_intact(table)
     assert kv.totals.failed == 2
+
+
+def test_a_mirror_made_anew_that_fails_is_known_though_the_one_before_it_was_made():
+    kv = DuplexCache(8, 2, PAGE)
+    running = compute(kv, tokens_of(1))
+    kv.mirror(10)
+    parked = compute(kv, tokens_of(2, 3))
+    assert kv.park(parked, 8)  # takes the mirror's place, on its way as it is
+    kv.release(parked)
+    kv.clear()
+    kv.mirror(10)
+    first, *_, again = (copy.id for copy in kv.take_copies())
+    assert not kv.settle([first], [])
+    assert not land(kv, failed=(again,))
+    assert running.nodes[0].dram < 0, "what was never written counts as a mirror"
+
+
+def test_what_is_written_anew_after_a_failed_copy_out_is_loaded():
+    kv = DuplexCache(2, 1, PAGE)
+    first = compute(kv, tokens_of(1))
+    assert kv.park(first, 4)
+    kv.release(first)
+    kv.clear()
+    second = compute(kv, tokens_of(2))
+    assert kv.park(second, 4)
+    kv.release(fill(kv))
+    assert kv.resume(second, 0)
+    failed, written, loaded = kv.take_copies()
+    assert (failed.dram, written.dram, loaded.dram) == (0, 0, 0)
+    assert not land(kv, failed=(failed.id,))
+    assert kv.is_intact(second)
 
 
 @pytest.mark.parametrize(("dram", "kind"), [(0, KVCache), (5, DuplexCache)])
@@ -380,7 +453,8 @@ def check_conserved(kv: DuplexCache, tables: list[TierTable]) -> None:
     assert kv._pinned == sum(n.dram >= 0 for n in parked) + sum(len(t.tail) for t in tables)
     assert set(kv._idle) == {n for n in nodes if n.holders == 0 and n.block >= 0}
     assert set(kv._order.mirrors) == {n for n in nodes if n.holders and not n.parked and n.dram >= 0}
-    assert {n for n in nodes if not n.holders and not n.parked and n.dram >= 0} <= set(kv._order) <= nodes
+    droppable = {n for n in nodes if not n.holders and not n.parked}
+    assert {n for n in droppable if n.dram >= 0} <= set(kv._order) <= droppable
     assert {n for n in kv._order if n.keep_until} == set(kv._order._kept)
     held = {n: sum(n in t.nodes for t in tables if not t.parked) for n in nodes}
     assert all(n.holders == held[n] for n in nodes)

@@ -74,13 +74,14 @@ def test_both_directions_run_at_once_and_copies_of_one_queue():
     assert use == LinkUse(in_s=1.0, out_s=2.0, both_s=1.0, stall_s=2.0)
 
 
-def test_a_copy_starts_after_those_it_must_follow():
+@pytest.mark.parametrize("latency_s", [0.0, 0.5])
+def test_a_copy_starts_after_those_it_must_follow(latency_s):
     clock = Clock()
-    duplex = body(clock)
+    duplex = body(clock, latency_s=latency_s)
     old, new = duplex.hbm[0].clone(), duplex.dram[3].normal_().clone()
     duplex.start([BlockCopy(1, True, 0, 0), BlockCopy(2, False, 0, 3, after=(1,))])
     duplex.wait([2])
-    assert clock.now == 2.0
+    assert clock.now == 2.0 + 2 * latency_s
     assert torch.equal(duplex.dram[0], old) and torch.equal(duplex.hbm[0], new)
 
 
