@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,7 @@ import msgspec
 import typer
 
 from superinfer.errors import InvalidRequestError
-from superinfer.runtime.scheduler.registry import POLICIES
+from superinfer.runtime.scheduler.registry import POLICIES, check_policy
 from superinfer.runtime.sim.hardware import PROFILES, profile_of
 from superinfer.runtime.sim.shapes import SHAPES, shape_of
 from superinfer.runtime.slo import SLO
@@ -58,19 +59,27 @@ def simulate(
     from superinfer.runtime.sim.report import Point, check_can_plot, plot
     from superinfer.runtime.sim.simulate import SimConfig
     from superinfer.runtime.sim.simulate import simulate as run_jobs
-    from superinfer.runtime.sim.workload import make_jobs
+    from superinfer.runtime.sim.workload import PUBLISHED, make_jobs
 
     profile, shape = profile_of(hardware), shape_of(model)
     rates = [_number("--rate", part) for part in _parts(rate)]
+    policies = _parts(policy)
+    for option, parts in (("--rate", rates), ("--policy", policies)):
+        if not parts:
+            raise InvalidRequestError(f"{option} names nothing to simulate; give one or several with commas")
+    for name in policies:
+        check_policy(name)
     classes = parse_slos(slo)
+    if trace is not None and workload in PUBLISHED:
+        raise InvalidRequestError(f"--trace: workload {workload!r} reads none; give --workload azure or mooncake")
     check_writable(json_path)
     if depth not in (1, 2):
         raise InvalidRequestError(f"depth={depth} must be 1 or 2, as an engine's")
     if plot_folder is not None:
         check_can_plot(plot_folder)
     points = []
-    for at in rates:
-        jobs = make_jobs(
+    made = [  # before any of them runs: what cannot be made is said at once
+        make_jobs(
             workload,
             rate=at,
             duration=duration,
@@ -81,7 +90,10 @@ def simulate(
             turns=turns,
             max_tokens=max_tokens,
         )
-        for name in _parts(policy):
+        for at in rates
+    ]
+    for at, jobs in zip(rates, made, strict=True):
+        for name in policies:
             config = SimConfig(
                 policy=name,
                 kv_tokens=kv_tokens,
@@ -133,8 +145,8 @@ def parse_slos(text: str) -> list[tuple[float, SLO]]:
             if not equals or name.strip() not in ("ttft", "tbt", "deadline", "weight"):
                 raise InvalidRequestError(f"--slo {pair!r} must be one of ttft, tbt, deadline, weight = a number")
             fields[name.strip()] = _number(f"--slo {name.strip()}", value)
-        if share <= 0:
-            raise InvalidRequestError(f"--slo {part.strip()!r} has a share that is not above 0")
+        if not 0 < share < math.inf:
+            raise InvalidRequestError(f"--slo {part.strip()!r} has a share that is not finite and above 0")
         try:
             classes.append((share, SLO(**fields)))  # type: ignore[arg-type]
         except (ValueError, msgspec.ValidationError) as error:
