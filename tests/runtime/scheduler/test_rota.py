@@ -155,6 +155,7 @@ def run(dram=524_288, rate=25.0, duration=6.0, seed=3, policy="rota", kv=24_576,
 
 
 LINKS = {
+    "none": dict(link_in=1.0, link_out=1.0, link_duplex=2.0),  # a block would take weeks
     "hardly any": dict(link_in=2e7, link_out=2e7, link_duplex=4e7),
     "slow": dict(link_in=5e8, link_out=5e8, link_duplex=1e9),
     "slow in": dict(link_in=1e9, link_out=5e10, link_duplex=5.1e10),
@@ -173,7 +174,7 @@ def without_second_tier(seed: int) -> SimResult:
     [
         "hardly any",
         "slow",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("slow in", "slow out")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "slow in", "slow out")),
         "infinite",
     ],
 )
@@ -255,6 +256,35 @@ def test_who_was_promised_nothing_has_its_turn_though_all_memory_is_promised_to_
     config = SimConfig(policy="rota", kv_tokens=60_000, dram_tokens=524_288, depth=2)
     simulate(jobs, H200, LLAMA, config, lambda s: ended.__setitem__(s.id, s.finished_at))
     assert 5.0 < ended[0] < 8.0
+
+
+def moves(sequences: list[Sequence]) -> list[int]:
+    return [sequence.rotations + sequence.preemptions for sequence in sequences]
+
+
+def test_of_those_without_a_promise_the_latest_makes_room():
+    bench = Bench(policy="rota", cost=dear_prefills(), blocks=12, dram=60, batch_tokens=40)
+    others = []
+    for number in range(2):
+        others.append(bench.add([number] * 14, 20))
+        bench.step()
+    bench.add([5] * 20, 4, slo=STREAM)
+    bench.step()
+    assert moves(others) == [0, 1]
+
+
+def test_a_plan_moves_few_and_the_next_goes_on():
+    """Each takes the host its time, while the device waits."""
+    bench = Bench(policy="rota", cost=dear_prefills(), blocks=20, dram=60, slots=16, batch_tokens=200)
+    others = [bench.add([number] * 5, 20) for number in range(8)]
+    bench.step()
+    assert [sequence.status for sequence in others] == [Status.RUNNING] * 8
+    for number in range(8):
+        bench.add([10 + number] * 5, 20, slo=STREAM)  # room is left for two
+    bench.step()
+    assert sum(moves(others)) == rota_module.LEAST_MOVED
+    bench.step()
+    assert sum(moves(others)) == 6
 
 
 @pytest.mark.parametrize("slo", [STREAM, None])
