@@ -21,6 +21,7 @@ from superinfer.errors import (
     DeadlineMissedError,
     EngineUnavailableError,
     InvalidRequestError,
+    OverloadedError,
     QueueFullError,
     SuperinferError,
     error_from_code,
@@ -186,7 +187,8 @@ class ServerWire:
             ) from error
 
     async def _answered(self, path: str, body: bytes) -> aiohttp.ClientResponse:
-        """The answer's beginning, after as many tries as are allowed. Raises SuperinferError for one that is none."""
+        """The answer's beginning, after as many tries as are allowed. Raises SuperinferError for one that is none; at
+        once where the engine cannot keep what was promised, whose time goes on while one waits."""
         tries = 0
         while True:
             try:
@@ -201,8 +203,13 @@ class ServerWire:
                     return response
                 async with response:
                     said = await response.read()
+                error = _error(response.status, said)
+                if isinstance(error, OverloadedError):
+                    after = response.headers.get("retry-after", "")
+                    error.retry_after_s = float(after) if after.isdecimal() else None
+                    raise error
                 if tries >= self._retries or not (response.status in (408, 409, 429) or response.status >= 500):
-                    raise _error(response.status, said)
+                    raise error
             await asyncio.sleep(_FIRST_WAIT_S * 2**tries)
             tries += 1
 
