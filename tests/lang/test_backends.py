@@ -232,7 +232,7 @@ def test_a_promise_that_our_server_refuses_is_not_asked_for_again_and_says_when_
         s += "a" + si.gen("x", max_tokens=100, ignore_eos=True, slo=si.SLO(deadline=0.01))
 
     with (
-        slow_engine(talking_llama, policy="rota", admission="refuse") as engine,
+        slow_engine(talking_llama, policy="rota", admission="refuse", told_s=0.05) as engine,
         EngineClient(engine.address) as client,
         serving_at("--engine", engine.address, "--model-name", "tiny") as url,
         si.OpenAI("tiny", base_url=f"{url}/v1") as backend,
