@@ -201,13 +201,15 @@ class _Command:
         return fitting, len(jobs) - len(fitting)
 
     async def _warm_up(self, streams: OpenAIStreams, asking: Asking) -> None:
-        """Other prompts of the same lengths, so that nothing of them is found in a cache later."""
+        """Other prompts of the same lengths, so that nothing of them is found in a cache later. Without promises: all
+        come at once, and a server may refuse what it cannot keep."""
         if self._warmup <= 0:
             return
         from superinfer.bench.load import run_load
         from superinfer.bench.workload import prompts_of
 
-        jobs = [job._replace(at=0.0) for job in self._jobs(self._rates[0], asking.server)[0][: self._warmup]]
+        first = self._jobs(self._rates[0], asking.server)[0][: self._warmup]
+        jobs = [job._replace(at=0.0, slo=None) for job in first]
         prompts = prompts_of(jobs, self._vocab, self._load.seed + 1)
         bodies = [asking.body(prompt, job) for prompt, job in zip(prompts, jobs, strict=True)]
         samples, _ = await run_load(streams, jobs, bodies, drain_s=self._drain)

@@ -190,7 +190,8 @@ class ServerWire:
     async def _answered(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
         """The answer's beginning, after as many tries as are allowed. Raises SuperinferError for one that is none, and
         at once where what was promised would be lost by waiting for another try."""
-        data, due_s = _encode(body), body.get("slo", {}).get("deadline_ms", math.inf) / 1e3
+        promised = body.get("slo", {})
+        data, due_s = _encode(body), min(promised.get(name, math.inf) for name in ("ttft_ms", "deadline_ms")) / 1e3
         tries = 0
         while True:
             told_s: float | None = None

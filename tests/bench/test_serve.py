@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from scripted_server import ScriptedServer, Stream, steady
 
@@ -15,6 +16,8 @@ from superinfer.bench.load import Asking, ClientDelay, new_sample, probe, run_lo
 from superinfer.bench.load_report import LoadReport, columns, report, stages_of
 from superinfer.bench.openai_stream import EngineSlo, OpenAIStreams, Sample, Server
 from superinfer.errors import EngineUnavailableError, InvalidRequestError
+from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.launch import launch_engine
 from superinfer.runtime.sim.workload import Job
 from superinfer.runtime.slo import SLO
 
@@ -346,3 +349,33 @@ def test_the_command_measures_our_server_and_breaks_lateness_down(
     assert all(samples["why"][at] in stages for at in late)
     assert found["commit"] is not None and found["versions"]["aiohttp"] and "cores" in found["device"]
     assert "whole timeline kept" in text
+
+
+def test_what_our_server_refuses_is_counted_and_the_warm_up_promises_nothing(
+    start: Callable[..., Any], run: Callable[..., tuple[int, str, str]], tiny_config: EngineConfig, tmp_path: Path
+):
+    config = msgspec.structs.replace(tiny_config, policy="rota", admission="refuse")
+    out = tmp_path / "found.json"
+    with launch_engine(config) as engine:
+        server = start("serve", "--port", "0", "--engine", engine.address)
+        arguments = ["--url", server.line("serving at").split()[2], "--workload", "fixed", "--prompt-tokens", "5"]
+        arguments += [
+            "--output-tokens",
+            "200",
+            "--rate",
+            "40",
+            "--duration",
+            "1",
+            "--slo",
+            "deadline=0.01",
+            "--send-slo",
+        ]
+        status, _, err = run("bench", "serve", *arguments, "--vocab", "90", "--warmup", "8", "--json", str(out))
+    assert status == 0, err
+    (one_run,) = json.loads(out.read_text())["runs"]
+    found, samples = one_run["report"], one_run["samples"]
+    refused = [error for error in samples["error"] if error]
+    assert len(refused) == found["failed"] == sum(kind["count"] for kind in found["errors"].values()) > 0
+    assert all("cannot keep what was promised" in kind["example"] for kind in found["errors"].values())
+    assert found["attainment"]["met"] == 0.0 and found["attainment"]["requests"] == len(samples["error"])
+    assert sum(found["late_by"].values()) == found["completed"]

@@ -15,11 +15,14 @@ from pathlib import Path
 
 import pytest
 from fake_services import Service, serving
+from slow_engine import slow_engine
 
 import superinfer as si
 from superinfer.lang.loop import language_loop
+from superinfer.runtime.client import EngineClient, new_request_id
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.launch import EngineProcess, launch_engine
+from superinfer.runtime.protocol import Generate, SamplingParams
 
 
 @si.function
@@ -219,6 +222,29 @@ def test_over_http_a_report_has_all_stages_that_the_engine_tells(talking_llama: 
         inside = row.queue_s + row.prefill_s + row.rotated_s + row.copy_wait_s + row.preempted_s + row.decode_s
         assert inside + row.client_s == pytest.approx(max(row.e2e_s, inside), abs=1e-4)
         assert row.met is False and row.why
+
+
+def test_a_promise_that_our_server_refuses_is_not_asked_for_again_and_says_when_to_come_back(
+    talking_llama: Path,
+) -> None:
+    @si.function
+    def hopeless(s):
+        s += "a" + si.gen("x", max_tokens=100, ignore_eos=True, slo=si.SLO(deadline=0.01))
+
+    with (
+        slow_engine(talking_llama, policy="rota", admission="refuse", told_s=0.05) as engine,
+        EngineClient(engine.address) as client,
+        serving_at("--engine", engine.address, "--model-name", "tiny") as url,
+        si.OpenAI("tiny", base_url=f"{url}/v1") as backend,
+    ):
+        sampling = SamplingParams(max_tokens=900, ignore_eos=True)  # for 45 s at least
+        other = client.generate(Generate(request_id=new_request_id(), prompt=[5], sampling=sampling))
+        for _ in range(8):  # how long steps take is known
+            next(other)
+        with pytest.warns(RuntimeWarning, match="OverloadedError"):
+            error = hopeless.run(backend=backend).error()
+        assert isinstance(error, si.OverloadedError) and error.retry_after_s >= 1.0
+        assert client.stats().classes["default"].refused == 1
 
 
 def test_an_slo_goes_to_our_server_and_its_verdict_comes_back(server: str) -> None:

@@ -32,7 +32,8 @@ VOCAB = 512
 
 
 class SlowExecutor(MemoryExecutor):
-    """Without a model; a step takes `step_s`. meanwhile: called once, on the engine's thread, while a step runs."""
+    """Without a model; a step takes `step_s`, and its result says `told_s`. meanwhile: called once, on the engine's
+    thread, while a step runs."""
 
     tier = None
     depth = 1
@@ -44,7 +45,7 @@ class SlowExecutor(MemoryExecutor):
         self.limits = ExecutorLimits(
             num_blocks=blocks, page_size=PAGE, num_slots=num_slots, max_model_len=context, vocab_size=VOCAB
         )
-        self.step_s = step_s
+        self.step_s, self.told_s = step_s, 0.0
         self.clock: StepClock | None = None
         self.meanwhile: Callable[[], None] | None = None
 
@@ -56,7 +57,7 @@ class SlowExecutor(MemoryExecutor):
         if call is not None:
             call()
         result = super().collect()
-        result.elapsed = self.step_s
+        result.elapsed = self.told_s
         result.tokens = {slot: 5 + token for slot, token in result.tokens.items()}  # letters and digits
         return result
 
@@ -108,9 +109,12 @@ def slow_engine(
     context: int = 1024,
     policy: str = "fcfs",
     admission: Admission = "accept",
+    told_s: float = 0.0,
 ) -> Iterator[SlowEngine]:
-    """One that serves text with the tokenizer of `checkpoint`, `num_slots` sequences at a time."""
+    """One that serves text with the tokenizer of `checkpoint`, `num_slots` sequences at a time. told_s: how long its
+    results say that a step took, which a policy that foresees learns from."""
     executor = SlowExecutor(num_slots, context, step_s)
+    executor.told_s = told_s
     limits = executor.limits
     info = ModelInfo(
         model="slow", path=str(checkpoint), architecture="none", vocab_size=limits.vocab_size, max_model_len=context,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -80,8 +81,8 @@ def simulate(
     if plot_folder is not None:
         check_can_plot(plot_folder)
     points = []
-    for at in rates:
-        jobs = make_jobs(
+    made = [  # before any of them runs: what cannot be made is said at once
+        make_jobs(
             workload,
             rate=at,
             duration=duration,
@@ -92,6 +93,9 @@ def simulate(
             turns=turns,
             max_tokens=max_tokens,
         )
+        for at in rates
+    ]
+    for at, jobs in zip(rates, made, strict=True):
         for name in policies:
             config = SimConfig(
                 policy=name,
@@ -144,8 +148,8 @@ def parse_slos(text: str) -> list[tuple[float, SLO]]:
             if not equals or name.strip() not in ("ttft", "tbt", "deadline", "weight"):
                 raise InvalidRequestError(f"--slo {pair!r} must be one of ttft, tbt, deadline, weight = a number")
             fields[name.strip()] = _number(f"--slo {name.strip()}", value)
-        if share <= 0:
-            raise InvalidRequestError(f"--slo {part.strip()!r} has a share that is not above 0")
+        if not 0 < share < math.inf:
+            raise InvalidRequestError(f"--slo {part.strip()!r} has a share that is not finite and above 0")
         try:
             classes.append((share, SLO(**fields)))  # type: ignore[arg-type]
         except (ValueError, msgspec.ValidationError) as error:

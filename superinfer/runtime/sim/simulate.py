@@ -110,7 +110,8 @@ def simulate(
     """Run the jobs to their end. on_end: told of each sequence that ended; its id is its place in `jobs`.
 
     believed: what the scheduler expects of the machine before it has seen a step; None: what it is.
-    Raises InvalidRequestError if the model does not fit the machine, for an unknown policy and for no room in a step.
+    Raises InvalidRequestError if the model does not fit the machine, for an unknown policy, and for pools and batches
+    without room for anything.
     """
     for name in ("max_batch_size", "max_batch_tokens"):
         if getattr(config, name) < 1:
@@ -175,11 +176,13 @@ def _link(profile: HardwareProfile, block_bytes: int) -> VirtualLink:
 
 def kv_room(profile: HardwareProfile, shape: ModelShape) -> int:
     """Tokens of KV that fit beside the weights. Raises InvalidRequestError if the weights alone do not fit."""
-    room = profile.memory_bytes * KV_SHARE - STEP_BYTES - shape.weight_bytes
+    usable = profile.memory_bytes * KV_SHARE - STEP_BYTES
+    room = usable - shape.weight_bytes
     if room < shape.kv_bytes_per_token:
         raise InvalidRequestError(
             f"{shape.name} has {shape.weight_bytes / 1e9:.0f} GB of weights, too much for the "
-            f"{profile.memory_bytes / 1e9:.0f} GB of {profile.name}; choose other hardware or give --kv-tokens"
+            f"{profile.memory_bytes / 1e9:.0f} GB of {profile.name}, of which an engine uses {usable / 1e9:.0f}; "
+            f"choose other hardware or give --kv-tokens"
         )
     return int(room / shape.kv_bytes_per_token)
 

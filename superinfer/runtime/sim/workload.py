@@ -17,6 +17,7 @@ from superinfer.errors import InvalidRequestError
 from superinfer.runtime.slo import SLO
 
 MOONCAKE_BLOCK = 512  # tokens for each of a Mooncake trace's hash ids
+MOST_JOBS = 10_000_000  # of one run: hours of simulating, and some GB
 
 
 class Job(NamedTuple):
@@ -99,12 +100,16 @@ def make_jobs(
     max_tokens: what every request asks for, though its answer ends before; 0: as long as its answer is.
 
     Raises InvalidRequestError for an unknown workload, a missing, malformed or useless trace, a rate or duration not
-    above 0, and a seed or max_tokens below 0.
+    above 0, more than MOST_JOBS, and a seed or max_tokens below 0.
     """
     if turns and workload != "mooncake":
         raise InvalidRequestError(f"--turns: prompts of workload {workload!r} follow no answers; those of mooncake do")
     if not (math.isfinite(rate) and rate > 0 and math.isfinite(duration) and duration > 0):
         raise InvalidRequestError(f"rate={rate} and duration={duration} must be finite and above 0")
+    if rate * duration > MOST_JOBS:
+        raise InvalidRequestError(
+            f"rate={rate} for duration={duration} s are {rate * duration:.3g} requests; simulate {MOST_JOBS:,} at most"
+        )
     if seed < 0:
         raise InvalidRequestError(f"seed={seed} must be at least 0")
     if max_tokens < 0:
@@ -179,6 +184,8 @@ def _shapes(workload: str, trace: Path | None, rng: np.random.Generator, count: 
         return read_azure(trace) if workload == "azure" else read_mooncake(trace)
     except OSError as error:
         raise InvalidRequestError(f"the trace {str(trace)!r} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InvalidRequestError(f"the trace {str(trace)!r} is no text of a trace ({error})") from None
 
 
 def lognormal(rng: np.random.Generator, mean: float, std: float, count: int) -> np.ndarray:
@@ -192,6 +199,8 @@ def read_azure(path: Path) -> list[_Shape]:
     """The Azure LLM inference trace (Patel et al., Splitwise, ISCA 2024): TIMESTAMP, ContextTokens, GeneratedTokens."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
+    if not rows:
+        raise InvalidRequestError(f"the trace {str(path)!r} is empty")
     try:
         start = datetime.fromisoformat(rows[0]["TIMESTAMP"][:26])
         return [
@@ -202,7 +211,7 @@ def read_azure(path: Path) -> list[_Shape]:
             )
             for row in rows
         ]
-    except (KeyError, ValueError, IndexError, TypeError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise InvalidRequestError(
             f"{str(path)!r} is not an Azure trace of TIMESTAMP, ContextTokens, GeneratedTokens ({error!r})"
         ) from None
@@ -221,6 +230,8 @@ def read_mooncake(path: Path) -> list[_Shape]:
                 )
                 if not 0 < shape.prompt_length <= len(blocks) * MOONCAKE_BLOCK:
                     raise ValueError(f"{len(blocks)} hash_ids for {shape.prompt_length} tokens")
+                if not math.isfinite(shape.at):
+                    raise ValueError(f"timestamp {row['timestamp']}")
             except (KeyError, ValueError, TypeError) as error:
                 raise InvalidRequestError(
                     f"{str(path)!r} line {number} is not of a Mooncake trace ({error!r})"
@@ -244,6 +255,9 @@ def _trace_times(
     if math.isnan(shapes[0].at):
         raise InvalidRequestError(f"workload {workload!r} has no times of its own; use --arrivals poisson")
     times = np.array([shape.at for shape in shapes])
+    if (np.diff(times) < 0).any():
+        early = int(np.argmax(np.diff(times) < 0)) + 2
+        raise InvalidRequestError(f"request {early} of the trace came before the one above it; sort it by time")
     span = times[-1] - times[0]
     if span <= 0:
         raise InvalidRequestError("all requests of the trace arrive at once; use --arrivals poisson")

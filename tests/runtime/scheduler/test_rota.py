@@ -11,16 +11,20 @@ import pytest
 from drawn import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rotation_bench import Bench
+from rotation_bench import PAGE, Bench
 
 from superinfer.runtime.config import Admission
 from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.protocol import Hints
 from superinfer.runtime.scheduler import looks as module
+from superinfer.runtime.scheduler import rota as rota_module
+from superinfer.runtime.scheduler import standing
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepCost, StepLoad, StepRates
 from superinfer.runtime.scheduler.plan import StepResult
 from superinfer.runtime.scheduler.registry import build_scheduler
+from superinfer.runtime.scheduler.rota import Rota
+from superinfer.runtime.scheduler.rotation import Rotation
 from superinfer.runtime.scheduler.sequence import Sequence, Status
 from superinfer.runtime.sim.hardware import profile_of
 from superinfer.runtime.sim.result import SimResult
@@ -151,6 +155,7 @@ def run(dram=524_288, rate=25.0, duration=6.0, seed=3, policy="rota", kv=24_576,
 
 
 LINKS = {
+    "none": dict(link_in=1.0, link_out=1.0, link_duplex=2.0),  # a block would take weeks
     "hardly any": dict(link_in=2e7, link_out=2e7, link_duplex=4e7),
     "slow": dict(link_in=5e8, link_out=5e8, link_duplex=1e9),
     "slow in": dict(link_in=1e9, link_out=5e10, link_duplex=5.1e10),
@@ -169,7 +174,7 @@ def without_second_tier(seed: int) -> SimResult:
     [
         "hardly any",
         "slow",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("slow in", "slow out")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "slow in", "slow out")),
         "infinite",
     ],
 )
@@ -189,6 +194,22 @@ def test_it_keeps_more_promises_than_any_baseline_when_memory_is_short():
     assert rota.moved.rotations_out > 0
     for policy in ("fcfs", "edf", "sjf", "priority", "lru", "lvf-time"):
         assert rota.met >= run(policy=policy).met
+
+
+@pytest.mark.parametrize(("tokens", "makes_room"), [(10, False), (16, True)])
+def test_a_kept_stream_makes_room_only_if_it_is_ahead_by_twice_what_turning_the_pool_over_takes(
+    tokens, makes_room, monkeypatch
+):
+    """12 blocks of 15 ms: 0.36 s. Steps of 10 ms bring a stream that is promised a token in 50 ms 40 ms of slack each:
+    after 10 it is 0.24 s ahead of who must begin in 0.71 s, after 16 by 0.48 s."""
+    monkeypatch.setattr(Rotation, "block_s", 0.015)
+    bench = Bench(policy="rota", cost=dear_prefills(), blocks=12, dram=60, slots=2, batch_tokens=40)
+    resident = bench.add([1] * 28, 20, slo=SLO(ttft=0.6, tbt=0.05))
+    while resident.num_output < tokens:
+        bench.step()
+    newcomer = bench.add([2] * 24, 4, slo=SLO(ttft=1.0, tbt=0.2))
+    bench.step()
+    assert (resident.rotations == 1, newcomer.status is Status.RUNNING) == (makes_room, makes_room)
 
 
 def long_prompts(seed: int, rate: float, count: int) -> list[Job]:
@@ -211,6 +232,85 @@ def test_under_overload_whoever_is_kept_gets_its_first_token_before_its_client_s
     simulate(jobs, H200, LLAMA, config, ended)
     assert sum(seconds <= 1.0 for seconds in took) > 0.8 * len(took)
     assert sum(1.0 < seconds <= 1.1 for seconds in took) < 0.02 * len(took)
+
+
+def test_under_overload_a_promise_of_more_weight_is_kept_rather_than_one_of_less():
+    jobs = [
+        job._replace(slo=SLO(ttft=1.0, tbt=0.1, weight=5.0 if number % 2 else 1.0))
+        for number, job in enumerate(long_prompts(seed=1, rate=40.0, count=240))
+    ]
+    met: dict[float, list[bool]] = {1.0: [], 5.0: []}
+    config = SimConfig(policy="rota", kv_tokens=60_000, dram_tokens=524_288, depth=2)
+    simulate(jobs, H200, LLAMA, config, lambda s: met[s.slo.weight].append(s.report(0.0).met))
+    light, heavy = (sum(kept) / len(kept) for kept in met.values())
+    assert heavy >= 0.95
+    assert light <= 0.8
+
+
+def test_who_was_promised_nothing_has_its_turn_though_all_memory_is_promised_to_others(monkeypatch):
+    """More than the machine can do, for 10 s; patience ends after 5, where the product waits 30."""
+    monkeypatch.setattr(standing, "PATIENCE_S", 5.0)
+    jobs = long_prompts(seed=1, rate=45.0, count=450)
+    jobs[0] = jobs[0]._replace(slo=None, output_length=100)
+    ended: dict[int, float] = {}
+    config = SimConfig(policy="rota", kv_tokens=60_000, dram_tokens=524_288, depth=2)
+    simulate(jobs, H200, LLAMA, config, lambda s: ended.__setitem__(s.id, s.finished_at))
+    assert 5.0 < ended[0] < 8.0
+
+
+def moves(sequences: list[Sequence]) -> list[int]:
+    return [sequence.rotations + sequence.preemptions for sequence in sequences]
+
+
+def test_of_those_without_a_promise_the_latest_makes_room():
+    bench = Bench(policy="rota", cost=dear_prefills(), blocks=12, dram=60, batch_tokens=40)
+    others = []
+    for number in range(2):
+        others.append(bench.add([number] * 14, 20))
+        bench.step()
+    bench.add([5] * 20, 4, slo=STREAM)
+    bench.step()
+    assert moves(others) == [0, 1]
+
+
+def test_a_plan_moves_few_and_the_next_goes_on():
+    """Each takes the host its time, while the device waits."""
+    bench = Bench(policy="rota", cost=dear_prefills(), blocks=20, dram=60, slots=16, batch_tokens=200)
+    others = [bench.add([number] * 5, 20) for number in range(8)]
+    bench.step()
+    assert [sequence.status for sequence in others] == [Status.RUNNING] * 8
+    for number in range(8):
+        bench.add([10 + number] * 5, 20, slo=STREAM)  # room is left for two
+    bench.step()
+    assert sum(moves(others)) == rota_module.LEAST_MOVED
+    bench.step()
+    assert sum(moves(others)) == 6
+
+
+@pytest.mark.parametrize("slo", [STREAM, None])
+def test_who_begins_like_another_waits_for_its_blocks_rather_than_computing_them_again(slo):
+    bench = Bench(policy="rota", blocks=60, dram=60, slots=4, batch_tokens=200)
+    sequences = [bench.add([7] * 40 + [number], 4, slo=slo) for number in range(4)]
+    bench.run()
+    bench.check(sequences)
+    assert sum(plan.num_prefill_tokens for plan in bench.plans) <= 41 + 3 * PAGE
+
+
+def test_kept_streams_are_rotated_out_no_more_often_than_one_gap_in_a_hundred_may_be_a_rotation(monkeypatch):
+    monkeypatch.setattr(rota_module, "TURN_SHARE", 0.0005)  # of what is allowed, so that this run comes up against it
+    monkeypatch.setattr(rota_module, "MOST_TURNS", 1.0)
+    rotated = [0]
+    displace = Rota._displace
+
+    def counted(self, first, path, slack, now):
+        before = {sequence for sequence in self._running if sequence.kept}
+        done = displace(self, first, path, slack, now)
+        rotated[0] += sum(sequence.status is Status.WAITING and sequence.kept for sequence in before)
+        return done
+
+    monkeypatch.setattr(Rota, "_displace", counted)
+    result = run(rate=40.0)
+    assert 10 < rotated[0] <= 1.0 + 0.0005 * result.tokens_per_s * result.duration
 
 
 def steps_of(

@@ -28,7 +28,7 @@ jobs = st.lists(
 @settings(max_examples=120, deadline=None)
 @given(
     jobs,
-    st.sampled_from(["lru", "fcfs", "edf"]),
+    st.sampled_from(["lru", "fcfs", "edf", "rota"]),
     st.integers(1, 40),
     st.sampled_from([0, 1, 8]),
     st.sampled_from([0.0, 0.1, 0.5]),

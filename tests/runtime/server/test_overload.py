@@ -67,7 +67,7 @@ def test_who_could_not_be_in_time_even_alone_hears_it_though_all_others_were_pro
 ) -> None:
     hopeless = {"model": "tiny", "prompt": "hi", "max_tokens": 20, "ignore_eos": True, "slo": {"deadline_ms": 10}}
     with (
-        slow_engine(tiny_checkpoint, num_slots=4, policy="rota", admission=admission) as engine,
+        slow_engine(tiny_checkpoint, num_slots=4, policy="rota", admission=admission, told_s=0.05) as engine,
         EngineClient(engine.address) as client,
         serving(engine.address) as served,
         stream(served, max_tokens=900),  # for 45 s at least

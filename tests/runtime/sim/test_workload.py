@@ -164,7 +164,8 @@ def test_what_cannot_be_made_is_refused_with_the_reason(given, message):
     ("workload", "text", "message"),
     [
         ("azure", "a,b\n1,2\n", "not an Azure trace"),
-        ("azure", "", "not an Azure trace"),
+        ("azure", "", "is empty"),
+        ("azure", "\udcff\udcfe", "is no text of a trace"),
         ("azure", AZURE + "soon,1,2\n", "not an Azure trace"),
         ("mooncake", MOONCAKE + "{}\n", "line 4"),
         (
@@ -172,14 +173,27 @@ def test_what_cannot_be_made_is_refused_with_the_reason(given, message):
             '{"timestamp": 0, "input_length": 900, "output_length": 5, "hash_ids": [0]}',
             "1 hash_ids for 900",
         ),
+        (
+            "mooncake",
+            '{"timestamp": NaN, "input_length": 300, "output_length": 5, "hash_ids": [0]}',
+            "line 1 .*timestamp nan",
+        ),
         ("mooncake", "", "empty"),
+        ("mooncake", "\udcff\udcfe", "is no text of a trace"),
     ],
 )
 def test_a_malformed_trace_is_refused_by_name(tmp_path, workload, text, message):
     path = tmp_path / "trace"
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     with pytest.raises(InvalidRequestError, match=message):
         make_jobs(workload, rate=1, duration=1, seed=0, trace=path)
+
+
+def test_a_traces_own_times_must_be_in_order(tmp_path):
+    path = tmp_path / "trace"
+    path.write_text("".join(reversed(MOONCAKE.splitlines(keepends=True))))
+    with pytest.raises(InvalidRequestError, match="request 2 of the trace came before the one above it"):
+        make_jobs("mooncake", rate=0.75, duration=3.0, seed=0, trace=path, arrivals="trace")
 
 
 def test_a_missing_trace_is_refused(tmp_path):
