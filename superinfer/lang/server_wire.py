@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, TypeVar
 from urllib.request import getproxies, proxy_bypass
@@ -127,6 +128,7 @@ class _Failure(msgspec.Struct):
 
 
 _encode = msgspec.json.Encoder().encode
+FROM_ARRIVAL = ("ttft_ms", "deadline_ms")  # of an `slo` field
 _chunk = msgspec.json.Decoder(Chunk).decode
 
 
@@ -188,16 +190,18 @@ class ServerWire:
             ) from error
 
     async def _answered(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
-        """The answer's beginning, after as many tries as are allowed. Raises SuperinferError for one that is none, and
-        at once where what was promised would be lost by waiting for another try."""
-        promised = body.get("slo", {})
-        data, due_s = _encode(body), min(promised.get(name, math.inf) for name in ("ttft_ms", "deadline_ms")) / 1e3
+        """The answer's beginning, after as many tries as are allowed, each promised what is left of the time. Raises
+        SuperinferError for one that is none, and at once where what was promised would be lost by waiting for another
+        try."""
+        promised, began = body.get("slo"), time.monotonic()
         tries = 0
         while True:
             told_s: float | None = None
+            if promised and tries:
+                body = {**body, "slo": _left(promised, time.monotonic() - began)}
             try:
                 response = await self._session.post(
-                    self._base + path, data=data, headers={"content-type": "application/json"}
+                    self._base + path, data=_encode(body), headers={"content-type": "application/json"}
                 )
             except aiohttp.ClientConnectionError:
                 if tries >= self._retries:
@@ -212,7 +216,7 @@ class ServerWire:
                 again = response.status in (408, 409, 429) or response.status >= 500
                 if isinstance(error, OverloadedError):
                     error.retry_after_s = told_s
-                    again = again and (told_s or 0.0) < due_s
+                    again = again and (told_s or 0.0) < _due_s(_left(promised or {}, time.monotonic() - began))
                 if tries >= self._retries or not again:
                     raise error
             await asyncio.sleep(max(_FIRST_WAIT_S * 2**tries, told_s or 0.0))
@@ -233,6 +237,15 @@ def _proxy_of(base_url: str) -> tuple[URL | None, aiohttp.BasicAuth | None]:
     proxy = URL(found)
     auth = aiohttp.BasicAuth(proxy.user, proxy.password or "") if proxy.user else None
     return proxy.with_user(None), auth
+
+
+def _left(slo: dict[str, Any], spent_s: float) -> dict[str, Any]:
+    """What of an `slo` field's times there still is: a server counts them from when it gets them."""
+    return {**slo, **{name: max(1.0, slo[name] - spent_s * 1e3) for name in FROM_ARRIVAL if name in slo}}
+
+
+def _due_s(slo: dict[str, Any]) -> float:
+    return min(float(slo.get(name, math.inf)) for name in FROM_ARRIVAL) / 1e3
 
 
 def _retry_after(header: str) -> float | None:

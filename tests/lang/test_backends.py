@@ -569,6 +569,8 @@ def test_an_overloaded_server_says_when_to_try_again(service: Service) -> None:
     with si.OpenAI("m", base_url=f"{service.url}/v1") as backend, pytest.warns(RuntimeWarning, match="OverloadedError"):
         chat.run("hi", backend=backend, slo=si.SLO(deadline=5.0))
     assert not service.busy and len(service.came) == 3  # after 2 s it may yet be in time, after 7 not
+    first, then = (asked["slo"]["deadline_ms"] for asked in service.asked[1:])
+    assert then <= first - 1_900  # of the same deadline
 
 
 @pytest.mark.parametrize(

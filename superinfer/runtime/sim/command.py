@@ -59,7 +59,9 @@ def simulate(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write everything here; - is stdout, instead of the table.")
     ] = None,
-    plot_folder: Annotated[Path | None, typer.Option("--plot", help="Folder for two plots (needs matplotlib).")] = None,
+    plot_folder: Annotated[
+        Path | None, typer.Option("--plot", help="Folder for three plots (needs matplotlib).")
+    ] = None,
 ) -> None:
     """Run the real scheduler and KV bookkeeping on hardware that is only simulated, and say what each policy keeps."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}

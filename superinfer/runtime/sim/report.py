@@ -79,7 +79,8 @@ def plot_residency(points: Many[Point], folder: Path, name: str) -> Path:
     figure = _figure(figsize=(6, 2.5 * len(points)))
     for at, point in enumerate(points):
         rows = point.result.residency
-        axes = figure.add_subplot(len(points), 1, at + 1, ylabel="sequences", title=f"{point.result.policy}, {name}")
+        title = f"{point.result.policy} at {point.rate:g}/s, {name}"
+        axes = figure.add_subplot(len(points), 1, at + 1, ylabel="sequences", title=title)
         parts = [[r.resident for r in rows], [r.rotated for r in rows], [r.waiting for r in rows]]
         axes.stackplot([r.at for r in rows], parts, labels=["in HBM", "rotated out", "waiting, no KV"], alpha=0.8)
         axes.legend(fontsize="small", loc="upper left")
@@ -108,7 +109,8 @@ def _figure(figsize: tuple[float, float]) -> Figure:
 
 
 def plot(points: Many[Point], folder: Path, name: str) -> list[Path]:
-    """Two pictures, attainment and TBT against rate, a line for each policy. Returns their paths.
+    """Three pictures: attainment and TBT against rate, a line for each policy, and who was where over time at the
+    highest rate. Returns their paths.
 
     Raises as `check_can_plot`.
     """
@@ -127,7 +129,8 @@ def plot(points: Many[Point], folder: Path, name: str) -> list[Path]:
         axes.legend(fontsize="small")
         paths.append(folder / f"{name}-{kind}.png")
         figure.savefig(paths[-1], dpi=100)
-    return paths
+    most = max(point.rate for point in points)
+    return [*paths, plot_residency([point for point in points if point.rate == most], folder, name)]
 
 
 def _lines(kind: str, results: Many[SimResult]) -> list[tuple[str, str, list[float]]]:

@@ -512,6 +512,7 @@ def test_plots_are_written(tmp_path):
     pytest.importorskip("matplotlib")
     result = simulate([job(0.0, 10, 3, slo=SLO(ttft=1.0))], H100, LLAMA, SimConfig())
     paths = plot([Point(1.0, result), Point(2.0, result)], tmp_path, "x")
+    assert [path.name for path in paths] == ["x-attainment.png", "x-tbt.png", "x-residency.png"]
     assert all(path.stat().st_size > 1000 for path in paths)
 
 
