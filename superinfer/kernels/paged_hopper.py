@@ -41,6 +41,23 @@ def geometry_for(sequences: int, kv_heads: int, head_dim: int) -> Geometry:
     return MANY if long_copies and sequences >= MANY_SEQUENCES else FEW
 
 
+def shared_bytes(geometry: Geometry, together: int, head_dim: int) -> int:
+    """Of a program with so many KV heads."""
+    return 128 + geometry.stages * 2 * TILE * (together * head_dim * 2 + 16)
+
+
+def compile_constants(
+    heads: int, kv_heads: int, head_dim: int, page: int, half: bool, geometry: Geometry
+) -> dict[str, int]:
+    """What `paged_hopper.cu` is compiled with. half: float16, else bfloat16."""
+    together = next(n for n in range(min(geometry.most_heads, kv_heads), 0, -1) if kv_heads % n == 0)
+    on_one = max(1, SHARED_BYTES // (shared_bytes(geometry, together, head_dim) + RESERVED_BYTES))
+    return dict(
+        HEAD_DIM=head_dim, GROUP=heads // kv_heads, KV_HEADS=kv_heads, HEADS=together, PAGE=page,
+        STAGES=geometry.stages, MIN_TILES=geometry.min_tiles, TOGETHER_ON_ONE=on_one, HALF=int(half),
+    )  # fmt: skip
+
+
 class HopperKernel:
     """The compiled kernel for one model's shape, and the memory its programs share. One stream at a time."""
 
@@ -51,15 +68,10 @@ class HopperKernel:
         """max_sequences: of one call. Raises CudaFailure where the kernel cannot be compiled or loaded."""
         self._sizes = heads, head_dim
         self._row = (heads + 2 * kv_heads) * head_dim
-        together = next(n for n in range(min(geometry.most_heads, kv_heads), 0, -1) if kv_heads % n == 0)
         torch.cuda.current_stream(device)  # the device's context exists from here on
-        self._shared_bytes = 128 + geometry.stages * 2 * TILE * (together * head_dim * 2 + 16)
-        together_on_one = max(1, SHARED_BYTES // (self._shared_bytes + RESERVED_BYTES))
-        constants = dict(
-            HEAD_DIM=head_dim, GROUP=heads // kv_heads, KV_HEADS=kv_heads, HEADS=together, PAGE=page,
-            STAGES=geometry.stages, MIN_TILES=geometry.min_tiles, TOGETHER_ON_ONE=together_on_one,
-            HALF=int(dtype == torch.float16),
-        )  # fmt: skip
+        constants = compile_constants(heads, kv_heads, head_dim, page, dtype == torch.float16, geometry)
+        together, together_on_one = constants["HEADS"], constants["TOGETHER_ON_ONE"]
+        self._shared_bytes = shared_bytes(geometry, together, head_dim)
         threads = 32 * (together + 1)
         self._kernel = CudaKernel("paged_hopper.cu", "decode_attention", constants, threads, self._shared_bytes)
         programs = torch.cuda.get_device_properties(device).multi_processor_count * together_on_one
