@@ -63,8 +63,8 @@ def linear(outputs: int, bias: bool = False) -> Linear:
         (33, 4096, ["warpgroups"]),
         (64, 6144, ["warpgroups"]),
         (64, 2048, ["tensor copies"]),  # which warpgroups would have to cut into too many parts
-        (96, 4096, ["warpgroups"]),
-        (97, 4096, []),
+        (112, 4096, ["warpgroups"]),
+        (113, 4096, []),
         (8, 4100, []),  # no multiple of 16
     ],
 )
@@ -75,7 +75,7 @@ def test_products_in_parts(taken, rows, outputs, kernels):
 
 
 @pytest.mark.parametrize(
-    "rows,kernels", [(1, ["tensor copies"]), (32, ["tensor copies"]), (64, ["tensor copies"]), (128, ["warpgroups"])]
+    "rows,kernels", [(1, ["tensor copies"]), (48, ["tensor copies"]), (49, ["warpgroups"]), (128, ["warpgroups"])]
 )
 def test_gated_products(taken, rows, kernels):
     assert linear(28672).gated(few(rows)).shape == (rows, 14336)
