@@ -25,7 +25,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     dram_tokens: size of a second KV tier in host memory, in tokens, for rotated and finished sequences; 0: none.
         Where memory is short it is smaller, with a warning.
     link_gbps: speed of the link between the tiers, 10^9 bytes/s each way, for the CPU; None: that of memory.
-    max_model_len: longest prompt plus output in tokens; None: the model's own, bounded by the KV pool.
+    max_model_len: longest prompt plus output in tokens, at most what the model has positions for; None: that. Where the
+        KV pool holds fewer, so many.
     max_batch_size: sequences computed in one step.
     max_batch_tokens: tokens computed in one step; longer prompts are computed in chunks.
     max_queue: unfinished requests held before further ones are refused with QueueFullError.

@@ -254,8 +254,13 @@ def resolve_device(config: EngineConfig) -> torch.device:
 
 
 def model_length(config: EngineConfig, model: ModelConfig) -> int:
-    """The longest sequence wanted, in tokens."""
-    return min(model.max_length, config.max_model_len or model.max_length)
+    """The longest sequence wanted, in tokens. Raises InvalidRequestError for more than the model has positions for."""
+    if config.max_model_len is not None and config.max_model_len > model.max_length:
+        raise InvalidRequestError(
+            f"max_model_len={config.max_model_len} is more than the {model.max_length} positions of this model; lower "
+            "it, or leave it out"
+        )
+    return config.max_model_len or model.max_length
 
 
 def executor_limits(config: EngineConfig, model: ModelConfig, length: int, pool_tokens: int) -> ExecutorLimits:

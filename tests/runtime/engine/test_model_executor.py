@@ -289,6 +289,8 @@ def test_limits_follow_the_model_the_settings_and_the_pool(llama):
     assert limits == (62, 16, 5, 256, 211)
     assert executor_of(folder, kv_tokens=100, page_size=16).limits.max_model_len == 96
     assert executor_of(folder, max_model_len=33).limits.max_model_len == 33
+    with pytest.raises(InvalidRequestError, match="max_model_len=257 is more than the 256 positions of this model"):
+        executor_of(folder, max_model_len=257)
     assert executor_of(folder, kv_tokens=None, page_size=16, max_batch_size=5).limits.num_blocks == 5 * 256 // 16
 
 
