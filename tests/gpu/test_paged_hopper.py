@@ -91,6 +91,18 @@ def test_scores_far_apart_do_not_overflow():
     close(answer(make_kernel((8, 2, 128)), case), dense_answer(case, SCALE))
 
 
+def assert_a_graph_of(step, answers: Case, out: torch.Tensor) -> None:
+    """Each replay of what `step` does leaves in `out` what dense attention answers."""
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(10):
+        out.fill_(float("nan"))
+        graph.replay()
+        close(out, dense_answer(answers, SCALE))
+
+
 @pytest.mark.parametrize("many", [False, True])
 def test_tokens_that_the_kernel_in_front_writes_are_read(many):
     """The kernel waits for them and for no more of the cache: in a graph, where it starts while that one runs."""
@@ -115,14 +127,7 @@ def test_tokens_that_the_kernel_in_front_writes_are_read(many):
             q = fused.rope_and_store(qkv, cos, sin, places, view, sizes[1])
             call.run(q, view, case.layer, out)
 
-    step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    for _ in range(10):
-        out.fill_(float("nan"))
-        graph.replay()
-        close(out, dense_answer(case, SCALE))
+    assert_a_graph_of(step, answers=case, out=out)
 
 
 @pytest.mark.parametrize("contexts", [tuple(range(40, 1500, 37)), (30_000, 5, 4_000), (9_000,)])
@@ -247,11 +252,4 @@ def test_a_projection_that_the_kernel_in_front_writes_is_waited_for(parts):
             fused.add_rms_norm(flat, given.qkv.view(-1, 128), weight, floor)
             call.rotate_and_run(given, view, out)
 
-    step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    for _ in range(10):
-        out.fill_(float("nan"))
-        graph.replay()
-        close(out, dense_answer(case, SCALE))
+    assert_a_graph_of(step, answers=case, out=out)
