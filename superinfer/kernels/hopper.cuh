@@ -42,6 +42,24 @@ __device__ __forceinline__ void await(u32 barrier, u32 parity) {
   __trap();
 }
 
+// Of each stage of a product's boxes three barriers: W is there, x is there, what was there has been read.
+struct StageBarriers {
+  u32 weights, inputs, empty;  // each the first of as many as there are stages, 8 bytes apart
+
+  __device__ __forceinline__ StageBarriers(u32 at, int stages)
+      : weights(at), inputs(at + 8 * stages), empty(at + 16 * stages) {}
+
+  // By one thread. readers: arrivals that make a stage empty.
+  __device__ __forceinline__ void init(int stages, u32 readers) const {
+    for (int i = 0; i < stages; ++i) {
+      barrier_init(weights + 8 * i, 1);
+      barrier_init(inputs + 8 * i, 1);
+      barrier_init(empty + 8 * i, readers);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+};
+
 // Everything that kernels in front have written is there from here on.
 __device__ __forceinline__ void wait_for_kernels_in_front() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 

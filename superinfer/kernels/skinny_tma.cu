@@ -51,26 +51,20 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1)
              int slice, const int* experts, const float* scales, int x_step) {
   extern __shared__ __align__(1024) unsigned char shared[];
   u32 memory = static_cast<u32>(__cvta_generic_to_shared(shared));
-  // Of each stage: W is there, x is there, what was there has been read.
-  u32 weights_there = memory + STAGES * STAGE, inputs_there = weights_there + 8 * STAGES, empty = inputs_there + 8 * STAGES;
+  const StageBarriers barriers(memory + STAGES * STAGE, STAGES);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int first = blockIdx.x * (WARPS * ANSWERS), steps = slice / (BOX * BOXES);
   int active = min(WARPS, (outputs - first + ANSWERS - 1) / ANSWERS);  // warps with outputs
   if (threadIdx.x == 0) {
     if (memory % 1024 != 0) __trap();  // a swizzle goes by addresses
-    for (int i = 0; i < STAGES; ++i) {
-      barrier_init(weights_there + 8 * i, 1);
-      barrier_init(inputs_there + 8 * i, 1);
-      barrier_init(empty + 8 * i, active);
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers.init(STAGES, active);
   }
   __syncthreads();
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 
   int column = blockIdx.y * slice, early = min(steps, STAGES);
   auto fetch_inputs = [&](int step, int stage) {
-    u32 to = memory + stage * STAGE + BOXES * WEIGHTS, there = inputs_there + 8 * stage;
+    u32 to = memory + stage * STAGE + BOXES * WEIGHTS, there = barriers.inputs + 8 * stage;
     barrier_expect(there, BOXES * INPUTS);
 #pragma unroll
     for (int box = 0; box < BOXES; ++box) {
@@ -87,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1)
       above = load_now(experts + blockIdx.z) * (GATED ? 2 * outputs : outputs);
     }
     auto fetch_weights = [&](int step, int stage) {
-      u32 to = memory + stage * STAGE, there = weights_there + 8 * stage;
+      u32 to = memory + stage * STAGE, there = barriers.weights + 8 * stage;
       barrier_expect(there, BOXES * WEIGHTS);
 #pragma unroll
       for (int box = 0; box < BOXES; ++box) {
@@ -97,11 +91,11 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1)
       }
     };
     for (int step = 0; step < early; ++step) {
-      if (step >= EARLY) await(weights_there + 8 * (step - EARLY), 0);
+      if (step >= EARLY) await(barriers.weights + 8 * (step - EARLY), 0);
       fetch_weights(step, step);
     }
     for (int step = STAGES, stage = 0, parity = 0; step < steps; ++step) {
-      await(empty + 8 * stage, parity);
+      await(barriers.empty + 8 * stage, parity);
       fetch_weights(step, stage);
       fetch_inputs(step, stage);
       if (++stage == STAGES) stage = 0, parity ^= 1;
@@ -124,8 +118,8 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1)
   constexpr int NEXT_TILE = GATED ? WEIGHTS / 2 : TILE;
   float c[TILES][EIGHTHS][4] = {};
   for (int step = 0, stage = 0, parity = 0; step < steps; ++step) {
-    await(weights_there + 8 * stage, parity);
-    await(inputs_there + 8 * stage, parity);
+    await(barriers.weights + 8 * stage, parity);
+    await(barriers.inputs + 8 * stage, parity);
 #pragma unroll
     for (int box = 0; box < BOXES; ++box) {
 #pragma unroll
@@ -151,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1)
       }
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(empty + 8 * stage);
+    if (lane == 0) barrier_arrive(barriers.empty + 8 * stage);
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
 

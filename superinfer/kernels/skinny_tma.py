@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from superinfer.kernels.hopper import RESERVED_BYTES, SHARED_BYTES, multiprocessors_of
+from superinfer.kernels.hopper import RESERVED_BYTES, SHARED_BYTES, early_stages, multiprocessors_of
 from superinfer.kernels.tensor_map import BOX, tensor_map
 
 MOST_ROWS = 64
@@ -29,12 +29,6 @@ MOST_ROWS_TOGETHER = 32  # above, two have not enough registers
 EARLY_BYTES = 48 << 10  # of weights on their way before the kernel in front is over
 _BARRIERS = 24  # bytes for each stage
 _LINE = BOX * 2  # bytes of a box's row
-
-
-def early_stages(early_bytes: int, stage_bytes: int, stages: int) -> int:
-    """How many stages' weights may be on their way at once before the kernel in front is over: enough to keep the
-    memory busy, as what that kernel has to read waits behind them."""
-    return max(1, min(stages, early_bytes // stage_bytes))
 
 
 class Cut(NamedTuple):

@@ -43,39 +43,33 @@ __device__ __forceinline__ void group_commit() { asm volatile("wgmma.commit_grou
 // x: of [rows, depth], boxes of 64 GROUPS rows; weight: of [all outputs, depth], boxes of ANSWERS rows; both of 64 columns,
 // swizzled by 128 bytes. out: float32 [gridDim.y, rows, outputs], to be added up; GATED: in x's type [rows, outputs],
 // gridDim.y = 1. rows: up to 64 GROUPS. outputs: even. slice: depth / gridDim.y, a multiple of 64. Grid: (programs, parts of
-// the depth); 4 GROUPS + 1 warps; shared memory: STAGES x (STAGE + 16) bytes.
+// the depth); 4 GROUPS + 1 warps; shared memory: STAGES x (STAGE + 24) bytes.
 extern "C" __global__ void __launch_bounds__(32 * (READERS + 1), 1)
     some_rows(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, void* out, int rows,
               int outputs, int slice) {
   extern __shared__ __align__(1024) unsigned char shared[];
   u32 memory = static_cast<u32>(__cvta_generic_to_shared(shared));
-  // Of each stage: W is there, x is there, what was there has been read.
-  u32 weights_there = memory + STAGES * STAGE, inputs_there = weights_there + 8 * STAGES, empty = inputs_there + 8 * STAGES;
+  const StageBarriers barriers(memory + STAGES * STAGE, STAGES);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int steps = slice / BOX, tiles = (outputs + ANSWERS - 1) / ANSWERS;
   if (threadIdx.x == 0) {
     if (memory % 1024 != 0) __trap();  // a swizzle goes by addresses
-    for (int i = 0; i < STAGES; ++i) {
-      barrier_init(weights_there + 8 * i, 1);
-      barrier_init(inputs_there + 8 * i, 1);
-      barrier_init(empty + 8 * i, READERS);
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers.init(STAGES, READERS);
   }
   __syncthreads();
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 
   int column = blockIdx.y * slice, early = min(steps, STAGES);
   auto fetch_inputs = [&](int step, int stage) {
-    barrier_expect(inputs_there + 8 * stage, INPUTS);
-    tensor_copy(memory + stage * STAGE + WEIGHTS, x, column + step * BOX, 0, inputs_there + 8 * stage);
+    barrier_expect(barriers.inputs + 8 * stage, INPUTS);
+    tensor_copy(memory + stage * STAGE + WEIGHTS, x, column + step * BOX, 0, barriers.inputs + 8 * stage);
   };
   if (warp == READERS) {
     if (lane != 0) return;
     prefetch_map(weight);
     u64 policy = read_once_policy();
     auto fetch_weights = [&](int tile, int step, int stage) {
-      u32 to = memory + stage * STAGE, there = weights_there + 8 * stage;
+      u32 to = memory + stage * STAGE, there = barriers.weights + 8 * stage;
       int first = tile * ANSWERS;
       barrier_expect(there, WEIGHTS);
       tensor_copy(to, weight, column + step * BOX, first, there, policy);
@@ -83,14 +77,14 @@ extern "C" __global__ void __launch_bounds__(32 * (READERS + 1), 1)
     };
     int tile = blockIdx.x;
     for (int step = 0; step < early; ++step) {
-      if (step >= EARLY) await(weights_there + 8 * (step - EARLY), 0);
+      if (step >= EARLY) await(barriers.weights + 8 * (step - EARLY), 0);
       fetch_weights(tile, step, step);
     }
     wait_for_kernels_in_front();  // what follows has x, too
     int stage = early % STAGES, parity = early == STAGES ? 0 : 1;  // of an empty barrier's phase before its first: 1
     for (int step = early; tile < tiles; tile += gridDim.x, step = 0) {
       for (; step < steps; ++step) {
-        await(empty + 8 * stage, parity);
+        await(barriers.empty + 8 * stage, parity);
         fetch_weights(tile, step, stage);
         fetch_inputs(step, stage);
         if (++stage == STAGES) stage = 0, parity ^= 1;
@@ -107,15 +101,15 @@ extern "C" __global__ void __launch_bounds__(32 * (READERS + 1), 1)
 
   int group = warp / 4;
   auto release = [&](int stage) {
-    if (lane == 0) barrier_arrive(empty + 8 * stage);
+    if (lane == 0) barrier_arrive(barriers.empty + 8 * stage);
   };
   int stage = 0, parity = 0;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     float d[COLUMNS / 2] = {};
     int before = 0;
     for (int step = 0; step < steps; ++step) {
-      await(weights_there + 8 * stage, parity);
-      await(inputs_there + 8 * stage, parity);
+      await(barriers.weights + 8 * stage, parity);
+      await(barriers.inputs + 8 * stage, parity);
       u64 b = descriptor(memory + stage * STAGE), a = descriptor(memory + stage * STAGE + WEIGHTS + group * 64 * LINE);
       group_fence();
 #pragma unroll

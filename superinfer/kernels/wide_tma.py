@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from superinfer.kernels.hopper import SHARED_BYTES, multiprocessors_of
-from superinfer.kernels.skinny_tma import early_stages
+from superinfer.kernels.hopper import SHARED_BYTES, early_stages, multiprocessors_of
 from superinfer.kernels.tensor_map import BOX, tensor_map
 
 MOST_ROWS = 128  # for more warpgroups sums over 224 columns have not enough registers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hopper_products import CUDA, SHAPES, activated, operands, poison
+from hopper_products import CUDA, SHAPES, activated, assert_replays_write, operands, poison
 
 from superinfer.kernels.hopper import SHARED_BYTES
 
@@ -125,14 +125,7 @@ def test_rows_that_the_kernel_in_front_writes_are_read():
         product = x.double() @ weight.double().T
         torch.testing.assert_close(written[3 * turn].double().sum(0), product, rtol=2e-2, atol=2e-2)
         x = written[3 * turn + 1].clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    for _ in range(50):
-        for tensor in written:
-            tensor.fill_(float("nan"))
-        graph.replay()
-        assert torch.equal(written[-2], x)
+    assert_replays_write(x, written, -2, step)
 
 
 def test_a_graph_reads_what_its_input_is_at_each_replay():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -28,3 +30,17 @@ def activated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def poison(*shape: int, dtype: torch.dtype) -> None:
     """Memory that the next product's output is likely to get is NaN, so that what is not written is seen."""
     torch.full(shape, float("nan"), dtype=dtype, device=CUDA)
+
+
+def assert_replays_write(
+    expected: torch.Tensor, written: list[torch.Tensor], at: int, step: Callable[[], None]
+) -> None:
+    """Each replay of a graph of `step`, which fills `written` anew, leaves `expected` at that place of it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(50):
+        for tensor in written:
+            tensor.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(written[at], expected)
