@@ -202,7 +202,7 @@ def test_options_of_an_engine_beside_one_that_runs_are_refused(run: Run, tmp_pat
     name, *file = command.split()
     arguments = (name, "--engine", "ipc:///nowhere", "--policy", "rota", "--no-plan-late")
     line = error_of(run(*arguments, *[str(tmp_path / each) for each in file]))
-    assert "--engine ipc:///nowhere runs already" in line and "--policy, --plan-late" in line
+    assert "--engine ipc:///nowhere runs already" in line and "--policy, --no-plan-late would" in line
 
 
 @pytest.mark.parametrize("command", ["chat --url", "bench programs --url-peer"])
