@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from superinfer.errors import DeadlineMissedError, EngineUnavailableError, InvalidRequestError
+from superinfer.errors import DeadlineMissedError, InvalidRequestError
 from superinfer.runtime.client import AsyncEngineClient, deadline_text, new_request_id
 from superinfer.runtime.detokenization import Detokenizer
 from superinfer.runtime.protocol import (
@@ -121,25 +121,6 @@ class TextClient:
     def info(self) -> ModelInfo:
         return self.client.info
 
-    async def renew(self, timeout: float = 10.0) -> None:
-        """Where the engine has ended: connect to the one that has been started at its address since.
-
-        Raises like AsyncEngineClient.connect, and EngineUnavailableError where that one serves another model.
-        """
-        before = self.client
-        client = await AsyncEngineClient.connect(before.address, name=before.name, timeout=timeout)
-        if before.alive:  # it had only been frozen, and may have requests again
-            await client.close()
-        elif _served(client.info) == _served(before.info):
-            self.client = client
-            await before.close()
-        else:
-            await client.close()
-            raise EngineUnavailableError(
-                f"the engine at {before.address} serves {client.info.path!r} now, not {before.info.path!r} as the one "
-                "before it: connect to it with a client of its own"
-            )
-
     def tokenize(self, request: TextRequest) -> list[int]:
         """The prompt's token ids. Raises InvalidRequestError for an empty prompt."""
         prompt = request.prompt
@@ -247,11 +228,6 @@ class TextClient:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
-
-
-def _served(info: ModelInfo) -> tuple[object, ...]:
-    """What a client knows of a model, beyond how much there is room for."""
-    return info.model, info.path, info.architecture, info.vocab_size, info.eos_token_ids
 
 
 class Begun:
