@@ -38,7 +38,7 @@ NEEDED = (
     "jinja2",
     "pytest",
 )
-TESTS_TOO = ("hypothesis", "pytest_timeout", "accelerate")
+TESTS_TOO = ("hypothesis", "pytest_timeout")
 FASTER = ("flashinfer", "pynvml")
 
 

@@ -27,11 +27,11 @@ def serve(
     model: Annotated[str, typer.Option(help="Which of its models.", show_default="the first")] = "",
     api_key: Annotated[str, typer.Option(help="Sent as bearer.", envvar="OPENAI_API_KEY", show_envvar=True)] = "",
     workload: Annotated[
-        str, typer.Option(help="sharegpt, lmsys, azure, mooncake, fixed or uniform.", show_default="by trace")
+        str, typer.Option(help="sharegpt, lmsys, azure, mooncake or uniform.", show_default="by trace")
     ] = "",
     trace: Annotated[Path | None, typer.Option(help="A trace's file: Azure's CSV, or Mooncake's JSON lines.")] = None,
     prompt_tokens: Annotated[
-        str, typer.Option(help="Prompts' lengths with fixed and uniform: 512, or 100:1024.", show_default="512")
+        str, typer.Option(help="Prompts' lengths with uniform: 512, or 100:1024.", show_default="512")
     ] = "",
     output_tokens: Annotated[str, typer.Option(help="The same, of outputs.", show_default="128")] = "",
     scale: Annotated[float, typer.Option(help="Multiplies all lengths, for models with a short context.")] = 1.0,
@@ -59,7 +59,7 @@ def serve(
         import aiohttp  # noqa: F401
     except ImportError:
         raise UnsupportedError("bench serve needs aiohttp; install it with: pip install 'superinfer[bench]'") from None
-    from superinfer.bench.workload import FIRST_TOKEN, OWN_LENGTHS, Load, Span, make_load, workload_name
+    from superinfer.bench.workload import FIRST_TOKEN, UNIFORM, Load, Span, make_load, workload_name
     from superinfer.out_file import check_writable
 
     check_writable(json_path, or_stdout=True)
@@ -77,9 +77,9 @@ def serve(
         raise InvalidRequestError(f"url={url!r} must be http://HOST:PORT or https://HOST:PORT")
     named = workload_name(workload, trace)
     for option, given in (("--prompt-tokens", prompt_tokens), ("--output-tokens", output_tokens)):
-        if given and named not in OWN_LENGTHS:
+        if given and named != UNIFORM:
             raise InvalidRequestError(
-                f"{option} {given!r}: workload {named!r} has lengths of its own; give --workload uniform with it"
+                f"{option} {given!r}: workload {named!r} has lengths of its own; give --workload {UNIFORM} with it"
             )
     load = Load(
         workload=named,

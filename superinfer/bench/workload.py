@@ -13,7 +13,7 @@ from superinfer.errors import InvalidRequestError
 from superinfer.runtime.sim.workload import WORKLOADS, Job, make_jobs
 from superinfer.runtime.slo import SLO
 
-OWN_LENGTHS = ("fixed", "uniform")
+UNIFORM = "uniform"  # the workload of lengths of one's own
 FIRST_TOKEN = 10  # the first ids of most vocabularies are special tokens
 
 
@@ -51,7 +51,7 @@ class Load(NamedTuple):
 
 def workload_name(workload: str, trace: Path | None) -> str:
     """`workload`, or what a trace's file says it is where none was named. Raises InvalidRequestError."""
-    known = (*WORKLOADS, *OWN_LENGTHS)
+    known = (*WORKLOADS, UNIFORM)
     if workload:
         if workload not in known:
             raise InvalidRequestError(f"workload {workload!r} is unknown; choose one of {', '.join(known)}")
@@ -65,7 +65,7 @@ def make_load(load: Load, rate: float) -> list[Job]:
     """The jobs of one run at `rate` requests/s, the same for the same seed. Raises InvalidRequestError."""
     if not (math.isfinite(load.scale) and load.scale > 0):
         raise InvalidRequestError(f"scale={load.scale} must be finite and above 0")
-    own = load.workload in OWN_LENGTHS
+    own = load.workload == UNIFORM
     if own and (load.trace is not None or load.arrivals == "trace"):
         raise InvalidRequestError(f"workload {load.workload!r} reads no trace; leave out --trace and --arrivals trace")
     jobs = make_jobs(

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from superinfer.bench.commands import app as bench
 from superinfer.cli.options import EngineAddress, check_unset, with_engine_options
+from superinfer.cli.others_options import OURS
 from superinfer.cli.server_options import with_server_options
 from superinfer.cli.trace import app as trace
 from superinfer.errors import InvalidRequestError, SuperinferError
@@ -26,7 +27,8 @@ _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class _Group(TyperGroup):
-    """Errors raised on purpose are one line for a person, with their exit status; Ctrl-C is 130, as shells expect."""
+    """Errors raised on purpose are one line for a person, with their exit status; Ctrl-C is 130, as shells expect. An
+    option of another server is told what it is called here."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -36,6 +38,10 @@ class _Group(TyperGroup):
             raise typer.Exit(error.exit_status) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+        except Exception as error:
+            if (ours := OURS.get(getattr(error, "option_name", ""))) is not None:
+                error.possibilities = [ours]  # type: ignore[attr-defined]  # click's NoSuchOption, or typer's own
+            raise
 
 
 app = typer.Typer(

@@ -116,6 +116,11 @@ def with_options(
 with_engine_options = with_options("config", _engine_options, "Engine")
 
 
+def _option(name: str, value: Any) -> str:
+    """The option that gives a setting its value: `--policy`, or of a switch that is off `--no-plan-late`."""
+    return f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+
+
 def check_unset(config: EngineConfig, instead: str) -> None:
     """That nothing is asked of an engine which is not started. instead: what is used, as it was given.
 
@@ -124,7 +129,7 @@ def check_unset(config: EngineConfig, instead: str) -> None:
     default = EngineConfig()
     names = [name for name in config.__struct_fields__ if getattr(config, name) != getattr(default, name)]
     if names:
-        given = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        given = ", ".join(_option(name, getattr(config, name)) for name in names)
         raise InvalidRequestError(
             f"{instead} runs already, and {given} would do nothing to it: leave out one or the other"
         )

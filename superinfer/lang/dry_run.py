@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from superinfer.errors import UnsupportedError
+from superinfer.errors import InvalidRequestError, UnsupportedError
 from superinfer.lang.backend import Backend
 from superinfer.lang.callgraph import CallGraph
 from superinfer.lang.chat_text import plain_chat
@@ -49,7 +50,8 @@ class NoModel(Backend):
 def trace(program: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[CallGraph, ProgramState]:
     """The calls of `program`, and its state at the end. Arguments that are not given are Unknown.
 
-    Raises what the program raises before it has read any variable.
+    Raises what the program raises before it has read any variable, and InvalidRequestError where it calls itself
+    without end before that.
     """
     named = {**program.bound, **kwargs}
     for name in program.arg_names[len(args) :]:
@@ -67,10 +69,28 @@ def trace(program: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     except DataDependent as stop:
         graph.stopped = stop.what
     except Exception as error:
-        if not graph.seen:
+        depth = _depth(program, error)
+        if graph.seen:
+            graph.stopped = (
+                f"it raises {type(error).__name__}: {error}" if depth < 2 else f"it calls itself {depth} deep"
+            )
+        elif depth < 2:
             raise
-        graph.stopped = f"it raises {type(error).__name__}: {error}"
+        else:
+            raise InvalidRequestError(
+                f"program {program.name} calls itself {depth} deep, which is as far as Python goes: give it an end; "
+                "where it ends by what a model answers, look at the answer before it is called again, so that a trace "
+                "stops there"
+            ) from None
     return graph, state
+
+
+def _depth(program: Function, error: Exception) -> int:
+    """How many times the program had called itself where Python had no room for more; 0 for other errors."""
+    if not isinstance(error, RecursionError):
+        return 0
+    code = getattr(program.func, "__code__", None)
+    return sum(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def constant_prefix(program: Function, render: RenderChat) -> Prompt | None:

@@ -12,7 +12,7 @@ import msgspec
 
 from superinfer.errors import InvalidRequestError, UnsupportedError
 from superinfer.runtime.protocol import SamplingParams
-from superinfer.runtime.stopping import stop_pattern
+from superinfer.runtime.stopping import check_stop, stop_pattern
 
 DEFAULT_MAX_TOKENS = 128
 
@@ -55,9 +55,7 @@ class Sampling:
         ids = self.stop_token_ids
         if ids is not None and (isinstance(ids, str) or not isinstance(ids, Sequence) or not all(map(_is_id, ids))):
             raise InvalidRequestError(f"stop_token_ids={ids!r:.80} must be a list of token ids")
-        for stop in self.stop_strings:
-            if not isinstance(stop, str) or not stop:
-                raise InvalidRequestError(f"stop={stop!r} must be a string of at least one character")
+        check_stop(self.stop_strings)
         for pattern in self.stop_patterns:
             stop_pattern(pattern)
         self.given  # noqa: B018  (checks the values)

@@ -28,11 +28,11 @@ from superinfer.errors import (
     SuperinferError,
     error_from_code,
 )
+from superinfer.lang.retrying import may_pass, told_wait_s, wait_s
 from superinfer.runtime.choices import TokenScore
 from superinfer.runtime.protocol import RequestReport
 
 _KEPT_S = 4.0  # what stands before a server may close what is idle after 5 s; a request must not cross that
-_FIRST_WAIT_S = 0.5  # before another try, at least; twice as long before each further one
 
 T = TypeVar("T")
 
@@ -211,15 +211,15 @@ class ServerWire:
                     return response
                 async with response:
                     said = await response.read()
-                told_s = _retry_after(response.headers.get("Retry-After", ""))
+                told_s = told_wait_s(response.headers.get("Retry-After", ""))
                 error = _error(response.status, said)
-                again = response.status in (408, 409, 429) or response.status >= 500
+                again = may_pass(response.status)
                 if isinstance(error, OverloadedError):
                     error.retry_after_s = told_s
                     again = again and (told_s or 0.0) < _due_s(_left(promised or {}, time.monotonic() - began))
                 if tries >= self._retries or not again:
                     raise error
-            await asyncio.sleep(max(_FIRST_WAIT_S * 2**tries, told_s or 0.0))
+            await asyncio.sleep(wait_s(tries, told_s))
             tries += 1
 
     async def close(self) -> None:
@@ -246,15 +246,6 @@ def _left(slo: dict[str, Any], spent_s: float) -> dict[str, Any]:
 
 def _due_s(slo: dict[str, Any]) -> float:
     return min(float(slo.get(name, math.inf)) for name in FROM_ARRIVAL) / 1e3
-
-
-def _retry_after(header: str) -> float | None:
-    """Seconds; None where a server says nothing of them: our own says no dates."""
-    try:
-        seconds = float(header)
-    except ValueError:
-        return None
-    return seconds if 0.0 <= seconds < math.inf else None
 
 
 def _error(status: int, body: bytes) -> SuperinferError:

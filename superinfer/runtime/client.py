@@ -2,8 +2,8 @@
 
 Tokens in, tokens out; text lives in `runtime.text`. The engine's death is noticed through the socket's monitor: the
 kernel reports a closed link at once, and ZMTP heartbeats, which ZMQ's own thread answers even while Python is busy,
-report a frozen one within 1.5 s. A client whose engine died is of no further use: every waiting and later call raises
-EngineDeadError. See docs/protocol.md.
+report a frozen one within 1.5 s. Every waiting call then raises EngineDeadError, and so do later ones until that engine
+goes on or another one of the same model is started at its address. See docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class AsyncEngineClient:
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._tokens = itertools.count(1)
         self._dead: Exception | None = None
-        self._is_lost = False  # dead by a broken link alone: the engine may answer again
+        self._is_lost = False  # dead because the engine is, or its link broke: it, or another, may answer again
         self.name = ""  # as the engine was told
         self._closed = False
         self._loop = asyncio.get_running_loop()
@@ -279,8 +279,13 @@ class AsyncEngineClient:
 
     @property
     def alive(self) -> bool:
-        """False once the link is closed or the engine is known to be dead, and while a broken link is not back."""
+        """False once the client is closed, and while no engine of its model answers at the address."""
         return self._dead is None
+
+    @property
+    def trouble(self) -> str:
+        """Why calls are refused now; "" where they are not."""
+        return str(self._dead or "")
 
     # ------------------------------------------------------------------ link
 
@@ -352,8 +357,8 @@ class AsyncEngineClient:
             case _ if not self._welcome.done():
                 self._welcome.set_result(message)
             case Welcome(info=info):
-                if self._is_lost and info.pid == self.info.pid:  # the same engine, which has given our requests up
-                    self._is_lost, self._dead = False, None
+                if self._is_lost:
+                    self._go_on(info)
             case _ if self._is_lost:
                 pass  # about what was under way when the link broke
             case Deltas(deltas=deltas):
@@ -373,15 +378,26 @@ class AsyncEngineClient:
                     answer.set_result(message)
             case Stopping(reason=reason):
                 self._fail(EngineDeadError(f"engine at {self.address} stopped: {reason}"))
+                self._is_lost = True
             case _:
                 raise ProtocolError(f"unexpected {type(message).__name__}")
+
+    def _go_on(self, info: ModelInfo) -> None:
+        """An engine answers at the address: the one that was lost, which has given our requests up, or another."""
+        if _served(info) == _served(self.info):
+            self.info, self._is_lost, self._dead = info, False, None
+        else:
+            self._dead = EngineUnavailableError(
+                f"the engine at {self.address} serves {info.path!r} now, not {self.info.path!r} as the one before it: "
+                "connect to it with a client of its own"
+            )
 
     async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
         """Until this is cancelled. The monitor stays open: libzmq waits for ever to tell something to a closed one.
 
         A link breaks when the engine dies, when it is frozen, and when this process itself has stood still: libzmq
-        finds then that it has heard nothing for too long before it looks at what has come. So the engine is asked
-        again, over the link that libzmq makes anew as soon as it can.
+        finds then that it has heard nothing for too long before it looks at what has come. So whoever is at the address
+        is asked again, over the link that libzmq makes anew as soon as it can.
         """
         while True:
             event = parse_monitor_message(await monitor.recv_multipart())
@@ -392,7 +408,7 @@ class AsyncEngineClient:
                     self._fail(
                         EngineDeadError(
                             f"engine at {self.address} (pid {self.info.pid}) died or its link broke; unfinished "
-                            "requests are lost: unless it answers again by itself, restart it and connect again"
+                            "requests are lost, and more are refused until it answers again or is started anew there"
                         )
                     )
                     self._is_lost = True
@@ -400,7 +416,7 @@ class AsyncEngineClient:
                     self._say_hello()
 
     def _fail(self, error: Exception) -> None:
-        """The link is of no further use: everyone who waits, and everyone who calls later, gets `error`."""
+        """The link is of no use: everyone who waits, and everyone who calls later, gets `error`."""
         if self._dead is None:
             self._dead = error
         if not self._welcome.done():
@@ -410,6 +426,11 @@ class AsyncEngineClient:
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(_afresh(self._dead))
+
+
+def _served(info: ModelInfo) -> tuple[object, ...]:
+    """What a client knows of a model, beyond how much there is room for."""
+    return info.model, info.path, info.architecture, info.vocab_size, info.eos_token_ids
 
 
 def _afresh(error: Exception) -> Exception:
@@ -443,7 +464,11 @@ class EngineClient:
             self._loop.close()
             raise
         self.address = address
-        self.info = self._client.info
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model and the limits of the engine."""
+        return self._client.info
 
     def generate(self, request: Generate) -> Iterator[SequenceDelta]:
         """See AsyncEngineClient.generate."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from superinfer.errors import DeadlineMissedError, EngineUnavailableError, InvalidRequestError
+from superinfer.errors import DeadlineMissedError, InvalidRequestError
 from superinfer.runtime.client import AsyncEngineClient, deadline_text, new_request_id
 from superinfer.runtime.detokenization import Detokenizer
 from superinfer.runtime.protocol import (
@@ -27,7 +27,7 @@ from superinfer.runtime.protocol import (
     TokenLogprob,
 )
 from superinfer.runtime.slo import SLO
-from superinfer.runtime.stopping import Stopper, stop_pattern
+from superinfer.runtime.stopping import Stopper, check_stop, stop_pattern
 from superinfer.runtime.stopping import split_at_stop as split_at_stop
 from superinfer.runtime.tokenization import Tokenizer
 
@@ -36,7 +36,8 @@ from superinfer.runtime.tokenization import Tokenizer
 class TextRequest:
     """One prompt, as text (special tokens are parsed, none added: see Tokenizer.encode) or as token ids.
 
-    stop: strings that end the text; the match itself is left out of it. stop_regex: regular expressions that do.
+    stop: strings that end the text, MAX_STOP_CHARACTERS together; the match itself is left out of it. stop_regex:
+    regular expressions that do.
     add_special: let the tokenizer add its BOS and the like; False for a rendered chat template.
     skip_special: leave special tokens out of the returned text.
     slo_class, hints, after, interval_s: see protocol.Generate. With stop strings there is no interval.
@@ -57,9 +58,7 @@ class TextRequest:
     interval_s: float = 0.0
 
     def __post_init__(self) -> None:
-        for stop in self.stop:
-            if not isinstance(stop, str) or not stop:
-                raise InvalidRequestError(f"stop={stop!r} must be a string of at least one character")
+        check_stop(self.stop)
         for pattern in self.stop_regex:
             stop_pattern(pattern)
 
@@ -122,25 +121,6 @@ class TextClient:
     def info(self) -> ModelInfo:
         return self.client.info
 
-    async def renew(self, timeout: float = 10.0) -> None:
-        """Where the engine has ended: connect to the one that has been started at its address since.
-
-        Raises like AsyncEngineClient.connect, and EngineUnavailableError where that one serves another model.
-        """
-        before = self.client
-        client = await AsyncEngineClient.connect(before.address, name=before.name, timeout=timeout)
-        if before.alive:  # it had only been frozen, and may have requests again
-            await client.close()
-        elif _served(client.info) == _served(before.info):
-            self.client = client
-            await before.close()
-        else:
-            await client.close()
-            raise EngineUnavailableError(
-                f"the engine at {before.address} serves {client.info.path!r} now, not {before.info.path!r} as the one "
-                "before it: connect to it with a client of its own"
-            )
-
     def tokenize(self, request: TextRequest) -> list[int]:
         """The prompt's token ids. Raises InvalidRequestError for an empty prompt."""
         prompt = request.prompt
@@ -196,7 +176,8 @@ class TextClient:
             async for delta in deltas:
                 reader = readers[delta.index]
                 was_stopped = reader.stopped_by is not None
-                out = reader.read(delta)
+                # Searches for expressions leave the loop to others.
+                out = await asyncio.to_thread(reader.read, delta) if reader.searches else reader.read(delta)
                 if reader.stopped_by is not None and not was_stopped and delta.finish_reason is None:
                     self.client.cancel(wire.request_id, delta.index)  # its last delta will bring the report
                 if out is not None:
@@ -247,11 +228,6 @@ class TextClient:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
-
-
-def _served(info: ModelInfo) -> tuple[object, ...]:
-    """What a client knows of a model, beyond how much there is room for."""
-    return info.model, info.path, info.architecture, info.vocab_size, info.eos_token_ids
 
 
 class Begun:
@@ -315,6 +291,11 @@ class SequenceReader:
         self._stopper = stopper
         self._count = 0  # tokens told
         self.stopped_by: str | None = None
+
+    @property
+    def searches(self) -> bool:
+        """Whether `read` may take long: see Stopper.searches."""
+        return self._stopper.searches
 
     def read(self, delta: SequenceDelta) -> TextDelta | None:
         """None where there is nothing to pass on."""

@@ -311,8 +311,8 @@ def test_a_request_that_a_server_refuses_outright_ends_the_command_with_its_word
     [
         (("--prompt-tokens", "300"), "--prompt-tokens '300': workload 'sharegpt' has lengths of its own"),
         (("--workload", "lmsys", "--output-tokens", "9"), "--output-tokens '9': workload 'lmsys' has lengths"),
-        (("--workload", "fixed", "--trace", "a.csv"), "workload 'fixed' reads no trace"),
-        (("--workload", "fixed", "--arrivals", "trace"), "workload 'fixed' reads no trace"),
+        (("--workload", "uniform", "--trace", "a.csv"), "workload 'uniform' reads no trace"),
+        (("--workload", "uniform", "--arrivals", "trace"), "workload 'uniform' reads no trace"),
     ],
 )
 def test_an_option_that_the_workload_does_not_heed_is_refused(
@@ -320,6 +320,11 @@ def test_an_option_that_the_workload_does_not_heed_is_refused(
 ):
     status, _, err = run("bench", "serve", "--url", "http://127.0.0.1:9", *options)
     assert status == 2 and reason in err
+
+
+def test_lengths_of_ones_own_have_one_name(run: Callable[..., tuple[int, str, str]]):
+    status, _, err = run("bench", "serve", "--url", "http://127.0.0.1:9", "--workload", "fixed")
+    assert status == 2 and "workload 'fixed' is unknown; choose one of sharegpt" in err and "mooncake, uniform" in err
 
 
 def test_the_command_measures_our_server_and_breaks_lateness_down(
@@ -358,7 +363,7 @@ def test_what_our_server_refuses_is_counted_and_the_warm_up_promises_nothing(
     out = tmp_path / "found.json"
     with launch_engine(config) as engine:
         server = start("serve", "--port", "0", "--engine", engine.address)
-        arguments = ["--url", server.line("serving at").split()[2], "--workload", "fixed", "--prompt-tokens", "5"]
+        arguments = ["--url", server.line("serving at").split()[2], "--workload", "uniform", "--prompt-tokens", "5"]
         arguments += [
             "--output-tokens",
             "200",

@@ -14,6 +14,7 @@ import pytest
 
 import superinfer
 from superinfer.cli import chat, main
+from superinfer.cli.others_options import OURS
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -202,13 +203,35 @@ def test_options_of_an_engine_beside_one_that_runs_are_refused(run: Run, tmp_pat
     name, *file = command.split()
     arguments = (name, "--engine", "ipc:///nowhere", "--policy", "rota", "--no-plan-late")
     line = error_of(run(*arguments, *[str(tmp_path / each) for each in file]))
-    assert "--engine ipc:///nowhere runs already" in line and "--policy, --plan-late" in line
+    assert "--engine ipc:///nowhere runs already" in line and "--policy, --no-plan-late would" in line
 
 
 @pytest.mark.parametrize("command", ["chat --url", "bench programs --url-peer"])
 def test_options_of_an_engine_beside_a_server_are_refused(run: Run, command: str) -> None:
     line = error_of(run(*command.split(), "http://127.0.0.1:9", "--model", "llama-3-8b"))
     assert "http://127.0.0.1:9 runs already" in line and "--model" in line
+
+
+@pytest.mark.parametrize(
+    ("command", "theirs", "ours"),
+    [
+        ("serve", "--max-num-seqs", "--max-batch-size"),
+        ("serve", "--served-model-name", "--model-name"),
+        ("serve", "--gpu-memory-utilization", "--kv-tokens"),
+        ("engine", "--max-running-requests", "--max-batch-size"),
+    ],
+)
+def test_an_option_of_another_server_is_told_what_it_is_called_here(
+    run: Run, command: str, theirs: str, ours: str
+) -> None:
+    status, _, err = run(command, theirs, "0.9", COLUMNS="200")
+    assert status == 2 and f"No such option: {theirs}" in err
+    assert err.count(" --") == 2 and f"{ours}" in err  # no other one
+
+
+def test_every_option_that_one_of_another_server_is_told_to_be_is_there(run: Run) -> None:
+    _, out, _ = run("serve", "--help", COLUMNS="200")
+    assert {ours for ours in OURS.values() if f"{ours} " not in out} == set()
 
 
 def test_engine_and_url_exclude_each_other(run: Run) -> None:

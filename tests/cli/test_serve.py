@@ -78,7 +78,7 @@ def test_a_killed_server_takes_its_engine_along(start: Callable[..., Any], tiny_
 def test_a_killed_engine_takes_its_server_along(start: Callable[..., Any], tiny_checkpoint: Path) -> None:
     """Which could serve nothing any more, and nobody would start it again."""
     command, client = serve(start, tiny_checkpoint)
-    (engine,) = psutil.Process(command.process.pid).children()  # not the process of the engine's own, for grammars
+    (engine,) = psutil.Process(command.process.pid).children()  # which has children of its own
     stream = client.completions.create(
         model="tiny", prompt=["hi"] * 60, max_tokens=1900, stream=True, extra_body={"ignore_eos": True}
     )

@@ -686,30 +686,42 @@ def test_litellm_answers_through_its_library(monkeypatch: pytest.MonkeyPatch) ->
 ASK_LITELLM = """
 import sys, superinfer as si
 
-timeout, retries = float(sys.argv[2]), int(sys.argv[3])
+model, timeout, retries = sys.argv[4], float(sys.argv[2]), int(sys.argv[3])
 
 @si.function
 def chat(s):
     s += si.user("hi") + si.assistant(si.gen("x"))
 
-with si.LiteLLM("openai/m", api_base=sys.argv[1], api_key="k", timeout=timeout, max_retries=retries) as backend:
+with si.LiteLLM(model, api_base=sys.argv[1], api_key="k", timeout=timeout, max_retries=retries) as backend:
     state = chat.run(backend=backend)
     print("it is", type(state.error()).__name__ if state.error() else state["x"])
 """
 
 
-def ask_litellm(service: Service, timeout_s: float, retries: int) -> str:
-    command = [sys.executable, "-c", ASK_LITELLM, f"{service.url}/v1", str(timeout_s), str(retries)]
+def ask_litellm(service: Service, timeout_s: float, retries: int, model: str = "openai/m") -> str:
+    base = service.url if model.startswith("anthropic") else f"{service.url}/v1"
+    command = [sys.executable, "-c", ASK_LITELLM, base, str(timeout_s), str(retries), model]
     environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout
 
 
+@pytest.mark.parametrize("model", ["openai/m", "anthropic/claude-haiku-4-5"])
 @pytest.mark.parametrize(("refusals", "answer"), [(1, "so it is"), (2, "QueueFullError")])
-def test_a_busy_service_is_asked_again_through_litellm(service: Service, refusals: int, answer: str) -> None:
+def test_a_busy_service_is_asked_again_through_litellm(
+    service: Service, refusals: int, answer: str, model: str
+) -> None:
+    """Whoever's it is: the library itself asks only some services again."""
     service.busy = ["2"] * refusals
-    assert f"it is {answer}" in ask_litellm(service, 60.0, retries=1)
+    assert f"it is {answer}" in ask_litellm(service, 60.0, 1, model)
     assert len(service.came) == 2 and service.came[1] - service.came[0] >= 1.9
+
+
+@pytest.mark.parametrize(("status", "times"), [(529, 2), (400, 1)])
+def test_a_service_that_fails_is_asked_again_through_litellm(service: Service, status: int, times: int) -> None:
+    service.status = status
+    ask_litellm(service, 60.0, 1, "anthropic/claude-haiku-4-5")
+    assert len(service.came) == times
 
 
 @pytest.mark.parametrize(("breaks", "kind"), [("cut", "EngineUnavailableError"), ("silent", "DeadlineMissedError")])

@@ -21,7 +21,8 @@ import superinfer as si
 from superinfer.lang import backend as backend_module
 from superinfer.lang.backend import RuntimeEndpoint
 from superinfer.runtime.client import EngineClient
-from superinfer.runtime.launch import EngineProcess
+from superinfer.runtime.config import EngineConfig
+from superinfer.runtime.launch import EngineProcess, launch_engine
 from superinfer.runtime.protocol import StatsReport
 
 
@@ -217,6 +218,26 @@ def test_an_engine_that_dies_mid_program_raises_where_the_variable_is_read(tiny_
             state = program.run(backend=backend)
     assert state.ret_value < 2
     assert isinstance(state.error(), si.EngineDeadError)
+
+
+def test_programs_run_on_the_engine_that_is_started_anew_at_the_address(talking_llama: Path, tmp_path: Path) -> None:
+    config = EngineConfig(
+        model=str(talking_llama), kv_tokens=4096, max_batch_size=4, threads=1, address=f"ipc://{tmp_path}/engine.sock"
+    )
+
+    @si.function
+    def program(s):
+        s += si.user("once") + si.assistant(si.gen("x", max_tokens=8, ignore_eos=True, temperature=0))
+
+    with launch_engine(config) as engine:
+        backend = RuntimeEndpoint(engine.address)
+        before = program.run(backend=backend)["x"]
+        os.kill(engine.pid, signal.SIGKILL)
+    with backend, launch_engine(config):
+        deadline = time.monotonic() + 60
+        while not backend.client.client.alive and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert program.run(backend=backend)["x"] == before
 
 
 def test_a_backend_that_nobody_has_any_more_is_not_connected_any_more(slow: SlowEngine) -> None:

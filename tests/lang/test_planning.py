@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
+import re
 import time
 import weakref
 from pathlib import Path
@@ -147,6 +149,46 @@ def test_before_anything_is_known_every_call_is_sent_all_that_is_left(model: Scr
     fresh(support).run("t")
     assert all(is_part_of_what_is_left(model, at, began, 1) for at in (0, 1, 3))
     assert all(row is None for row in [r.hints and r.hints.expected_tokens for r in model.requests])
+
+
+def test_a_program_that_calls_itself_without_end_cannot_be_planned(model: ScriptedClient) -> None:
+    @si.function
+    def program(s, text):
+        s += text + si.gen("x", max_tokens=4)
+        program(s, text)
+
+    @si.function
+    async def later(s, text):
+        s += text + si.gen("x", max_tokens=4)
+        await later(s, text)
+
+    @si.function
+    def forked(s, text):
+        (branch,) = s.fork(1)
+        branch += text + si.gen("x", max_tokens=4)
+        forked(branch, text)
+
+    for endless in (program, later, forked):
+        with pytest.raises(si.InvalidRequestError, match=r"calls itself \d\d+ deep.* give it an end") as told:
+            endless.plan("a text", deadline=5.0)
+        assert f"program {endless.name} " in str(told.value)
+        assert len(told.traceback) < 10
+
+
+def test_a_program_that_only_a_models_answer_keeps_from_calling_itself_is_planned_as_far_as_it_is_seen(
+    model: ScriptedClient,
+) -> None:
+    @si.function
+    def refine(s, draft):
+        s += draft + si.gen("better", max_tokens=4)
+        with contextlib.suppress(Exception):
+            if s["better"] == draft:
+                return
+        refine(s, s["better"])
+
+    plan = refine.plan("a draft", deadline=5.0)
+    assert not plan.complete and len(plan.rows) > 10
+    assert re.match(r"it calls itself \d\d+ deep", plan.stopped)
 
 
 def test_a_trace_splits_the_deadline_by_max_tokens_along_the_longest_way(model: ScriptedClient) -> None:

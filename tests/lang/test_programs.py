@@ -246,6 +246,7 @@ def test_what_cannot_be_honoured_is_refused_by_name_when_the_expression_is_made(
         ({"temperature": -1}, "temperature=-1"),
         ({"stop": ""}, "stop=''"),
         ({"stop": 5}, "stop=5"),
+        ({"stop": [f"{number:020}" for number in range(5_000)]}, "100000 characters together"),
         ({"stop_regex": 5}, "stop_regex=5"),
         ({"stop_token_ids": 5}, "stop_token_ids=5"),
         ({"stop_token_ids": ["x"]}, r"stop_token_ids=\['x'\]"),

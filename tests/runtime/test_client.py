@@ -718,18 +718,46 @@ def test_a_link_that_broke_is_made_anew_and_what_was_under_way_is_lost(random_ll
         wait_until_idle(client)  # the engine has given up what nobody waits for
 
 
-def test_another_engine_at_the_same_address_is_not_taken_for_the_one_before(random_llama, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_engine_that_is_started_anew_at_its_address_is_found(random_llama, tmp_path, number):
+    config = EngineConfig(model=str(random_llama), kv_tokens=4096, address=f"ipc://{tmp_path}/engine.sock")
+    with launch_engine(config) as engine:
+        client = EngineClient(engine.address)
+        under_way = client.generate(request([1, 2], LONG))
+        next(under_way)
+        os.kill(engine.pid, number)
+        with pytest.raises(EngineDeadError, match=r"died or its link broke|stopped"):
+            list(under_way)
+        with pytest.raises(EngineDeadError):
+            client.health()
+    with client, launch_engine(msgspec.structs.replace(config, kv_tokens=2048)) as engine:
+        wait_until_alive(client, True)
+        assert len(tokens(client, request([1, 2]))) == 12
+        assert client.info.pid == engine.pid
+        assert client.info.num_blocks * client.info.page_size == 2048
+
+
+def test_one_of_another_model_at_the_same_address_is_not_taken_for_the_one_before(
+    random_llama, tiny_checkpoint, tmp_path
+):
     config = EngineConfig(model=str(random_llama), kv_tokens=4096, address=f"ipc://{tmp_path}/engine.sock")
     with launch_engine(config) as engine:
         client = EngineClient(engine.address)
         os.kill(engine.pid, signal.SIGKILL)
         wait_until_alive(client, False)
-    with launch_engine(config) as engine, EngineClient(engine.address) as other:
-        assert other.health().status == "ok"
-        time.sleep(0.5)  # the first client's socket has found the new engine by now
-        with pytest.raises(EngineDeadError):
-            client.health()
-    client.close()
+    with client:
+        with launch_engine(msgspec.structs.replace(config, model=str(tiny_checkpoint), load_format="dummy")):
+            deadline = time.monotonic() + 60
+            said = ""
+            while "serves" not in said and time.monotonic() < deadline:
+                time.sleep(0.02)
+                with pytest.raises(EngineUnavailableError) as refused:
+                    client.health()
+                said = str(refused.value)
+            assert f"serves '{tiny_checkpoint}' now, not '{random_llama}'" in said
+        with launch_engine(config):
+            wait_until_alive(client, True)
+            assert len(tokens(client, request([1, 2]))) == 12
 
 
 def test_a_frozen_engine_that_goes_on_is_found_again(own_engine):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import threading
+import time
 import tracemalloc
 from functools import cache
 from itertools import pairwise
@@ -15,6 +18,7 @@ from slow_engine import slow_engine
 
 from superinfer.embedded import model_path
 from superinfer.errors import InvalidRequestError
+from superinfer.runtime import stopping
 from superinfer.runtime.protocol import RequestReport, SamplingParams, SequenceDelta, TokenLogprob
 from superinfer.runtime.segments import Segments, segments_of
 from superinfer.runtime.stopping import Stopper, split_at_stop
@@ -90,8 +94,74 @@ def test_text_that_cannot_become_a_match_is_given_out_at_once():
 
 
 def test_an_expression_that_backtracks_for_ever_is_given_up():
-    with pytest.raises(InvalidRequestError, match="takes more than"):
+    with pytest.raises(InvalidRequestError, match="takes more than 1 s"):
         Stopper([], ["(x|xx)+[^x]y"]).push("x" * 60 + "zz")
+
+
+def test_so_is_one_that_takes_too_long_over_a_whole_text(monkeypatch):
+    monkeypatch.setattr(stopping, "SEARCHES_S", 0.01)
+    stopper = Stopper([], ["end$"])
+    with pytest.raises(InvalidRequestError, match=r"stop_regex='end\$' .* 0.01 s in all"):
+        for _ in range(100_000):
+            stopper.push("to be and not to be; ")
+
+
+def test_no_other_request_waits_for_a_search(tiny_engine, monkeypatch):
+    other = threading.Event()
+
+    class Slow:
+        """An expression whose search ends once the event loop has done something else."""
+
+        pattern = "slow"
+
+        def search(self, *given, **named):
+            assert other.wait(60), "the loop was held up"
+
+    monkeypatch.setattr(stopping, "stop_pattern", lambda source: Slow())
+
+    async def completed() -> TextResult:
+        async with await TextClient.connect(tiny_engine.address) as text:
+            sampling = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+            task = asyncio.create_task(text.complete(TextRequest(prompt="once", sampling=sampling, stop_regex=("x",))))
+            await text.complete(TextRequest(prompt="another", sampling=sampling))
+            other.set()
+            (result,) = await task
+            return result
+
+    assert len(asyncio.run(completed()).token_ids) == 5
+
+
+@given(letters, stops, st.data())
+def test_stop_strings_are_found_as_if_each_was_looked_for(text, stop, data):
+    stopper, held, at = Stopper(stop), "", 0
+    while at < len(text):
+        piece = text[at : at + data.draw(st.integers(1, 5))]
+        certain, held, found = split_at_stop(held + piece, stop)
+        assert stopper.push(piece) == (certain, found)
+        if found is not None:
+            return
+        at += len(piece)
+    assert stopper.rest() == held
+
+
+def test_many_stop_strings_take_no_longer_than_one():
+    draw = random.Random(0)
+    many = ["".join(draw.choices("abcdefgh", k=12)) + "!" for _ in range(5_000)]
+    text = "".join(draw.choices("abcdefgh", k=4_000))
+
+    def seconds(stop: list[str]) -> float:
+        stopper, began = Stopper(stop), time.thread_time()
+        for at in range(0, len(text), 4):
+            assert stopper.push(text[at : at + 4])[1] is None
+        return time.thread_time() - began
+
+    seconds(many)  # makes the automaton
+    assert min(seconds(many) for _ in range(3)) < 50 * min(seconds(many[:1]) for _ in range(3))
+
+
+def test_more_stop_strings_than_are_looked_for_are_refused():
+    with pytest.raises(InvalidRequestError, match="70000 characters together; give at most 65536"):
+        TextRequest(prompt="once", stop=("x" * 35_000, "y" * 35_000))
 
 
 PIECES = st.lists(

@@ -12,7 +12,7 @@ import msgspec
 from superinfer.runtime.protocol import TokenLogprob
 from superinfer.runtime.server.params import id_of
 from superinfer.runtime.server.parsing.pieces import AnswerReader, Piece
-from superinfer.runtime.server.report import SloReport, Tally, Usage
+from superinfer.runtime.server.report import SloReport, StreamedUsage, Tally, Usage
 from superinfer.runtime.server.schema import ChatRequest, FunctionCall
 from superinfer.runtime.server.stream import error_event, event
 from superinfer.runtime.text import TextDelta, TextResult
@@ -122,10 +122,7 @@ class ChatWriter:
         self._model = request.model
         self._tokenizer = tokenizer
         self._tally = tally
-        options = request.stream_options
-        self._usage = bool(options and options.include_usage)
-        self._continuous = bool(options and options.continuous_usage_stats)
-        self._prompt_tokens, self._output_tokens = len(prompt), 0
+        self._usage = StreamedUsage(request.stream_options, len(prompt))
         self._shown: list[int] | Unset = prompt if request.return_token_ids else UNSET
         self._readers = readers
         self._started = [False] * len(readers)
@@ -139,7 +136,7 @@ class ChatWriter:
             begun = ChatChoice(index=index, delta=AnswerMessage(role="assistant", content=""))
             yield self._chunk(begun, prompt_token_ids=self._shown)
         calls = reader.calls
-        self._output_tokens += len(delta.token_ids)
+        self._usage.count(len(delta.token_ids))
         pieces = reader.push(delta.text + self._stop(delta))
         if delta.finish_reason is not None:
             pieces += reader.finish()
@@ -147,7 +144,7 @@ class ChatWriter:
         ids = delta.token_ids if self._shown is not UNSET else UNSET  # these and the logprobs go with one chunk
         for piece in pieces:
             calls += piece.kind == "call"
-            if logprobs is None and ids is UNSET and piece.kind == "content" and not self._continuous:
+            if logprobs is None and ids is UNSET and piece.kind == "content" and not self._usage.in_each:
                 before, after = self._frames[index]
                 yield before + _encode(piece.text) + after  # most of all chunks
             else:
@@ -155,7 +152,7 @@ class ChatWriter:
                 yield self._chunk(ChatChoice(index=index, delta=part, logprobs=logprobs, token_ids=ids))
             logprobs, ids = None, UNSET
         if delta.finish_reason is None:
-            if logprobs is not None or ids or (self._continuous and not pieces):
+            if logprobs is not None or ids or (self._usage.in_each and not pieces):
                 part = AnswerMessage(content="")
                 yield self._chunk(ChatChoice(index=index, delta=part, logprobs=logprobs, token_ids=ids))
             return
@@ -163,7 +160,7 @@ class ChatWriter:
         slo = self._tally.slo() if self._tally.complete else UNSET
         last = ChatChoice(index=index, delta=AnswerMessage(), logprobs=logprobs, finish_reason=reason, token_ids=ids)
         yield self._chunk(last, slo=slo)
-        if self._tally.complete and self._usage:
+        if self._tally.complete and self._usage.at_end:
             yield event(self._answer("chat.completion.chunk", [], self._tally.usage(), slo))
 
     def _frame(self, index: int) -> tuple[bytes, bytes]:
@@ -205,14 +202,7 @@ class ChatWriter:
     def _chunk(
         self, choice: ChatChoice, slo: SloReport | Unset = UNSET, prompt_token_ids: list[int] | Unset = UNSET
     ) -> bytes:
-        return event(self._answer("chat.completion.chunk", [choice], self._so_far(), slo, prompt_token_ids))
-
-    def _so_far(self) -> Usage | Unset | None:
-        """What a chunk with a choice says of usage."""
-        if self._continuous:
-            total = self._prompt_tokens + self._output_tokens
-            return Usage(self._prompt_tokens, self._output_tokens, total)
-        return None if self._usage else UNSET
+        return event(self._answer("chat.completion.chunk", [choice], self._usage.so_far(), slo, prompt_token_ids))
 
     def _answer(
         self,

@@ -10,7 +10,7 @@ import msgspec
 from superinfer.runtime.protocol import ModelInfo, RequestReport, SamplingParams, TokenLogprob
 from superinfer.runtime.server.errors import bad_request
 from superinfer.runtime.server.params import check_ids, id_of, sampling_of, truncated
-from superinfer.runtime.server.report import PromptTokensDetails, SloReport, Tally, Usage
+from superinfer.runtime.server.report import PromptTokensDetails, SloReport, StreamedUsage, Tally, Usage
 from superinfer.runtime.server.schema import CompletionRequest
 from superinfer.runtime.server.stream import error_event, event
 from superinfer.runtime.server.structured import own_grammar
@@ -142,10 +142,7 @@ class CompletionWriter:
         self._with_logprobs = request.logprobs is not None
         self._tokenizer = tokenizer
         self._tally = tally
-        options = request.stream_options
-        self._usage = bool(options and options.include_usage)
-        self._continuous = bool(options and options.continuous_usage_stats)
-        self._prompt_tokens, self._output_tokens = sum(map(len, prompts)), 0
+        self._usage = StreamedUsage(request.stream_options, sum(map(len, prompts)))
         self._offsets = [0] * choices
         self._prompts = prompts if request.echo else []
         self._shown = prompts if request.return_token_ids else []
@@ -156,10 +153,11 @@ class CompletionWriter:
     def events(self, delta: TextDelta) -> Iterator[bytes]:
         """The chunks for one delta; after the last, the closing ones."""
         index, text = delta.index, delta.text + self._stop(delta)
+        self._usage.count(len(delta.token_ids))
         is_first = not self._begun[index]
         if is_first:
             self._begun[index], text = True, self._echoed(index) + text
-        if delta.finish_reason is None and delta.logprobs is None and not self._continuous and not self._shown:
+        if delta.finish_reason is None and delta.logprobs is None and not self._usage.in_each and not self._shown:
             if text:
                 before, after = self._frames[index]
                 yield before + _encode(text) + after  # most of all chunks
@@ -177,14 +175,14 @@ class CompletionWriter:
             token_ids=delta.token_ids if self._shown else UNSET,
             prompt_token_ids=self._prompt_ids(index) if is_first else UNSET,
         )
-        yield event(self._answer([choice], self._so_far(delta), slo))
-        if reason and self._tally.complete and self._usage:
+        yield event(self._answer([choice], self._usage.so_far(), slo))
+        if reason and self._tally.complete and self._usage.at_end:
             yield event(self._answer([], self._tally.usage(), slo))
 
     def _frame(self, index: int) -> tuple[bytes, bytes]:
         """A chunk of plain text around its text."""
         mark = "\x00"
-        whole = event(self._answer([CompletionChoice(index=index, text=mark)], None if self._usage else UNSET, UNSET))
+        whole = event(self._answer([CompletionChoice(index=index, text=mark)], self._usage.so_far(), UNSET))
         before, after = whole.split(_encode(mark))
         return before, after
 
@@ -197,14 +195,6 @@ class CompletionWriter:
 
     def _echoed(self, index: int) -> str:
         return self._tokenizer.decode(self._prompts[index // self._per_prompt]) if self._prompts else ""
-
-    def _so_far(self, delta: TextDelta) -> Usage | Unset | None:
-        """What a chunk with a choice says of usage."""
-        self._output_tokens += len(delta.token_ids)
-        if self._continuous:
-            total = self._prompt_tokens + self._output_tokens
-            return Usage(self._prompt_tokens, self._output_tokens, total)
-        return None if self._usage else UNSET
 
     def whole(self, results: list[TextResult]) -> bytes:
         """The answer of an unstreamed request."""
@@ -234,17 +224,17 @@ class CompletionWriter:
 
     def prompts_streamed(self) -> bytes:
         """All events of the stream where nothing was to be generated: a chunk for each choice's prompt."""
-        so_far = self._prompt_usage() if self._continuous else None if self._usage else UNSET
         chunks = [
-            event(self._answer([self._choice(TextResult(index), "length", [])], so_far, UNSET))
+            event(self._answer([self._choice(TextResult(index), "length", [])], self._usage.so_far(), UNSET))
             for index in range(len(self._offsets))
         ]
-        if self._usage:
+        if self._usage.at_end:
             chunks.append(event(self._answer([], self._prompt_usage(), UNSET)))
         return b"".join(chunks) + self.event_end
 
     def _prompt_usage(self, cached: int = 0) -> Usage:
-        return Usage(self._prompt_tokens, 0, self._prompt_tokens, PromptTokensDetails(cached))
+        tokens = self._usage.prompt_tokens
+        return Usage(tokens, 0, tokens, PromptTokensDetails(cached))
 
     def _choice(self, result: TextResult, reason: str, scores: list[list[TokenLogprob]]) -> CompletionChoice:
         index = result.index

@@ -12,6 +12,7 @@ from superinfer.runtime.server.schema import Common, Written
 from superinfer.runtime.tokenization import Tokenizer
 
 MAX_STOP = 16
+MAX_STOP_LENGTH = 1024  # characters
 MAX_INTERVAL_MS = 10_000.0
 MAX_REQUEST_ID = 128  # characters
 
@@ -62,6 +63,11 @@ def stop_of(request: Common) -> tuple[str, ...]:
     strings = [stop] if isinstance(stop, str) else stop or []
     if len(strings) > MAX_STOP:
         raise bad_request(f"stop has {len(strings)} strings; give at most {MAX_STOP}", param="stop")
+    for at, string in enumerate(strings):
+        if len(string) > MAX_STOP_LENGTH:
+            raise bad_request(
+                f"stop[{at}]={string!r:.80} has {len(string)} characters; give at most {MAX_STOP_LENGTH}", param="stop"
+            )
     if "" in strings:
         raise bad_request(
             "stop='' would end every answer at once; give strings of at least one character", param="stop"

@@ -41,9 +41,23 @@ _VLLM_SAMPLING: Passing = {
     "thinking_token_budget": (),
     "use_beam_search": (False,),
 }
+# Those of SGLang, likewise.
+_SGLANG: Passing = {
+    "ebnf": (),
+    "json_schema": (),
+    "lora_path": (),
+    "no_stop_trim": (False,),
+    "regex": (),
+    "return_hidden_states": (False,),
+    "rid": (),
+    "stop_regex": (),
+}
 CHAT_PASS: Passing = {
     **_VLLM,
     **_VLLM_SAMPLING,
+    **_SGLANG,
+    "separate_reasoning": (True,),
+    "stream_reasoning": (True,),
     "add_special_tokens": (False,),
     "audio": (),
     "chat_template": (),
@@ -62,7 +76,7 @@ CHAT_PASS: Passing = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-COMPLETION_PASS: Passing = {**_VLLM, **_VLLM_SAMPLING, "prompt_embeds": (), "suffix": ("",)}
+COMPLETION_PASS: Passing = {**_VLLM, **_VLLM_SAMPLING, **_SGLANG, "prompt_embeds": (), "suffix": ("",)}
 RESPONSES_PASS: Passing = {
     **_VLLM,
     "background": (False,),
@@ -87,6 +101,7 @@ _INSTEAD = {
     "best_of": "ask for n choices and take the one you like",
     "chat_template": "render the messages yourself and send them to /v1/completions",
     "documents": "give them as chat_template_kwargs.documents, where the model's template knows them",
+    "ebnf": "use structured_outputs.grammar",
     "echo": "put the last message before the answer yourself",
     "functions": "use tools",
     "function_call": "use tool_choice",
@@ -95,14 +110,19 @@ _INSTEAD = {
     "guided_json": "use structured_outputs.json, or response_format",
     "guided_regex": "use structured_outputs.regex",
     "include_reasoning": 'ask for none by reasoning_effort="none", or leave reasoning_content unread',
+    "json_schema": "use structured_outputs.json, or response_format",
     "logits_processors": "use logit_bias, allowed_token_ids, bad_words or structured_outputs",
+    "no_stop_trim": "use include_stop_str_in_output",
     "previous_input_messages": "give them as input",
     "priority": "use slo, with its weight, or service_tier",
     "prompt_logprobs": "ask /v1/completions with echo=true and logprobs",
+    "regex": "use structured_outputs.regex",
     "repetition_detection": "use frequency_penalty, or stop",
     "request_id": "use the id of the answer",
+    "rid": "use request_id",
     "return_token_ids": "ask /v1/chat/completions",
     "skip_special_tokens": "ask for return_token_ids, and /detokenize for their text",
+    "stop_regex": "use stop",
     "stream_interval": "use stream_options.interval_ms",
     "thinking_token_budget": 'use max_completion_tokens, or reasoning_effort="none"',
     "truncation": "use truncate_prompt_tokens",

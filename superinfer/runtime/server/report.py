@@ -9,6 +9,7 @@ import msgspec
 from superinfer.errors import RequestCancelledError
 from superinfer.runtime.protocol import FinishReason, RequestReport
 from superinfer.runtime.server.promises import Promise
+from superinfer.runtime.server.schema import CountedStreamOptions
 from superinfer.runtime.tokenization import Tokenizer
 
 Observe = Callable[[RequestReport, FinishReason, Promise], None]
@@ -34,6 +35,28 @@ class Usage(msgspec.Struct, frozen=True):
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | msgspec.UnsetType = msgspec.UNSET
     completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET
+
+
+class StreamedUsage:
+    """What the chunks of one stream say of usage, as its `stream_options` ask.
+
+    at_end: one more chunk, without choices, holds all of it. in_each: every chunk holds what it is so far.
+    """
+
+    def __init__(self, options: CountedStreamOptions | None, prompt_tokens: int) -> None:
+        self.at_end = bool(options and options.include_usage)
+        self.in_each = bool(options and options.continuous_usage_stats)
+        self.prompt_tokens, self._output_tokens = prompt_tokens, 0
+
+    def count(self, output_tokens: int) -> None:
+        """So many more have come."""
+        self._output_tokens += output_tokens
+
+    def so_far(self) -> Usage | msgspec.UnsetType | None:
+        """For a chunk with a choice: null, as OpenAI has it, where the usage comes at the end only."""
+        if self.in_each:
+            return Usage(self.prompt_tokens, self._output_tokens, self.prompt_tokens + self._output_tokens)
+        return None if self.at_end else msgspec.UNSET
 
 
 class SloReport(msgspec.Struct, frozen=True):

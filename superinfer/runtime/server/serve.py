@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from superinfer.errors import EngineDeadError, InvalidRequestError, SuperinferError
+from superinfer.errors import EngineDeadError, InvalidRequestError
 from superinfer.runtime.collector import spare_the_collector
 from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.file_limit import raise_file_limit
@@ -172,7 +172,7 @@ async def _serve(
         _on_signals(server, stop)
         viewers = asyncio.create_task(_end_live(stop, app))
         watcher = asyncio.create_task(_end_streams(stop, text, settings.grace_s))
-        guard = asyncio.create_task(_find_again(text) if engine is None else _end_with(engine, server, stop))
+        guard = asyncio.create_task(_tell_of_trouble(text) if engine is None else _end_with(engine, server, stop))
         running = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started and not running.done():
             await asyncio.sleep(0.01)
@@ -207,20 +207,15 @@ async def _end_with(engine: EngineProcess, server: uvicorn.Server, stop: asyncio
     stop.set()
 
 
-async def _find_again(text: TextClient) -> None:
+async def _tell_of_trouble(text: TextClient) -> None:
     """An engine that is not ours may be started again at its address, when it has ended; requests are refused until
     then."""
     told = ""
     while True:
         await asyncio.sleep(ENGINE_LOOK_S)
-        if text.client.alive:
-            continue
-        try:
-            await text.renew(CONNECT_TIMEOUT_S)
-            told = ""
-        except SuperinferError as error:
-            if str(error) != told:
-                told = str(error)
+        if text.client.trouble != told:
+            told = text.client.trouble
+            if told:
                 log.warning("requests are refused: %s", told)
 
 

@@ -54,6 +54,20 @@ def test_streaming_several_prompts_gives_the_same_texts(client: openai.OpenAI) -
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 32
 
 
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_usage_can_come_with_every_chunk(client: openai.OpenAI, logprobs: int | None) -> None:
+    """Over all choices together, as the tokens come."""
+    counted: Any = {"include_usage": True, "continuous_usage_stats": True}
+    prompts = ["first one", "then another"]
+    *chunks, last = ask(client, prompts, n=2, stream=True, stream_options=counted, logprobs=logprobs)
+    seen = 0
+    for chunk in chunks:
+        seen += len(chunk.choices[0].text)  # a token of this model is a character
+        assert chunk.usage.completion_tokens == seen
+    assert {chunk.usage.prompt_tokens for chunk in [*chunks, last]} == {len("".join(prompts))}
+    assert last.choices == [] and last.usage.completion_tokens == seen == 4 * 16
+
+
 def test_logprobs_have_the_older_shape(client: openai.OpenAI) -> None:
     choice = ask(client, logprobs=2, temperature=0).choices[0]
     assert "".join(choice.logprobs.tokens) == choice.text

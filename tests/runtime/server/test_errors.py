@@ -60,6 +60,7 @@ CHAT_CASES: list[tuple[dict[str, Any], int, str, str]] = [
     ({"presence_penalty": 3}, 400, "invalid_request", "presence_penalty=3"),
     ({"stop": ""}, 400, "invalid_request", "stop=''"),
     ({"stop": [str(i) for i in range(17)]}, 400, "invalid_request", "17"),
+    ({"stop": ["x", "y" * 1025]}, 400, "invalid_request", "1025 characters"),
     ({"stop": [1]}, 400, "invalid_type", "stop[0]=1"),
     ({"stop_token_ids": [10**6]}, 400, "invalid_request", "stop_token_ids[0]=1000000"),
     ({"logprobs": 3}, 400, "invalid_type", "logprobs=3"),

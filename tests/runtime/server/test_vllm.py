@@ -256,6 +256,12 @@ def test_what_vllm_documents_is_known(http: httpx.Client, url: str) -> None:
         ("/v1/completions", {"prompt_logprobs": 1}, "echo=true and logprobs"),
         ("/v1/completions", {"stream_interval": 4}, "stream_options.interval_ms"),
         ("/v1/responses", {"return_token_ids": True}, "ask /v1/chat/completions"),
+        ("/v1/chat/completions", {"regex": "[0-9]+"}, "use structured_outputs.regex"),  # from here on SGLang's
+        ("/v1/completions", {"ebnf": 'root ::= "a"'}, "use structured_outputs.grammar"),
+        ("/v1/completions", {"json_schema": "{}"}, "use structured_outputs.json"),
+        ("/v1/completions", {"no_stop_trim": True}, "use include_stop_str_in_output"),
+        ("/v1/chat/completions", {"separate_reasoning": False}, "(only true is)"),
+        ("/v1/chat/completions", {"rid": "one"}, "use request_id"),
     ],
 )
 def test_what_is_refused_comes_with_what_to_do(
@@ -264,6 +270,11 @@ def test_what_is_refused_comes_with_what_to_do(
     error = http.post(url, json=NEEDED[url] | change).json()["error"]
     assert (error["code"], error["param"]) == ("unsupported_parameter", next(iter(change)))
     assert instead in error["message"]
+
+
+def test_what_sglang_has_passes_where_it_asks_for_what_is_so_anyway(http: httpx.Client) -> None:
+    asked = {"separate_reasoning": True, "stream_reasoning": True, "no_stop_trim": False}
+    assert http.post("/v1/chat/completions", json=CHAT | asked).status_code == 200
 
 
 def test_documents_reach_the_template_by_another_way(http: httpx.Client) -> None:
