@@ -9,7 +9,8 @@ import numpy as np
 from superinfer.runtime.scheduler.sequence import Sequence
 
 REMEMBERED = 512  # arrivals
-RECENT_S = 5.0  # how often requests come is taken from the last seconds; what they are like, from all remembered
+RECENT_S = 5.0  # from the last seconds is taken how often requests come, and what they are like: both may change
+LIKE = 64  # but at least from so many: of fewer, as widely as they differ, the mean cost is known to an eighth only
 LIKELY = 3.0  # with a rate above 3 / t, a silence of t happens once in 20 times: so they come less often by now
 BOLDNESS = 4.0  # what has been seen for so long is taken to go on for so many times as long
 LEAST_S = 1.0  # seconds to have seen before anything is foreseen
@@ -20,6 +21,8 @@ class Foreseen(NamedTuple):
 
     context: tokens of the prompt, all of which a decode reads; prompt: of these, to compute, as the others are cached;
     common: of these, in blocks that others hold as well.
+
+    Entries are evenly spaced, in the order in which those came that they are like.
 
     recent: how many came in the last seconds, from which `times` is taken.
     ttft, pace, deadline: as promised, inf where nothing is. weight: of each. rest, rest_s: as in `Hints`.
@@ -66,23 +69,21 @@ class Forecast:
         self._count += 1
 
     def ahead(self, now: float, seconds: float) -> Foreseen | None:
-        """The requests of the next so many seconds, or for less while little has been seen: those of the last ones, as
-        often as they came of late. None while it is too early, and once they have stopped coming."""
+        """The requests of the next so many seconds, or of fewer while little has been seen: like the last ones, and as
+        often as they came. None while it is too early, and once they have stopped coming."""
         seen = self._seen[: min(self._count, REMEMBERED)]
         since = self._since if self._count <= REMEMBERED else float(seen[:, 0].min())
         window = min(now - since, seconds)
         if window < LEAST_S:
             return None
-        arrivals = seen[:, 0]
-        is_mine = arrivals > now - window
-        mine = seen[is_mine]
+        mine = seen[seen[:, 0] > now - window]
         if not len(mine):
             return None
         recent = min(window, RECENT_S)
-        count = int((arrivals > now - recent).sum())
-        rate = count / recent
-        silence = now - float(mine[:, 0].max())
-        rate = min(rate, LIKELY / max(silence, 1e-9))
+        count = int((mine[:, 0] > now - recent).sum())
+        mine = mine[np.argsort(mine[:, 0], kind="stable")[-max(count, LIKE) :]]
+        silence = now - float(mine[-1, 0])
+        rate = min(count / recent, LIKELY / max(silence, 1e-9))
         ahead = min(seconds, BOLDNESS * window)
-        at = (mine[:, 0] - (now - window)) * (ahead / window)
+        at = (np.arange(len(mine)) + 0.5) * (ahead / len(mine))
         return Foreseen(rate * ahead / len(mine), count, at, *mine[:, 1:].T)

@@ -245,7 +245,10 @@ def _price(demand: Demand) -> np.ndarray:
         is_alone = following.program == 0
         stream, prefill, both = (np.where(is_alone, own, whole) for own in (stream, prefill, both))
     price = np.concatenate([np.where(apart, stream, both), np.where(apart, prefill, both)])
-    price *= 1.0 + 1e-12 * np.arange(2 * count)  # the order of equals is theirs in the demand, on any machine
+    # Of equals, on any machine, the later in the demand goes first: who is foreseen before who is there; and a stream
+    # before its prefill.
+    place = 2.0 * np.arange(count)
+    price *= 1.0 - 1e-12 * np.concatenate([place + 1.0, place])
     return price
 
 

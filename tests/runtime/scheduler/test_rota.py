@@ -234,6 +234,25 @@ def test_under_overload_whoever_is_kept_gets_its_first_token_before_its_client_s
     assert sum(1.0 < seconds <= 1.1 for seconds in took) < 0.02 * len(took)
 
 
+def kept_of(prompts: np.ndarray, rate: float) -> int:
+    """How many of these requests keep their promise, one coming every 1 / rate seconds, with answers of 200 tokens."""
+    lengths = prompts.astype(int).tolist()
+    jobs = [Job(n / rate, length, 200, (-1 - n,), length, STREAM) for n, length in enumerate(lengths)]
+    result = simulate(jobs, H200, LLAMA, SimConfig(policy="rota", kv_tokens=153_600, dram_tokens=524_288))
+    return round(result.met * len(jobs))
+
+
+def test_of_requests_that_are_all_alike_those_who_are_there_are_kept_rather_than_those_who_may_come():
+    assert kept_of(np.full(240, 6000), rate=10.0) >= 85
+
+
+def test_where_prompts_grow_nearly_as_many_are_kept_as_of_the_same_in_any_order():
+    """They double within 24 s, and each is within 30 % of that."""
+    rng = np.random.default_rng(1)
+    growing = np.linspace(4000, 8000, 240) * rng.uniform(0.7, 1.3, 240)
+    assert kept_of(growing, rate=10.0) >= 0.7 * kept_of(rng.permutation(growing), rate=10.0)
+
+
 def test_under_overload_a_promise_of_more_weight_is_kept_rather_than_one_of_less():
     jobs = [
         job._replace(slo=SLO(ttft=1.0, tbt=0.1, weight=5.0 if number % 2 else 1.0))
