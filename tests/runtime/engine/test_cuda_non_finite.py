@@ -113,7 +113,7 @@ def told(request, monkeypatch) -> bool:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_who_computes_no_numbers_fails_alone(overflowing_checkpoint, way, most_chunks, told):
+def test_who_computes_no_numbers_fails_alone(overflowing_checkpoint, way, most_chunks, told, caplog):
     how = WAYS[way]
     serving = Serving(overflowing_checkpoint, most_chunks)
     spoils = serving.tokenizer.encode(SPOILS)[0]
@@ -136,6 +136,7 @@ def test_who_computes_no_numbers_fails_alone(overflowing_checkpoint, way, most_c
     assert [output(sequence) for sequence in good] == alone
     serving.kv.clear()
     assert serving.kv.num_free == BLOCKS
+    assert not caplog.records  # a grammar is not asked about what is no token
     last = serving.executor._last_tokens
     assert int(last.min()) >= 0 and int(last.max()) < serving.executor.limits.vocab_size
 
