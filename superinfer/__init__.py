@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 _HOMES = {
     "superinfer.errors": (
         "DeadlineMissedError", "EngineDeadError", "EngineUnavailableError", "InvalidRequestError", "ModelLoadError",
-        "OutputError", "OverloadedError", "ProtocolError", "QueueFullError", "RequestCancelledError", "SuperinferError",
-        "UnsupportedError",
+        "NonFiniteError", "OutputError", "OverloadedError", "ProtocolError", "QueueFullError", "RequestCancelledError",
+        "SuperinferError", "UnsupportedError",
     ),
     "superinfer.lang.anthropic_backend": ("Anthropic",),
     "superinfer.lang.api": (
@@ -75,6 +75,9 @@ if TYPE_CHECKING:
     )
     from superinfer.errors import (
         ModelLoadError as ModelLoadError,
+    )
+    from superinfer.errors import (
+        NonFiniteError as NonFiniteError,
     )
     from superinfer.errors import (
         OutputError as OutputError,

@@ -53,6 +53,12 @@ class OutputError(SuperinferError, ValueError):
     code = "bad_output"
 
 
+class NonFiniteError(SuperinferError):
+    """The model computed logits that are no numbers (NaN, infinity): there is no next token to choose."""
+
+    code = "non_finite"
+
+
 class QueueFullError(SuperinferError):
     """The engine holds as many unfinished requests as it is configured to."""
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from chat_checkpoint import write_checkpoint
 from hypothesis import HealthCheck, settings
+from overflowing_checkpoint import write_overflowing_checkpoint
 
 from superinfer.runtime.client import EngineClient
 from superinfer.runtime.config import EngineConfig
@@ -84,4 +85,25 @@ def tiny_config(tiny_checkpoint: Path) -> EngineConfig:
 def tiny_engine(tiny_config: EngineConfig) -> Iterator[EngineProcess]:
     """One engine for every chat test that does not break it."""
     with launch_engine(tiny_config) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def overflowing_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a chat checkpoint that computes NaN behind one character, and a token is a character."""
+    return write_overflowing_checkpoint(tmp_path_factory.mktemp("checkpoint") / "overflowing")
+
+
+@pytest.fixture(scope="session")
+def overflowing_engine(overflowing_checkpoint: Path) -> Iterator[EngineProcess]:
+    """It serves that."""
+    config = EngineConfig(
+        model=str(overflowing_checkpoint),
+        device="cpu",
+        kv_tokens=8192,
+        max_batch_tokens=64,
+        max_batch_size=64,
+        threads=1,
+    )
+    with launch_engine(config) as process:
         yield process

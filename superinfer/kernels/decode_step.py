@@ -8,13 +8,17 @@ device and learn of changes alone.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from superinfer.kernels.sampling import NO_TOKEN
+
 HEAD = 4  # words before the inputs; the first is the number of changes
 _BLOCK = 512
 _NOWHERE = tl.constexpr(1 << 30)  # behind any token id
+_NO_TOKEN = tl.constexpr(NO_TOKEN)  # also in place of where the largest is, of a part that holds NaN
 
 
 @triton.jit(do_not_specialize=["half", "inputs", "changes"])
@@ -97,13 +101,13 @@ def _largest_of_part(logits, best, at_best, vocab, row_step, part, BLOCK: tl.con
     for start in range(first, end, BLOCK):
         column = start + tl.arange(0, BLOCK)
         value = tl.load(logits + row * row_step + column, mask=column < end, other=float("-inf")).to(tl.float32)
-        higher = value > top  # what is no number is never higher
-        top = tl.where(higher, value, top)
-        at_top = tl.where(higher, column, at_top)
-    maximum = tl.max(top, axis=0)
+        at_top = tl.where(value > top, column, at_top)
+        top = tl.maximum(top, value, propagate_nan=tl.PropagateNan.ALL)  # once NaN, it stays so
+    maximum = tl.max(top, axis=0)  # of the numbers
+    at_top = tl.where(top == maximum, at_top, _NOWHERE)
     to = row * tl.num_programs(1) + piece
     tl.store(best + to, maximum)
-    tl.store(at_best + to, tl.min(tl.where(top == maximum, at_top, _NOWHERE), axis=0))
+    tl.store(at_best + to, tl.min(tl.where(top == top, at_top, _NO_TOKEN), axis=0))
 
 
 @triton.jit(do_not_specialize=["rows", "half"])
@@ -114,8 +118,10 @@ def _keep_largest(best, at_best, slots, last_tokens, host, turn, rows, half, PAR
     value = tl.load(best + at, mask=there[:, None], other=float("-inf"))
     column = tl.load(at_best + at, mask=there[:, None], other=0)
     maximum = tl.max(value, axis=1)
-    token = tl.min(tl.where(value == maximum[:, None], column, _NOWHERE), axis=1).to(tl.int64)
-    tl.store(last_tokens + tl.load(slots + row, mask=there, other=0), token, mask=there)
+    largest = (value == maximum[:, None]) | (column == _NO_TOKEN)
+    token = tl.min(tl.where(largest, column, _NOWHERE), axis=1).to(tl.int64)
+    token = tl.where(tl.abs(maximum) < float("inf"), token, _NO_TOKEN)  # all are -inf, or one is inf
+    tl.store(last_tokens + tl.load(slots + row, mask=there, other=0), tl.maximum(token, 0), mask=there)
     tl.store(host + (tl.load(turn) + 1) % 2 * half + row, token, mask=there)
 
 
@@ -126,19 +132,35 @@ def keep_largest(
     logits: torch.Tensor, slots: torch.Tensor, last_tokens: torch.Tensor, host: torch.Tensor, turn: torch.Tensor
 ) -> None:
     """Each row's largest logit, the first of equals: its id goes to the row's slot in `last_tokens`, and to the half of
-    `host` whose turn `describe` ended.
+    `host` whose turn `describe` ended. Of a row with NaN, or whose largest is infinite, the host is told NO_TOKEN, and
+    the slot has token 0, which the next step may look up.
 
     logits: [rows, vocab], any float type. slots: [rows] int32; rows of one slot leave it any of their tokens.
-    last_tokens: [slots] int64. host: [2, rows or more] int64, pinned.
+    last_tokens: [slots] int64. host: int64, pinned; [2, rows or more], or [rows] whoever's turn it is.
     """
-    rows, vocab = logits.shape
+    rows = len(logits)
     best = logits.new_empty(rows, PARTS, dtype=torch.float32)
     at_best = logits.new_empty(rows, PARTS, dtype=torch.int32)
+    look_through(logits, best, at_best)
+    together, half = min(64, triton.next_power_of_2(rows)), host.shape[1] if host.dim() == 2 else 0
+    _keep_largest[(triton.cdiv(rows, together),)](
+        best, at_best, slots, last_tokens, host, turn, rows, half, PARTS=PARTS, ROWS=together, num_warps=2
+    )
+
+
+def look_through(logits: torch.Tensor, best: torch.Tensor, at_best: torch.Tensor) -> None:
+    """The largest logit of each part of each row, and its id, below 0 where the part holds NaN.
+
+    logits: [rows, vocab], any float type. best: [rows, PARTS] float32; at_best: the same of int32. Both may be pinned.
+    """
+    rows, vocab = logits.shape
     part = triton.cdiv(vocab, PARTS)
     _largest_of_part[(rows, PARTS)](
         logits, best, at_best, vocab, logits.stride(0), part, BLOCK=min(2048, triton.next_power_of_2(part)), num_warps=4
     )
-    together = min(64, triton.next_power_of_2(rows))
-    _keep_largest[(triton.cdiv(rows, together),)](
-        best, at_best, slots, last_tokens, host, turn, rows, host.shape[1], PARTS=PARTS, ROWS=together, num_warps=2
-    )
+
+
+def are_finite(best: np.ndarray, at_best: np.ndarray) -> np.ndarray:
+    """Whether rows have a largest logit, of what `look_through` found: [rows] bool."""
+    found: np.ndarray = np.isfinite(best.max(axis=1)) & (at_best >= 0).all(axis=1)
+    return found

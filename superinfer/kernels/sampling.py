@@ -13,6 +13,7 @@ import torch
 # How many of the largest logits are looked at before whole rows are sorted.
 TOP_CANDIDATES = 128
 
+NO_TOKEN = -1  # told in place of the token of a row without a largest logit: NaN is among them, or it is infinite
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -150,9 +151,11 @@ def token_logprobs(
     """Natural log probabilities of the given tokens, and of the `top` most likely ones.
 
     logits: [rows, vocab] float32, unmodified. tokens: [rows] int64.
-    Returns ([rows] float32, [rows, top] int64 ids, [rows, top] float32), most likely first.
+    Returns ([rows] float32, [rows, top] int64 ids, [rows, top] float32), most likely first. All logprobs are NaN in a
+    row with NaN, and in one whose largest logit is infinite.
     """
-    normalizer = logits.logsumexp(dim=-1, keepdim=True)
+    nan = torch.nan
+    normalizer = logits.logsumexp(dim=-1, keepdim=True).nan_to_num_(nan=nan, posinf=nan, neginf=nan)
     chosen = (logits.gather(1, tokens[:, None]) - normalizer).squeeze(1)
     best = logits.topk(min(top, logits.shape[1]), dim=-1)
     return chosen, best.indices, best.values - normalizer

@@ -345,6 +345,7 @@ class StatsReport(Message, frozen=True, kw_only=True):
     classes: by slo_class; "default" for requests that name none.
     cost_error_p50, cost_error_p90: of the last steps' predicted times, |predicted - took| / took.
     prefill_tokens: computed from known tokens, those computed again after a preemption included.
+    not_finite: of the failed, sequences whose own logits were no numbers.
     """
 
     token: int
@@ -370,6 +371,7 @@ class StatsReport(Message, frozen=True, kw_only=True):
     cost_error_p50: float = 0.0
     cost_error_p90: float = 0.0
     prefill_tokens: int = 0
+    not_finite: int = 0
 
 
 class LiveRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

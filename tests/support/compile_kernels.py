@@ -54,7 +54,7 @@ def kernels(kind: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     keep |= numbers("rows", "half")
     drawn = {"logits": f"*{kind}", **pointers("fp32", "temperatures", "best", "total")}
     sums = {**drawn, **numbers("vocab", "row_step", "part")}
-    draws = {**sums, "uniforms": "*fp64", "tokens": "*i64"}
+    draws = {**sums, "uniforms": "*fp64", **pointers("i64", "tokens", "told")}
     return [
         (fused._rms_norm, norm, dict(ADD=True, PARTS=0, BLOCK=4096, PDL=pdl)),
         (fused._rms_norm, {**norm, "x": "*fp32"}, dict(ADD=True, PARTS=4, BLOCK=4096, PDL=pdl)),

@@ -9,8 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from superinfer.kernels import fused, host_memory
+from superinfer.kernels import decode_step, fused, host_memory
 from superinfer.kernels.rope import apply_rope
+from superinfer.kernels.sampling import NO_TOKEN
 
 
 def rope_and_store(
@@ -41,7 +42,27 @@ def copy(dst: torch.Tensor, src: torch.Tensor) -> None:
     dst.view(-1).view(torch.uint8).copy_(src.view(-1).view(torch.uint8))
 
 
+def keep_largest(
+    logits: torch.Tensor, slots: torch.Tensor, last_tokens: torch.Tensor, host: torch.Tensor, turn: torch.Tensor
+) -> None:
+    """See decode_step.keep_largest."""
+    largest, tokens = logits.max(dim=1)
+    tokens = torch.where(largest.isfinite(), tokens, NO_TOKEN)
+    last_tokens[slots.long()] = tokens.clamp(min=0)
+    told = host if host.dim() == 1 else host[(int(turn) + 1) % 2]
+    told[: len(tokens)] = tokens
+
+
+def look_through(logits: torch.Tensor, best: torch.Tensor, at_best: torch.Tensor) -> None:
+    """See decode_step.look_through; the first part is the whole row."""
+    largest, ids = logits.max(dim=1)
+    best[:], at_best[:] = -torch.inf, 0
+    best[:, 0], at_best[:, 0] = largest.nan_to_num(0.0, torch.inf, -torch.inf), torch.where(largest.isnan(), -1, ids)
+
+
 def use_plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the end of a test."""
     monkeypatch.setattr(fused, "rope_and_store", rope_and_store)
     monkeypatch.setattr(host_memory, "copy", copy)
+    monkeypatch.setattr(decode_step, "keep_largest", keep_largest)
+    monkeypatch.setattr(decode_step, "look_through", look_through)

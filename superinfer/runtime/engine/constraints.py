@@ -25,8 +25,8 @@ log = logging.getLogger("superinfer.engine")
 @dataclass(slots=True, eq=False)
 class _Constrained:
     """One slot's. tail: the tokens before; None where what the grammar forces is sampled all the same. given: forced
-    tokens that the matcher has accepted ahead of the slot's steps. has_ended: a token of stop_ids has been accepted, or
-    nothing else could come."""
+    tokens that the matcher has accepted ahead of the slot's steps. has_ended: a token of stop_ids has been accepted,
+    nothing else could come, or the logits were no numbers."""
 
     matcher: xgrammar.GrammarMatcher
     stop_ids: frozenset[int]
@@ -133,7 +133,8 @@ class Constraints:
         return only, free
 
     def sampled(self, slots: np.ndarray, rows: np.ndarray, read: Callable[[], list[int]]) -> None:
-        """Tokens have been picked for all rows of a step. read: returns them, when they are wanted."""
+        """Tokens have been picked for all rows of a step. read: returns them, when they are wanted; below 0 where the
+        logits were no numbers."""
         known = self._known
         unknown = [row for row in rows.tolist() if row not in known] if known else rows.tolist()
         if not unknown:
@@ -152,7 +153,10 @@ class Constraints:
         from superinfer.runtime.engine.grammar_matcher import CountingMatcher
 
         for whose, read in self._unread:
-            pairs = [pair for pair in zip(whose, read(), strict=True) if not pair[0].has_ended]
+            told = list(zip(whose, read(), strict=True))
+            for constrained, token in told:
+                constrained.has_ended |= token < 0  # it has failed
+            pairs = [pair for pair in told if not pair[0].has_ended]
             if not pairs:
                 continue
             matchers, tokens = [constrained.matcher for constrained, _ in pairs], [token for _, token in pairs]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,7 +31,7 @@ from superinfer.runtime.engine.executor import Duplex, ExecutorLimits, TierLimit
 from superinfer.runtime.engine.grammar import GrammarCompiler
 from superinfer.runtime.engine.marker import Marker
 from superinfer.runtime.engine.readback import Pending
-from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
+from superinfer.runtime.engine.sampling_state import SamplingState
 from superinfer.runtime.engine.staging import HostStage
 from superinfer.runtime.engine.step_inputs import BlockTables, Wanted, wanted_rows
 from superinfer.runtime.models.decoder import CausalLM
@@ -272,7 +272,8 @@ class CudaExecutor:
             self._sampling.advance(slots)
             pending.keep_written(slots, self._tokens[turn, :count])
         else:
-            self._sample(self._logits[:count], slots, pending)
+            chosen = self._tokens[turn, :count]  # by the graph, of the logits as they are
+            self._sample(self._logits[:count], slots, pending, lambda: chosen.numpy() >= 0)
 
     def _decode_forward(self, bucket: Bucket) -> None:
         """What a bucket's graph holds: from the slots' last tokens to their next ones."""
@@ -365,7 +366,7 @@ class CudaExecutor:
             logits = self._model.lm_head(hidden[:sampled])
             if self._sampling.is_plain(slots):
                 self._sampling.advance(slots)
-                self._keep(slots, Sampled(logits.argmax(dim=-1)), pending)
+                self._choose_largest(logits, slots, pending)
             else:
                 self._sample(logits, slots, pending)
         if wanted.scored:
@@ -374,14 +375,28 @@ class CudaExecutor:
             tops = [self._sampling.top_logprobs(work.slot) for work in scored]
             pending.keep_scores(scored, tops, self._score(hidden[sampled:], tokens, max(tops)))
 
-    def _sample(self, logits: torch.Tensor, slots: np.ndarray, pending: Pending) -> None:
-        self._keep(slots, self._sampling.sample(logits, slots), pending)
+    def _choose_largest(self, logits: torch.Tensor, slots: np.ndarray, pending: Pending) -> None:
+        """Of a step that no graph ends: what the graph of a decode step does."""
+        tokens = torch.empty(len(slots), dtype=torch.int64, pin_memory=logits.is_cuda)
+        rows = self._to_device(slots.astype(np.int32))
+        decode_step.keep_largest(logits, rows, self._last_tokens, tokens, self._decodes.turn)
+        pending.keep_written(slots, tokens)
 
-    def _keep(self, slots: np.ndarray, sampled: Sampled, pending: Pending) -> None:
-        """Tokens stay on the device for the next step, and go to the host for this one's result."""
-        self._last_tokens.index_copy_(0, self._to_device(slots), sampled.tokens)
+    def _sample(
+        self, logits: torch.Tensor, slots: np.ndarray, pending: Pending, seen: Callable[[], np.ndarray] | None = None
+    ) -> None:
+        """Tokens stay on the device for the next step, and go to the host for this one's result. seen: says which rows'
+        logits are numbers, [rows] bool, once the step is over; None: nobody has looked."""
+        sampled = self._sampling.sample(logits, slots)
+        if sampled.told is None and seen is None:
+            best = torch.empty(len(slots), decode_step.PARTS, pin_memory=logits.is_cuda)
+            at_best = torch.empty(best.shape, dtype=torch.int32, pin_memory=logits.is_cuda)
+            decode_step.look_through(logits, best, at_best)
+            seen = partial(decode_step.are_finite, best.numpy(), at_best.numpy())
+        index = sampled.index if sampled.index is not None else self._to_device(slots)
+        self._last_tokens.index_copy_(0, index, sampled.tokens)
         asked = [] if sampled.logprob_rows is None else slots[sampled.logprob_rows].tolist()
-        pending.keep_sampled(slots, sampled, [self._sampling.top_logprobs(slot) for slot in asked])
+        pending.keep_sampled(slots, sampled, [self._sampling.top_logprobs(slot) for slot in asked], seen)
         self._sampling.told(slots, partial(self._read, pending))
 
     def _read(self, pending: Pending) -> list[int]:

@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from superinfer.errors import (
     InvalidRequestError,
+    NonFiniteError,
     NothingToExtendError,
     OverloadedError,
     QueueFullError,
@@ -51,6 +52,10 @@ IDLE_S = 2.0  # without a request, until what a later one may need is made ready
 LOOK_S = 2e-3  # how often it is seen, while planning is put off, whether the device is done sooner than foreseen
 READING_SHARE = 0.05  # of a step, that reading messages may take
 COMPILING_POLL_MS = 2  # while nothing computes and a grammar is being compiled
+NON_FINITE_TEXT = (
+    "the model computed values that are not numbers (NaN or infinity) for this request, so there is no next token: "
+    "load it with dtype bfloat16 or float32, or check the checkpoint"
+)
 NOTHING: Mapping[bytes, list[SequenceDelta]] = MappingProxyType({})
 PULSE_S = 1.0  # how long the requests of a client that has gone may go on at most
 PULSED = 64  # clients without requests that are sent to at each pulse, in turn: one that has gone is soon forgotten
@@ -212,6 +217,10 @@ class EngineLoop:
             self._trace.finished(result, now, committed)
             self._trace.gauges(self._scheduler.counts(), committed)
         self._publish_step(updates, now)
+        for sequence in updates.not_finite:
+            log.error("request %s: the logits of step %d are not numbers", sequence.request_id, step)
+            self._counters.not_finite += 1
+            self._fail(sequence.owner, sequence.request_id, NonFiniteError(NON_FINITE_TEXT))
 
     # ------------------------------------------------------------------ messages
 

@@ -17,7 +17,7 @@ from superinfer.runtime.config import EngineConfig
 from superinfer.runtime.engine.constraints import split_forced
 from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
 from superinfer.runtime.engine.grammar import GrammarCompiler
-from superinfer.runtime.engine.readback import split_scores
+from superinfer.runtime.engine.readback import split_scores, without_score, without_token
 from superinfer.runtime.engine.sampling_state import Sampled, SamplingState
 from superinfer.runtime.engine.step_inputs import BlockTables, StepAssembler, StepInputs, Wanted
 from superinfer.runtime.kv.duplex_cpu import CpuDuplex
@@ -174,8 +174,10 @@ class ModelExecutor:
                 self._sampling.caught_up(inputs.work[i].slot, inputs.work[i].start + inputs.work[i].length)
         sampled = self._sampling.sample(self._model.logits(hidden[: len(picked)]), slots)
         self._last_tokens.index_copy_(0, torch.from_numpy(slots).to(self._device), sampled.tokens)
-        tokens = sampled.tokens.tolist()
+        assert sampled.told is not None
+        tokens = sampled.told.tolist()
         self._sampling.told(slots, lambda: tokens)
+        result.not_finite = without_token(slots, sampled.told.numpy())
         result.tokens = dict(zip(slots.tolist(), tokens, strict=True))
         result.logprobs = self._logprobs(sampled, slots, tokens)
         result.forced, _ = split_forced(sampled.forced, (), ())
@@ -202,6 +204,7 @@ class ModelExecutor:
         tops = [self._sampling.top_logprobs(work.slot) for work in works]
         values = token_logprobs(logits, torch.from_numpy(tokens).to(self._device), max(tops))
         result.scores = split_scores(works, tops, values)
+        result.not_finite |= without_score(result.scores)
 
 
 def build_executor(config: EngineConfig, on_progress: Progress | None = None) -> ModelExecutor | CudaExecutor:

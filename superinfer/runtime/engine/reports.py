@@ -14,12 +14,14 @@ from superinfer.runtime.scheduler.sequence import SequenceUpdate
 
 @dataclass
 class Counters:
-    """What happened since the start. Sequences, tokens, seconds."""
+    """What happened since the start. Sequences, tokens, seconds. not_finite: of the failed, those whose own logits were
+    no numbers."""
 
     steps: int = 0
     finished: int = 0
     cancelled: int = 0
     failed: int = 0
+    not_finite: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     prefill_tokens: int = 0
@@ -83,4 +85,5 @@ def stats_report(
         cost_error_p50=cost_error.median,
         cost_error_p90=cost_error.p90,
         prefill_tokens=counters.prefill_tokens,
+        not_finite=counters.not_finite,
     )

@@ -31,10 +31,15 @@ TEMPERATURE, TOP_P, MIN_P, REPETITION, FREQUENCY, PRESENCE = range(6)
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """tokens: [rows] int64. logprobs: (chosen, top ids, top logprobs) of the rows that asked, which logprob_rows lists;
-    None where none did. forced: by slot, what a grammar forces, if this step found it: the sampled token first."""
+    """tokens: [rows] int64, all of them ids. told: the same in host memory, once the step is over, but NO_TOKEN in rows
+    whose logits are no numbers; None where this is still to be found out. index: the rows' slots, beside the tokens,
+    where they had to be sent there. logprobs: (chosen, top ids, top logprobs) of the
+    rows that asked, which logprob_rows lists; None where none did. forced: by slot, what a grammar forces, if this step
+    found it: the sampled token first."""
 
     tokens: torch.Tensor
+    told: torch.Tensor | None = None
+    index: torch.Tensor | None = None
     logprob_rows: np.ndarray | None = None
     logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     forced: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -173,15 +178,18 @@ class SamplingState:
         """One token for each row.
 
         logits: [rows, vocab], any float type, left as they are. slots: [rows] int64 on the host, each at most once.
+        Whether they are numbers is known of the logits as they are, whatever is masked of them.
         """
         row_needs = self._needs[slots]
         needs = int(np.bitwise_or.reduce(row_needs))
         if logits.is_cuda and (row_needs == DRAWN).all():  # spares the copy to float32
-            tokens = self._draw_unfiltered(logits, slots)
+            told = torch.empty(len(slots), dtype=torch.int64, pin_memory=True)
+            tokens = self._draw_unfiltered(logits, slots, told)
             self._generated[slots] += 1
-            return Sampled(tokens)
+            return Sampled(tokens, told)
         index = self._to_device(slots)
         given = logits
+        largest = None if logits.is_cuda else logits.amax(dim=-1)  # NaN where any is
         adjusted = logits = logits.float()
         if needs & BIASED:
             adjusted = self._bias(adjusted, index, _rows(row_needs, BIASED))
@@ -213,14 +221,16 @@ class SamplingState:
         if needs & PENALIZED and self._output_counts is not None:
             rows = self._to_device(_rows(row_needs, PENALIZED))
             self._output_counts[index[rows], tokens[rows]] += 1
+        known = None if largest is None else torch.where(largest.isfinite(), tokens, sampling.NO_TOKEN)
         if not needs & LOGPROBS:
-            return Sampled(tokens, forced=forced)
+            return Sampled(tokens, known, index, forced=forced)
         wanted = _rows(row_needs, LOGPROBS)
         rows, most = self._to_device(wanted), int(self._top_logprobs[slots].max())
-        return Sampled(tokens, wanted, sampling.token_logprobs(logits[rows], tokens[rows], most), forced)
+        return Sampled(tokens, known, index, wanted, sampling.token_logprobs(logits[rows], tokens[rows], most), forced)
 
     def told(self, slots: np.ndarray, read: Callable[[], list[int]]) -> None:
-        """The tokens that `sample` picked for these slots can be had from `read`, once they are known."""
+        """The tokens that `sample` picked for these slots can be had from `read`, once they are known: NO_TOKEN where
+        the logits were no numbers."""
         rows = _rows(self._needs[slots], CONSTRAINED)
         if len(rows):
             assert self._constraints is not None
@@ -278,12 +288,14 @@ class SamplingState:
             weights.masked_fill_(scaled < threshold[:, None], 0.0)
         return sampling.draw(weights, self._to_device(self._uniforms(slots)))
 
-    def _draw_unfiltered(self, logits: torch.Tensor, slots: np.ndarray) -> torch.Tensor:
-        """`_draw` on a GPU, of rows without filters."""
+    def _draw_unfiltered(
+        self, logits: torch.Tensor, slots: np.ndarray, told: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`_draw` on a GPU, of rows without filters. told: as `drawing.draw` fills it."""
         from superinfer.kernels import drawing  # needs triton, which comes with CUDA builds of torch
 
         temperatures = self._to_device(self._temperatures[slots])
-        return drawing.draw(logits, temperatures, self._to_device(self._uniforms(slots)))
+        return drawing.draw(logits, temperatures, self._to_device(self._uniforms(slots)), told)
 
     def _uniforms(self, slots: np.ndarray) -> np.ndarray:
         return sampling.uniform(self._seeds[slots], self._generated[slots].astype(np.uint64))

@@ -26,10 +26,11 @@ class Node:
 
     block: its place, -1 when it has none here (with two tiers: it is in the other one).
     parent: None for a root, and once the node is forgotten.
+    is_proven: the logits of a position that attends to this block were numbers.
     lane: the LANE nodes that follow along one path, and their keys in one; used while the last of them has a parent.
     """
 
-    __slots__ = ("block", "children", "holders", "key", "lane", "parent")
+    __slots__ = ("block", "children", "holders", "is_proven", "key", "lane", "parent")
 
     def __init__(self, key: bytes, block: int, parent: Node | None) -> None:
         self.key = key
@@ -37,6 +38,7 @@ class Node:
         self.parent = parent
         self.children: dict[bytes, Node] = {}
         self.holders = 0
+        self.is_proven = True
         self.lane: tuple[bytes, list[Node]] | None = None
 
 
@@ -177,10 +179,13 @@ class KVCache:
             self._being_computed[pending] = table
             table.pending = pending
 
-    def commit(self, table: BlockTable, tokens: array[int], computed: int) -> None:
-        """Put the table's blocks that are full and computed (the first `computed` tokens) into the tree."""
+    def commit(self, table: BlockTable, tokens: array[int], computed: int, *, is_proven: bool = True) -> None:
+        """Put the table's blocks that are full and computed (the first `computed` tokens) into the tree. is_proven:
+        logits of the last of these tokens, or of a later one, were numbers."""
         if not self.prefix_cache:
             return
+        if is_proven:
+            self.prove(table)
         for at in range(len(table.nodes), computed // self.page_size):
             parent = table.nodes[-1] if table.nodes else table.root
             key = self._key(tokens, at)
@@ -188,6 +193,7 @@ class KVCache:
             if node is None:
                 node = parent.children[key] = self._new_node(key, table.blocks[at], parent)
                 node.holders = 1
+                node.is_proven = is_proven
             else:
                 self._hold(node)
                 if node.block < 0:  # cached in the other tier only: now here too
@@ -199,6 +205,35 @@ class KVCache:
                 self._lay_lane(table, tokens)
         if table.pending is not None and len(table.nodes) * self.page_size >= len(tokens):
             self._withdraw(table)
+
+    def prove(self, table: BlockTable) -> None:
+        """The logits of a position that attends to all of the table's blocks in the tree were numbers. So what is above
+        a proven node always is."""
+        for node in reversed(table.nodes):
+            if node.is_proven:
+                break
+            node.is_proven = True
+
+    def unproven(self, tokens: array[int], salt: str) -> tuple[int, Node] | None:
+        """The first block of a cached prefix of `tokens` that is not proven, and its place; None where all are."""
+        path = self.match(tokens, salt, len(tokens))
+        return next(((at, node) for at, node in enumerate(path) if not node.is_proven), None)
+
+    def forget(self, node: Node) -> None:
+        """Take a node that nobody holds, and what is under it, out of the tree: no lookup finds them again."""
+        parent = node.parent
+        assert parent is not None, "the node is in no tree"
+        del parent.children[node.key]
+        stack = [node]
+        while stack:
+            gone = stack.pop()
+            assert not gone.holders, "somebody holds what is to be forgotten"
+            del self._idle[gone]
+            self._give((gone.block,))
+            gone.parent = None
+            stack += gone.children.values()
+            gone.children = {}
+        self._drop_root(parent)
 
     def release(self, table: BlockTable) -> None:
         """Give up everything the table holds; it must not be used again. Cached blocks stay until room is wanted."""

@@ -194,7 +194,7 @@ class DuplexCache(TieredCache):
                 return False
         elif copy.id != owner.loading:
             return False  # it has given up the place the copy was for
-        self._forget(owner)
+        self.forget(owner)
         return True
 
     def _load_missing(self, table: TierTable) -> None:

@@ -124,7 +124,7 @@ class TieredCache(KVCache):
         """Forget all cached content that nobody holds or is parked on."""
         for node in [*self._order, *cast(Iterable[TierNode], list(self._idle))]:
             if node.alive and not node.parked and not node.holders:
-                self._forget(node)
+                self.forget(node)
 
     # ------------------------------------------------------------------ inside: holding and parking
 
@@ -181,7 +181,7 @@ class TieredCache(KVCache):
         node = cast(TierNode, self._idle.popitem(last=False)[0])
         if node.dram < 0:
             self.totals.forgotten += 1
-            self._forget(node)
+            self.forget(node)
             return
         self._give((node.block,))
         node.block = -1
@@ -213,7 +213,7 @@ class TieredCache(KVCache):
         if node is None:
             return False
         if node.block < 0:
-            self._forget(node)
+            self.forget(node)
             return True
         self._drop_dram(node)
         if node.holders:
@@ -233,12 +233,13 @@ class TieredCache(KVCache):
         self._give_dram((node.dram,))
         node.dram, node.mirroring = -1, 0
 
-    def _forget(self, node: TierNode) -> None:
-        """Take a node and what is under it out of the tree and give back all their blocks."""
+    def forget(self, node: Node) -> None:
+        """See KVCache.forget. All their blocks are given back, whoever holds or is parked on them: after a failed copy
+        such tables are lost."""
         parent = node.parent
         assert parent is not None
         del parent.children[node.key]
-        stack = [node]
+        stack = [cast(TierNode, node)]
         while stack:
             gone = stack.pop()
             if gone.dram >= 0:

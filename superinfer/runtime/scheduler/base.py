@@ -51,7 +51,7 @@ class Scheduler(Protocol):
         0.0 if copies are all there is."""
 
     def commit(self, result: StepResult, now: float) -> StepUpdates:
-        """Take in what a planned step produced."""
+        """Take in what a planned step produced. Sequences whose logits were no numbers end without a finish reason."""
 
     def abort(self, step: int, now: float) -> list[Sequence]:
         """A planned step failed: end its sequences without a finish reason, keeping all others. Returns them."""

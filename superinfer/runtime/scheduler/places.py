@@ -188,14 +188,18 @@ class Places(ABC):
         for sequence in [*self._running, *self._waiting]:
             if sequence.table is None or not self._rotation.is_lost(sequence.table):
                 continue
-            self._disbelieve(sequence)
-            self._preemptions += 1
-            sequence.preemptions += 1
-            self._drop_table(sequence)
-            if sequence.status is Status.RUNNING:
-                self._leave_slot(sequence)
-                self._wait_again(sequence, now, stages.PREEMPTED)
-            sequence.stages.enter(stages.PREEMPTED, now)
+            self._restart(sequence, now)
+
+    def _restart(self, sequence: Sequence, now: float) -> None:
+        """What its table holds is not to be believed, nor what is under way: it starts again."""
+        self._disbelieve(sequence)
+        self._preemptions += 1
+        sequence.preemptions += 1
+        self._drop_table(sequence)
+        if sequence.status is Status.RUNNING:
+            self._leave_slot(sequence)
+            self._wait_again(sequence, now, stages.PREEMPTED)
+        sequence.stages.enter(stages.PREEMPTED, now)
 
     def _disbelieve(self, sequence: Sequence) -> None:
         """Take out what is under way of a sequence, whatever comes of it."""

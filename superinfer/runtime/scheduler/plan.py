@@ -144,6 +144,7 @@ class StepResult:
     forced: by slot, tokens that follow the sampled one whatever the model says, a grammar being why. Steps under way
         that sample for the slot pick the first of them.
     scores: by slot, logprobs of the scored prompt tokens of this chunk, in order.
+    not_finite: slots whose logits were no numbers. What else the result says of them means nothing.
     elapsed: seconds the executor took.
     copied, failed_copies: ids of copies that are over and in no result before this; those the plan waits for are in it.
     link: what became of the link's time since the last result.
@@ -154,6 +155,7 @@ class StepResult:
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
     forced: dict[int, tuple[int, ...]] = field(default_factory=dict)
     scores: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+    not_finite: frozenset[int] = frozenset()
     elapsed: float = 0.0
     copied: list[int] = field(default_factory=list)
     failed_copies: list[int] = field(default_factory=list)

@@ -1,4 +1,10 @@
-"""What comes of a step: tokens told, full blocks put into the tree, sequences ended. The same for all policies."""
+"""What comes of a step: tokens told, full blocks put into the tree, sequences ended. The same for all policies.
+
+A sequence whose logits are no numbers fails alone, and no block that may be why is found again: a prompt's blocks are
+shared as soon as they are computed, but only logits say whether what was computed are numbers. So a block is proven
+when a position that attends to it has given logits that are, and who fails takes what is not proven of its prefix out
+of the tree.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +39,17 @@ class Results(Places):
                 sequence.stages.stalled(result.link.stall_s, now)
         sequences, told = self._commit_cohorts(cohorts, result, now)
         updates: list[SequenceUpdate] = []
+        not_finite: list[Sequence] = []
         tokens, forced = result.tokens, result.forced
-        page_size, is_plain = self._kv.page_size, not result.logprobs
+        page_size, is_plain = self._kv.page_size, not result.logprobs and not result.not_finite
         for sequence, work in planned.items():
             if work.tokens or not is_plain or not work.sample or work.slot in forced:
+                if work.slot in result.not_finite:
+                    sequence.in_flight -= work.sample
+                    sequence.untold -= work.is_untold
+                    if sequence.status is not FINISHED:
+                        not_finite.append(sequence)
+                    continue
                 update = self._commit_work(sequence, work, result, now)
                 if update is not None:
                     updates.append(update)
@@ -58,7 +71,23 @@ class Results(Places):
                 if reason is not None:
                     self._finish(sequence, reason, now)
             updates.append(SequenceUpdate(sequence, [token], None, reason))
-        return StepUpdates(sequences, told, updates)
+        for sequence in not_finite:
+            self._finish(sequence, None, now)
+        for sequence in not_finite:
+            self._forget_suspect(sequence, now)
+        return StepUpdates(sequences, told, updates, not_finite)
+
+    def _forget_suspect(self, failed: Sequence, now: float) -> None:
+        """The logits of `failed` were no numbers: what is not proven of its prefix leaves the tree. Who shares that
+        starts again without it."""
+        suspect = self._kv.unproven(failed.tokens, failed.salt)
+        if suspect is None:
+            return
+        at, node = suspect
+        for other in [*self._running, *self._waiting]:
+            if other.table is not None and len(other.table.nodes) > at and other.table.nodes[at] is node:
+                self._restart(other, now)
+        self._kv.forget(node)
 
     def _commit_cohorts(
         self, steps: list[CohortStep], result: StepResult, now: float
@@ -73,7 +102,7 @@ class Results(Places):
             decoded = result.decoded
             tokens = step.tokens(result.tokens) if decoded is None else decoded[first : first + count]
             first += count
-            for slot in (*result.forced, *result.logprobs):
+            for slot in (*result.forced, *result.logprobs, *result.not_finite):
                 sequence = step.cohort.members.get(slot)
                 if sequence is not None and step.has(sequence):
                     self._part(sequence)
@@ -117,9 +146,12 @@ class Results(Places):
         table = sequence.table
         if table is not None:
             sequence.committed = committed = work.start + work.length
+            is_proven = not work.tokens or work.sample or bool(work.score)
+            if work.tokens and is_proven:
+                self._kv.prove(table)
             if sequence.status is RUNNING:
                 if committed >= (len(table.nodes) + 1) * self._kv.page_size:  # a block is full
-                    self._kv.commit(table, sequence.tokens, committed)
+                    self._kv.commit(table, sequence.tokens, committed, is_proven=is_proven)
                 if sequence.scheduled < sequence.resume_at:
                     self._kv.announce(table, sequence.tokens)
         if not followed:

@@ -267,12 +267,15 @@ class SequenceUpdate(msgspec.Struct, frozen=True, gc=False):  # made for every t
 
 class StepUpdates:
     """What a step's result brought. tokens: one for each of `sequences`, to which nothing else happened. others: the
-    rest. Iterating makes a SequenceUpdate of each."""
+    rest. Iterating makes a SequenceUpdate of each. not_finite: sequences that ended without a finish reason, as their
+    logits were no numbers; of them there is no update."""
 
-    __slots__ = ("others", "sequences", "tokens")
+    __slots__ = ("not_finite", "others", "sequences", "tokens")
 
-    def __init__(self, sequences: list[Sequence], tokens: list[int], others: list[SequenceUpdate]) -> None:
-        self.sequences, self.tokens, self.others = sequences, tokens, others
+    def __init__(
+        self, sequences: list[Sequence], tokens: list[int], others: list[SequenceUpdate], not_finite: list[Sequence]
+    ) -> None:
+        self.sequences, self.tokens, self.others, self.not_finite = sequences, tokens, others, not_finite
 
     def __iter__(self) -> Iterator[SequenceUpdate]:
         for sequence, token in zip(self.sequences, self.tokens, strict=True):

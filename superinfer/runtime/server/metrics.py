@@ -121,6 +121,8 @@ class _Engine(Collector):
         yield self._counter("prefill_tokens", "Tokens computed that were known before.", stats.prefill_tokens)
         yield self._counter("generation_tokens", "Tokens generated.", stats.output_tokens)
         yield self._counter("engine_steps", "Steps.", stats.steps)
+        yield self._counter("failed_sequences", "Sequences that ended with an error.", stats.failed)
+        yield self._counter("non_finite_sequences", "Of these, whose logits were NaN or infinite.", stats.not_finite)
         yield self._gauge("step_seconds_mean", "Mean time of a step since start.", stats.step_s_mean)
         yield from self._classes(stats)
         blocks = GaugeMetricFamily("superinfer:kv_blocks", "KV blocks.", labels=("model_name", "tier", "state"))

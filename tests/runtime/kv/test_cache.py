@@ -104,6 +104,48 @@ def test_long_prefixes_are_found_to_the_block_wherever_they_part_or_end():
     assert kv.match(tokens_of(*trunk), "", 400) == []
 
 
+@pytest.mark.parametrize("proven", [0, 5, 16, 20])
+def test_what_is_not_proven_of_a_prefix_can_be_forgotten_and_only_that(proven):
+    """Of a path that is looked up in hops of 16 blocks, with branches on either side."""
+    kv = KVCache(200, PAGE)
+    tokens = tokens_of(*range(40), tail=1)
+    kv.release(compute(kv, tokens[: proven * PAGE + 1]))
+    path = kv.match(tokens, "", len(tokens))
+    table = kv.open("")
+    kv.adopt(table, path)
+    assert kv.allocate(table, 41 - proven) is not None
+    kv.commit(table, tokens, 40 * PAGE, is_proven=False)
+    beside = compute(kv, tokens_of(*range(proven), 77, 78, tail=1))
+    kv.release(table)
+    kv.release(beside)
+    assert len(kv.match(tokens, "", len(tokens))) == 40
+    at, node = kv.unproven(tokens, "")
+    assert at == proven
+    kv.forget(node)
+    assert kv.unproven(tokens, "") is None
+    assert len(kv.match(tokens, "", len(tokens))) == proven
+    assert len(kv.match(tokens_of(*range(proven), 77, 78), "", 1000)) == proven + 2
+    assert kv.num_free == 200 - proven - 2
+    again = compute(kv, tokens)
+    assert len(kv.match(tokens, "", len(tokens))) == 40
+    kv.release(again)
+    kv.clear()
+    assert kv.num_free == 200
+
+
+def test_blocks_are_proven_by_whoever_attends_to_them():
+    kv = KVCache(40, PAGE)
+    tokens = tokens_of(1, 2, 3, 4, tail=1)
+    table = kv.open("")
+    assert kv.allocate(table, 5) is not None
+    kv.commit(table, tokens, 8, is_proven=False)
+    compute(kv, tokens_of(1, 7, tail=1))
+    kv.commit(table, tokens, 16, is_proven=False)
+    assert kv.unproven(tokens, "")[0] == 1  # the first block is the other's, too
+    kv.prove(table)
+    assert kv.unproven(tokens, "") is None
+
+
 def test_allocation_that_does_not_fit_changes_nothing():
     kv = KVCache(3, PAGE)
     table = compute(kv, tokens_of(1, 2))
