@@ -390,7 +390,7 @@ def measure_in_turn(checkout: Path, rounds: int = 5) -> dict[str, Any]:
     for _ in range(rounds):
         for name, root in (("here", here.parent), ("other", checkout.resolve())):
             done = subprocess.run(
-                [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{here}"},
+                [sys.executable, "-c", code], cwd=root, env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{here}"},
                 check=True, capture_output=True, text=True,
             )  # fmt: skip
             rows[name].append(json.loads(done.stdout.splitlines()[-1]))

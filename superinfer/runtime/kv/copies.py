@@ -41,6 +41,14 @@ class OneWay(NamedTuple):
         ids, hbm, dram, after = [[column[row] for row in rows] for column in self[:4]]
         return OneWay(ids, hbm, dram, after, self.also)
 
+    def without(self, rows: Sequence[int]) -> OneWay:
+        """The copies of all rows but these few, which are in their order."""
+        ids, hbm, dram, after = columns = [column[:] for column in self[:4]]
+        for column in columns:
+            for row in reversed(rows):
+                del column[row]
+        return OneWay(ids, hbm, dram, after, self.also)
+
     def split(self, chosen: Sequence[bool]) -> tuple[OneWay, OneWay]:
         """The chosen rows, and the others. chosen: of each row."""
         if not any(chosen):

@@ -96,9 +96,9 @@ class Arranger:
         """
         if not wanted:
             return self._in_rounds(copies.ways)
-        urgent = _with_those_before(copies.ways, wanted)
-        (ins_first, ins), (outs_first, outs) = (way.split([id in urgent for id in way.ids]) for way in copies.ways)
-        return self._in_rounds((ins_first, outs_first)) + self._in_rounds((ins, outs))
+        (ins, outs), (ins_first, outs_first) = copies.ways, _urgent_rows(copies.ways, wanted)
+        first = self._in_rounds((ins.pick(ins_first), outs.pick(outs_first)))
+        return first + self._in_rounds((ins.without(ins_first), outs.without(outs_first)))
 
     def _in_rounds(self, ways: Ways) -> list[Batch]:
         """Batches of copies none of which must follow one that comes later; of both directions in turn, so that both
@@ -203,20 +203,18 @@ def _at_level(way: OneWay, level: dict[int, int], deep: int) -> list[int]:
     return [at for at, id in enumerate(way.ids) if level[id] == deep]
 
 
-def _with_those_before(ways: Ways, wanted: Collection[int]) -> set[int]:
-    """`wanted`, and what of this plan they follow."""
-    urgent: set[int] = set()
+def _urgent_rows(ways: Ways, wanted: Collection[int]) -> tuple[list[int], list[int]]:
+    """Of each direction the rows of what is `wanted`, and of what those follow in this plan."""
+    rows: tuple[set[int], set[int]] = (set(), set())
     left = [*wanted]
     while left:
         id = left.pop()
-        if id in urgent:
-            continue
-        urgent.add(id)
-        for way in ways:
+        for way, known in zip(ways, rows, strict=True):
             row = bisect_left(way.ids, id)
-            if row < len(way.ids) and way.ids[row] == id and way.after[row]:
+            if row < len(way.ids) and way.ids[row] == id and row not in known:
+                known.add(row)
                 left += (way.after[row], *way.also.get(id, ()))
-    return urgent
+    return sorted(rows[0]), sorted(rows[1])
 
 
 class Moves(NamedTuple):

@@ -24,6 +24,7 @@ def test_copies_come_back_one_by_one_in_the_order_of_their_ids():
 def test_rows_that_are_picked_or_split_off_keep_what_they_follow():
     _, outs = Copies.of(COPIES).ways
     assert [*outs.pick([2, 1]).rows(True)] == [COPIES[3], COPIES[2]]
+    assert [*outs.without([0, 2]).rows(True)] == [COPIES[2]]
     chosen, others = outs.split([False, True, False])
     assert [*chosen.rows(True)] == [COPIES[2]] and [*others.rows(True)] == [COPIES[0], COPIES[3]]
     assert outs.split([True] * 3)[0].ids == outs.split([False] * 3)[1].ids == [3, 6, 9]
