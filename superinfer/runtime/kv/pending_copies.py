@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from superinfer.runtime.kv.copies import BlockCopy, Copies, no_copies
+from superinfer.runtime.kv.copies import NO_COPIES, BlockCopy, Copies, no_copies
 from superinfer.runtime.kv.tiers import TierNode, TierTable
 
 Owner = TierNode | TierTable
@@ -103,6 +103,8 @@ class PendingCopies:
 
     def take(self) -> Copies:
         """Those planned since the last call."""
+        if not self._outbox[0].ids and not self._outbox[1].ids:
+            return NO_COPIES
         copies, self._outbox = Copies(*self._outbox), (no_copies(), no_copies())
         return copies
 

@@ -75,8 +75,9 @@ class TieredCache(KVCache):
         """Plan copies out of dirty blocks while fewer than `budget` copies out are pending and DRAM has idle room."""
         nodes: list[TierNode] = []
         may_be_dropped = False  # one of them, which nobody holds, for the next one's room
-        while self._dirty and self.copies.num_out + len(nodes) < budget:
-            node = self._dirty.popleft()
+        left, dirty = budget - self.copies.num_out, self._dirty
+        while dirty and left > 0:
+            node = dirty.popleft()
             if not node.alive or node.block < 0 or node.dram >= 0:
                 continue
             if not self._free_dram:
@@ -84,12 +85,13 @@ class TieredCache(KVCache):
                     self._copy_out(nodes)
                     nodes, may_be_dropped = [], False
                 if not self._evict_dram(mirrors=False):
-                    self._dirty.appendleft(node)
+                    dirty.appendleft(node)
                     break
                 if not node.alive:
                     continue  # the room was made by forgetting this one
             node.dram = self._free_dram.pop()
             self.totals.mirrored += 1
+            left -= 1
             if node.parked:
                 self._pinned += 1
             elif node.holders:
@@ -98,7 +100,8 @@ class TieredCache(KVCache):
                 self._order.add(node)
                 may_be_dropped = True
             nodes.append(node)
-        self._copy_out(nodes)
+        if nodes:
+            self._copy_out(nodes)
         if len(self._dirty) > 64 + 2 * self.num_blocks:  # nothing goes out: forget what is gone
             self._dirty = deque(n for n in self._dirty if n.alive and n.block >= 0 and n.dram < 0)
 
@@ -203,7 +206,9 @@ class TieredCache(KVCache):
         """So many blocks, of which there must be that many. The oldest idle nodes leave HBM for what is not free: at no
         cost where they are clean, for good where they are dirty."""
         free, idle, pop = self._free, self._idle, self._free.pop
-        taken = [pop() for _ in range(min(count, len(free)))]
+        if count <= len(free):
+            return [pop() for _ in range(count)]
+        taken = [pop() for _ in range(len(free))]
         while len(taken) < count:
             if free:
                 taken.append(pop())
