@@ -15,8 +15,8 @@ import torch
 from record import write
 
 from superinfer.runtime.engine.cuda_tier import PinnedDuplex
-from superinfer.runtime.kv.copies import BlockCopy
-from superinfer.runtime.kv.copy_batches import Places, moves_of
+from superinfer.runtime.kv.copies import BlockCopy, Copies
+from superinfer.runtime.kv.copy_batches import Places, moves_of_copies
 from superinfer.runtime.kv.cuda_driver import CudaDriver
 from superinfer.runtime.kv.link_measure import scattered, timed
 from superinfer.runtime.kv.pinned import PinnedPool, available_bytes, numa_node
@@ -47,12 +47,13 @@ def comes_back(duplex: PinnedDuplex, hbm: torch.Tensor, dram: int) -> bool:
     places = [at * (dram - 1) // (count - 1) for at in range(count)]
     bits = hbm.view(torch.int64)
     there = bits[:count].clone()
-    duplex.start([BlockCopy(i, True, i, places[i]) for i in range(count)])
-    duplex.wait(range(count))
+    ids = range(1, 2 * count + 1)
+    duplex.start(Copies.of(BlockCopy(ids[i], True, i, places[i]) for i in range(count)))
+    duplex.wait(ids[:count])
     torch.cuda.synchronize()
     bits.fill_(-1)
-    duplex.start([BlockCopy(count + i, False, count + i, places[i], (i,)) for i in range(count)])
-    duplex.wait(range(count, 2 * count))
+    duplex.start(Copies.of(BlockCopy(ids[count + i], False, count + i, places[i], (ids[i],)) for i in range(count)))
+    duplex.wait(ids[count:])
     torch.cuda.synchronize()
     copied, failed, _ = duplex.report()
     return len(copied) == 2 * count and not failed and torch.equal(bits[count:], there)
@@ -80,7 +81,7 @@ def main() -> None:
     print(f"{HBM_BLOCKS // 2:,} blocks from all over it came back {'as they were' if exact else 'WRONG'}", flush=True)
 
     def issue(stream: int, copies: Any) -> None:
-        moves = moves_of(copies, places)
+        moves = moves_of_copies(copies, places)
         if driver.copy(stream, moves.dsts, moves.srcs, moves.sizes):
             raise RuntimeError("copies between the tiers fail")
 

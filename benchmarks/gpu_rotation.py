@@ -21,7 +21,7 @@ from record import write
 from superinfer.runtime.engine.cuda_executor import CudaExecutor
 from superinfer.runtime.engine.tier_stats import tier_stats
 from superinfer.runtime.kv.cache import KVCache
-from superinfer.runtime.kv.copies import BlockCopy
+from superinfer.runtime.kv.copies import NO_COPIES, BlockCopy, Copies
 from superinfer.runtime.kv.duplex import build_cache
 from superinfer.runtime.protocol import SamplingParams
 from superinfer.runtime.scheduler.base import SchedulerLimits
@@ -47,7 +47,7 @@ class Traffic:
         self._next = FIRST_ID
         self._at = 0
 
-    def copies(self) -> tuple[BlockCopy, ...]:
+    def copies(self) -> Copies:
         """Of the next plan. Each follows what touched its blocks before, as the bookkeeping would have it."""
         made = []
         for i in range(2 * self.per_step):
@@ -58,7 +58,7 @@ class Traffic:
             made.append(BlockCopy(self._next, bool(i % 2), hbm, dram, after))
             self._last |= dict.fromkeys(keys, self._next)
             self._next += 1
-        return tuple(made)
+        return Copies.of(made)
 
 
 def decode_times(executor: CudaExecutor, batch: int, steps: int, per_step: int) -> dict[str, object]:
@@ -78,7 +78,7 @@ def decode_times(executor: CudaExecutor, batch: int, steps: int, per_step: int) 
     executor.submit(scheduler.plan(time.monotonic()))
     began = time.perf_counter()
     for _ in range(steps):
-        plan = dataclasses.replace(scheduler.plan(time.monotonic()), copies=traffic.copies() if per_step else ())
+        plan = dataclasses.replace(scheduler.plan(time.monotonic()), copies=traffic.copies() if per_step else NO_COPIES)
         before = time.perf_counter()
         executor.submit(plan)
         submitted = time.perf_counter()

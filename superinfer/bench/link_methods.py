@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from superinfer.runtime.engine.cuda_tier import device_link
-from superinfer.runtime.kv.copies import BlockCopy
-from superinfer.runtime.kv.copy_batches import BATCH_BYTES, Places, moves_of
+from superinfer.runtime.kv.copies import BlockCopy, Copies
+from superinfer.runtime.kv.copy_batches import BATCH_BYTES, Places, moves_of_copies
 from superinfer.runtime.kv.cuda_driver import CudaDriver
 from superinfer.runtime.kv.duplex_cuda import CudaDuplex
 from superinfer.runtime.kv.link_measure import Issue, scattered, timed
@@ -155,7 +155,7 @@ class LinkBench:
 
         def run(*given: list[BlockCopy]) -> list[float]:
             plans = [
-                [*given[0][at : at + PLAN_COPIES], *given[1][at : at + PLAN_COPIES]]
+                Copies.of([*given[0][at : at + PLAN_COPIES], *given[1][at : at + PLAN_COPIES]])
                 for at in range(0, max(map(len, given)), PLAN_COPIES)
             ]
             left, out = sum(map(len, given)), {copy.id for copy in given[1]}
@@ -241,12 +241,12 @@ class LinkBench:
     def _batched(self, stream: int, copies: Sequence[BlockCopy], places: Places) -> None:
         if not self._driver.is_batched:
             raise RuntimeError("this driver has no batched copy")
-        moves = moves_of(list(copies), places)
+        moves = moves_of_copies(copies, places)
         if self._driver.copy(stream, moves.dsts, moves.srcs, moves.sizes):
             raise RuntimeError("copies fail")
 
     def _singly(self, stream: int, copies: Sequence[BlockCopy], places: Places) -> None:
-        moves = moves_of(tuple(copies), places._replace(piece_blocks=1))
+        moves = moves_of_copies(copies, places._replace(piece_blocks=1))
         if self._driver.copy_singly(stream, moves.dsts, moves.srcs, moves.sizes):
             raise RuntimeError("copies fail")
 
@@ -257,7 +257,7 @@ class LinkBench:
                 dst.copy_(src, non_blocking=True)
 
     def _kernel(self, stream: int, copies: Sequence[BlockCopy], places: Places) -> None:
-        moves = moves_of(tuple(copies), places._replace(piece_blocks=1))
+        moves = moves_of_copies(copies, places._replace(piece_blocks=1))
         words = places.block_bytes // 8
         with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
             ends = torch.from_numpy(np.stack((moves.dsts, moves.srcs)).view(np.int64)).pin_memory()

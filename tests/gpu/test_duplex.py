@@ -17,7 +17,7 @@ from superinfer.runtime.engine import cuda_tier
 from superinfer.runtime.engine.cuda_executor import CudaExecutor
 from superinfer.runtime.engine.cuda_tier import PinnedDuplex, device_link
 from superinfer.runtime.engine.model_executor import build_executor
-from superinfer.runtime.kv.copies import BlockCopy
+from superinfer.runtime.kv.copies import NO_COPIES, BlockCopy, Copies
 from superinfer.runtime.kv.copy_batches import Places
 from superinfer.runtime.kv.cuda_driver import CudaDriver
 from superinfer.runtime.kv.duplex import build_cache
@@ -69,11 +69,11 @@ def test_scattered_blocks_that_went_out_and_came_back_elsewhere_are_bit_exact(ba
     before = pools.bits().clone()
     rng = random.Random(1)
     out, back, there = (rng.sample(range(n), 60) for n in (120, 120, 130))
-    copies = [BlockCopy(i, True, out[i], there[i]) for i in range(60)]
-    copies += [BlockCopy(60 + i, False, back[i], there[i], _after(i, back[i], out)) for i in range(60)]
-    pools.duplex.start(copies)
-    copied, failed = pools.finish(range(120))
-    assert sorted(copied) == list(range(120)) and not failed
+    copies = [BlockCopy(1 + i, True, out[i], there[i]) for i in range(60)]
+    copies += [BlockCopy(61 + i, False, back[i], there[i], _after(i, back[i], out)) for i in range(60)]
+    pools.duplex.start(Copies.of(copies))
+    copied, failed = pools.finish(range(1, 121))
+    assert sorted(copied) == list(range(1, 121)) and not failed
     expected = before.clone()
     expected[back] = before[out]
     assert torch.equal(pools.bits(), expected)
@@ -81,7 +81,7 @@ def test_scattered_blocks_that_went_out_and_came_back_elsewhere_are_bit_exact(ba
 
 
 def _after(i: int, place: int, out: list[int]) -> tuple[int, ...]:
-    return tuple(sorted({i} | ({out.index(place)} if place in out else set())))
+    return tuple(sorted({1 + i} | ({1 + out.index(place)} if place in out else set())))
 
 
 def test_the_batched_copy_is_what_this_driver_has():
@@ -93,7 +93,7 @@ def test_work_waits_for_what_it_needs_without_the_host_waiting():
     """2 GiB come in behind a second of other work; a kernel that waits for the last block reads it whole, and the host
     has gone on long before."""
     pools = Pools(1100, 1100, shape=(32, 2, 16, 8, 128))
-    pools.duplex.start([BlockCopy(i, True, i, i) for i in range(1000)])
+    pools.duplex.start(Copies.of(BlockCopy(i, True, i, i) for i in range(1000)))
     pools.finish(range(1000))
     want = pools.bits()[:1000].clone()
     assert bool(pools.bits()[:1000].eq(want).all())  # loads its kernels, which may wait for the device
@@ -102,7 +102,7 @@ def test_work_waits_for_what_it_needs_without_the_host_waiting():
     torch.cuda.set_sync_debug_mode("error")
     try:
         torch.cuda._sleep(2_000_000_000)  # cycles
-        pools.duplex.start([BlockCopy(1000 + i, False, i, i) for i in range(1000)], [1999])
+        pools.duplex.start(Copies.of(BlockCopy(1000 + i, False, i, i) for i in range(1000)), [1999])
         pools.duplex.wait(range(1000, 2000))
         same = pools.bits()[:1000].eq(want).all()
         under_way = not pools.driver.reached(pools.duplex._under_way[0][-1].end)
@@ -235,15 +235,15 @@ def test_a_rotation_beside_decodes_of_the_same_batch_changes_no_bfloat16_token(w
         ins = [BlockCopy(50 + i, False, block, 7 * i % 100, (1 + i,)) for i, block in enumerate(blocks)]
         reported: list[int] = []
         for turn in range(12):
-            copies, waits = ((), ())
+            copies, waits = NO_COPIES, ()
             if rotate and turn == 2:
-                copies = tuple(outs)
+                copies = Copies.of(outs)
             if rotate and turn == 6:
                 give_up = time.monotonic() + 20
                 while not {copy.id for copy in outs} <= set(reported) and time.monotonic() < give_up:
                     reported += executor._duplex.report()[0]
                 executor.cache[blocks] = float("nan")  # behind the copies out: their report has been seen
-                copies = tuple(ins)
+                copies = Copies.of(ins)
             if rotate and turn == 8:
                 waits = tuple(copy.id for copy in ins)
             members = batch if turn >= 8 else busy

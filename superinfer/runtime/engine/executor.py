@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import NamedTuple, Protocol
 
 from superinfer.runtime.engine.grammar import GrammarCompiler
-from superinfer.runtime.kv.copies import BlockCopy, LinkUse
+from superinfer.runtime.kv.copies import Copies, LinkUse
 from superinfer.runtime.kv.link_profile import LinkProfile
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 
@@ -38,7 +38,7 @@ class TierLimits(NamedTuple):
 class Duplex(Protocol):
     """The body of the second tier, as an executor uses it: docs/duplexkv.md says what it guarantees."""
 
-    def start(self, copies: Sequence[BlockCopy], wanted: Collection[int] = (), *, hold: bool = False) -> None:
+    def start(self, copies: Copies, wanted: Collection[int] = (), *, hold: bool = False) -> None:
         """Begin a plan's copies; call before its work, after that of the plans before it. wanted: what it waits for.
         hold: those that no `wait` asks for may begin with `release` only, when the work has been given to the device.
         """

@@ -10,13 +10,14 @@ where no copy of the plan follows another.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
 
-from superinfer.runtime.kv.copies import BlockCopy
+from superinfer.runtime.kv.copies import BlockCopy, Copies, OneWay
 
 # Half a millisecond of PCIe 5, against some 20 µs of the host's time for each batch. From the second of a plan on they
 # are LONGEST times that; where copies of the plan follow others, CHAINED times.
@@ -28,25 +29,27 @@ MOST_NAMES = 1 << 14  # of copies that are over, kept until there are so many or
 # Below this, neighbours are joined: a copy engine spends about a microsecond on a copy however small.
 COALESCE_BELOW = 1 << 20
 
+Ways = tuple[OneWay, OneWay]  # in, out
+
 
 class Batch:
     """Copies that are submitted together. Events are handles of the device.
 
     seq: grows by one with each batch of its direction. after: the batch of the other direction that it waits for, 0
     for none. job: what it was submitted with. plan: its number; fence: the event that all its batches come after.
-    begin: 0 where it begins as the one before it on its stream ends. wait: an event to wait for, 0 for none. ids: of
-    its copies. failed: ids of copies that could not be made; unordered: nothing marks its end, it counts as over once
-    submitted.
+    begin: 0 where it begins as the one before it on its stream ends. wait: an event to wait for, 0 for none. ids, hbm,
+    dram: of its copies. failed: ids of copies that could not be made; unordered: nothing marks its end, it counts as
+    over once submitted.
     """
 
     __slots__ = (
-        "after", "begin", "copies", "end", "failed", "fence", "ids", "job", "out", "plan", "seq", "unordered", "wait",
+        "after", "begin", "dram", "end", "failed", "fence", "hbm", "ids", "job", "out", "plan", "seq", "unordered",
+        "wait",
     )  # fmt: skip
 
-    def __init__(self, out: bool, copies: list[BlockCopy], after: int) -> None:
+    def __init__(self, out: bool, ids: list[int], hbm: list[int], dram: list[int], after: int) -> None:
         self.out = out
-        self.copies = copies
-        self.ids = [copy.id for copy in copies]
+        self.ids, self.hbm, self.dram = ids, hbm, dram
         self.after = after
         self.seq = self.job = self.plan = self.begin = self.end = self.fence = self.wait = 0
         self.failed: list[int] = []
@@ -86,90 +89,81 @@ class Arranger:
         elif len(self._batch_of) > MOST_NAMES:
             self._batch_of = {id: name for name, batch in self._under_way.items() for id in batch.ids}
 
-    def arrange(self, copies: Sequence[BlockCopy], wanted: Collection[int]) -> list[Batch]:
+    def arrange(self, copies: Copies, wanted: Collection[int]) -> list[Batch]:
         """Batches of one plan's copies, numbered, in an order fit to be submitted. wanted: ids that go first.
 
-        This is the scheduling thread's time: half a microsecond a copy, so few passes over them all, and those that
-        are mostly comprehensions.
+        This is the scheduling thread's time, so columns stay whole wherever they can.
         """
         if not wanted:
-            return self._in_rounds(copies)
-        urgent = _with_those_before(copies, wanted)
-        first = self._in_rounds([copy for copy in copies if copy.id in urgent])
-        return first + self._in_rounds([copy for copy in copies if copy.id not in urgent])
+            return self._in_rounds(copies.ways)
+        (ins, outs), (ins_first, outs_first) = copies.ways, _urgent_rows(copies.ways, wanted)
+        first = self._in_rounds((ins.pick(ins_first), outs.pick(outs_first)))
+        return first + self._in_rounds((ins.without(ins_first), outs.without(outs_first)))
 
-    def _in_rounds(self, copies: Sequence[BlockCopy]) -> list[Batch]:
+    def _in_rounds(self, ways: Ways) -> list[Batch]:
         """Batches of copies none of which must follow one that comes later; of both directions in turn, so that both
         streams soon have work."""
-        if not any([copy.after for copy in copies]):
+        if not any([any(way.after) for way in ways]):
             longest = LONGEST * self._most
-            return _in_turn(*[self._cut_free(out, _of(copies, out), longest) for out in (False, True)])
+            return _in_turn(*[self._cut_free(out, ways[out], longest) for out in (False, True)])
         batches: list[Batch] = []
-        for pair in _rounds(copies):
+        for pair in _rounds(ways):
             batches += _in_turn(*[self._cut(out, pair[out]) for out in (False, True)])
         return batches
 
-    def _cut_free(self, out: bool, copies: list[BlockCopy], longest: int) -> list[Batch]:
+    def _cut_free(self, out: bool, way: OneWay, longest: int) -> list[Batch]:
         """Of copies that follow nothing of the other direction that is under way."""
-        return [self._batch(out, part, 0) for part in _parts(copies, self._most, longest)]
+        return [self._batch(out, way, begin, end, 0) for begin, end in _parts(len(way.ids), self._most, longest)]
 
-    def _cut(self, out: bool, copies: list[BlockCopy]) -> list[Batch]:
+    def _cut(self, out: bool, way: OneWay) -> list[Batch]:
         """Those that follow nothing of the other direction first, then the others in the order of what they follow:
         the last batch of it, as their own direction's come before them anyway."""
-        longest, lasts = CHAINED * self._most, self._followed(out, copies)
+        longest, lasts = CHAINED * self._most, self._followed(out, way)
         if not any(lasts):
-            return self._cut_free(out, copies, longest)
+            return self._cut_free(out, way, longest)
         batches: list[Batch] = []
         if 0 in lasts:
-            free = [copy for copy, last in zip(copies, lasts, strict=True) if not last]
+            followers, free = way.split([last > 0 for last in lasts])
             batches = self._cut_free(out, free, longest)
-            copies, lasts = [copy for copy, last in zip(copies, lasts, strict=True) if last], [*filter(None, lasts)]
+            way, lasts = followers, [*filter(None, lasts)]
         if lasts != sorted(lasts):
             order = sorted(range(len(lasts)), key=lasts.__getitem__)
-            copies, lasts = [copies[at] for at in order], [lasts[at] for at in order]
-        end = 0
-        for part in _parts(copies, self._most, longest):  # cut as what they follow was
-            end += len(part)
-            batches.append(self._batch(out, part, lasts[end - 1]))
+            way, lasts = way.pick(order), [lasts[at] for at in order]
+        for begin, end in _parts(len(way.ids), self._most, longest):  # cut as what they follow was
+            batches.append(self._batch(out, way, begin, end, lasts[end - 1]))
         return batches
 
-    def _followed(self, out: bool, copies: list[BlockCopy]) -> list[int]:
+    def _followed(self, out: bool, way: OneWay) -> list[int]:
         """For each copy the last batch of the other direction that it must come after, 0 for none."""
-        afters = [copy.after for copy in copies]
-        if not any(afters):
-            return [0] * len(copies)
-        name_of, way = self._batch_of.get, -1 if out else 1
-        names = [name_of(after[-1], 0) if after else 0 for after in afters]
-        if max(map(len, afters)) == 1 and (max(names) <= 0 if out else min(names) >= 0):
-            return [-name for name in names] if out else names
-        # Few plans get here: with a block that moved before, at a place that did too.
-        return [max([0, *(way * name_of(id, 0) for id in after)]) for after in afters]
+        if not any(way.after):
+            return [0] * len(way.ids)
+        name_of, sign = self._batch_of.get, -1 if out else 1
+        names = [name_of(id, 0) for id in way.after]
+        lasts = [-name if name < 0 else 0 for name in names] if out else [name if name > 0 else 0 for name in names]
+        if way.also:  # of few plans: with a block that moved before, at a place that did too
+            for at, id in enumerate(way.ids):
+                lasts[at] = max([lasts[at], *(sign * name_of(other, 0) for other in way.also.get(id, ()))])
+        return lasts
 
-    def _batch(self, out: bool, copies: list[BlockCopy], after: int) -> Batch:
-        batch = Batch(out, copies, after)
+    def _batch(self, out: bool, way: OneWay, begin: int, end: int, after: int) -> Batch:
+        batch = Batch(out, way.ids[begin:end], way.hbm[begin:end], way.dram[begin:end], after)
         self._last[out] = batch.seq = seq = self._last[out] + 1
-        name, known = seq if out else -seq, self._batch_of
+        name = seq if out else -seq
         self._under_way[name] = batch
-        for id in batch.ids:
-            known[id] = name
+        self._batch_of.update(dict.fromkeys(batch.ids, name))
         return batch
 
 
-def _parts(copies: list[BlockCopy], first: int, longest: int) -> list[list[BlockCopy]]:
-    """One of `first`, so that its stream has work, then of `longest`; the last may have up to `first` more,
-    where `longest` is more than that."""
-    if len(copies) <= first:
-        return [copies] if copies else []
-    parts, at, beyond = [copies[:first]], first, first if longest > first else 0
-    while len(copies) - at > longest + beyond:
-        parts.append(copies[at : at + longest])
+def _parts(count: int, first: int, longest: int) -> list[tuple[int, int]]:
+    """Where each begins and ends: one of `first`, so that its stream has work, then of `longest`; the last may have up
+    to `first` more, where `longest` is more than that."""
+    if count <= first:
+        return [(0, count)] if count else []
+    parts, at, beyond = [(0, first)], first, first if longest > first else 0
+    while count - at > longest + beyond:
+        parts.append((at, at + longest))
         at += longest
-    return [*parts, copies[at:]]
-
-
-def _of(copies: Sequence[BlockCopy], out: bool) -> list[BlockCopy]:
-    """Those of one direction."""
-    return [copy for copy in copies if copy.out] if out else [copy for copy in copies if not copy.out]
+    return [*parts, (at, count)]
 
 
 def _in_turn(ins: list[Batch], outs: list[Batch]) -> list[Batch]:
@@ -179,80 +173,90 @@ def _in_turn(ins: list[Batch], outs: list[Batch]) -> list[Batch]:
     return [batch for pair in zip_longest(outs, ins) for batch in pair if batch is not None]
 
 
-def _rounds(copies: Sequence[BlockCopy]) -> list[tuple[list[BlockCopy], list[BlockCopy]]]:
+def _rounds(ways: Ways) -> list[Ways]:
     """Each round's copies, in and out, follow none of their own round."""
-    first = copies[0].id  # who follows no later id follows nothing of these
-    ins: list[BlockCopy] = []
-    outs: list[BlockCopy] = []
-    late: list[BlockCopy] = []
-    for copy in copies:
-        if copy.after and copy.after[-1] >= first:
-            late.append(copy)
-        elif copy.out:
-            outs.append(copy)
-        else:
-            ins.append(copy)
+    first = min([way.ids[0] for way in ways if way.ids])  # who follows no later id follows nothing of these
+    (late_ins, ins), (late_outs, outs) = [way.split([id >= first for id in way.after]) for way in ways]
+    late = [*late_ins.ids, *late_outs.ids]
     if not late:
-        return [(ins, outs)]
-    if {copy.id for copy in late}.isdisjoint([id for copy in late for id in copy.after]):
-        return [(ins, outs), (_of(late, False), _of(late, True))]
-    return [(ins, outs), *_rounds_of_chains(late)]
+        return [ways]
+    followed = {*late_ins.after, *late_outs.after}
+    followed.update([other for way in (late_ins, late_outs) for others in way.also.values() for other in others])
+    if followed.isdisjoint(late):
+        return [(ins, outs), (late_ins, late_outs)]
+    return [(ins, outs), *_rounds_of_chains((late_ins, late_outs))]
 
 
-def _rounds_of_chains(copies: Sequence[BlockCopy]) -> list[tuple[list[BlockCopy], list[BlockCopy]]]:
+def _rounds_of_chains(ways: Ways) -> list[Ways]:
     """Like `_rounds`, of copies that may follow each other more than once."""
     level: dict[int, int] = {}
-    rounds: list[tuple[list[BlockCopy], list[BlockCopy]]] = []
-    for copy in copies:
-        deepest = max([level[id] + 1 for id in copy.after if id in level], default=0)
-        level[copy.id] = deepest
-        if deepest == len(rounds):
-            rounds.append(([], []))
-        rounds[deepest][copy.out].append(copy)
-    return rounds
+    for copy in Copies(*ways):
+        level[copy.id] = max([level[id] + 1 for id in copy.after if id in level], default=0)
+    ins, outs = ways
+    return [
+        (ins.pick(_at_level(ins, level, deep)), outs.pick(_at_level(outs, level, deep)))
+        for deep in range(max(level.values()) + 1)
+    ]
 
 
-def _with_those_before(copies: Sequence[BlockCopy], wanted: Collection[int]) -> set[int]:
-    """`wanted`, and what of this plan they follow."""
-    urgent = set(wanted)
-    for copy in reversed(copies):
-        if copy.after and copy.id in urgent:
-            urgent.update(copy.after)
-    return urgent
+def _at_level(way: OneWay, level: dict[int, int], deep: int) -> list[int]:
+    return [at for at, id in enumerate(way.ids) if level[id] == deep]
+
+
+def _urgent_rows(ways: Ways, wanted: Collection[int]) -> tuple[list[int], list[int]]:
+    """Of each direction the rows of what is `wanted`, and of what those follow in this plan."""
+    rows: tuple[set[int], set[int]] = (set(), set())
+    left = [*wanted]
+    while left:
+        id = left.pop()
+        for way, known in zip(ways, rows, strict=True):
+            row = bisect_left(way.ids, id)
+            if row < len(way.ids) and way.ids[row] == id and row not in known:
+                known.add(row)
+                left += (way.after[row], *way.also.get(id, ()))
+    return sorted(rows[0]), sorted(rows[1])
 
 
 class Moves(NamedTuple):
-    """One batch as the device takes it, [n] uint64 each; starts: [n], the first of the batch's copies in each move."""
+    """One batch as the device takes it, [n] uint64 each. order: the batch's copies, by their positions, in the order of
+    the moves; starts: [n], where in `order` each move begins."""
 
     dsts: np.ndarray
     srcs: np.ndarray
     sizes: np.ndarray
+    order: np.ndarray
     starts: np.ndarray
 
+    def copies_of(self, move: int) -> list[int]:
+        """Positions in the batch of the copies that are one move."""
+        end = self.starts[move + 1] if move + 1 < len(self.starts) else len(self.order)
+        return self.order[self.starts[move] : end].tolist()
 
-def moves_of(copies: Sequence[BlockCopy], places: Places) -> Moves:
-    """Addresses and sizes; neighbours in both pools are one move where blocks are small.
 
-    Sorts `copies` in place where it joins neighbours, if they are a list.
-    """
-    size = places.block_bytes
-    if size < COALESCE_BELOW and len(copies) > 1 and isinstance(copies, list):
-        copies.sort(key=lambda copy: copy.hbm)
-    bytes_, count = np.uint64(size), len(copies)
-    hbm = np.array([copy.hbm for copy in copies], dtype=np.uint64)
-    dram = np.array([copy.dram for copy in copies], dtype=np.uint64)
-    if size < COALESCE_BELOW and count > 1:
-        piece = dram // np.uint64(places.piece_blocks)
-        joined = (np.diff(hbm) == 1) & (np.diff(dram) == 1) & (np.diff(piece) == 0)
+def moves_of(out: bool, hbm: Sequence[int], dram: Sequence[int], places: Places) -> Moves:
+    """Addresses and sizes; neighbours in both pools are one move where blocks are small."""
+    size, count = places.block_bytes, len(hbm)
+    bytes_, order = np.uint64(size), np.arange(count)
+    hbm_at, dram_at = np.array(hbm, dtype=np.uint64), np.array(dram, dtype=np.uint64)
+    if size < COALESCE_BELOW and count > 1 and places.piece_blocks > 1:
+        order = np.argsort(hbm_at, kind="stable")
+        hbm_at, dram_at = hbm_at[order], dram_at[order]
+        piece = dram_at // np.uint64(places.piece_blocks)
+        joined = (np.diff(hbm_at) == 1) & (np.diff(dram_at) == 1) & (np.diff(piece) == 0)
         starts = np.flatnonzero(np.concatenate(([True], ~joined)))
         sizes = np.diff(starts, append=count).astype(np.uint64) * bytes_
-        hbm, dram = hbm[starts], dram[starts]
+        hbm_at, dram_at = hbm_at[starts], dram_at[starts]
     else:  # in place, with nothing made that is not needed: this is most of what a batch costs its thread
-        starts, sizes = np.arange(count), np.empty(count, dtype=np.uint64)
+        starts, sizes = order, np.empty(count, dtype=np.uint64)
         sizes.fill(size)
-    hbm *= bytes_
-    hbm += np.uint64(places.hbm)
-    dram *= bytes_
-    dram += np.uint64(places.dram)
-    ends = (dram, hbm) if copies[0].out else (hbm, dram)
-    return Moves(*ends, sizes, starts)
+    hbm_at *= bytes_
+    hbm_at += np.uint64(places.hbm)
+    dram_at *= bytes_
+    dram_at += np.uint64(places.dram)
+    ends = (dram_at, hbm_at) if out else (hbm_at, dram_at)
+    return Moves(*ends, sizes, order, starts)
+
+
+def moves_of_copies(copies: Sequence[BlockCopy], places: Places) -> Moves:
+    """The same of copies of one direction, at least one, for who measures rather than serves."""
+    return moves_of(copies[0].out, [copy.hbm for copy in copies], [copy.dram for copy in copies], places)

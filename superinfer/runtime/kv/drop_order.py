@@ -49,8 +49,7 @@ class DropOrder:
 
     def discard(self, node: TierNode) -> None:
         """It is not idle any more, or forgotten."""
-        self._plain.pop(node, None)
-        self._kept.pop(node, None)
+        (self._kept if node.keep_until else self._plain).pop(node, None)
 
     def victim(self, mirrors: bool) -> TierNode | None:
         """Take out the node that is to give up its DRAM block. None when all the rest is parked or, without `mirrors`,
@@ -78,9 +77,9 @@ class DropOrder:
         """Drop these after all others until then. A later end stands."""
         for node in nodes:
             node.keep_until = max(node.keep_until, until)
-            if node in self._plain:
-                self.discard(node)
-                self.add(node)
+            if node.keep_until and node in self._plain:
+                del self._plain[node]
+                self._kept[node] = None
         heapq.heappush(self._ends, (until, next(self._numbers), nodes))
         self._noted += len(nodes)
         if self._noted > self._most:

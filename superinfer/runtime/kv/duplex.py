@@ -7,11 +7,11 @@ for. Each operation costs O(blocks touched).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 from superinfer.runtime.kv.cache import BlockTable, KVCache, Node
-from superinfer.runtime.kv.copies import BlockCopy
+from superinfer.runtime.kv.copies import BlockCopy, Copies
 from superinfer.runtime.kv.link_profile import LinkProfile
 from superinfer.runtime.kv.tiered_cache import TieredCache
 from superinfer.runtime.kv.tiers import TierNode, TierTable
@@ -27,17 +27,15 @@ class DuplexCache(TieredCache):
 
     def adopt(self, table: BlockTable, path: Sequence[Node]) -> None:
         """See KVCache.adopt. Blocks that are in DRAM only get their place, and their copy in, with `allocate`."""
-        mine = cast(TierTable, table)
+        mine, nodes, pending = cast(TierTable, table), cast(Sequence[TierNode], path), self.copies.pending
         assert not mine.blocks, "adopt needs an empty table"
-        for node in cast(Sequence[TierNode], path):
+        for node in nodes:
             self._hold(node)
             node.reused = True
-            if node.block < 0:
-                mine.missing.append(len(mine.blocks))
-            elif node.loading:
-                self.copies.read_by(mine, node.loading)
-            mine.nodes.append(node)
-            mine.blocks.append(node.block)
+        mine.nodes += nodes
+        mine.blocks = [node.block for node in nodes]
+        mine.missing = [at for at, block in enumerate(mine.blocks) if block < 0]
+        self.copies.read_by(mine, [node.loading for node in nodes if node.loading in pending])
 
     def allocate(self, table: BlockTable, count: int) -> list[int] | None:
         """See KVCache.allocate. Also plans the copies in of what the table has adopted from DRAM."""
@@ -46,10 +44,10 @@ class DuplexCache(TieredCache):
             return None
         if mine.missing:
             self.totals.hits += len(mine.missing)
-            self._load_missing(mine)
-        new = [self._take() for _ in range(count)]
-        if busy := self.copies.on_hbm:
-            mine.awaits += [busy[block] for block in new if block in busy]
+            self._load(mine)
+        new = self._take(count)
+        if pending := self.copies.pending:
+            mine.awaits += [id for id in map(self.copies.on_hbm.__getitem__, new) if id in pending]
         mine.blocks += new
         return new
 
@@ -57,7 +55,8 @@ class DuplexCache(TieredCache):
         """Copies that work on this table must wait for: planned, and not reported yet."""
         mine = cast(TierTable, table)
         if mine.awaits:
-            mine.awaits = [id for id in mine.awaits if id in self.copies]
+            pending = self.copies.pending
+            mine.awaits = [id for id in mine.awaits if id in pending]
         return mine.awaits
 
     def release(self, table: BlockTable) -> None:
@@ -84,29 +83,27 @@ class DuplexCache(TieredCache):
         private = mine.blocks[len(nodes) :]
         content = private[: self.blocks_for(computed) - len(nodes)]
         dirty = [node for node in nodes if node.dram < 0]
-        pinned = self._pinned + sum(node.parked == 0 for node in nodes) - sum(node.parked == 0 for node in dirty)
-        if len(dirty) + len(content) > self.num_dram - pinned:
+        clean = sum([node.parked == 0 and node.dram >= 0 for node in nodes])  # and pinned from now on
+        if len(dirty) + len(content) > self.num_dram - self._pinned - clean:
             return False
-        self._pinned = pinned
-        for node in nodes:  # pinned; they are held, so they are not among the idle
-            if node.parked == 0:
-                self._order.mirrors.pop(node, None)
+        mirrors, idle = self._order.mirrors, self._idle
+        for node in reversed(nodes):  # no longer held, but parked: idle in HBM only
+            if node.dram >= 0 and node.parked == 0:
+                del mirrors[node]
             node.parked += 1
-        for node in dirty:
-            self._mirror(node, self._take_dram())
-        mine.leaving = [node.mirroring for node in dirty]
-        for block in content:
-            dram = self._take_dram()
-            mine.tail.append(dram)
-            self._pinned += 1
-            mine.leaving.append(self.copies.plan(True, block, dram, mine))
+            node.holders -= 1
+            if node.holders == 0 and node.block >= 0:
+                idle[node] = None
+        self._pinned += clean
+        places = self._take_dram(len(dirty) + len(content))
+        self._pinned += len(places)
+        for node, place in zip(dirty, places, strict=False):
+            node.dram = place
+        mine.tail = places[len(dirty) :]
+        mine.leaving = self._copy_out(dirty) + self.copies.plan(True, content, mine.tail, [mine] * len(content))
         self._withdraw(mine)
         self._give(private)
         self._give(mine.spare)
-        for node in reversed(nodes):  # no longer held, but parked: idle in HBM only
-            node.holders -= 1
-            if node.holders == 0 and node.block >= 0:
-                self._idle[node] = None
         mine.blocks, mine.spare, mine.sent, mine.parked = [], [], 0, True
         self.totals.rotations_out += 1
         self.totals.rotated += len(nodes) + len(content)
@@ -117,32 +114,23 @@ class DuplexCache(TieredCache):
         """Bring a parked table back, with `extra` new blocks. False, and nothing changed, when HBM has no room."""
         mine = cast(TierTable, table)
         nodes = cast(list[TierNode], mine.nodes)
-        idle = sum(node.block >= 0 and node.holders == 0 for node in nodes)
-        absent = sum(node.block < 0 for node in nodes)
-        if absent + len(mine.tail) + extra > self.num_available - idle:
+        missing = [at for at, node in enumerate(nodes) if node.block < 0]
+        idle = sum([node.holders == 0 for node in nodes]) - sum([nodes[at].holders == 0 for at in missing])
+        if len(missing) + len(mine.tail) + extra > self.num_available - idle:
             return False
         mine.parked = False
-        for at, node in enumerate(nodes):
-            if node.holders == 0:
-                self._idle.pop(node, None)
+        mirrors, in_hbm = self._order.mirrors, self._idle
+        for node in nodes:
+            if node.holders == 0 and node.block >= 0:
+                in_hbm.pop(node, None)
             node.holders += 1
             node.parked -= 1
             if node.parked == 0 and node.dram >= 0:
                 self._pinned -= 1
-                self._order.mirrors[node] = None
-            if node.block < 0:
-                mine.missing.append(at)
-            elif node.loading:
-                self.copies.read_by(mine, node.loading)
-            mine.blocks.append(node.block)
-        self._load_missing(mine)
-        for dram in mine.tail:
-            block = self._take()
-            self.copies.read_by(mine, self.copies.plan(False, block, dram, mine))
-            mine.blocks.append(block)
-        self._pinned -= len(mine.tail)
-        self._give_dram(mine.tail)
-        mine.tail = []
+                mirrors[node] = None
+        mine.missing, mine.blocks, pending = missing, [node.block for node in nodes], self.copies.pending
+        self.copies.read_by(mine, [node.loading for node in nodes if node.loading in pending])
+        self._load(mine)
         self.totals.rotations_in += 1
         return self.allocate(mine, extra) is not None
 
@@ -153,33 +141,38 @@ class DuplexCache(TieredCache):
 
     # ------------------------------------------------------------------ copies
 
-    def take_copies(self) -> tuple[BlockCopy, ...]:
+    def take_copies(self) -> Copies:
         """The copies planned since the last call, for the plan being made. Every one must reach an executor."""
         return self.copies.take()
 
-    def settle(self, copied: Iterable[int], failed: Iterable[int]) -> bool:
+    def settle(self, copied: Sequence[int], failed: Sequence[int]) -> bool:
         """Take in what a result reports. True when tables may have lost something: ask `is_intact` of each."""
-        bad, hurt, over = set(failed), False, self.copies.over
-        num_in = num_out = 0
-        for id in sorted([*copied, *bad]):  # in order: what follows a failed copy is spoiled before its turn
-            copy, owner, readers, spoiled = over(id)
-            if spoiled or id in bad:
-                self.totals.failed += 1
-                hurt |= self._fail(copy, owner)
-                for table in readers:
-                    table.lost = hurt = True
-            elif copy.out:
-                num_out += 1
-            else:
-                num_in += 1
-            if isinstance(owner, TierNode):
-                if owner.loading == id:
-                    owner.loading = 0
-                if owner.mirroring == id:
-                    owner.mirroring = 0
-        self.totals.blocks_out += num_out
-        self.totals.blocks_in += num_in
+        if failed or self.copies.is_any_spoiled:
+            return self._settle_one_by_one(copied, failed)
+        self._count(copied)
+        return False
+
+    def _settle_one_by_one(self, copied: Sequence[int], failed: Sequence[int]) -> bool:
+        """In order: what follows a failed copy is spoiled before its turn."""
+        bad, hurt = set(failed), False
+        known = self.copies.look_up({*copied, *bad})
+        for id in sorted([*copied, *bad]):
+            copy, owner, readers = known[id]
+            if not self.copies.is_spoiled(id) and id not in bad:
+                self._count([id])
+                continue
+            self.totals.failed += 1
+            self.copies.over([id])
+            hurt |= self._fail(copy, owner)
+            for table in readers:
+                table.lost = hurt = True
         return hurt
+
+    def _count(self, copied: Sequence[int]) -> None:
+        """They were made."""
+        moved_in, moved_out = self.copies.over(copied)
+        self.totals.blocks_in += moved_in
+        self.totals.blocks_out += moved_out
 
     def _fail(self, copy: BlockCopy, owner: TierNode | TierTable) -> bool:
         """What the copy should have written is not there. True when somebody may need it."""
@@ -188,7 +181,7 @@ class DuplexCache(TieredCache):
             owner.lost = True
             return True
         if copy.id == owner.mirroring:
-            if owner.block >= 0 and not owner.loading:
+            if owner.block >= 0 and owner.loading not in self.copies.pending:
                 self._drop_dram(owner)
                 self._dirty.append(owner)
                 return False
@@ -197,13 +190,19 @@ class DuplexCache(TieredCache):
         self.forget(owner)
         return True
 
-    def _load_missing(self, table: TierTable) -> None:
-        for at in table.missing:
-            node = cast(TierNode, table.nodes[at])
-            node.block = table.blocks[at] = self._take()
-            node.loading = self.copies.plan(False, node.block, node.dram, node)
-            self.copies.read_by(table, node.loading)
-        table.missing = []
+    def _load(self, table: TierTable) -> None:
+        """Plan the copies in of what a table has in DRAM only: nodes, and its tail if it has been parked."""
+        nodes = [cast(TierNode, table.nodes[at]) for at in table.missing]
+        blocks = self._take(len(nodes) + len(table.tail))
+        for at, node, block in zip(table.missing, nodes, blocks, strict=False):
+            node.block = table.blocks[at] = block
+        tail = blocks[len(nodes) :]
+        table.blocks += tail
+        ids = self._copy_in(nodes) + self.copies.plan(False, tail, table.tail, [table] * len(tail))
+        self.copies.read_by(table, ids)
+        self._pinned -= len(tail)
+        self._give_dram(table.tail)
+        table.missing, table.tail = [], []
 
     def _new_table(self, root: Node) -> BlockTable:
         return TierTable(root)

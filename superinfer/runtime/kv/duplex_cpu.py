@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 
@@ -47,7 +47,7 @@ class CpuDuplex:
         self._copy_s = [0.0, 0.0]
         self._stall_s = 0.0
 
-    def start(self, copies: Sequence[BlockCopy], wanted: Collection[int] = ()) -> None:
+    def start(self, copies: Iterable[BlockCopy], wanted: Collection[int] = ()) -> None:
         """Begin a plan's copies; call before its work, after that of the plans before it. They go in their order,
         whichever are `wanted`."""
         now = self._clock()

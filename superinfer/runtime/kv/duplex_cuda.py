@@ -13,13 +13,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from functools import partial
 from queue import SimpleQueue
 from typing import Protocol
 
 from superinfer.runtime.kv.busy_spans import BusySpans
-from superinfer.runtime.kv.copies import BlockCopy, LinkUse
+from superinfer.runtime.kv.copies import Copies, LinkUse
 from superinfer.runtime.kv.copy_batches import Arranger, Batch, Places, moves_of
 from superinfer.runtime.kv.copy_device import CopyDevice
 
@@ -140,7 +140,7 @@ class CudaDuplex:
 
     # ------------------------------------------------------------------ the engine's side
 
-    def start(self, copies: Sequence[BlockCopy], wanted: Collection[int] = (), *, hold: bool = False) -> None:
+    def start(self, copies: Copies, wanted: Collection[int] = (), *, hold: bool = False) -> None:
         """Begin a plan's copies; call before its work, after that of the plans before it. wanted: what it waits for.
 
         hold: only what `wait` asks for is given to the device until `release` is called: the thread that submits would
@@ -265,12 +265,11 @@ class CudaDuplex:
             device.wait(stream, batch.wait)
         if batch.begin:
             device.record(batch.begin, stream)
-        moves = moves_of(batch.copies, self._places)
+        moves = moves_of(batch.out, batch.hbm, batch.dram, self._places)
         lost = device.copy(stream, moves.dsts, moves.srcs, moves.sizes)
         device.record(batch.end, stream)
         if lost:
-            ends = [*moves.starts[1:].tolist(), len(batch.copies)]
-            batch.failed = [copy.id for at in lost for copy in batch.copies[moves.starts[at] : ends[at]]]
+            batch.failed = [batch.ids[at] for move in lost for at in moves.copies_of(move)]
 
     # ------------------------------------------------------------------ inside
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from superinfer.runtime.kv.copies import BlockCopy
-from superinfer.runtime.kv.copy_batches import Places, moves_of
+from superinfer.runtime.kv.copy_batches import Places, moves_of_copies
 from superinfer.runtime.kv.copy_device import CopyDevice
 from superinfer.runtime.kv.link_profile import LinkProfile
 
@@ -27,7 +27,7 @@ def measure_link(device: CopyDevice, places: Places, hbm_blocks: int, dram_block
         raise RuntimeError("a link is measured with at least two blocks in each pool")
 
     def issue(stream: int, copies: Sequence[BlockCopy]) -> None:
-        moves = moves_of(copies, places)
+        moves = moves_of_copies(copies, places)
         if device.copy(stream, moves.dsts, moves.srcs, moves.sizes):
             raise RuntimeError("copies between the tiers fail")
 

@@ -36,7 +36,7 @@ class TieredCache(KVCache):
         self.num_dram = num_dram
         self.link = link
         self.totals = TierCounts()
-        self.copies = PendingCopies()
+        self.copies = PendingCopies(num_blocks, num_dram)
         self._free_dram = deque(range(num_dram - 1, -1, -1))
         self._pinned = 0  # DRAM blocks of parked tables
         self._order = DropOrder()
@@ -57,12 +57,12 @@ class TieredCache(KVCache):
     @property
     def num_pending(self) -> int:
         """Copies planned and not reported."""
-        return len(self.copies)
+        return len(self.copies.pending)
 
     @property
     def num_pending_in(self) -> int:
         """Of these, copies in."""
-        return len(self.copies) - self.copies.num_out
+        return len(self.copies.pending) - self.copies.num_out
 
     @property
     def oldest_pending(self) -> int:
@@ -73,16 +73,35 @@ class TieredCache(KVCache):
 
     def mirror(self, budget: int) -> None:
         """Plan copies out of dirty blocks while fewer than `budget` copies out are pending and DRAM has idle room."""
-        while self._dirty and self.copies.num_out < budget:
-            node = self._dirty.popleft()
+        nodes: list[TierNode] = []
+        may_be_dropped = False  # one of them, which nobody holds, for the next one's room
+        left, dirty = budget - self.copies.num_out, self._dirty
+        while dirty and left > 0:
+            node = dirty.popleft()
             if not node.alive or node.block < 0 or node.dram >= 0:
                 continue
-            if not self._free_dram and not self._evict_dram(mirrors=False):
-                self._dirty.appendleft(node)
-                break
-            if node.alive:  # the room was not made by forgetting this one
-                self._mirror(node, self._free_dram.pop())
-                self.totals.mirrored += 1
+            if not self._free_dram:
+                if may_be_dropped:
+                    self._copy_out(nodes)
+                    nodes, may_be_dropped = [], False
+                if not self._evict_dram(mirrors=False):
+                    dirty.appendleft(node)
+                    break
+                if not node.alive:
+                    continue  # the room was made by forgetting this one
+            node.dram = self._free_dram.pop()
+            self.totals.mirrored += 1
+            left -= 1
+            if node.parked:
+                self._pinned += 1
+            elif node.holders:
+                self._order.mirrors[node] = None
+            else:
+                self._order.add(node)
+                may_be_dropped = True
+            nodes.append(node)
+        if nodes:
+            self._copy_out(nodes)
         if len(self._dirty) > 64 + 2 * self.num_blocks:  # nothing goes out: forget what is gone
             self._dirty = deque(n for n in self._dirty if n.alive and n.block >= 0 and n.dram < 0)
 
@@ -111,9 +130,9 @@ class TieredCache(KVCache):
                 continue
             if not self._free and (len(self._idle) <= here or cast(TierNode, next(iter(self._idle))).dram < 0):
                 break
-            node.block = self._take()
-            node.loading = self.copies.plan(False, node.block, node.dram, node)
+            (node.block,) = self._take(1)
             loaded.append(node)
+        self._copy_in(loaded)
         for node in reversed(loaded):
             if node.holders == 0:
                 self._idle[node] = None
@@ -161,51 +180,61 @@ class TieredCache(KVCache):
             elif node.dram >= 0:
                 self._order.mirrors[node] = None
 
+    # ------------------------------------------------------------------ inside: copies of nodes that have both places
+
+    def _copy_out(self, nodes: list[TierNode]) -> list[int]:
+        """Plan it; their DRAM places are new. Returns the copies' ids."""
+        ids = self.copies.plan(True, [node.block for node in nodes], [node.dram for node in nodes], [*nodes])
+        for node, id in zip(nodes, ids, strict=True):
+            node.mirroring = id
+        return ids
+
+    def _copy_in(self, nodes: list[TierNode]) -> list[int]:
+        """Plan it; their HBM places are new. Returns the copies' ids."""
+        ids = self.copies.plan(False, [node.block for node in nodes], [node.dram for node in nodes], [*nodes])
+        for node, id in zip(nodes, ids, strict=True):
+            node.loading = id
+        return ids
+
     # ------------------------------------------------------------------ inside: room in HBM
 
     def _give(self, blocks: Iterable[int]) -> None:
         """Blocks with a pending copy go to the far end: handed out last, when it is likely over."""
-        for block in blocks:
-            if block in self.copies.on_hbm:
-                self._free.appendleft(block)
-            else:
-                self._free.append(block)
+        _give_back(blocks, self._free, self.copies.on_hbm, self.copies.pending)
 
-    def _take(self) -> int:
-        if not self._free:
-            self._evict()
-        return self._free.pop()
-
-    def _evict(self) -> None:
-        """The oldest idle node leaves HBM: for free when it is clean, for good when it is dirty."""
-        node = cast(TierNode, self._idle.popitem(last=False)[0])
-        if node.dram < 0:
-            self.totals.forgotten += 1
-            self.forget(node)
-            return
-        self._give((node.block,))
-        node.block = -1
-        node.loading = 0
-        self.totals.left_clean += 1
+    def _take(self, count: int) -> list[int]:
+        """So many blocks, of which there must be that many. The oldest idle nodes leave HBM for what is not free: at no
+        cost where they are clean, for good where they are dirty."""
+        free, idle, pop = self._free, self._idle, self._free.pop
+        if count <= len(free):
+            return [pop() for _ in range(count)]
+        taken = [pop() for _ in range(len(free))]
+        while len(taken) < count:
+            if free:
+                taken.append(pop())
+                continue
+            node = cast(TierNode, idle.popitem(last=False)[0])
+            if node.dram < 0:
+                self.totals.forgotten += 1
+                self.forget(node)
+                continue
+            taken.append(node.block)
+            node.block, node.loading = -1, 0
+            self.totals.left_clean += 1
+        return taken
 
     # ------------------------------------------------------------------ inside: room in DRAM
 
-    def _mirror(self, node: TierNode, dram: int) -> None:
-        node.dram = dram
-        node.mirroring = self.copies.plan(True, node.block, dram, node)
-        if node.parked:
-            self._pinned += 1
-        elif node.holders:
-            self._order.mirrors[node] = None
-        else:
-            self._order.add(node)
-
-    def _take_dram(self) -> int:
+    def _take_dram(self, count: int) -> list[int]:
         """For a rotation, which knows that there is room."""
-        if not self._free_dram:
-            made = self._evict_dram(mirrors=True)
-            assert made, "DRAM room was promised that is not there"
-        return self._free_dram.pop()
+        free, pop = self._free_dram, self._free_dram.pop
+        taken = [pop() for _ in range(min(count, len(free)))]
+        while len(taken) < count:
+            if not free:
+                made = self._evict_dram(mirrors=True)
+                assert made, "DRAM room was promised that is not there"
+            taken.append(pop())
+        return taken
 
     def _evict_dram(self, mirrors: bool) -> bool:
         """Free a DRAM block, with `mirrors` also one of what is held or to be kept. False when there is none."""
@@ -221,16 +250,17 @@ class TieredCache(KVCache):
         return True
 
     def _give_dram(self, blocks: Iterable[int]) -> None:
-        for block in blocks:
-            if block in self.copies.on_dram:
-                self._free_dram.appendleft(block)
-            else:
-                self._free_dram.append(block)
+        _give_back(blocks, self._free_dram, self.copies.on_dram, self.copies.pending)
 
     def _drop_dram(self, node: TierNode) -> None:
-        self._order.mirrors.pop(node, None)
+        place = node.dram
+        if node.holders:
+            self._order.mirrors.pop(node, None)
         self._pinned -= node.parked > 0
-        self._give_dram((node.dram,))
+        if self.copies.on_dram[place] in self.copies.pending:
+            self._free_dram.appendleft(place)
+        else:
+            self._free_dram.append(place)
         node.dram, node.mirroring = -1, 0
 
     def forget(self, node: Node) -> None:
@@ -246,9 +276,23 @@ class TieredCache(KVCache):
                 self._drop_dram(gone)
             if gone.block >= 0:
                 self._give((gone.block,))
-            self._idle.pop(gone, None)
+                self._idle.pop(gone, None)
             self._order.discard(gone)
             gone.block, gone.loading, gone.alive, gone.parent = -1, 0, False, None
-            stack += cast(Iterable[TierNode], gone.children.values())
-            gone.children = {}
-        self._drop_root(parent)
+            if gone.children:
+                stack += cast(Iterable[TierNode], gone.children.values())
+                gone.children = {}
+        if not parent.children:
+            self._drop_root(parent)
+
+
+def _give_back(blocks: Iterable[int], free: deque[int], last: list[int], pending: set[int]) -> None:
+    """last: by block, the last copy that touches it."""
+    if not pending:
+        free += blocks
+        return
+    for block in blocks:
+        if last[block] in pending:
+            free.appendleft(block)
+        else:
+            free.append(block)

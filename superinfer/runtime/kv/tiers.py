@@ -8,7 +8,8 @@ from superinfer.runtime.kv.cache import BlockTable, Node
 class TierNode(Node):
     """A cached block with a place in HBM (`block`), in DRAM (`dram`), or both; -1 is none.
 
-    parked: rotated-out tables through it. loading, mirroring: the copy in and out under way, 0 when none.
+    parked: rotated-out tables through it. loading, mirroring: the copy that brings it in, and the one that takes it
+    out, pending or over; 0 where its place came without one, or is gone.
     reused: hit since DRAM last considered dropping it. alive: False once forgotten.
     keep_until: DRAM drops it after all that are not kept, until then; 0: it is not kept.
     """

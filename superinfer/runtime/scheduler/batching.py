@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 from superinfer.runtime.kv.cache import Node
-from superinfer.runtime.kv.copies import BlockCopy
+from superinfer.runtime.kv.copies import NO_COPIES
 from superinfer.runtime.scheduler import stages
 from superinfer.runtime.scheduler.cohort import Cohort
 from superinfer.runtime.scheduler.draft import Draft
@@ -89,7 +89,7 @@ class BatchScheduler(Results):
 
     def _finish_plan(self, draft: Draft, now: float) -> StepPlan | None:
         self._note_copy_waits(draft, now)
-        copies: tuple[BlockCopy, ...] = ()
+        copies = NO_COPIES
         if self._rotation is not None and self._returns is not None:
             self._returns.bring_back(now, self._rotation.background_blocks)
             copies = self._rotation.copies_of_plan()

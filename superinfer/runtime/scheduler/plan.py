@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-from superinfer.runtime.kv.copies import BlockCopy, LinkUse
+from superinfer.runtime.kv.copies import NO_COPIES, Copies, LinkUse
 from superinfer.runtime.protocol import SamplingParams, TokenLogprob
 
 
@@ -107,7 +107,7 @@ class StepPlan:
     others: tuple[SlotWork, ...]
     init: tuple[SlotInit, ...] = ()
     freed: tuple[int, ...] = ()
-    copies: tuple[BlockCopy, ...] = ()
+    copies: Copies = NO_COPIES
     waits: tuple[int, ...] = ()
     decodes: Decodes = NO_DECODES
 

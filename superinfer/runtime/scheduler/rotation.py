@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 from typing import cast
 
 from superinfer.runtime.kv.cache import BlockTable, Node
-from superinfer.runtime.kv.copies import BlockCopy, LinkUse
+from superinfer.runtime.kv.copies import Copies, LinkUse
 from superinfer.runtime.kv.duplex import DuplexCache
 from superinfer.runtime.kv.tiers import TierNode
 from superinfer.runtime.scheduler.base import TierGauges
@@ -179,7 +179,7 @@ class Rotation:
         """Whether a failed copy took something the table needs."""
         return self.kv.totals.failed > 0 and not self.kv.is_intact(table)
 
-    def copies_of_plan(self) -> tuple[BlockCopy, ...]:
+    def copies_of_plan(self) -> Copies:
         """All copies of the plan being made, with what is mirrored in the background."""
         most = self.background_blocks
         if most == 0 and not self.kv.num_pending and self._now >= self._probed + PROBE * self.block_s:

@@ -105,7 +105,7 @@ def _skip_copies_in(executor, kv):
 
 
 def _free_early(executor, kv):
-    kv.copies.on_hbm = type("Forgetful", (dict,), {"__setitem__": lambda *_: None})()
+    kv.copies.on_hbm = type("Forgetful", (list,), {"__setitem__": lambda *_: None})(kv.copies.on_hbm)
 
 
 @pytest.mark.parametrize("fault", [_skip_waits, _skip_copies_in, _free_early])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from superinfer.runtime.kv.copies import BlockCopy
+from superinfer.runtime.kv.copies import BlockCopy, Copies
 from superinfer.runtime.kv.copy_batches import Places
 from superinfer.runtime.kv.cuda_driver import CudaDriver, CudaError
 from superinfer.runtime.kv.duplex_cuda import CudaDuplex
@@ -49,7 +49,7 @@ def test_blocks_go_out_and_in_in_two_calls(driver, library):
     duplex = CudaDuplex(driver, places)
     wanted = hbm[[0, 2]].copy(), dram[1].copy()
     before = library.fake_batches()
-    duplex.start([BlockCopy(1, True, 0, 0), BlockCopy(2, True, 2, 3), BlockCopy(3, False, 1, 1)], [3])
+    duplex.start(Copies.of([BlockCopy(1, True, 0, 0), BlockCopy(2, True, 2, 3), BlockCopy(3, False, 1, 1)]), [3])
     duplex.wait([1, 2, 3])
     copied, failed, use = duplex.report()
     assert (sorted(copied), failed) == ([1, 2, 3], [])
@@ -64,7 +64,7 @@ def test_a_batch_that_fails_is_copied_one_by_one_and_only_the_bad_copy_fails(dri
     hbm, dram, places = pools()
     duplex = CudaDuplex(driver, places)
     library.fake_refuse(int(dram[2].ctypes.data))
-    duplex.start([BlockCopy(id, True, id, id ^ 1) for id in range(4)])
+    duplex.start(Copies.of(BlockCopy(id, True, id, id ^ 1) for id in range(4)))
     duplex.wait(range(4))
     copied, failed, _ = duplex.report()
     assert (sorted(copied), failed) == ([0, 1, 2], [3])
@@ -78,7 +78,7 @@ def test_a_driver_that_cannot_batch_is_asked_once(driver, library):
     duplex = CudaDuplex(driver, places)
     library.fake_fail_batches(801)
     singles = library.fake_singles()
-    duplex.start([BlockCopy(id, True, id, id ^ 1) for id in range(4)])
+    duplex.start(Copies.of(BlockCopy(id, True, id, id ^ 1) for id in range(4)))
     duplex.wait(range(4))
     assert sorted(duplex.report()[0]) == [0, 1, 2, 3] and not driver.is_batched
     assert library.fake_singles() == singles + 4

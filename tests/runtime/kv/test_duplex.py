@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from superinfer.runtime.kv.cache import KVCache
+from superinfer.runtime.kv.copies import BlockCopy
 from superinfer.runtime.kv.duplex import DuplexCache, build_cache
 from superinfer.runtime.kv.tiers import TierNode, TierTable
 
@@ -34,7 +35,7 @@ def compute(kv: DuplexCache, tokens: array, salt: str = "") -> TierTable:
 def land(kv: DuplexCache, failed: tuple[int, ...] = ()) -> bool:
     """All pending copies are reported."""
     kv.take_copies()
-    return kv.settle([copy.id for copy in kv.copies if copy.id not in failed], failed)
+    return kv.settle([id for id in sorted(kv.copies.pending) if id not in failed], failed)
 
 
 def mirrored(kv: DuplexCache, *blocks: int, salt: str = "") -> None:
@@ -105,13 +106,32 @@ def test_mirroring_keeps_to_its_budget_and_stops_when_dram_is_full_of_parked_blo
     other = compute(kv, tokens_of(4, 5, 6, 7))
     land(kv)
     kv.mirror(2)
-    assert kv.take_copies() == ()
+    assert not kv.take_copies()
     kv.release(table)
     kv.mirror(2)
     assert len(kv.take_copies()) == 2
     kv.mirror(2)
-    assert kv.take_copies() == ()
+    assert not kv.take_copies()
     kv.release(other)
+
+
+def test_a_mirror_that_nobody_holds_may_give_its_place_to_the_next_of_the_same_plan_which_follows_it():
+    kv = DuplexCache(6, 1, PAGE)
+    kv.release(compute(kv, tokens_of(1, 2, tail=1)))
+    kv.mirror(100)
+    first, second = kv.take_copies()
+    assert (first.dram, second.dram, second.after) == (0, 0, (first.id,))
+    assert not land(kv, failed=(first.id,)) and known(kv, 1, 2) == 2
+
+
+def test_a_report_of_a_copy_that_is_not_under_way_is_refused():
+    kv = DuplexCache(6, 10, PAGE)
+    compute(kv, tokens_of(1, 2))
+    kv.mirror(100)
+    ids = [copy.id for copy in kv.take_copies()]
+    kv.settle(ids[:1], ())
+    with pytest.raises(RuntimeError, match="of 2 copies reported, 1 are not under way"):
+        kv.settle(ids, ())
 
 
 # ---------------------------------------------------------------------------- rotation
@@ -180,7 +200,7 @@ def test_without_room_in_dram_a_rotation_changes_nothing():
     table = compute(kv, tokens_of(1, 2, 3, tail=1))
     before = list(table.blocks)
     assert not kv.park(table, 13)
-    assert (table.blocks, kv.num_dram_free, kv.num_dram_pinned, kv.take_copies()) == (before, 3, 0, ())
+    assert (table.blocks, kv.num_dram_free, kv.num_dram_pinned, len(kv.take_copies())) == (before, 3, 0, 0)
 
 
 def test_a_rotation_takes_the_mirrors_of_running_sequences_when_it_must():
@@ -219,7 +239,7 @@ def test_what_is_computed_though_it_is_in_dram_is_in_hbm_for_all_without_a_copy(
     kv.allocate(table, 2)
     kv.commit(table, tokens_of(1, 2), 8)
     assert [node.block for node in kv.match(tokens_of(1, 2), "", 8)] == table.blocks
-    assert kv.take_copies() == ()
+    assert not kv.take_copies()
 
 
 def test_a_load_that_fails_after_its_block_was_computed_takes_nothing_away():
@@ -274,7 +294,7 @@ def test_a_failed_load_is_told_to_who_was_parked_meanwhile_and_to_no_other():
     mirrored(kv, 1, 2)
     kv.release(fill(kv))
     table = compute(kv, tokens_of(1, 2, tail=1))  # a step under way reads what is being loaded
-    first = kv.take_copies()[0].id
+    first = next(copy.id for copy in kv.take_copies())
     assert kv.park(table, 9)
     filler = fill(kv)  # the node being loaded leaves HBM again
     assert land(kv, failed=(first,))
@@ -466,6 +486,7 @@ class DuplexLives:
     def __init__(self, kv: DuplexCache) -> None:
         self.kv = kv
         self.live: list[tuple[TierTable, array]] = []
+        self.under_way: list[BlockCopy] = []
         self.now = 0.0
 
     def begin(self, blocks, tail, salt) -> None:
@@ -496,11 +517,12 @@ class DuplexLives:
     def report(self, choose) -> None:
         """Some pending copies are over: `choose(id)` gives 0 not yet, 1 done, 2 failed."""
         kv = self.kv
-        kv.take_copies()
+        self.under_way += kv.take_copies()
         fate: dict[int, int] = {}
-        for copy in kv.copies:  # one cannot be over before those it comes after
-            early = any(before in kv.copies and not fate.get(before) for before in copy.after)
+        for copy in self.under_way:  # one cannot be over before those it comes after
+            early = any(fate.get(before) == 0 for before in copy.after)
             fate[copy.id] = 0 if early else choose(copy.id)
+        self.under_way = [copy for copy in self.under_way if not fate[copy.id]]
         hurt = kv.settle([id for id, f in fate.items() if f == 1], [id for id, f in fate.items() if f == 2])
         if hurt:
             for table, _ in [pair for pair in self.live if not kv.is_intact(pair[0])]:

@@ -19,8 +19,8 @@ from stream_double import COMPUTE, LateSubmitter, StreamDouble
 from stream_executor import StreamExecutor
 
 from superinfer.runtime.kv import copy_batches
-from superinfer.runtime.kv.copies import BlockCopy
-from superinfer.runtime.kv.copy_batches import Arranger, Places, moves_of
+from superinfer.runtime.kv.copies import BlockCopy, Copies
+from superinfer.runtime.kv.copy_batches import Arranger, Places, moves_of_copies
 from superinfer.runtime.kv.duplex import DuplexCache
 from superinfer.runtime.kv.duplex_cuda import CudaDuplex
 from superinfer.runtime.scheduler.base import SchedulerLimits
@@ -81,7 +81,7 @@ def test_random_copies_end_as_one_after_another_would(seed, lazy, late, most):
         copies = chained(rng, rng.randrange(8), 6, 4, id, last)
         id += len(copies)
         waits = rng.sample(range(1, id), min(id - 1, rng.randrange(3)))
-        rig.duplex.start(copies, waits)
+        rig.duplex.start(Copies.of(copies), waits)
         rig.duplex.wait(waits)
         for copy in copies:
             if copy.out:
@@ -105,7 +105,7 @@ def test_a_report_never_comes_before_that_of_what_it_followed():
         rig.duplex._arranger._most = 2
         rig.device.fails = rng.choice([0.0, 0.3])
         copies = chained(rng, 14, 6, 4)
-        rig.duplex.start(copies)
+        rig.duplex.start(Copies.of(copies))
         after, seen = {copy.id: copy.after for copy in copies}, set()
         while len(seen) < 14:
             rig.device.pass_time()
@@ -122,7 +122,7 @@ def test_a_report_never_comes_before_that_of_what_a_refused_batch_followed():
         rig = Rig(seed=seed, lazy=0.6, submitter=LateSubmitter(seed, late=1.0))
         rig.duplex._arranger._most = 2
         copies = chained(rng, 14, 6, 4)
-        rig.duplex.start(copies)
+        rig.duplex.start(Copies.of(copies))
         after, seen = {copy.id: copy.after for copy in copies}, set()
         for _ in range(1000):
             rig.device.pass_time()
@@ -147,7 +147,7 @@ def test_what_is_held_back_is_submitted_when_the_step_has_been_unless_it_waits_f
     duplex._arranger._most = 4
     copies = [BlockCopy(id, True, id, id) for id in range(40)]
     before = duplex._submitter.done
-    duplex.start(copies, wanted=[30], hold=True)
+    duplex.start(Copies.of(copies), wanted=[30], hold=True)
     time.sleep(0.05)
     assert duplex._submitter.done == before, "the thread would take the GIL from who submits the step"
     duplex.wait([30])
@@ -168,7 +168,7 @@ def test_a_stream_waits_for_the_work_before_once_and_a_run_of_batches_has_one_be
     rig.duplex._arranger._most = 2
     rig.device.refuses = lambda name: calls.append(name) or False
     for plan in range(2):
-        rig.duplex.start([BlockCopy(64 * plan + id, id % 2 == 0, id, id) for id in range(64)])
+        rig.duplex.start(Copies.of(BlockCopy(64 * plan + id, id % 2 == 0, id, id) for id in range(64)))
         assert len(rig.settle()[0]) == 64
     assert calls.count("copy") == 2 * 2 * 3, "three batches of each direction and plan"
     assert calls.count("wait") == 2 * 2, "one for each stream and plan"
@@ -179,7 +179,7 @@ def test_a_stream_waits_for_the_work_before_once_and_a_run_of_batches_has_one_be
 def test_work_waits_for_what_it_needs_and_for_nothing_else():
     rig = Rig(hbm=200, dram=200, lazy=1.0, submitter=LateSubmitter(late=1.0))
     rig.duplex._arranger._most = 4
-    rig.duplex.start([BlockCopy(id, True, id, id) for id in range(1, 100)], wanted=[90])
+    rig.duplex.start(Copies.of(BlockCopy(id, True, id, id) for id in range(1, 100)), wanted=[90])
     rig.duplex.wait([90])
     done = []
     rig.device.launch(lambda: done.append(sum(rig.device.events[b.end].reached > 0 for b in rig.duplex._under_way[1])))
@@ -200,10 +200,10 @@ def test_a_swap_in_follows_the_swap_out_it_takes_the_room_of_a_batch_behind():
 
 def _exchange(rig: Rig) -> None:
     """64 blocks leave, 64 others take their places."""
-    outs = [BlockCopy(id, True, id, id) for id in range(64)]
-    ins = [BlockCopy(64 + id, False, id, 64 + id, (id,)) for id in range(64)]
+    outs = [BlockCopy(1 + at, True, at, at) for at in range(64)]
+    ins = [BlockCopy(65 + at, False, at, 64 + at, (1 + at,)) for at in range(64)]
     old_hbm, old_dram = rig.hbm.copy(), rig.dram.copy()
-    rig.duplex.start([*outs, *ins])
+    rig.duplex.start(Copies.of([*outs, *ins]))
     rig.settle()
     assert np.array_equal(rig.dram[:64], old_hbm) and np.array_equal(rig.hbm, old_dram[64:])
 
@@ -213,7 +213,7 @@ def test_what_a_plan_waits_for_goes_first_with_what_it_follows():
     arranger._most = 2
     copies = [BlockCopy(id, True, id, id) for id in range(1, 9)]
     copies += [BlockCopy(9, False, 20, 20), BlockCopy(10, False, 8, 21, after=(8,))]
-    batches = arranger.arrange(copies, wanted=[10])
+    batches = arranger.arrange(Copies.of(copies), wanted=[10])
     order = [(batch.out, batch.ids) for batch in batches]
     assert order[0] == (True, [8]) and (False, [10]) in order
     follower = next(batch for batch in batches if batch.ids == [10])
@@ -222,7 +222,7 @@ def test_what_a_plan_waits_for_goes_first_with_what_it_follows():
 
 def test_both_streams_soon_have_work():
     arranger = Arranger(16 << 20)
-    batches = arranger.arrange([BlockCopy(id, id < 10, id, id) for id in range(20)], wanted=())
+    batches = arranger.arrange(Copies.of(BlockCopy(id, id < 10, id, id) for id in range(20)), wanted=())
     assert [batch.out for batch in batches[:4]] == [True, False, True, False]
     assert [batch.seq for batch in batches if batch.out] == [1, 2]
 
@@ -230,8 +230,8 @@ def test_both_streams_soon_have_work():
 def test_batches_grow_where_nothing_follows_anything():
     arranger = Arranger(16 << 20)
 
-    def some_free(count: int) -> list[BlockCopy]:
-        return [BlockCopy(1000 * count + id, True, id, id) for id in range(count)]
+    def some_free(count: int) -> Copies:
+        return Copies.of(BlockCopy(1000 * count + id, True, id, id) for id in range(count))
 
     free = arranger.arrange(some_free(40), wanted=())
     assert [len(batch.ids) for batch in free] == [2, 16, 16, 6]
@@ -241,7 +241,7 @@ def test_batches_grow_where_nothing_follows_anything():
 def test_batches_of_copies_that_follow_each_other_grow_less_and_are_cut_alike():
     arranger = Arranger(16 << 20)
     chained = [BlockCopy(60 + id, id % 2 == 0, id, id, (60 + id - 1,) if id % 2 else ()) for id in range(20)]
-    batches = arranger.arrange(chained, wanted=())
+    batches = arranger.arrange(Copies.of(chained), wanted=())
     outs, ins = [[batch for batch in batches if batch.out is out] for out in (True, False)]
     assert [len(batch.ids) for batch in outs] == [len(batch.ids) for batch in ins] == [2, 4, 4]
     assert [batch.after for batch in ins] == [1, 2, 3], "each follows one of the other direction, not the last of all"
@@ -253,14 +253,14 @@ def test_who_follows_a_copy_that_is_over_waits_for_nothing_and_what_is_over_is_f
     duplex, held_up = rig.duplex, rig.device.events[rig.device.new_event()]
     held_up.recorded = 1
     rig.device.streams[duplex._streams[False]].append(["wait", held_up, 1])
-    duplex.start([BlockCopy(1, False, 0, 0)])  # under way all the time
+    duplex.start(Copies.of([BlockCopy(1, False, 0, 0)]))  # under way all the time
     for id in range(2, 40):
-        duplex.start([BlockCopy(id, True, id, id)])
+        duplex.start(Copies.of([BlockCopy(id, True, id, id)]))
         rig.submitter.finish(duplex._jobs)
         rig.device.synchronize(duplex._streams[True])
         assert duplex.report()[0] == [id]
         assert len(duplex._arranger._batch_of) <= 1 + 8
-    duplex.start([BlockCopy(40, False, 39, 39, (39,)), BlockCopy(41, True, 50, 50, (1,))])
+    duplex.start(Copies.of([BlockCopy(40, False, 39, 39, (39,)), BlockCopy(41, True, 50, 50, (1,))]))
     followers = {batch.ids[0]: batch for ways in duplex._under_way for batch in ways}
     assert followers[40].wait == 0 and followers[41].wait == followers[1].end
     held_up.reached = 1
@@ -270,7 +270,7 @@ def test_who_follows_a_copy_that_is_over_waits_for_nothing_and_what_is_over_is_f
 def test_copies_that_fail_are_told_once_and_do_not_hold_up_others():
     rig = Rig(hbm=50, dram=50, seed=3)
     rig.device.fails = 0.3
-    rig.duplex.start([BlockCopy(id, True, id, id) for id in range(50)])
+    rig.duplex.start(Copies.of(BlockCopy(id, True, id, id) for id in range(50)))
     copied, failed = rig.settle()
     assert sorted([*copied, *failed]) == list(range(50)) and 5 < len(failed) < 25
     for id in copied:
@@ -281,14 +281,14 @@ def test_copies_that_fail_are_told_once_and_do_not_hold_up_others():
 @pytest.mark.parametrize("call", ["wait", "record", "copy"])
 def test_a_device_that_refuses_a_call_fails_the_copies_and_hangs_nobody(call):
     rig = Rig(submitter=LateSubmitter(late=1.0))
-    rig.duplex.start([BlockCopy(1, True, 0, 0), BlockCopy(2, False, 0, 1, after=(1,))])
+    rig.duplex.start(Copies.of([BlockCopy(1, True, 0, 0), BlockCopy(2, False, 0, 1, after=(1,))]))
     rig.device.refuses = lambda name: name == call
     rig.submitter.finish(2)
     rig.device.refuses = lambda name: False
     rig.duplex.wait([2])
     rig.device.synchronize(COMPUTE)
     assert sorted(rig.duplex.report()[1]) == [1, 2]
-    rig.duplex.start([BlockCopy(3, True, 1, 1)])
+    rig.duplex.start(Copies.of([BlockCopy(3, True, 1, 1)]))
     assert rig.settle() == ([3], [])
 
 
@@ -300,7 +300,7 @@ def test_the_thread_submits_in_order_and_ends():
     for _ in range(60):
         copies = chained(rng, 12, 40, 40, id, last)
         id += 12
-        threaded.start(copies, [id - 1])
+        threaded.start(Copies.of(copies), [id - 1])
         threaded.wait([id - 1])
         for copy in copies:
             if copy.out:
@@ -325,7 +325,7 @@ def test_the_thread_submits_in_order_and_ends():
 def test_busy_and_stalled_seconds_add_up():
     rig = Rig(hbm=64, dram=128, lazy=1.0)
     rig.duplex._arranger._most = 8
-    rig.duplex.start([BlockCopy(id, id % 2 == 0, id, id) for id in range(64)])
+    rig.duplex.start(Copies.of(BlockCopy(id, id % 2 == 0, id, id) for id in range(64)))
     rig.duplex.wait([0, 1])
     rig.submitter.finish(rig.duplex._jobs)
     for stream in list(rig.device.streams):
@@ -344,10 +344,11 @@ def test_neighbours_join_and_every_byte_still_goes_where_it_should(pairs, out):
         (copy.dram * 8 + 5000, copy.hbm * 8 + 1000) if out else (copy.hbm * 8 + 1000, copy.dram * 8 + 5000)
         for copy in copies
     }
-    moves = moves_of(copies, Places(1000, 5000, 8, 4))
+    moves = moves_of_copies(copies, Places(1000, 5000, 8, 4))
     found = set()
-    for dst, src, size, start in zip(*(part.tolist() for part in moves), strict=True):
-        assert copies[start].dram * 8 + 5000 == (dst if out else src)
+    for move, (dst, src, size) in enumerate(zip(*(part.tolist() for part in moves[:3]), strict=True)):
+        first = dst if out else src
+        assert [copies[at].dram * 8 + 5000 for at in moves.copies_of(move)] == [*range(first, first + size, 8)]
         for at in range(0, size, 8):
             found.add((dst + at, src + at))
         first, last = ((dst if out else src) - 5000, (dst if out else src) - 5000 + size - 8)
@@ -358,8 +359,8 @@ def test_neighbours_join_and_every_byte_still_goes_where_it_should(pairs, out):
 
 def test_runs_of_small_blocks_are_few_moves_and_large_blocks_stay_apart():
     copies = [BlockCopy(id, True, 40 - id, 140 - id) for id in range(32)]
-    assert len(moves_of(list(copies), Places(0, 0, 1 << 16, 1000)).sizes) == 1
-    assert len(moves_of(list(copies), Places(0, 0, 2 << 20, 1000)).sizes) == 32
+    assert len(moves_of_copies(copies, Places(0, 0, 1 << 16, 1000)).sizes) == 1
+    assert len(moves_of_copies(copies, Places(0, 0, 2 << 20, 1000)).sizes) == 32
     assert copy_batches.BATCH_BYTES // (2 << 20) == 16
 
 
@@ -500,10 +501,8 @@ def _copies_of_a_plan_do_not_follow_each_other(bench):
 
     def flat(copies, wanted):
         mine = {copy.id for copy in copies}
-        return arrange(
-            [BlockCopy(c.id, c.out, c.hbm, c.dram, tuple(id for id in c.after if id not in mine)) for c in copies],
-            wanted,
-        )
+        flattened = [copy._replace(after=tuple(id for id in copy.after if id not in mine)) for copy in copies]
+        return arrange(Copies.of(flattened), wanted)
 
     arranger.arrange = flat
 

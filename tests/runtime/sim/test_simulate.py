@@ -13,7 +13,7 @@ import pytest
 from superinfer.embedded import model_path
 from superinfer.errors import InvalidRequestError, UnsupportedError
 from superinfer.runtime.engine.executor import ExecutorLimits, TierLimits
-from superinfer.runtime.kv.copies import BlockCopy
+from superinfer.runtime.kv.copies import BlockCopy, Copies
 from superinfer.runtime.kv.link import VirtualLink
 from superinfer.runtime.protocol import SamplingParams
 from superinfer.runtime.scheduler.cost import StepLoad, StepRates
@@ -218,7 +218,7 @@ def test_a_step_that_waits_for_a_copy_ends_later_by_what_the_link_takes():
     executor = SimExecutor(RATES, limits, tier=TierLimits(8, block), link=link)
     init = SlotInit(0, SamplingParams(), 0, (1,))
     work = (SlotWork(0, 0, 1, (1,), (0,), True),)
-    copies = (BlockCopy(1, False, 0, 0), BlockCopy(2, True, 1, 1), BlockCopy(3, True, 2, 2))
+    copies = Copies.of([BlockCopy(1, False, 0, 0), BlockCopy(2, True, 1, 1), BlockCopy(3, True, 2, 2)])
     executor.submit(StepPlan(1, work, (init,), copies=copies, waits=(1,)))
     result = executor.collect()
     compute_s = RATES.seconds(StepLoad(1, 1, 1, 0.0))  # one token that is sampled from: a decode's row
