@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import socket
 import subprocess
@@ -225,8 +226,8 @@ def test_an_option_of_another_server_is_told_what_it_is_called_here(
     run: Run, command: str, theirs: str, ours: str
 ) -> None:
     status, _, err = run(command, theirs, "0.9", COLUMNS="200")
-    assert status == 2 and f"No such option: {theirs}" in err
-    assert err.count(" --") == 2 and f"{ours}" in err  # no other one
+    assert status == 2 and "No such option" in err
+    assert re.findall(r"--[a-z][a-z-]+", err) == [theirs, ours]  # no other one
 
 
 def test_every_option_that_one_of_another_server_is_told_to_be_is_there(run: Run) -> None:
