@@ -9,7 +9,7 @@ from typing import Any
 from record import RESULTS
 
 from superinfer.bench.record import environment
-from superinfer.runtime.sim.report import Point, plot
+from superinfer.runtime.sim.report import Point, plot_by_rate
 
 
 def commit() -> str | None:
@@ -31,4 +31,4 @@ def draw(rows: list[dict[str, Any]], name: str) -> None:
         tbt = SimpleNamespace(p50=row["tbt_p50_ms"] / 1e3, p99=row["tbt_p99_ms"] / 1e3)
         result: Any = SimpleNamespace(policy=row["policy"], ttft_met=row["ttft_met"], met=row["met"], tbt=tbt)
         points.append(Point(row["rate"], result))
-    plot(points, RESULTS, name)
+    plot_by_rate(points, RESULTS, name)

@@ -109,8 +109,16 @@ def _figure(figsize: tuple[float, float]) -> Figure:
 
 
 def plot(points: Many[Point], folder: Path, name: str) -> list[Path]:
-    """Three pictures: attainment and TBT against rate, a line for each policy, and who was where over time at the
-    highest rate. Returns their paths.
+    """Three pictures: those of `plot_by_rate`, and who was where over time at the highest rate. Returns their paths.
+
+    Raises as `check_can_plot`.
+    """
+    paths, most = plot_by_rate(points, folder, name), max(point.rate for point in points)
+    return [*paths, plot_residency([point for point in points if point.rate == most], folder, name)]
+
+
+def plot_by_rate(points: Many[Point], folder: Path, name: str) -> list[Path]:
+    """Two pictures: attainment and TBT against rate, a line for each policy. Returns their paths.
 
     Raises as `check_can_plot`.
     """
@@ -129,8 +137,7 @@ def plot(points: Many[Point], folder: Path, name: str) -> list[Path]:
         axes.legend(fontsize="small")
         paths.append(folder / f"{name}-{kind}.png")
         figure.savefig(paths[-1], dpi=100)
-    most = max(point.rate for point in points)
-    return [*paths, plot_residency([point for point in points if point.rate == most], folder, name)]
+    return paths
 
 
 def _lines(kind: str, results: Many[SimResult]) -> list[tuple[str, str, list[float]]]:
