@@ -26,7 +26,7 @@ GROUPS = {
     "norm": ("_rms_norm",),
     "rope and KV write": ("_rope_and_store",),
     "silu": ("_silu_and_mul",),
-    "matmul": ("gemm", "gemv", "splitK", "cutlass", "nvjet", "cublas", "sm90_xmma", "few_rows", "some_rows", "_skinny"),
+    "matmul": ("gemm", "gemv", "splitK", "cutlass", "nvjet", "cublas", "sm90_xmma", "_rows", "_skinny"),
     "argmax": ("ArgMax", "argmax", "reduce_kernel", "_largest_of_part", "_keep_largest"),
     "inputs": ("_receive", "_describe"),
     "copies": ("Memcpy", "Memset", "memcpy"),

@@ -24,6 +24,7 @@ from superinfer.kernels import skinny, skinny_tma, wide_tma
 from superinfer.kernels.activation import silu_and_mul
 from superinfer.kernels.nvrtc import compiled
 from superinfer.kernels.skinny_tma import Cut
+from superinfer.kernels.warpgroup import made_for
 
 LEAST_COPIES, LEAST_BYTES, REPLAYS = 8, 300e6, 20
 WIDE = {  # (parts of the depth, rows of the weight in a tile)
@@ -103,7 +104,7 @@ def compile_all(every_rows: list[int]) -> None:
     }
     with ThreadPoolExecutor(8) as pool:
         found = [pool.submit(compiled, "skinny_tma.cu", constants) for constants in wanted]
-        found += [pool.submit(compiled, "wide_tma.cu", constants, wide_tma.made_for(n)) for constants, n in wide]
+        found += [pool.submit(compiled, "wide_tma.cu", constants, made_for(n)) for constants, n in wide]
     for each in found:
         each.result()
 

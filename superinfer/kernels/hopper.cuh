@@ -63,7 +63,7 @@ struct StageBarriers {
 // Everything that kernels in front have written is there from here on.
 __device__ __forceinline__ void wait_for_kernels_in_front() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// Of bytes that are read once: the second-level cache need not keep them.
+// Of bytes that are read or written once: the second-level cache need not keep them.
 __device__ __forceinline__ u64 read_once_policy() {
   u64 policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -101,6 +101,13 @@ __device__ __forceinline__ void tensor_copy(u32 to, const TensorMap& map, int co
       "l"(&map), "r"(column), "r"(row), "r"(barrier), "l"(policy) : "memory");
 }
 
+// The other way; what lies beyond the tensor is not written.
+__device__ __forceinline__ void tensor_store(const TensorMap& map, int column, int row, u32 from, u64 policy) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%1, %2}], [%3], %4;" ::"l"(
+                   &map),
+               "r"(column), "r"(row), "r"(from), "l"(policy) : "memory");
+}
+
 __device__ __forceinline__ void load_matrices(u32 (&a)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(address) : "memory");
@@ -109,6 +116,11 @@ __device__ __forceinline__ void load_matrices(u32 (&a)[4], u32 address) {
 __device__ __forceinline__ void load_transposed(u32 (&a)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void store_matrices(u32 address, const u32 (&a)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a[0]), "r"(a[1]),
+               "r"(a[2]), "r"(a[3]) : "memory");
 }
 
 #if HALF
@@ -144,3 +156,9 @@ __device__ __forceinline__ float2 unpack(u32 both) {
 
 // To its type and back.
 __device__ __forceinline__ float rounded(float x) { return unpack(pack(x, 0.0f)).x; }
+
+// silu(gate) times up, of numbers that were rounded to their type, as in products that have no gates in them.
+__device__ __forceinline__ float gate_of(float gate, float up) {
+  gate = rounded(gate);
+  return gate / (1.0f + __expf(-gate)) * rounded(up);
+}

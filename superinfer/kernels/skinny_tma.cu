@@ -160,8 +160,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1)
       if (row >= rows) continue;
       u64 to = ((u64(blockIdx.z) * gridDim.y + blockIdx.y) * rows + row) * outputs + output + i / 2 * 8;
       if (GATED) {
-        float gate = rounded(c[0][n][i]), up = rounded(c[TILES - 1][n][i]);
-        float y = gate / (1.0f + __expf(-gate)) * up;
+        float y = gate_of(c[0][n][i], c[TILES - 1][n][i]);
         static_cast<u16*>(out)[to] = static_cast<u16>(pack(y, 0.0f));
       } else {
 #pragma unroll

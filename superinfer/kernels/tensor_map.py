@@ -25,9 +25,10 @@ def _encode() -> Callable[..., int]:
 
 
 @functools.lru_cache(maxsize=1 << 13)
-def tensor_map(address: int, rows: int, depth: int, tall: int) -> np.ndarray:
-    """CUtensorMap of a contiguous [rows, depth] of 2-byte numbers at an address, by boxes [tall, 64]; 16 words. It says
-    nothing else of what is there, so that a tensor freed and another made at the same place is no matter."""
+def tensor_map(address: int, rows: int, depth: int, tall: int, wide: int = 0) -> np.ndarray:
+    """CUtensorMap of a contiguous [rows, depth] of 2-byte numbers at an address, by boxes [tall, 64], swizzled, or
+    [tall, wide], which are not; 16 words. It says nothing else of what is there, so that a tensor freed and another
+    made at the same place is no matter."""
     from cuda.bindings import driver
 
     from superinfer.kernels.nvrtc import checked
@@ -36,12 +37,14 @@ def tensor_map(address: int, rows: int, depth: int, tall: int) -> np.ndarray:
     skipped = -room.ctypes.data % 64 // 8
     words = room[skipped : skipped + 16]
     dims, strides = np.array([depth, rows], dtype=np.uint64), np.array([2 * depth], dtype=np.uint64)
-    box, ones = np.array([BOX, tall], dtype=np.uint32), np.ones(2, dtype=np.uint32)
+    box, ones = np.array([wide or BOX, tall], dtype=np.uint32), np.ones(2, dtype=np.uint32)
+    swizzles = driver.CUtensorMapSwizzle
+    swizzle = swizzles.CU_TENSOR_MAP_SWIZZLE_NONE if wide else swizzles.CU_TENSOR_MAP_SWIZZLE_128B
     status = _encode()(
         words.ctypes.data, driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16.value, 2, address,
         dims.ctypes.data, strides.ctypes.data, box.ctypes.data, ones.ctypes.data,
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE.value,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B.value,
+        swizzle.value,
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B.value,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE.value,
     )  # fmt: skip

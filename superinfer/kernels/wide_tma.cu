@@ -6,19 +6,13 @@
 // warp keeps STAGES of boxes in flight, across tiles too. W does not depend on the kernel in front: the first stages' boxes
 // of W are on their way before x is there, EARLY at once, as in `skinny_tma.cu`.
 //
-// Layout of operands: "Matrix descriptor" and "Swizzling modes", 128B: eight rows of 128 bytes are 1024 that follow each
-// other; a step of 16 along the depth is 32 bytes in each of them.
-//
 // Constants, given by the compiler's command line: GROUPS (warpgroups: 64 rows of x each), COLUMNS (rows of W in a tile: a
 // multiple of 8, to 256), STAGES, EARLY, GATED (1: a tile's first half are gates, its second what they gate, and COLUMNS a multiple
 // of 16; y is silu(gate) times the other), HALF (1: float16, 0: bfloat16).
 // `multiply_group.cuh` is made for COLUMNS (`wide_tma.py`).
 
-#include "hopper.cuh"
-#include "multiply_group.cuh"
+#include "warpgroup.cuh"
 
-constexpr int BOX = 64;                                // of the depth: the 128 bytes that a swizzle spans
-constexpr int LINE = BOX * 2;                          // bytes of a box's row
 constexpr int WEIGHTS = COLUMNS * LINE;                // bytes of W in 64 of the depth
 constexpr int INPUTS = 64 * GROUPS * LINE;             // and of x
 constexpr int STAGE = WEIGHTS + INPUTS;                // W's boxes, then x's: all at multiples of 1024
@@ -26,19 +20,6 @@ constexpr int ANSWERS = GATED ? COLUMNS / 2 : COLUMNS; // outputs of a tile
 constexpr int READERS = 4 * GROUPS;                    // warps
 
 static_assert(COLUMNS % (GATED ? 16 : 8) == 0, "boxes of whole groups of eight rows");
-
-__device__ __forceinline__ float gate_of(float gate, float up) {
-  gate = rounded(gate);
-  return gate / (1.0f + __expf(-gate)) * rounded(up);
-}
-
-__device__ __forceinline__ u64 descriptor(u32 address) {
-  return u64((address & 0x3FFFF) >> 4) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
-}
-
-__device__ __forceinline__ void group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // x: of [rows, depth], boxes of 64 GROUPS rows; weight: of [all outputs, depth], boxes of ANSWERS rows; both of 64 columns,
 // swizzled by 128 bytes. out: float32 [gridDim.y, rows, outputs], to be added up; GATED: in x's type [rows, outputs],

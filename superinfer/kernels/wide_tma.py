@@ -14,6 +14,7 @@ import torch
 
 from superinfer.kernels.hopper import SHARED_BYTES, early_stages, multiprocessors_of
 from superinfer.kernels.tensor_map import BOX, tensor_map
+from superinfer.kernels.warpgroup import made_for
 
 MOST_ROWS = 128  # for more warpgroups sums over 224 columns have not enough registers
 PARTS_ROWS = 33, 112  # of products that are added up: of more rows adding takes as long as is gained
@@ -158,28 +159,6 @@ def compile_constants(groups: int, cut: Cut, gated: bool, half: bool) -> dict[st
     """What `wide_tma.cu` is compiled with."""
     early = early_stages(EARLY_BYTES, cut.columns * _LINE, cut.stages)
     return dict(GROUPS=groups, COLUMNS=cut.columns, STAGES=cut.stages, EARLY=early, GATED=int(gated), HALF=int(half))
-
-
-def made_for(columns: int) -> tuple[tuple[str, str], ...]:
-    """The header of warpgroup products of 64 rows by so many columns: an instruction with a register for each sum."""
-    sums = columns // 2
-    places = ", ".join(f"%{i}" for i in range(sums))
-    held = ", ".join(f'"+f"(d[{i}])' for i in range(sums))
-    text = f"""#pragma once
-
-// d[64 x {columns}] += a[64 x 16] b[{columns} x 16]^T, begun; a and b: descriptors.
-__device__ __forceinline__ void multiply_group(float (&d)[{sums}], u64 a, u64 b) {{
-  asm volatile("wgmma.mma_async.sync.aligned.m64n{columns}k16.f32." TYPE "." TYPE
-               " {{{places}}}, %{sums}, %{sums + 1}, 1, 1, 1, 0, 0;" : {held} : "l"(a), "l"(b));
-}}
-
-// All but the last LEFT of the groups that were committed are over.
-template <int LEFT>
-__device__ __forceinline__ void group_wait(float (&d)[{sums}]) {{
-  asm volatile("wgmma.wait_group.sync.aligned %{sums};" : {held} : "n"(LEFT) : "memory");
-}}
-"""
-    return (("multiply_group.cuh", text),)
 
 
 @functools.cache

@@ -8,9 +8,10 @@ import pytest
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings has no wheel for this platform")
 
-from superinfer.kernels import skinny_tma, wide_tma
+from superinfer.kernels import many_tma, skinny_tma, wide_tma
 from superinfer.kernels.nvrtc import CudaFailure, compiled
 from superinfer.kernels.paged_hopper import FEW, MANY, compile_constants
+from superinfer.kernels.warpgroup import made_for
 
 MULTIPROCESSORS = 132
 PRODUCTS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # Llama-3-8B
@@ -46,7 +47,14 @@ def test_products_of_some_rows(product, rows):
     cut = wide_tma.choose_cut(rows, *PRODUCTS[product], MULTIPROCESSORS, gated)
     assert cut is not None
     constants = wide_tma.compile_constants(-(-rows // 64), cut, gated, False)
-    assert b"some_rows" in code_of("wide_tma.cu", constants, wide_tma.made_for(cut.columns))
+    assert b"some_rows" in code_of("wide_tma.cu", constants, made_for(cut.columns))
+
+
+@pytest.mark.parametrize("cut", many_tma.CUTS)
+def test_gates_of_many_rows(cut):
+    for half in (False, True):
+        code = code_of("many_tma.cu", many_tma.compile_constants(cut, half), made_for(cut.columns))
+        assert b"many_rows" in code
 
 
 def test_what_does_not_compile_is_told_in_the_compiler_s_words():

@@ -93,9 +93,9 @@ class Linear(nn.Module):
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         """silu(gate) · up, where gate and up are the two halves of `forward`: [tokens, outputs / 2]."""
         if x.is_cuda and self.bias is None:
-            from superinfer.kernels import skinny_tma, wide_tma
+            from superinfer.kernels import many_tma, skinny_tma, wide_tma
 
-            for kernel in (wide_tma, skinny_tma):
+            for kernel in (many_tma, wide_tma, skinny_tma):
                 product = kernel.gated(x, self.weight)
                 if product is not None:
                     return product

@@ -1,11 +1,11 @@
-"""Which kernel takes a product of few rows on a GPU, without one: stand-ins for the kernels note their names."""
+"""Which kernel takes a product on a GPU, without one: stand-ins for the kernels note their names."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from superinfer.kernels import fused_moe, moe_token, skinny, skinny_tma, wide_tma
+from superinfer.kernels import fused_moe, many_tma, moe_token, skinny, skinny_tma, wide_tma
 from superinfer.runtime.models.layers import Linear
 from superinfer.runtime.models.moe import SparseMLP
 
@@ -34,15 +34,20 @@ def taken(monkeypatch) -> list[str]:
         names.append("warpgroups")
         return torch.zeros(len(x), len(weight) // 2) if gated else torch.zeros(cut.parts, len(x), len(weight))
 
+    def by_clusters(x, weight, cut):
+        names.append("clusters")
+        return torch.zeros(len(x), len(weight) // 2)
+
     def by_triton(x, weight, tiles):
         names.append("triton")
         return torch.zeros(tiles.parts, len(x), len(weight))
 
     monkeypatch.setattr(skinny_tma, "run", by_boxes)
     monkeypatch.setattr(wide_tma, "run", by_groups)
+    monkeypatch.setattr(many_tma, "run", by_clusters)
     monkeypatch.setattr(skinny, "run", by_triton)
     monkeypatch.setattr(skinny, "_multiprocessors", lambda device: 132)
-    for module in (skinny_tma, wide_tma):
+    for module in (skinny_tma, wide_tma, many_tma):
         monkeypatch.setattr(module, "multiprocessors_of", lambda device: 132)
     return names
 
@@ -75,7 +80,14 @@ def test_products_in_parts(taken, rows, outputs, kernels):
 
 
 @pytest.mark.parametrize(
-    "rows,kernels", [(1, ["tensor copies"]), (48, ["tensor copies"]), (49, ["warpgroups"]), (128, ["warpgroups"])]
+    "rows,kernels",
+    [
+        (1, ["tensor copies"]),
+        (48, ["tensor copies"]),
+        (49, ["warpgroups"]),
+        (128, ["warpgroups"]),
+        (1024, ["clusters"]),
+    ],
 )
 def test_gated_products(taken, rows, kernels):
     assert linear(28672).gated(few(rows)).shape == (rows, 14336)
