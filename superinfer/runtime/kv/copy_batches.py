@@ -73,6 +73,7 @@ class Arranger:
         # A batch's name is its seq, below 0 if it moves in. Names of copies that are over may stay a while: who follows
         # such a copy finds its batch gone.
         self._batch_of: dict[int, int] = {}  # by copy
+        self._most_names = MOST_NAMES
         self._under_way: dict[int, Batch] = {}
         self._last = [0, 0]
 
@@ -86,8 +87,9 @@ class Arranger:
             del self._under_way[batch.seq if batch.out else -batch.seq]
         if not self._under_way:
             self._batch_of.clear()
-        elif len(self._batch_of) > MOST_NAMES:
+        elif len(self._batch_of) > self._most_names:
             self._batch_of = {id: name for name, batch in self._under_way.items() for id in batch.ids}
+            self._most_names = max(MOST_NAMES, 2 * len(self._batch_of))  # of many under way not with each report
 
     def arrange(self, copies: Copies, wanted: Collection[int]) -> list[Batch]:
         """Batches of one plan's copies, numbered, in an order fit to be submitted. wanted: ids that go first.

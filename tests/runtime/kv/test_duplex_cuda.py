@@ -267,6 +267,21 @@ def test_who_follows_a_copy_that_is_over_waits_for_nothing_and_what_is_over_is_f
     assert rig.settle()[0] == [41, 1, 40]
 
 
+def test_of_many_copies_under_way_names_are_gathered_anew_seldom(monkeypatch):
+    """Not with each report, each of which would then cost as much as there is under way."""
+    monkeypatch.setattr(copy_batches, "MOST_NAMES", 8)
+    arranger = Arranger(16 << 20)
+    under_way, gathered = deque(), [arranger._batch_of]
+    for id in range(3000):
+        under_way += arranger.arrange(Copies.of([BlockCopy(id, True, id, id)]), wanted=())
+        if len(under_way) > 1000:
+            arranger.forget([under_way.popleft()])
+        if arranger._batch_of is not gathered[-1]:
+            gathered.append(arranger._batch_of)
+        assert len(arranger._batch_of) <= 2 * 1000 + 2
+    assert len(gathered) < 10
+
+
 def test_copies_that_fail_are_told_once_and_do_not_hold_up_others():
     rig = Rig(hbm=50, dram=50, seed=3)
     rig.device.fails = 0.3
