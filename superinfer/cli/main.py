@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -26,9 +27,19 @@ from superinfer.runtime.sim.command import simulate
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
+def _hint(error: Any) -> None:
+    """Adds to click's errors of usage, or typer's own: what an option of another server is called here, and where a
+    model goes that was given without its option."""
+    if (ours := OURS.get(getattr(error, "option_name", ""))) is not None:
+        error.possibilities = [ours]
+    extra = re.match(r"Got unexpected extra argument.*\(([^\s)]+)", str(getattr(error, "message", "")))
+    context = getattr(error, "ctx", None)
+    if extra and context and any(parameter.name == "model" for parameter in context.command.params):
+        error.message += f". Did you mean --model {extra[1]}?"
+
+
 class _Group(TyperGroup):
-    """Errors raised on purpose are one line for a person, with their exit status; Ctrl-C is 130, as shells expect. An
-    option of another server is told what it is called here."""
+    """Errors raised on purpose are one line for a person, with their exit status; Ctrl-C is 130, as shells expect."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -39,8 +50,7 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         except Exception as error:
-            if (ours := OURS.get(getattr(error, "option_name", ""))) is not None:
-                error.possibilities = [ours]  # type: ignore[attr-defined]  # click's NoSuchOption, or typer's own
+            _hint(error)
             raise
 
 

@@ -50,11 +50,12 @@ class LiteLLM(RemoteBackend):
                         yield delta
                 return
             except openai.APIError as error:  # litellm's errors are made from these
-                if answering.first is not None or tries >= self._retries or not _is_passing(error):
+                headers = getattr(error, "litellm_response_headers", None) or {}
+                told_s = told_wait_s(headers.get("retry-after", ""))
+                if answering.first is not None or tries >= self._retries or not _is_passing(error, told_s):
                     # What breaks while an answer is read it wraps, for fallbacks that are not asked for here.
                     raise as_ours(getattr(error, "original_exception", None) or error) from error
-                headers = getattr(error, "litellm_response_headers", None) or {}
-            await asyncio.sleep(wait_s(tries, told_wait_s(headers.get("retry-after", ""))))
+            await asyncio.sleep(wait_s(tries, told_s))
             tries += 1
 
     async def _answer(self, request: CallRequest, answering: Answering) -> AsyncGenerator[TextDelta, None]:
@@ -92,7 +93,7 @@ class LiteLLM(RemoteBackend):
             yield delta
 
 
-def _is_passing(error: Any) -> bool:
+def _is_passing(error: Any, told_s: float | None) -> bool:
     """Whether another try may get through."""
     status = getattr(error, "status_code", None)
-    return status is not None and may_pass(status)
+    return status is not None and may_pass(status, told_s)

@@ -5,11 +5,7 @@ from __future__ import annotations
 import math
 
 FIRST_WAIT_S = 0.5  # before another try, at least; twice as long before each further one
-
-
-def may_pass(status: int) -> bool:
-    """Whether a request that got this HTTP status may get through another time."""
-    return status in (408, 409, 429) or status >= 500
+MOST_TOLD_S = 60.0  # who is told to wait for longer gets the error at once
 
 
 def told_wait_s(retry_after: str) -> float | None:
@@ -19,6 +15,11 @@ def told_wait_s(retry_after: str) -> float | None:
     except ValueError:
         return None
     return seconds if 0.0 <= seconds < math.inf else None
+
+
+def may_pass(status: int, told_s: float | None = None) -> bool:
+    """Whether a request that got this HTTP status may get through another time, soon by what the service told."""
+    return (status in (408, 409, 429) or status >= 500) and (told_s or 0.0) <= MOST_TOLD_S
 
 
 def wait_s(tries: int, told_s: float | None) -> float:

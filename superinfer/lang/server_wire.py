@@ -213,7 +213,7 @@ class ServerWire:
                     said = await response.read()
                 told_s = told_wait_s(response.headers.get("Retry-After", ""))
                 error = _error(response.status, said)
-                again = may_pass(response.status)
+                again = may_pass(response.status, told_s)
                 if isinstance(error, OverloadedError):
                     error.retry_after_s = told_s
                     again = again and (told_s or 0.0) < _due_s(_left(promised or {}, time.monotonic() - began))

@@ -213,6 +213,14 @@ def test_options_of_an_engine_beside_a_server_are_refused(run: Run, command: str
     assert "http://127.0.0.1:9 runs already" in line and "--model" in line
 
 
+@pytest.mark.parametrize("command", ["serve", "engine"])
+def test_a_model_without_its_option_is_told_where_it_goes(run: Run, command: str) -> None:
+    status, _, err = run(command, "Qwen/Qwen3-8B", COLUMNS="200")
+    assert status == 2 and "Did you mean --model Qwen/Qwen3-8B?" in err
+    status, _, err = run("bench", "link", "Qwen/Qwen3-8B", COLUMNS="200")
+    assert status == 2 and "Qwen/Qwen3-8B" in err and "--model" not in err
+
+
 @pytest.mark.parametrize(
     ("command", "theirs", "ours"),
     [

@@ -560,6 +560,13 @@ def test_a_busy_service_is_asked_again_when_it_said_and_no_more_often_than_allow
         assert len(service.came) == 4 and service.came[3] - service.came[2] >= 0.9
 
 
+def test_a_server_that_is_busy_for_an_hour_is_not_waited_for(service: Service) -> None:
+    service.owner, service.busy = "superinfer", ["3600"]
+    with si.RuntimeEndpoint(service.url) as backend, pytest.warns(RuntimeWarning, match="QueueFullError: .*too many"):
+        assert type(chat.run("hi", backend=backend).error()) is si.QueueFullError
+    assert len(service.came) == 1
+
+
 def test_an_overloaded_server_says_when_to_try_again(service: Service) -> None:
     service.owner, service.busy, service.busy_code = "superinfer", ["7"], "overloaded"
     with si.RuntimeEndpoint(service.url) as backend, pytest.warns(RuntimeWarning, match="OverloadedError"):
@@ -715,6 +722,12 @@ def test_a_busy_service_is_asked_again_through_litellm(
     service.busy = ["2"] * refusals
     assert f"it is {answer}" in ask_litellm(service, 60.0, 1, model)
     assert len(service.came) == 2 and service.came[1] - service.came[0] >= 1.9
+
+
+def test_a_service_that_is_busy_for_an_hour_is_not_waited_for_through_litellm(service: Service) -> None:
+    service.busy = ["3600"]
+    assert "it is QueueFullError" in ask_litellm(service, 60.0, 1)
+    assert len(service.came) == 1
 
 
 @pytest.mark.parametrize(("status", "times"), [(529, 2), (400, 1)])
