@@ -122,6 +122,8 @@ class BatchScheduler(Results):
         The order matters only if the budget cannot serve all. Should blocks run out, the last in rank gives its own up
         whoever asked first.
         """
+        if not sequences and not cohort:
+            return []
         draft, page_size, is_tiered = self._draft, self._kv.page_size, self._rotation is not None
         if cohort is not None:
             sequences = self._decode_cohort(cohort, sequences, now)
@@ -183,18 +185,18 @@ class BatchScheduler(Results):
             cohort.leave(sequence)
             rest.append(sequence)
         grown: dict[Sequence, tuple[int, ...]] = {}
-        is_tiered = self._rotation is not None
+        kv, page_size, at, is_tiered = self._kv, self._kv.page_size, cohort.planned, self._rotation is not None
         for sequence in begin:
             if sequence.cohort is not cohort:
                 continue  # ends, or has given its place up to one before it
             table = sequence.table
             assert table is not None
             held = len(table.blocks)
-            is_plain = table.sent == held and held * self._kv.page_size == sequence.scheduled
-            new = self._kv.allocate(table, 1) if is_plain else None
+            is_plain = table.sent == held and held * page_size == sequence.own_scheduled + at
+            new = kv.allocate(table, 1) if is_plain else None
             if new is not None and not (is_tiered and table.awaits):  # type: ignore[attr-defined]
-                table.sent += 1
-                grown[sequence] = (new[0],)
+                table.sent = held + 1
+                grown[sequence] = tuple(new)
                 continue
             new_blocks = self._next_block(sequence, now)
             if new_blocks is None:
@@ -208,10 +210,9 @@ class BatchScheduler(Results):
             else:
                 grown[sequence] = new_blocks
         if len(cohort):
-            step = cohort.plan(grown, draft.work)
-            step.grown = {s: blocks for s, blocks in grown.items() if step.has(s)}
-            draft.cohorts.append(step)
-            draft.count_decodes(len(step), int(step.positions.sum()) + len(step))
+            draft.count_decodes(len(cohort), cohort.kv_read)
+            stay = {s: blocks for s, blocks in grown.items() if s.cohort is cohort}  # some made room for those after
+            draft.cohorts.append(cohort.plan(stay, draft.work))
         return rest
 
     def _can_join(self, sequence: Sequence) -> bool:

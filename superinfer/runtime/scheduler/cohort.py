@@ -7,7 +7,6 @@ a member that does not happen to all makes it leave first, and it is then as if 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from itertools import chain
 
 import numpy as np
@@ -23,8 +22,8 @@ class CohortStep:
     """A cohort's part of one planned step, the cohort's `index`-th.
 
     slots, positions: [members] int64. sequences: the same. gone: slots of those that have left since; what they were to
-    compute is in `works`, the step's. grown: blocks that members' tables got for it. full: whose last block it fills.
-    joined: whose first it is. is_void: the cohort knows nothing of it any more.
+    compute is in `works`, the step's. grown: of those that have not, blocks that their tables got for it; full: whose
+    last block it fills. joined: all whose first it was. is_void: the cohort knows nothing of it any more.
     """
 
     __slots__ = (
@@ -44,14 +43,13 @@ class CohortStep:
 
     def __init__(
         self, cohort: Cohort, index: int, slots: np.ndarray, positions: np.ndarray, sequences: list[Sequence],
-        stops: np.ndarray, works: dict[Sequence, SlotWork],
+        stops: np.ndarray, works: dict[Sequence, SlotWork], grown: dict[Sequence, tuple[int, ...]],
+        full: dict[Sequence, None], joined: list[Sequence],
     ) -> None:  # fmt: skip
         self.cohort, self.index, self.works = cohort, index, works
         self.slots, self.positions, self.sequences, self.stops = slots, positions, sequences, stops
+        self.grown, self.full, self.joined = grown, full, joined
         self.gone: set[int] = set()
-        self.grown: dict[Sequence, tuple[int, ...]] = {}
-        self.full: list[Sequence] = []
-        self.joined: list[Sequence] = []
         self.is_void = False
 
     def __len__(self) -> int:
@@ -82,7 +80,8 @@ class CohortStep:
 class Cohort:
     """`planned` counts the steps that have been planned with it, of which the first `committed` are done.
 
-    A member's next position is its `own_scheduled` + planned; so nothing is written when a step is planned.
+    A member's next position is its `own_scheduled` + planned; so nothing is written when a step is planned. Two
+    calendars say who is to be looked at in which step: members alone, each once.
     """
 
     def __init__(self, num_slots: int, page_size: int) -> None:
@@ -107,6 +106,7 @@ class Cohort:
         self._changed = True
         self._slots = np.empty(0, dtype=np.int64)
         self._starts = self._stops = self._slots
+        self._sum_of_starts = 0
         self._sequences: list[Sequence] = []
 
     def __len__(self) -> int:
@@ -116,14 +116,14 @@ class Cohort:
 
     def join(self, sequence: Sequence) -> None:
         """A sequence decodes from the next step on with the others. It has a token, and more than one to come."""
-        slot, start, page_size = sequence.slot, sequence.scheduled, self._page_size
+        slot, start = sequence.slot, sequence.scheduled
         sequence.own_scheduled = start - self.planned
         sequence.cohort = self
         self.members[slot] = sequence
         self._offsets[slot], self._rows[slot] = sequence.own_scheduled, sequence.row
         self._joined_at[slot] = self._told[slot] = self.planned
         self._new.append(sequence)
-        self._fills.setdefault(self.planned + -start % page_size - 1, {})[sequence] = None
+        self._fills.setdefault(self._fills_at(start), {})[sequence] = None
         self._ends.setdefault(self.planned + sequence.last_position - 1 - start, {})[sequence] = None
         self._stop_ids[:, slot] = -1
         self._stop_ids[: len(sequence.stop_ids), slot] = sequence.stop_ids
@@ -142,13 +142,20 @@ class Cohort:
         self._forget_end(sequence, sequence.last_position - 1 - offset)
         sequence.own_scheduled = offset + self.planned
         sequence.cohort = None
+        self._fills.get(self._fills_at(sequence.own_scheduled), {}).pop(sequence, None)
         for step in self._under_way:
             if step.index >= joined:
+                step.full.pop(sequence, None)
                 blocks = step.grown.pop(sequence, ())
                 step.gone.add(slot)
                 step.works[sequence] = SlotWork(slot, offset + step.index, 1, (), blocks, True)
         del self.members[slot]
         self._changed = True
+
+    def _fills_at(self, position: int) -> int:
+        """Index of the step that fills the block of a member whose next position this is; that of the last one planned
+        where the block is full and the next step begins another."""
+        return self.planned + -position % self._page_size - 1
 
     def _forget_end(self, sequence: Sequence, at: int) -> None:
         """Take it out of the calendar, which may reach far ahead. at: index of what was to be its last step."""
@@ -235,26 +242,27 @@ class Cohort:
 
     def due(self) -> tuple[list[Sequence], list[Sequence]]:
         """Of the step to be planned: (for whom it is the last, who begins a block)."""
-        at = self.planned
-        ends = [s for s in self._ends.pop(at, ()) if s.cohort is self and s.own_scheduled + at == s.last_position - 1]
-        fills = self._fills.pop(at - 1, ())
-        return ends, [s for s in fills if s.cohort is self and (s.own_scheduled + at) % self._page_size == 0]
+        return list(self._ends.pop(self.planned, ())), list(self._fills.pop(self.planned - 1, ()))
 
-    def plan(self, begun: Iterable[Sequence], works: dict[Sequence, SlotWork]) -> CohortStep:
-        """A step of all members. begun: of those that were due, who has got a block."""
-        at, page_size = self.planned, self._page_size
+    def plan(self, grown: dict[Sequence, tuple[int, ...]], works: dict[Sequence, SlotWork]) -> CohortStep:
+        """A step of all members. grown: the members that were due to begin a block, and the blocks that they got."""
+        at = self.planned
         self._list_members()
-        step = CohortStep(self, at, self._slots, self._starts + at, self._sequences, self._stops, works)
-        step.joined, self._new = self._new, []
-        later = self._fills.setdefault(at + page_size - 1, {})
-        for sequence in begun:
-            later[sequence] = None
-        step.full = [
-            s for s in self._fills.get(at, ()) if s.cohort is self and (s.own_scheduled + at + 1) % page_size == 0
-        ]
+        self._fills.setdefault(at + self._page_size - 1, {}).update(dict.fromkeys(grown))
+        full, joined = self._fills.get(at, {}).copy(), self._new  # who joins before the next step is none of this one
+        step = CohortStep(
+            self, at, self._slots, self._starts + at, self._sequences, self._stops, works, grown, full, joined
+        )
+        self._new = []
         self.planned = at + 1
         self._under_way.append(step)
         return step
+
+    @property
+    def kv_read(self) -> int:
+        """Positions that a step planned now reads, its members' own included: the sum of their lengths."""
+        self._list_members()
+        return self._sum_of_starts + (self.planned + 1) * len(self._slots)
 
     def _list_members(self) -> None:
         if self._changed:
@@ -262,10 +270,12 @@ class Cohort:
             self._slots = np.fromiter(self.members, dtype=np.int64, count=len(self.members))
             self._sequences = list(self.members.values())
             self._starts = self._offsets[self._slots]
+            self._sum_of_starts = int(self._starts.sum())
             self._stops = self._stop_ids[: self._stop_width, self._slots]
 
     def commit(self, step: CohortStep, tokens: np.ndarray, now: float) -> list[Sequence]:
-        """The oldest step under way is done. tokens: [members] int64. Returns whose block is full now."""
+        """The oldest step under way is done. tokens: [members] int64. Returns whose block is full now; they are told
+        their tokens."""
         assert self._under_way.popleft() is step
         if joined := [s for s in step.joined if step.has(s)]:
             self._timelines.settle()  # what came for those who had their slots before
@@ -279,7 +289,7 @@ class Cohort:
             self._tell_all([s for s in self.members.values() if self._told[s.slot] < self.committed])
             self._timelines.settle()
             self._first_row = self.committed
-        full = [s for s in step.full if step.has(s)]
+        full = list(step.full)
         self._tell_all(full)
         return full
 
@@ -289,7 +299,7 @@ class Cohort:
             return
         slots = [sequence.slot for sequence in sequences]
         first = min(self._told[slot] for slot in slots)
-        rows = self._history[first - self._first_row : self.committed - self._first_row, slots]
+        rows = self._history[first - self._first_row : self.committed - self._first_row].take(slots, axis=1)
         told, size = rows.T.tobytes(), 4 * len(rows)
         for at, (slot, sequence) in enumerate(zip(slots, sequences, strict=True)):
             known = 4 * (self._told[slot] - first)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
+import msgspec
 import numpy as np
 
 from superinfer.runtime.scheduler.cohort import CohortStep
@@ -12,8 +11,7 @@ from superinfer.runtime.scheduler.plan import NO_DECODES, Decodes, SlotInit, Slo
 from superinfer.runtime.scheduler.sequence import Sequence
 
 
-@dataclass(slots=True)
-class Draft:
+class Draft(msgspec.Struct):  # two are made for every step: half of a dataclass
     """A plan being made. budget: tokens left. waits: copies its work depends on; `patient`: however many they are.
 
     decodes, kv_read, prefill, pairs: what its work comes to, as in a `StepLoad`. cohorts: their parts in it; work: all
@@ -25,10 +23,10 @@ class Draft:
     kv_read: int = 0
     prefill: int = 0
     pairs: float = 0.0
-    work: dict[Sequence, SlotWork] = field(default_factory=dict)
-    cohorts: list[CohortStep] = field(default_factory=list)
-    init: list[SlotInit] = field(default_factory=list)
-    waits: set[int] = field(default_factory=set)
+    work: dict[Sequence, SlotWork] = {}  # as the others, of each draft its own
+    cohorts: list[CohortStep] = []
+    init: list[SlotInit] = []
+    waits: set[int] = set()
     preempted: bool = False
     patient: bool = False
 
@@ -47,8 +45,8 @@ class Draft:
         slots, positions = steps[0].slots, steps[0].positions
         if len(steps) > 1:
             slots, positions = (np.concatenate(a) for a in zip(*((s.slots, s.positions) for s in steps), strict=True))
-        grown = tuple((s.slot, blocks) for step in steps for s, blocks in step.grown.items() if blocks)
-        return Decodes(slots, positions, grown)
+        grown = [(s.slot, blocks) for step in steps for s, blocks in step.grown.items() if blocks]
+        return Decodes(slots, positions, tuple(grown))
 
     @property
     def load(self) -> StepLoad:

@@ -19,6 +19,7 @@ class Line:
     def __init__(self, roster: Roster) -> None:
         self._roster = roster
         self._kept = (np.zeros(0), np.zeros(0), np.zeros(0), np.zeros(0))  # start, id, row, last
+        self._next_kept: list[tuple[float, float, int, float]] = []  # the first of them
         self._rest: np.ndarray | None = None  # rows, in no order
         self._next_rest: list[int] = []
 
@@ -29,15 +30,16 @@ class Line:
             first = np.argpartition(start, HEAD)[:HEAD]
             kept, ids, start, last = kept[first], ids[first], start[first], last[first]
         order = np.lexsort((ids, start))
-        self._kept = start[order], ids[order], kept[order], last[order]
+        self._kept, self._next_kept = (start[order], ids[order], kept[order], last[order]), []
         self._rest = rest
 
     def kept(self, now: float) -> Iterator[tuple[float, float, Sequence]]:
         """Who of the kept is next and not too late: when its work must begin, its id, itself."""
-        sequences, columns = self._roster.sequences, self._kept
+        sequences, columns, known = self._roster.sequences, self._kept, self._next_kept
         for begin in range(0, len(columns[0]), AT_ONCE):
-            some = (column[begin : begin + AT_ONCE].tolist() for column in columns)
-            for start, id, row, last in zip(*some, strict=True):
+            if begin == len(known):
+                known += zip(*(column[begin : begin + AT_ONCE].tolist() for column in columns), strict=True)
+            for start, id, row, last in known[begin : begin + AT_ONCE]:
                 if last >= now:
                     sequence = sequences[row]
                     if sequence is not None and sequence.id == id:

@@ -67,8 +67,7 @@ class SlotWork(msgspec.Struct, frozen=True, gc=False):  # made for every decode 
         return not self.tokens and not self.sample
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Decodes:
+class Decodes(msgspec.Struct, frozen=True, eq=False):
     """Decodes as arrays: what sampled work of length 1 without tokens of its own would say one by one.
 
     slots, positions: [decodes] int64, each slot once. new_blocks: (slot, KV block ids appended to its block table
@@ -94,8 +93,7 @@ class Decodes:
 NO_DECODES = Decodes(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(msgspec.Struct, frozen=True):
     """One immutable step: `decodes`, then `others` in execution order, decodes first, then prefill chunks.
 
     freed: slots given up before this step (their rows may be overwritten by `init` of the same plan).

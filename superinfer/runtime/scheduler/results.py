@@ -9,7 +9,6 @@ of the tree.
 from __future__ import annotations
 
 import msgspec
-import numpy as np
 
 from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler.cohort import CohortStep
@@ -106,12 +105,10 @@ class Results(Places):
                 sequence = step.cohort.members.get(slot)
                 if sequence is not None and step.has(sequence):
                     self._part(sequence)
-            ending = np.zeros(count, dtype=bool)
-            for ids in step.stops:
-                ending |= tokens == ids
-            for at in ending.nonzero()[0].tolist():
-                if step.has(step.sequences[at]):
-                    self._part(step.sequences[at])
+            if len(step.stops):
+                for at in (tokens == step.stops).any(axis=0).nonzero()[0].tolist():
+                    if step.has(step.sequences[at]):
+                        self._part(step.sequences[at])
             sequences, told = step.sequences, tokens.tolist()
             if step.gone:
                 stay = step.stay()
@@ -121,7 +118,7 @@ class Results(Places):
                 told = tokens[stay].tolist()
             for sequence in step.cohort.commit(step, tokens, now):
                 assert sequence.table is not None
-                self._kv.commit(sequence.table, sequence.tokens, step.index + 1 + sequence.own_scheduled)
+                self._kv.commit(sequence.table, sequence.own_tokens, step.index + 1 + sequence.own_scheduled)
             all_sequences = all_sequences + sequences if all_sequences else sequences
             all_tokens += told
         return all_sequences, all_tokens

@@ -46,19 +46,15 @@ class Columns(NamedTuple):
     left: np.ndarray
     load: np.ndarray
 
-    def next_due(self, left: np.ndarray, quickest: float) -> tuple[np.ndarray, np.ndarray]:
-        """When the next token of each is due, s, and its pace. left: tokens to come; quickest: a resident's pace."""
+    def streamed(self) -> np.ndarray:
+        """When the next token of each is due for its stream to be in time, s; inf: no stream is promised."""
         pace, produced = self.pace, self.produced
         paced = np.isfinite(pace)
         if paced.all():
-            stream = self.base + produced * pace
-        else:
-            stream = self.base + np.where(paced, produced * np.where(paced, pace, 0.0), 0.0)
-            stream[~paced & (produced > 0)] = math.inf
-        if float(self.deadline.min(initial=math.inf)) == math.inf:
-            return stream, pace
-        end = self.deadline - left * quickest
-        return np.minimum(stream, end), np.where(end < stream, quickest, pace)
+            return self.base + produced * pace
+        stream: np.ndarray = self.base + np.where(paced, produced * np.where(paced, pace, 0.0), 0.0)
+        stream[~paced & (produced > 0)] = math.inf
+        return stream
 
 
 class Roster:
@@ -94,6 +90,7 @@ class Roster:
 
     def __init__(self) -> None:
         self._table = np.zeros((len(Columns._fields), FIRST_ROWS))
+        self._taken = np.empty(self._table.size)
         self._flags = np.zeros((len(FLAGS), FIRST_ROWS), dtype=bool)
         self._name()
         self.kind = np.zeros(FIRST_ROWS, dtype=np.int32)
@@ -148,8 +145,9 @@ class Roster:
         self._free.append(row)
         sequence.row = -1
 
-    def update(self, residents: Residents) -> np.ndarray:
-        """Note how far those that run have come, and which of them a token came late for. Returns their rows."""
+    def update(self, residents: Residents) -> tuple[np.ndarray, np.ndarray]:
+        """Note how far those that run have come, and which of them a token came late for. Returns their rows, and the
+        `context` of each."""
         loose = residents.loose()
         rows = residents.rows(loose)
         self.context[rows] = known = residents.lengths(loose)
@@ -162,11 +160,12 @@ class Roster:
             self.give_up(np.array([s.row for s in late], dtype=np.intp))
         if self._untimed:
             self._time([s for s in residents if s.row in self._untimed])
-        return rows
+        return rows, known
 
     def columns(self, rows: np.ndarray) -> np.ndarray:
-        """[len(Columns), rows]: how the sequences of these rows stand now, a copy."""
-        return self._table.take(rows, axis=1)
+        """[len(Columns), rows]: how the sequences of these rows stand now, a copy that holds until the next."""
+        size = len(self._table) * len(rows)  # kept: memory that is asked for anew is zeroed page by page
+        return self._table.take(rows, axis=1, out=self._taken[:size].reshape(len(self._table), -1), mode="clip")
 
     def keep(self, rows: np.ndarray, whole: np.ndarray) -> None:
         """The sequences of these rows are kept, and of `whole` all of them; all others are not, but for fresh ones."""
@@ -207,6 +206,7 @@ class Roster:
     def _grow(self) -> None:
         size = len(self.sequences)
         self._table = np.hstack([self._table, np.zeros_like(self._table)])
+        self._taken = np.empty(self._table.size)
         self._flags = np.hstack([self._flags, np.zeros_like(self._flags)])
         self._name()
         self.kind = np.append(self.kind, np.zeros(size, dtype=np.int32))

@@ -132,9 +132,11 @@ class Rota(BatchScheduler):
             due += produced * pace
         elif produced:
             due = math.inf
-        pace_s = self._standing.quick_s if at_best else self._standing.step_s
-        own_s = max(1.0, float(roster.left[row])) * pace_s
-        last = float(roster.deadline[row]) - own_s
+        deadline = float(roster.deadline[row])
+        if deadline == math.inf:
+            return due
+        own_s = max(1.0, float(roster.left[row])) * (self._standing.quick_s if at_best else self._standing.step_s)
+        last = deadline - own_s
         if at_best:
             return min(due, last + float(programs.spread_s[row]))
         return min(due, programs.wanted_of(row, last, own_s, self._planned_at))
@@ -200,7 +202,7 @@ class Rota(BatchScheduler):
         loose = self._residents.loose()
         kept, leftovers = [s for s in loose if s.kept], [s for s in loose if not s.kept]
         prefills = self._decode(kept, now, self._cohort)
-        if self._credit > 0.0 or not self._standing.promised:
+        if (leftovers or self._rest) and (self._credit > 0.0 or not self._standing.promised):
             before = self._seconds()
             self._decode(leftovers, now, self._rest)
             self._credit -= self._seconds() - before

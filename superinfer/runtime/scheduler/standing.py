@@ -128,12 +128,13 @@ class Standing:
         yield Slice("residents", 60 + len(residents) / 20 + len(roster.live) / 100)
         self.units = units = self._cost.units()
         is_resident = np.zeros(len(roster.live), dtype=bool)
-        running = roster.update(residents)
+        running, context = roster.update(residents)
         is_resident[running] = True
-        self._room = self._room_now(running)
-        decodes_s = units.decode_s * len(running) + units.kv_s * float(roster.context[running].sum())
+        in_use = float(context.sum())
+        self._room = self._room_now(in_use - float(roster.common[running].sum()))
+        decodes_s = units.decode_s * len(running) + units.kv_s * in_use
         self.quick_s = min(self.step_s, units.weights_s + units.step_s + decodes_s)
-        rows = np.flatnonzero(roster.hopeful)  # who may still be kept: all below is about these
+        rows = roster.hopeful.nonzero()[0]  # who may still be kept: all below is about these
         table, kinds, names, here = roster.columns(rows), roster.kind[rows], roster.kinds, is_resident[rows]
         under_way, asked = roster.produced[roster.produced > 0.0], self.asked
         roster.fresh.clear()
@@ -145,13 +146,14 @@ class Standing:
         yield Slice("lengths and lateness", 100 + len(rows) / 20 + (0 if self._curves else 80))
         seen = Columns(*table)
         left = self._left(seen, kinds, names, under_way)
-        due, pace = seen.next_due(left, self.step_s)
         prefill_s, link_s = units.prefill_s(seen.prefill, seen.context - seen.prefill), seen.load * block_s
-        at_best = seen.next_due(left, self.quick_s)[0]
-        own_s = left * self.step_s
-        by_end = seen.deadline - own_s  # when the next token is due for the last to be in time
+        due, pace, own_s = seen.streamed(), seen.pace, left * self.step_s
+        at_best, by_end = due, seen.deadline - own_s  # when the next token is due for the last to be in time
+        if float(by_end.min(initial=math.inf)) < math.inf:
+            at_best = np.minimum(due, seen.deadline - left * self.quick_s)
+            pace, due = np.where(by_end < due, self.step_s, pace), np.minimum(due, by_end)
         if self.programs:
-            ends = seen.deadline - own_s <= due  # what is due is its end, not a stream's next token
+            ends = by_end <= due  # what is due is its end, not a stream's next token
             at_best = at_best + np.where(ends, self.programs.spread_s[rows], 0.0)
             due = np.where(ends, self.programs.wanted(rows, due, own_s, now), due)
             by_end = np.where(ends, due, by_end)
@@ -160,13 +162,13 @@ class Standing:
         there = self._are_there(rows, seen.id, ended)
         roster.left[rows[there]] = left[there]
         is_timed = np.isfinite(seen.base)
-        due = due - np.where(is_timed, self.early_s, 0.0)
+        due = due - self.early_s * is_timed
         fine = np.isfinite(due)
         if late.any():
-            roster.give_up(rows[late & there])
+            roster.give_up(rows[there][late[there]])
             fine &= ~late
         if self.programs:
-            fine &= ~self.programs.are_lost(rows, np.flatnonzero(roster.live & roster.late))
+            fine &= ~self.programs.are_lost(rows, (roster.live & roster.late).nonzero()[0])
         if not fine.all():
             table, is_timed = table.compress(fine, axis=1), is_timed[fine]
             seen = Columns(*table)
@@ -175,7 +177,7 @@ class Standing:
 
         yield Slice("costs", 45 + len(rows) / 40)
         token_s, held = self._costs(seen.context + left / 2, seen.common)
-        first = np.where(is_timed & (seen.produced == 0.0), FIRST_TOKEN, 0.0)
+        first = FIRST_TOKEN * (is_timed & (seen.produced == 0.0))
         demand = Demand(due - now, pace, left, prefill_s, token_s, link_s, seen.weight, first, held, held * self.step_s)
         if self.programs:
             demand = demand._replace(following=self.programs.following(rows, token_s, seen.deadline - now))
@@ -186,15 +188,17 @@ class Standing:
 
         yield Slice("who is told", 75 + len(rows) / 40)
         self.verdicts = verdicts
-        there = self._are_there(rows, seen.id, ended)
-        streams, prefills = verdicts.streams[: len(rows)] & there, verdicts.prefills[: len(rows)] & there
-        mine = np.where(seen.produced > 0.0, streams, prefills)
+        streams = verdicts.streams[: len(rows)]
+        mine = np.where(seen.produced > 0.0, streams, verdicts.prefills[: len(rows)])
+        if roster.ended != ended:
+            there = self._are_there(rows, seen.id, ended)
+            streams, mine = streams & there, mine & there
         roster.keep(rows[mine], rows[streams])
         self.promised = int(np.count_nonzero(mine))
         self.kept_s = float((prefill_s + left * token_s)[mine].sum())
         self.asked += float(seen.prefill[mine].sum()) - asked
         self._age(now)
-        runs = np.flatnonzero(mine & here)
+        runs = (mine & here).nonzero()[0]
         self._ahead, self._victims = (rows[runs], seen.id[runs], due[runs], ended), None
         running = residents.rows()  # also who was let in since the look began
         paces = roster.pace[running]
@@ -207,7 +211,7 @@ class Standing:
         residents.tell(roster.kept)
 
         yield Slice("who is next", 45 + len(rows) / 20 + len(roster.live) / 100)
-        waits = np.flatnonzero(mine & ~here)
+        waits = (mine & ~here).nonzero()[0]
         is_back = seen.load[waits] > 0.0
         together = (seen.prefill + seen.shared)[waits]
         together_s = units.prefill_s(together, seen.context[waits] - together)
@@ -221,17 +225,17 @@ class Standing:
         turns = turn(start - now, cost_s)
         if self.programs:  # what of a program's work is one call's says little of when the program is done
             turns = np.where(self.programs.is_part[rows[waits]] > 0.0, start - now, turns)
-        self.line.put(rows[waits], seen.id[waits], now + turns, last, np.flatnonzero(rest))
+        self.line.put(rows[waits], seen.id[waits], now + turns, last, rest.nonzero()[0])
 
     @property
     def is_settled(self) -> bool:
         """Whether the last look kept all that may be, they run, and nobody has come, been let in or ended since."""
         return self._settled == self.roster.ended and not self.roster.fresh
 
-    def _are_there(self, rows: np.ndarray, ids: np.ndarray, ended: int) -> np.ndarray:
-        """Whether the sequences that had these rows and ids when so many had ended still have them."""
+    def _are_there(self, rows: np.ndarray, ids: np.ndarray, ended: int) -> np.ndarray | slice:
+        """Which of the sequences that had these rows and ids when so many had ended still have them: an index."""
         if self.roster.ended == ended:
-            return np.ones(len(rows), dtype=bool)
+            return slice(None)
         return self.roster.live[rows] & (self.roster.id[rows] == ids)
 
     def expect(self, sequence: Sequence) -> None:
@@ -259,7 +263,7 @@ class Standing:
         """The leftover whose turn it is, however much is promised to others: the oldest, if it waits since long."""
         roster = self.roster
         if self.aged is None or self.aged.status is Status.FINISHED:
-            old = np.flatnonzero(roster.live & ~roster.kept & (roster.arrival <= now - PATIENCE_S))
+            old = (roster.live & ~roster.kept & (roster.arrival <= now - PATIENCE_S)).nonzero()[0]
             self.aged = roster.sequences[old[np.argmin(roster.arrival[old])]] if len(old) else None
         if self.aged is not None:
             roster.kept[self.aged.row] = True
@@ -312,10 +316,10 @@ class Standing:
         kinds: of each, an index into `names`. under_way: what everybody who has a token has produced.
         """
         lengths, produced, most = self.lengths, seen.produced, seen.most
-        begun = np.flatnonzero(produced)
+        begun = produced.nonzero()[0]
         left = np.empty(len(produced))
         resolved: dict[str | None, list[int]] = {lengths.kind(()): []}
-        for kind in np.flatnonzero(np.bincount(kinds)).tolist():
+        for kind in np.bincount(kinds).nonzero()[0].tolist():
             resolved.setdefault(lengths.kind(names[kind]), []).append(kind)
         for number, (name, members) in enumerate(resolved.items()):
             if len(resolved) == 1:
@@ -330,7 +334,7 @@ class Standing:
             left[mine] = curve.remaining(produced[mine], most[mine])
             if not number:  # of all kinds together
                 self.outputs = curve
-        if seen.expected.any():
+        if np.count_nonzero(seen.expected):
             left = np.where(seen.expected > produced, seen.expected - produced, left)
         return np.minimum(np.maximum(left, 1.0), np.maximum(seen.most - produced, 1.0))
 
@@ -348,17 +352,16 @@ class Standing:
         if not len(context):
             return context, context
         units, own = self.units, context - common
-        most = self._room / max(float(self._kv.page_size), float(own.mean()))
+        most = self._room / max(float(self._kv.page_size), float(own.sum()) / len(own))
         places = min(self._limits.num_slots, most, float(len(context)))
         step_s = units.step_s + max(0.0, units.weights_s - self._matmul_s)
         self._own_s = own_s = units.decode_s + units.token_s + step_s / max(1.0, places)
         return units.kv_s * context + own_s, np.maximum(own / self._room, 1.0 / self._limits.num_slots)
 
-    def _room_now(self, residents: np.ndarray) -> float:
-        """Tokens of HBM that are not taken by what several of those that run hold. residents: their rows."""
-        kv, roster = self._kv, self.roster
+    def _room_now(self, own: float) -> float:
+        """Tokens of HBM that are not taken by what several of those that run hold. own: the others that they hold."""
+        kv = self._kv
         held = float((kv.num_blocks - kv.num_available) * kv.page_size)
-        own = float((roster.context[residents] - roster.common[residents]).sum())
         return max(float(kv.page_size), kv.num_blocks * kv.page_size - max(0.0, held - own))
 
     def victims(self) -> list[Sequence]:

@@ -99,26 +99,23 @@ class _Entries(NamedTuple):
     """Streams and prefills alike, an entry each: `left` tokens are due one after another, every one of `unit_s`.
 
     which: streams by their place in the demand, then prefills, without those of which nothing is left to compute.
-    table: [len(ROWS), entries], and len(MORE) rows more where there are programs. works: [horizons, entries], the
-    seconds of the machine that each asks for by each of the horizons so far.
+    table: [len(ROWS), entries], and len(MORE) rows more where there are programs. works: [horizons, entries] each, the
+    seconds of the machine that each entry asks for by the horizons so far, those computed at once together.
     """
 
     which: np.ndarray
     table: np.ndarray
-    works: np.ndarray
+    works: tuple[np.ndarray, ...] = ()
 
     def take(self, at: np.ndarray) -> _Entries:
         """The entries at these places."""
-        return _Entries(self.which.take(at), self.table.take(at, axis=1), self.works.take(at, axis=1))
+        works = tuple(some.take(at, axis=1) for some in self.works)
+        return _Entries(self.which.take(at), self.table.take(at, axis=1), works)
 
     def until(self, horizons: np.ndarray) -> _Entries:
         """With the work by these horizons too."""
         due, per_s, left, unit_s = self.table[:LINK_S]
-        done = len(self.works)
-        works = np.empty((done + len(horizons), len(due)))
-        works[:done] = self.works
-        tokens = works[done:]
-        np.subtract(horizons[:, None], due, out=tokens)
+        tokens = horizons[:, None] - due
         tokens *= per_s
         np.floor(tokens, out=tokens)
         tokens += 1.0  # 0 or less where none is due by then
@@ -128,7 +125,7 @@ class _Entries(NamedTuple):
         if len(self.table) > len(ROWS):
             work_s, begins, lasts = self.table[WORK_S:PROGRAM]
             tokens += work_s * np.clip((horizons[:, None] - begins) / np.maximum(lasts, 1e-3), 0.0, 1.0)
-        return _Entries(self.which, self.table, works)
+        return _Entries(self.which, self.table, (*self.works, tokens))
 
     def link(self, horizon: float) -> np.ndarray:
         """[entries]: seconds of the link that each asks for by then."""
@@ -186,10 +183,10 @@ def triage_in_slices(demand: Demand, supply: float) -> Generator[Slice, None, Ve
             price = _price(demand) if price is None else price
             is_ordered, entries = True, entries.take(np.argsort(price[entries.which]))
             yield Slice("let go", 85 + len(entries.which) / 15)
-        for at, horizon in enumerate(horizons.tolist(), begin):
-            entries = _let_go(entries, entries.works[at], supply * horizon)
-            if entries.works[at] @ entries.table[HELD] > CLOSE * horizon:
-                entries = _let_go(entries, entries.works[at] * entries.table[HELD], horizon)
+        for at, horizon in enumerate(horizons.tolist()):
+            entries = _let_go(entries, entries.works[-1][at], supply * horizon)
+            if entries.works[-1][at] @ entries.table[HELD] > CLOSE * horizon:
+                entries = _let_go(entries, entries.works[-1][at] * entries.table[HELD], horizon)
             if link_s > CLOSE * horizon:
                 entries = _let_go(entries, entries.link(horizon), horizon)
     yield Slice("verdicts", 45 + len(entries.which) / 60)
@@ -220,7 +217,7 @@ def _entries(demand: Demand) -> _Entries:
             part[BEGINS], part[LASTS] = following.begins[of], following.lasts[of]
         program = following.program[which % count]
         table[PROGRAM] = np.where(program > 0.0, program, -1.0 - which)
-    return _Entries(which, table, np.zeros((0, len(which))))
+    return _Entries(which, table)
 
 
 def _price(demand: Demand) -> np.ndarray:
@@ -260,9 +257,9 @@ def prefill_price(worth: float, first: float, decode_s: float, prefill_s: float)
 
 
 def _fit(entries: _Entries, horizons: np.ndarray, supply: float, link_s: float) -> bool:
-    """Whether nobody has to go for what is asked for by these horizons, the last that `works` has. link_s: all that is
+    """Whether nobody has to go for what is asked for by these horizons, the last of `works`. link_s: all that is
     asked of the link."""
-    works, room = entries.works[-len(horizons) :], CLOSE * horizons
+    works, room = entries.works[-1], CLOSE * horizons
     if (works.sum(axis=1) > supply * room).any() or (works @ entries.table[HELD] > room).any():
         return False
     return all(
@@ -311,7 +308,7 @@ def _verdicts(entries: _Entries, demand: Demand) -> Verdicts:
     counted = np.empty((2, len(which)))  # prefills, and streams; each as far as it is thought to be asked for
     np.multiply(share, which >= count, out=counted[0])
     np.subtract(share, counted[0], out=counted[1])
-    loads = entries.works @ counted.T / HORIZONS[:, None]
+    loads = np.concatenate([some @ counted.T for some in entries.works]) / HORIZONS[:, None]
     prefill_load, decode_load = loads.max(axis=0).tolist()
     soon = float(loads[HORIZONS <= SOON_S, 1].max())
     return Verdicts(prefills, streams, prefill_load, decode_load, float(loads.sum(axis=1).max()), soon)
