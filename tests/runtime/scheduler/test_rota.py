@@ -188,6 +188,16 @@ def test_on_any_link_it_is_no_worse_than_without_a_second_tier(link):
     assert speed >= 0.96 * sum(result.tokens_per_s for result in alone)
 
 
+@pytest.mark.parametrize("gb_s", [0.5, pytest.param(3.0, marks=pytest.mark.slow)])
+def test_on_a_link_over_which_nothing_is_worth_moving_it_does_as_with_one_tier(gb_s):
+    """Nobody is chosen to leave who would have to be computed again, and nothing waits for copies that nobody needs."""
+    alone = without_second_tier(3)
+    slow = run(profile=H100._replace(link_in=gb_s * 1e9, link_out=gb_s * 1e9, link_duplex=2e9 * gb_s))
+    assert slow.moved.rotations_out == 0
+    assert (slow.steps, slow.preemptions, slow.met) == (alone.steps, alone.preemptions, alone.met)
+    assert slow.duration == pytest.approx(alone.duration, rel=1e-3)
+
+
 @pytest.mark.slow
 def test_it_keeps_more_promises_than_any_baseline_when_memory_is_short():
     rota = run()
