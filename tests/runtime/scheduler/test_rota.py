@@ -263,6 +263,15 @@ def test_where_prompts_grow_nearly_as_many_are_kept_as_of_the_same_in_any_order(
     assert kept_of(growing, rate=10.0) >= 0.7 * kept_of(rng.permutation(growing), rate=10.0)
 
 
+@pytest.mark.parametrize(
+    ("first", "last", "rate"), [(4000, 8000, 10.0), pytest.param(1000, 1200, 40.0, marks=pytest.mark.slow)]
+)
+def test_where_each_is_dearer_than_any_before_it_nearly_as_many_are_kept_as_of_the_same_in_any_order(first, last, rate):
+    dearer = np.linspace(first, last, round(24 * rate))
+    in_any_order = np.random.default_rng(1).permutation(dearer)
+    assert kept_of(dearer, rate) >= 0.6 * kept_of(in_any_order, rate)
+
+
 def test_under_overload_a_promise_of_more_weight_is_kept_rather_than_one_of_less():
     jobs = [
         job._replace(slo=SLO(ttft=1.0, tbt=0.1, weight=5.0 if number % 2 else 1.0))
