@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 
 import pytest
-import tiered_executor
 from rotation_bench import PAGE, Bench
 
 from superinfer.runtime.kv.drop_order import FEW
@@ -76,11 +75,11 @@ def second_tokens(bench: Bench):
     ("step_s", "keep_s", "is_mirrored"), [(0.01, None, True), (1e-4, None, False), (1e-4, 9.0, True)]
 )
 def test_where_computing_is_quicker_than_copies_only_turns_that_are_expected_are_copied_out_ahead(
-    step_s, keep_s, is_mirrored, monkeypatch
+    step_s, keep_s, is_mirrored
 ):
     """A copy takes 1 ms, a step of up to 12 tokens, three blocks, `step_s`. Until that is known a few blocks go out."""
-    monkeypatch.setattr(tiered_executor, "STEP_S", step_s)
     bench = Bench(blocks=60, dram=60, policy="rota")
+    bench.executor.step_s = step_s
     bench.add(TURN, max_tokens=8, hints=Hints(keep_s=keep_s) if keep_s else None)
     bench.run()
     crowd(bench, 4)
