@@ -26,6 +26,8 @@ class Bench:
         self.scheduler.quantum, self.scheduler.headroom = quantum, 0
         self.scheduler.worth, self.scheduler.idle_share = 0.0, math.inf  # whatever it costs
         self.executor = TieredMemoryExecutor(blocks, dram, PAGE, **executor)
+        if cost is not None:  # what it says is not to be learnt away
+            self.executor.step_s = 0.0
         self.depth = depth
         self.now = 0.0
         self.ids = 0

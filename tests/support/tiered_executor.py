@@ -15,11 +15,13 @@ from superinfer.runtime.kv.copies import BlockCopy, LinkUse
 from superinfer.runtime.scheduler.plan import StepPlan, StepResult
 
 POISON = -2
+STEP_S = 0.01  # of 3 blocks at most, which therefore come back sooner than they are computed again, at 1 ms each
 
 
 class TieredMemoryExecutor(MemoryExecutor):
     """`eager`: chance that a copy lands at a chance it gets, 0..1. `fails`: chance that it errs instead.
 
+    step_s: what a step is told to have taken; 0: nothing is learnt from it.
     obey_waits, obey_after: turn off to plant the faults "work does not wait" and "copies do not wait".
     """
 
@@ -30,6 +32,7 @@ class TieredMemoryExecutor(MemoryExecutor):
         self.dram = [[EMPTY] * page for _ in range(num_dram)]
         self.random = random.Random(seed)
         self.eager = eager
+        self.step_s = STEP_S
         self.fails = 0.0
         self.obey_waits = self.obey_after = True
         self.under_way: dict[int, BlockCopy] = {}
@@ -54,6 +57,7 @@ class TieredMemoryExecutor(MemoryExecutor):
         result.copied, result.failed_copies = self.copied, self.failed
         outs = sum(id in self.outs for id in self.copied)
         result.link = LinkUse(in_s=0.001 * (len(self.copied) - outs), out_s=0.001 * outs)
+        result.elapsed = self.step_s
         self.copied, self.failed = [], []
 
     def _begin(self, copy: BlockCopy) -> None:

@@ -92,7 +92,7 @@ class BatchScheduler(Results):
         copies = NO_COPIES
         if self._rotation is not None and self._returns is not None:
             self._returns.bring_back(now, self._rotation.background_blocks)
-            copies = self._rotation.copies_of_plan()
+            copies = self._rotation.copies_of_plan(expected=len(self._returns) > 0)
         decodes = draft.all_decodes()
         if not draft.work and not len(decodes) and not copies:
             for step in draft.cohorts:  # of which nobody is left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ LIKE = 64  # but at least from so many: of fewer, as widely as they differ, the 
 LIKELY = 3.0  # with a rate above 3 / t, a silence of t happens once in 20 times: so they come less often by now
 BOLDNESS = 4.0  # what has been seen for so long is taken to go on for so many times as long
 LEAST_S = 1.0  # seconds to have seen before anything is foreseen
+CHANCE = 3.0  # standard deviations: requests that do not change look as if they did once in 370 times
 
 
 class Foreseen(NamedTuple):
@@ -41,6 +43,10 @@ class Foreseen(NamedTuple):
     weight: np.ndarray
     rest: np.ndarray
     rest_s: np.ndarray
+
+    def like(self, places: np.ndarray) -> Foreseen:
+        """As many, at the same times, like those at these places."""
+        return Foreseen(self.times, self.recent, self.at, *(of[places] for of in self[3:]))
 
 
 class Forecast:
@@ -87,3 +93,25 @@ class Forecast:
         ahead = min(seconds, BOLDNESS * window)
         at = (np.arange(len(mine)) + 0.5) * (ahead / len(mine))
         return Foreseen(rate * ahead / len(mine), count, at, *mine[:, 1:].T)
+
+
+def changing(costs: np.ndarray) -> np.ndarray | None:
+    """Where requests become dearer or cheaper: the places, in `costs`, of those that the next ones are like, in order.
+    None where they do not, and the next ones are like all of them. costs: of the last requests, as they came.
+
+    The next ones stand to all of these as the later half stands to the earlier half. Where it is dearer than chance
+    would make it, with odds of so many to one, the next are each taken to be as dear as the dearest of so many; where
+    it is cheaper, as cheap as the cheapest. So if each is dearer than any before it, nobody cheaper is foreseen.
+    """
+    count, half = len(costs), len(costs) // 2
+    if not half:
+        return None
+    early, late = np.sort(costs[:half]), costs[-half:]
+    dearer = float(np.searchsorted(early, late, "left").sum())  # pairs of which the later is
+    cheaper = half**2 - float(np.searchsorted(early, late, "right").sum())
+    if abs(dearer - cheaper) <= CHANCE * half * math.sqrt((2 * half + 1) / 3):  # the deviation of a sum of ranks
+        return None
+    share = (np.arange(count) + 0.5) / count
+    rank = share ** (cheaper / dearer) if dearer > cheaper else 1.0 - (1.0 - share) ** (dearer / cheaper)
+    order = np.argsort(costs, kind="stable")
+    return np.sort(order[np.minimum((rank * count).astype(np.intp), count - 1)])

@@ -441,7 +441,7 @@ class Rota(BatchScheduler):
             return False
         self._moved += len(chosen)
         self._turns -= sum(victim.kept for victim in chosen)
-        for victim in chosen:
+        for victim in reversed(chosen):  # a kept one first: nobody else has to go if it cannot
             self._undraft(victim)
             if not self._rotate_out(victim, now):
                 if victim.kept:
@@ -472,7 +472,8 @@ class Rota(BatchScheduler):
             if victim.kept and victim.status is Status.RUNNING:
                 if self._due(victim, self._standing.early_s) <= worth:
                     break
-                yield victim
+                if self._is_worth_moving(victim.scheduled):  # else it would be computed again, and none is for choice
+                    yield victim
 
     def _block_s(self) -> float:
         return self._rotation.block_s if self._rotation is not None else 0.0

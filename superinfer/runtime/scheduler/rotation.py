@@ -122,6 +122,13 @@ class Rotation:
         return token_s is None or 2 * self.block_s <= self.kv.page_size * token_s
 
     @property
+    def is_worth_mirroring(self) -> bool:
+        """Whether a block comes back sooner than its tokens are computed again: else it hardly ever will. True while
+        not known."""
+        token_s = self.cost.token_s
+        return token_s is None or self.block_s <= self.kv.page_size * token_s
+
+    @property
     def stalled_s(self) -> float:
         """Seconds that steps have waited for copies since the start."""
         return self._link.stall_s
@@ -179,9 +186,10 @@ class Rotation:
         """Whether a failed copy took something the table needs."""
         return self.kv.totals.failed > 0 and not self.kv.is_intact(table)
 
-    def copies_of_plan(self) -> Copies:
-        """All copies of the plan being made, with what is mirrored in the background."""
-        most = self.background_blocks
+    def copies_of_plan(self, expected: bool = False) -> Copies:
+        """All copies of the plan being made, with what is mirrored in the background: where copies are worth it, or
+        turns are expected, which are brought back before they are needed, however long that takes."""
+        most = self.background_blocks if expected or self.is_worth_mirroring else 0
         if most == 0 and not self.kv.num_pending and self._now >= self._probed + PROBE * self.block_s:
             self._probed, most = self._now, 1
         self.kv.mirror(most)

@@ -14,7 +14,7 @@ import numpy as np
 from superinfer.runtime.kv.cache import KVCache
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.cost import StepCost, StepLoad
-from superinfer.runtime.scheduler.forecast import Forecast
+from superinfer.runtime.scheduler.forecast import Forecast, changing
 from superinfer.runtime.scheduler.lengths import Curve, Guess, LengthPredictor
 from superinfer.runtime.scheduler.line import Line
 from superinfer.runtime.scheduler.programs import Programs
@@ -289,9 +289,13 @@ class Standing:
         if ahead is None:
             return None
         output = self.outputs.below(ahead.most)
-        stream, end = ahead.at + ahead.ttft, ahead.at + ahead.deadline - output * self.step_s
         token_s, held = self._costs(ahead.context + output / 2, ahead.common)
         prefill_s = self.units.prefill_s(ahead.prompt, ahead.context - ahead.prompt)
+        places = changing((prefill_s + output * token_s) / ahead.weight)
+        if places is not None:
+            ahead = ahead.like(places)
+            output, token_s, held, prefill_s = (of[places] for of in (output, token_s, held, prefill_s))
+        stream, end = ahead.at + ahead.ttft, ahead.at + ahead.deadline - output * self.step_s
         # Who is let in for want of others, and let go when they come after all, has been computed for nothing.
         more = 1.0 + _deviation(prefill_s + output * token_s, ahead.recent)
         times = ahead.times * more

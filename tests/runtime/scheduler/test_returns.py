@@ -71,6 +71,22 @@ def second_tokens(bench: Bench):
     return sequence.tokens
 
 
+@pytest.mark.parametrize(
+    ("step_s", "keep_s", "is_mirrored"), [(0.01, None, True), (1e-4, None, False), (1e-4, 9.0, True)]
+)
+def test_where_computing_is_quicker_than_copies_only_turns_that_are_expected_are_copied_out_ahead(
+    step_s, keep_s, is_mirrored
+):
+    """A copy takes 1 ms, a step of up to 12 tokens, three blocks, `step_s`. Until that is known a few blocks go out."""
+    bench = Bench(blocks=60, dram=60, policy="rota")
+    bench.executor.step_s = step_s
+    bench.add(TURN, max_tokens=8, hints=Hints(keep_s=keep_s) if keep_s else None)
+    bench.run()
+    crowd(bench, 4)
+    assert (bench.kv.totals.mirrored > 16) == is_mirrored
+    assert bench.kv.totals.mirrored > 0
+
+
 def test_a_turn_that_does_not_come_back_is_dropped_like_any_other():
     bench, again = second_turn(Hints(keep_s=0.2), 3.0, others=1)
     bench.scheduler.cancel(again, bench.now)

@@ -188,6 +188,16 @@ def test_on_any_link_it_is_no_worse_than_without_a_second_tier(link):
     assert speed >= 0.96 * sum(result.tokens_per_s for result in alone)
 
 
+@pytest.mark.parametrize("gb_s", [0.5, pytest.param(3.0, marks=pytest.mark.slow)])
+def test_on_a_link_over_which_nothing_is_worth_moving_it_does_as_with_one_tier(gb_s):
+    """Nobody is chosen to leave who would have to be computed again, and nothing waits for copies that nobody needs."""
+    alone = without_second_tier(3)
+    slow = run(profile=H100._replace(link_in=gb_s * 1e9, link_out=gb_s * 1e9, link_duplex=2e9 * gb_s))
+    assert slow.moved.rotations_out == 0
+    assert (slow.steps, slow.preemptions, slow.met) == (alone.steps, alone.preemptions, alone.met)
+    assert slow.duration == pytest.approx(alone.duration, rel=1e-3)
+
+
 @pytest.mark.slow
 def test_it_keeps_more_promises_than_any_baseline_when_memory_is_short():
     rota = run()
@@ -251,6 +261,15 @@ def test_where_prompts_grow_nearly_as_many_are_kept_as_of_the_same_in_any_order(
     rng = np.random.default_rng(1)
     growing = np.linspace(4000, 8000, 240) * rng.uniform(0.7, 1.3, 240)
     assert kept_of(growing, rate=10.0) >= 0.7 * kept_of(rng.permutation(growing), rate=10.0)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "rate"), [(4000, 8000, 10.0), pytest.param(1000, 1200, 40.0, marks=pytest.mark.slow)]
+)
+def test_where_each_is_dearer_than_any_before_it_nearly_as_many_are_kept_as_of_the_same_in_any_order(first, last, rate):
+    dearer = np.linspace(first, last, round(24 * rate))
+    in_any_order = np.random.default_rng(1).permutation(dearer)
+    assert kept_of(dearer, rate) >= 0.6 * kept_of(in_any_order, rate)
 
 
 def test_under_overload_a_promise_of_more_weight_is_kept_rather_than_one_of_less():
