@@ -22,7 +22,7 @@ class _Run(NamedTuple):
     """Copies planned together: of parts of nodes, and then of a table's private blocks. No block is in it twice."""
 
     out: bool
-    ids: range
+    ids: list[int]
     hbm: list[int]
     dram: list[int]
     parts: list[Part]
@@ -77,16 +77,19 @@ class PendingCopies:
     def oldest(self) -> int:
         """Id of the oldest; when there is none, the id that the next one will have."""
         end = self._last + 1
-        self._oldest = next(filter(self.pending.__contains__, range(self._oldest, end)), end)
+        if self.pending:
+            self._oldest = next(filter(self.pending.__contains__, range(self._oldest, end)))
+        else:
+            self._oldest = end
         return self._oldest
 
     def plan(
         self, out: bool, hbm: list[int], dram: list[int], parts: list[Part], table: TierTable | None = None
-    ) -> range:
+    ) -> list[int]:
         """Plan some, each after those pending on its two blocks; no block twice. They are of these parts, and the rest
         of a table. Returns their ids."""
         assert len(hbm) == len(dram), "a copy has a block in either pool"
-        ids = range(self._last + 1, self._last + 1 + len(hbm))
+        ids = [*range(self._last + 1, self._last + 1 + len(hbm))]
         if not ids:
             return ids
         self._last = ids[-1]

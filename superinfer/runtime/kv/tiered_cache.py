@@ -245,7 +245,7 @@ class TieredCache(KVCache):
 
     # ------------------------------------------------------------------ inside: copies of blocks that have both places
 
-    def _copy_out(self, parts: list[Part], table: TierTable | None = None, blocks: Sequence[int] = ()) -> range:
+    def _copy_out(self, parts: list[Part], table: TierTable | None = None, blocks: Sequence[int] = ()) -> list[int]:
         """Plan it, of parts whose DRAM places are new; then of private blocks of a table, to its tail. Returns the
         copies' ids."""
         ids = self._copy(True, parts, table, blocks)
@@ -256,7 +256,7 @@ class TieredCache(KVCache):
             at = behind
         return ids
 
-    def _copy_in(self, parts: list[Part], table: TierTable | None = None, blocks: Sequence[int] = ()) -> range:
+    def _copy_in(self, parts: list[Part], table: TierTable | None = None, blocks: Sequence[int] = ()) -> list[int]:
         """Plan it, of parts whose HBM places are new; then of the tail of a table, to these blocks. Returns the copies'
         ids."""
         ids = self._copy(False, parts, table, blocks)
@@ -268,7 +268,7 @@ class TieredCache(KVCache):
             at = behind
         return ids
 
-    def _copy(self, out: bool, parts: list[Part], table: TierTable | None, blocks: Sequence[int]) -> range:
+    def _copy(self, out: bool, parts: list[Part], table: TierTable | None, blocks: Sequence[int]) -> list[int]:
         hbm: list[int] = []
         dram: list[int] = []
         for node, first, end in parts:
