@@ -73,19 +73,22 @@ class Arranger:
         # By direction (in, out) and copy, the seq of its batch. It may stay a while when the copy is over: who follows
         # such a copy finds its batch gone.
         self._seqs: tuple[dict[int, int], dict[int, int]] = ({}, {})
+        self._unnoted: tuple[list[Batch], list[Batch]] = ([], [])  # not in there until somebody asks for that direction
         self._under_way: tuple[dict[int, Batch], dict[int, Batch]] = ({}, {})  # by seq
         self._last = [0, 0]
 
     def find(self, id: int) -> Batch | None:
         """The batch of a copy that is not over."""
-        ins, outs = self._seqs
+        ins, outs = self._noted(False), self._noted(True)
         return self._under_way[0].get(ins.get(id, 0)) or self._under_way[1].get(outs.get(id, 0))
 
     def forget(self, batches: Sequence[Batch]) -> None:
         """They are over and reported."""
         for batch in batches:
             del self._under_way[batch.out][batch.seq]
-        for seqs, under_way in zip(self._seqs, self._under_way, strict=True):
+        for seqs, unnoted, under_way in zip(self._seqs, self._unnoted, self._under_way, strict=True):
+            if len(unnoted) > len(under_way):
+                unnoted[:] = [batch for batch in unnoted if batch.seq in under_way]
             if not under_way:
                 seqs.clear()
             elif len(seqs) > MOST_NAMES:
@@ -143,7 +146,7 @@ class Arranger:
 
     def _followed(self, out: bool, way: OneWay) -> list[int]:
         """For each copy the last batch of the other direction that it must come after, 0 for none."""
-        seq_of = self._seqs[not out].get
+        seq_of = self._noted(not out).get
         lasts = [seq_of(id, 0) for id in way.after]
         if way.also:  # of few plans: with a block that moved before, at a place that did too
             for at, id in enumerate(way.ids):
@@ -154,10 +157,17 @@ class Arranger:
         batch = Batch(out, way.ids[begin:end], way.hbm[begin:end], way.dram[begin:end], after)
         self._last[out] = batch.seq = seq = self._last[out] + 1
         self._under_way[out][seq] = batch
-        seqs = self._seqs[out]
-        for id in batch.ids:
-            seqs[id] = seq
+        self._unnoted[out].append(batch)
         return batch
+
+    def _noted(self, out: bool) -> dict[int, int]:
+        """By copy of one direction, the seq of its batch."""
+        seqs = self._seqs[out]
+        for batch in self._unnoted[out]:
+            for id in batch.ids:
+                seqs[id] = batch.seq
+        self._unnoted[out].clear()
+        return seqs
 
 
 def _parts(count: int, first: int, longest: int) -> list[tuple[int, int]]:
