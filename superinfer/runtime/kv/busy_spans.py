@@ -21,7 +21,10 @@ class BusySpans:
         """A busy span, joined to the one before where they touch; counts its overlap with the other direction's."""
         self._busy_s[out] += end - begin
         mine, others = self._spans[out], self._spans[not out]
-        self._both_s += sum(max(0.0, min(end, e) - max(begin, b)) for b, e in others)
+        for other_begin, other_end in others:
+            both = (end if end < other_end else other_end) - (begin if begin > other_begin else other_begin)
+            if both > 0.0:
+                self._both_s += both
         if mine and mine[-1][1] == begin:
             begin = mine.pop()[0]
         mine.append((begin, end))

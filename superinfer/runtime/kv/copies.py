@@ -41,6 +41,10 @@ class OneWay(NamedTuple):
         ids, hbm, dram, after = [[column[row] for row in rows] for column in self[:4]]
         return OneWay(ids, hbm, dram, after, self.also)
 
+    def backwards(self) -> OneWay:
+        """The copies in the opposite order."""
+        return OneWay(self.ids[::-1], self.hbm[::-1], self.dram[::-1], self.after[::-1], self.also)
+
     def without(self, rows: Sequence[int]) -> OneWay:
         """The copies of all rows but these few, which are in their order."""
         ids, hbm, dram, after = columns = [column[:] for column in self[:4]]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from superinfer.runtime.kv.copies import BlockCopy, Copies, OneWay
+from superinfer.runtime.kv.copies import BlockCopy, Copies, OneWay, no_copies
 
 # Half a millisecond of PCIe 5, against some 20 µs of the host's time for each batch. From the second of a plan on they
 # are LONGEST times that; where copies of the plan follow others, CHAINED times.
@@ -70,26 +70,33 @@ class Arranger:
 
     def __init__(self, block_bytes: int) -> None:
         self._most = max(1, min(MAX_BATCH, BATCH_BYTES // block_bytes))
-        # A batch's name is its seq, below 0 if it moves in. Names of copies that are over may stay a while: who follows
+        # By direction (in, out) and copy, the seq of its batch. It may stay a while when the copy is over: who follows
         # such a copy finds its batch gone.
-        self._batch_of: dict[int, int] = {}  # by copy
-        self._most_names = MOST_NAMES
-        self._under_way: dict[int, Batch] = {}
+        self._seqs: tuple[dict[int, int], dict[int, int]] = ({}, {})
+        self._most_seqs = [MOST_NAMES, MOST_NAMES]
+        self._unnoted: tuple[list[Batch], list[Batch]] = ([], [])  # not in there until somebody asks for that direction
+        self._under_way: tuple[dict[int, Batch], dict[int, Batch]] = ({}, {})  # by seq
         self._last = [0, 0]
 
     def find(self, id: int) -> Batch | None:
         """The batch of a copy that is not over."""
-        return self._under_way.get(self._batch_of.get(id, 0))
+        ins, outs = self._noted(False), self._noted(True)
+        return self._under_way[0].get(ins.get(id, 0)) or self._under_way[1].get(outs.get(id, 0))
 
     def forget(self, batches: Sequence[Batch]) -> None:
         """They are over and reported."""
         for batch in batches:
-            del self._under_way[batch.seq if batch.out else -batch.seq]
-        if not self._under_way:
-            self._batch_of.clear()
-        elif len(self._batch_of) > self._most_names:
-            self._batch_of = {id: name for name, batch in self._under_way.items() for id in batch.ids}
-            self._most_names = max(MOST_NAMES, 2 * len(self._batch_of))  # of many under way not with each report
+            del self._under_way[batch.out][batch.seq]
+        for out, (seqs, unnoted, under_way) in enumerate(zip(self._seqs, self._unnoted, self._under_way, strict=True)):
+            if len(unnoted) > 2 * len(under_way):
+                unnoted[:] = [batch for batch in unnoted if batch.seq in under_way]
+            if not under_way:
+                seqs.clear()
+            elif len(seqs) > self._most_seqs[out]:
+                kept = {id: seq for seq, batch in under_way.items() for id in batch.ids}
+                seqs.clear()
+                seqs.update(kept)
+                self._most_seqs[out] = max(MOST_NAMES, 2 * len(seqs))  # of many under way not with each report
 
     def arrange(self, copies: Copies, wanted: Collection[int]) -> list[Batch]:
         """Batches of one plan's copies, numbered, in an order fit to be submitted. wanted: ids that go first.
@@ -120,7 +127,8 @@ class Arranger:
     def _cut(self, out: bool, way: OneWay) -> list[Batch]:
         """Those that follow nothing of the other direction first, then the others in the order of what they follow:
         the last batch of it, as their own direction's come before them anyway."""
-        longest, lasts = CHAINED * self._most, self._followed(out, way)
+        longest = CHAINED * self._most
+        lasts = self._followed(out, way) if any(way.after) else []
         if not any(lasts):
             return self._cut_free(out, way, longest)
         batches: list[Batch] = []
@@ -128,7 +136,10 @@ class Arranger:
             followers, free = way.split([last > 0 for last in lasts])
             batches = self._cut_free(out, free, longest)
             way, lasts = followers, [*filter(None, lasts)]
-        if lasts != sorted(lasts):
+        in_order = sorted(lasts)
+        if lasts != in_order and lasts == in_order[::-1]:
+            way, lasts = way.backwards(), in_order
+        elif lasts != in_order:
             order = sorted(range(len(lasts)), key=lasts.__getitem__)
             way, lasts = way.pick(order), [lasts[at] for at in order]
         for begin, end in _parts(len(way.ids), self._most, longest):  # cut as what they follow was
@@ -137,23 +148,28 @@ class Arranger:
 
     def _followed(self, out: bool, way: OneWay) -> list[int]:
         """For each copy the last batch of the other direction that it must come after, 0 for none."""
-        if not any(way.after):
-            return [0] * len(way.ids)
-        name_of, sign = self._batch_of.get, -1 if out else 1
-        names = [name_of(id, 0) for id in way.after]
-        lasts = [-name if name < 0 else 0 for name in names] if out else [name if name > 0 else 0 for name in names]
+        seq_of = self._noted(not out).get
+        lasts = [seq_of(id, 0) for id in way.after]
         if way.also:  # of few plans: with a block that moved before, at a place that did too
             for at, id in enumerate(way.ids):
-                lasts[at] = max([lasts[at], *(sign * name_of(other, 0) for other in way.also.get(id, ()))])
+                lasts[at] = max([lasts[at], *(seq_of(other, 0) for other in way.also.get(id, ()))])
         return lasts
 
     def _batch(self, out: bool, way: OneWay, begin: int, end: int, after: int) -> Batch:
         batch = Batch(out, way.ids[begin:end], way.hbm[begin:end], way.dram[begin:end], after)
         self._last[out] = batch.seq = seq = self._last[out] + 1
-        name = seq if out else -seq
-        self._under_way[name] = batch
-        self._batch_of.update(dict.fromkeys(batch.ids, name))
+        self._under_way[out][seq] = batch
+        self._unnoted[out].append(batch)
         return batch
+
+    def _noted(self, out: bool) -> dict[int, int]:
+        """By copy of one direction, the seq of its batch."""
+        seqs = self._seqs[out]
+        for batch in self._unnoted[out]:
+            for id in batch.ids:
+                seqs[id] = batch.seq
+        self._unnoted[out].clear()
+        return seqs
 
 
 def _parts(count: int, first: int, longest: int) -> list[tuple[int, int]]:
@@ -178,15 +194,27 @@ def _in_turn(ins: list[Batch], outs: list[Batch]) -> list[Batch]:
 def _rounds(ways: Ways) -> list[Ways]:
     """Each round's copies, in and out, follow none of their own round."""
     first = min([way.ids[0] for way in ways if way.ids])  # who follows no later id follows nothing of these
-    (late_ins, ins), (late_outs, outs) = [way.split([id >= first for id in way.after]) for way in ways]
-    late = [*late_ins.ids, *late_outs.ids]
+    (late_ins, ins), (late_outs, outs) = [_split_late(way, first) for way in ways]
+    late = [way for way in (late_ins, late_outs) if way.ids]
     if not late:
         return [ways]
+    # As the others of a copy's are before the last that it comes after, none of the late ones follows another.
+    if max([max(way.after) for way in late]) < min([way.ids[0] for way in late]):
+        return [(ins, outs), (late_ins, late_outs)]
     followed = {*late_ins.after, *late_outs.after}
-    followed.update([other for way in (late_ins, late_outs) for others in way.also.values() for other in others])
-    if followed.isdisjoint(late):
+    followed.update([other for way in late for others in way.also.values() for other in others])
+    if followed.isdisjoint([*late_ins.ids, *late_outs.ids]):
         return [(ins, outs), (late_ins, late_outs)]
     return [(ins, outs), *_rounds_of_chains((late_ins, late_outs))]
+
+
+def _split_late(way: OneWay, first: int) -> tuple[OneWay, OneWay]:
+    """Those that come after one with an id of `first` or later, and the others."""
+    if not way.ids or max(way.after) < first:
+        return no_copies(), way
+    if min(way.after) >= first:
+        return way, no_copies()
+    return way.split([id >= first for id in way.after])
 
 
 def _rounds_of_chains(ways: Ways) -> list[Ways]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from superinfer.runtime.kv.cache import BlockTable, KVCache, Node
+from superinfer.runtime.kv.cache import BlockTable, KVCache, Node, Prefix
 from superinfer.runtime.kv.copies import BlockCopy, Copies
 from superinfer.runtime.kv.link_profile import LinkProfile
 from superinfer.runtime.kv.tiered_cache import TieredCache
-from superinfer.runtime.kv.tiers import TierNode, TierTable
+from superinfer.runtime.kv.tiers import Part, TierNode, TierTable, node_at
 
 
 class DuplexCache(TieredCache):
@@ -25,25 +25,32 @@ class DuplexCache(TieredCache):
 
     # ------------------------------------------------------------------ hold and grow
 
-    def adopt(self, table: BlockTable, path: Sequence[Node]) -> None:
+    def adopt(self, table: BlockTable, prefix: Prefix) -> None:
         """See KVCache.adopt. Blocks that are in DRAM only get their place, and their copy in, with `allocate`."""
-        mine, nodes, pending = cast(TierTable, table), cast(Sequence[TierNode], path), self.copies.pending
-        assert not mine.blocks, "adopt needs an empty table"
-        for node in nodes:
+        mine = cast(TierTable, table)
+        for node in cast(list[TierNode], self._begin(mine, prefix)):
             self._hold(node)
             node.reused = True
-        mine.nodes += nodes
-        mine.blocks = [node.block for node in nodes]
-        mine.missing = [at for at, block in enumerate(mine.blocks) if block < 0]
-        self.copies.read_by(mine, [node.loading for node in nodes if node.loading in pending])
+            self._use(mine, node)
+
+    def _use(self, table: TierTable, node: TierNode) -> None:
+        """The next blocks of a table are those of a node; what is pending on them is waited for."""
+        absent = node.length - len(node.blocks)
+        table.blocks += node.blocks
+        table.blocks += [-1] * absent
+        table.missing += absent
+        if node.last_load >= self.copies.oldest:
+            pending = self.copies.pending
+            if loads := [id for id in node.loading if id in pending]:
+                self.copies.read_by(table, loads)
 
     def allocate(self, table: BlockTable, count: int) -> list[int] | None:
         """See KVCache.allocate. Also plans the copies in of what the table has adopted from DRAM."""
         mine = cast(TierTable, table)
-        if count + len(mine.missing) > self.num_available:
+        if count + mine.missing > self.num_available:
             return None
         if mine.missing:
-            self.totals.hits += len(mine.missing)
+            self.totals.hits += mine.missing
             self._load(mine)
         new = self._take(count)
         if pending := self.copies.pending:
@@ -56,7 +63,8 @@ class DuplexCache(TieredCache):
         mine = cast(TierTable, table)
         if mine.awaits:
             pending = self.copies.pending
-            mine.awaits = [id for id in mine.awaits if id in pending]
+            if not pending.issuperset(mine.awaits):
+                mine.awaits = [id for id in mine.awaits if id in pending]
         return mine.awaits
 
     def release(self, table: BlockTable) -> None:
@@ -65,13 +73,12 @@ class DuplexCache(TieredCache):
         if not mine.parked:
             super().release(table)
             return
-        for node in reversed(cast(list[TierNode], mine.nodes)):
+        for node in reversed(cast(list[TierNode], mine.node.path())):
             self._unpin(node)
         self._give_dram(mine.tail)
         self._pinned -= len(mine.tail)
-        mine.nodes, mine.tail = [], []
-        mine.root.holders -= 1
-        self._drop_root(mine.root)
+        mine.tail = []
+        self._leave(mine)
 
     # ------------------------------------------------------------------ rotation
 
@@ -79,65 +86,68 @@ class DuplexCache(TieredCache):
         """Move a table out of HBM, with the content of its first `computed` tokens. False, and nothing changed, when
         DRAM has no room. Its HBM blocks are available at once."""
         mine = cast(TierTable, table)
-        nodes = cast(list[TierNode], mine.nodes)
-        private = mine.blocks[len(nodes) :]
-        content = private[: self.blocks_for(computed) - len(nodes)]
-        dirty = [node for node in nodes if node.dram < 0]
-        clean = sum([node.parked == 0 and node.dram >= 0 for node in nodes])  # and pinned from now on
-        if len(dirty) + len(content) > self.num_dram - self._pinned - clean:
+        nodes, num_cached = cast(list[TierNode], mine.node.path()), mine.num_cached
+        private = mine.blocks[num_cached:]
+        content = private[: self.blocks_for(computed) - num_cached]
+        num_dirty = num_cached - sum([len(node.dram) for node in nodes])
+        num_clean = sum([len(node.dram) for node in nodes if not node.parked])  # and pinned from now on
+        if num_dirty + len(content) > self.num_dram - self._pinned - num_clean:
             return False
-        mirrors, idle = self._order.mirrors, self._idle
         for node in reversed(nodes):  # no longer held, but parked: idle in HBM only
-            if node.dram >= 0 and node.parked == 0:
-                del mirrors[node]
+            if node.dram and not node.parked:
+                del self._order.mirrors[node]
             node.parked += 1
             node.holders -= 1
-            if node.holders == 0 and node.block >= 0:
-                idle[node] = None
-        self._pinned += clean
-        places = self._take_dram(len(dirty) + len(content))
+            if not node.holders:
+                self._idle[node] = None
+                self._num_idle += len(node.blocks)
+        self._pinned += num_clean
+        places, at = self._take_dram(num_dirty + len(content)), 0
         self._pinned += len(places)
-        for node, place in zip(dirty, places, strict=False):
-            node.dram = place
-        mine.tail = places[len(dirty) :]
-        mine.leaving = self._copy_out(dirty) + self.copies.plan(True, content, mine.tail, [mine] * len(content))
+        parts: list[Part] = []
+        for node in nodes:
+            if dirty := node.length - len(node.dram):
+                parts.append((node, node.end - dirty, node.end))
+                node.dram += places[at : at + dirty]
+                at += dirty
+        mine.tail = places[at:]
+        mine.leaving = self._copy_out(parts, mine, content)
         self._withdraw(mine)
         self._give(private)
         self._give(mine.spare)
         mine.blocks, mine.spare, mine.sent, mine.parked = [], [], 0, True
         self.totals.rotations_out += 1
-        self.totals.rotated += len(nodes) + len(content)
-        self.totals.rotated_clean += len(nodes) - len(dirty)
+        self.totals.rotated += num_cached + len(content)
+        self.totals.rotated_clean += num_cached - num_dirty
         return True
 
     def resume(self, table: BlockTable, extra: int) -> bool:
         """Bring a parked table back, with `extra` new blocks. False, and nothing changed, when HBM has no room."""
         mine = cast(TierTable, table)
-        nodes = cast(list[TierNode], mine.nodes)
-        missing = [at for at, node in enumerate(nodes) if node.block < 0]
-        idle = sum([node.holders == 0 for node in nodes]) - sum([nodes[at].holders == 0 for at in missing])
-        if len(missing) + len(mine.tail) + extra > self.num_available - idle:
+        nodes = cast(list[TierNode], mine.node.path())
+        missing = mine.num_cached - sum([len(node.blocks) for node in nodes])
+        idle = sum([len(node.blocks) for node in nodes if not node.holders])
+        if missing + len(mine.tail) + extra > self.num_available - idle:
             return False
         mine.parked = False
-        mirrors, in_hbm = self._order.mirrors, self._idle
         for node in nodes:
-            if node.holders == 0 and node.block >= 0:
-                in_hbm.pop(node, None)
+            if not node.holders and node.blocks:
+                del self._idle[node]
+                self._num_idle -= len(node.blocks)
             node.holders += 1
             node.parked -= 1
-            if node.parked == 0 and node.dram >= 0:
-                self._pinned -= 1
-                mirrors[node] = None
-        mine.missing, mine.blocks, pending = missing, [node.block for node in nodes], self.copies.pending
-        self.copies.read_by(mine, [node.loading for node in nodes if node.loading in pending])
+            if not node.parked and node.dram:
+                self._pinned -= len(node.dram)
+                self._order.mirrors[node] = None
+            self._use(mine, node)
         self._load(mine)
         self.totals.rotations_in += 1
         return self.allocate(mine, extra) is not None
 
     def is_intact(self, table: BlockTable) -> bool:
-        """False when a failed copy took something this table needs. Only to be asked after a failure: O(blocks)."""
+        """False when a failed copy took something this table needs."""
         mine = cast(TierTable, table)
-        return not mine.lost and all(node.alive for node in cast(list[TierNode], mine.nodes))
+        return not mine.lost and cast(TierNode, mine.node).alive  # what is forgotten is with all that is under it
 
     # ------------------------------------------------------------------ copies
 
@@ -157,13 +167,13 @@ class DuplexCache(TieredCache):
         bad, hurt = set(failed), False
         known = self.copies.look_up({*copied, *bad})
         for id in sorted([*copied, *bad]):
-            copy, owner, readers = known[id]
+            copy, owner, depth, readers = known[id]
             if not self.copies.is_spoiled(id) and id not in bad:
                 self._count([id])
                 continue
             self.totals.failed += 1
             self.copies.over([id])
-            hurt |= self._fail(copy, owner)
+            hurt |= self._fail(copy, owner, depth)
             for table in readers:
                 table.lost = hurt = True
         return hurt
@@ -174,35 +184,52 @@ class DuplexCache(TieredCache):
         self.totals.blocks_in += moved_in
         self.totals.blocks_out += moved_out
 
-    def _fail(self, copy: BlockCopy, owner: TierNode | TierTable) -> bool:
-        """What the copy should have written is not there. True when somebody may need it."""
+    def _fail(self, copy: BlockCopy, owner: TierNode | TierTable, depth: int) -> bool:
+        """What the copy should have written is not there. depth: of the block, from the root, where a node owns it.
+        True when somebody may need it."""
         self.copies.spoil_after(copy)
         if isinstance(owner, TierTable):
             owner.lost = True
             return True
-        if copy.id == owner.mirroring:
-            if owner.block >= 0 and owner.loading not in self.copies.pending:
-                self._drop_dram(owner)
-                self._dirty.append(owner)
-                return False
-        elif copy.id != owner.loading:
+        node = node_at(owner, depth)
+        if node is None:
+            return False
+        at = depth - node.start
+        if (node.mirroring if copy.out else node.loading)[at : at + 1] != [copy.id]:
             return False  # it has given up the place the copy was for
-        self.forget(owner)
+        if copy.out and at < len(node.blocks) and node.loading[at] not in self.copies.pending:
+            if at + 1 < len(node.dram):
+                node = cast(TierNode, self._split(node, at + 1))
+            self._drop_dram(node, at)
+            self._dirty.append((node, depth, depth + 1))
+            return False
+        if at:
+            self._split(node, at)
+        self.forget(node)
         return True
 
     def _load(self, table: TierTable) -> None:
         """Plan the copies in of what a table has in DRAM only: nodes, and its tail if it has been parked."""
-        nodes = [cast(TierNode, table.nodes[at]) for at in table.missing]
-        blocks = self._take(len(nodes) + len(table.tail))
-        for at, node, block in zip(table.missing, nodes, blocks, strict=False):
-            node.block = table.blocks[at] = block
-        tail = blocks[len(nodes) :]
-        table.blocks += tail
-        ids = self._copy_in(nodes) + self.copies.plan(False, tail, table.tail, [table] * len(tail))
-        self.copies.read_by(table, ids)
+        tail = table.tail
+        blocks, at = self._take(table.missing + len(tail)), 0
+        parts: list[Part] = []
+        if table.missing:
+            for node in cast(list[TierNode], table.node.path()):
+                here, absent = len(node.blocks), node.length - len(node.blocks)
+                if absent:
+                    new = blocks[at : at + absent]
+                    table.blocks[node.start + here : node.end] = new
+                    node.blocks += new
+                    parts.append((node, node.start + here, node.end))
+                    at += absent
+        tail_blocks = blocks[at:]
+        table.blocks += tail_blocks
+        ids = self._copy_in(parts, table, tail_blocks)
+        if ids:
+            self.copies.read_by(table, ids)
         self._pinned -= len(tail)
-        self._give_dram(table.tail)
-        table.missing, table.tail = [], []
+        self._give_dram(tail)
+        table.missing, table.tail = 0, []
 
     def _new_table(self, root: Node) -> BlockTable:
         return TierTable(root)

@@ -289,11 +289,13 @@ class CudaDuplex:
     def _reached(self) -> list[int]:
         """The last batch of each direction that is over. What such a batch followed is over too, though it may not
         have been when it was asked."""
-        reached, grown = list(self._over), True
+        reached, grown = list(self._over), False
         for out in (True, False):  # mostly all of them are, which the last one knows
             batches = self._under_way[out]
             if batches and self._is_over(batches[-1], 0) and not any([batch.unordered for batch in batches]):
                 reached[out] = batches[-1].seq
+            elif batches:
+                grown = True
         while grown:
             grown = False
             for out in (True, False):

@@ -15,23 +15,31 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from superinfer.runtime.kv.copies import NO_COPIES, BlockCopy, Copies, no_copies
-from superinfer.runtime.kv.tiers import TierNode, TierTable
-
-Owner = TierNode | TierTable
+from superinfer.runtime.kv.tiers import Part, TierNode, TierTable
 
 
 class _Run(NamedTuple):
-    """Copies planned together. No block is in it twice."""
+    """Copies planned together: of parts of nodes, and then of a table's private blocks. No block is in it twice."""
 
     out: bool
     ids: list[int]
     hbm: list[int]
     dram: list[int]
-    owners: list[Owner]
+    parts: list[Part]
+    table: TierTable | None
+
+    def owners(self) -> list[tuple[TierNode | TierTable, int]]:
+        """Of each copy: the node, and the block's number from the root; or the table."""
+        owners: list[tuple[TierNode | TierTable, int]] = []
+        for node, first, end in self.parts:
+            owners += [(node, at) for at in range(first, end)]
+        if self.table is not None:
+            owners += [(self.table, 0)] * (len(self.ids) - len(owners))
+        return owners
 
 
 class PendingCopies:
-    """Each has an owner: the node that moves, or the table whose private block does. Ids only grow, from 1.
+    """Each is of a node's block or of a table's private one. Ids only grow, from 1.
 
     pending: ids of those planned and not reported. on_hbm, on_dram: by block, the last copy that touches it, pending or
     over; 0: there was none.
@@ -69,11 +77,18 @@ class PendingCopies:
     def oldest(self) -> int:
         """Id of the oldest; when there is none, the id that the next one will have."""
         end = self._last + 1
-        self._oldest = next(filter(self.pending.__contains__, range(self._oldest, end)), end)
+        if self.pending:
+            self._oldest = next(filter(self.pending.__contains__, range(self._oldest, end)))
+        else:
+            self._oldest = end
         return self._oldest
 
-    def plan(self, out: bool, hbm: list[int], dram: list[int], owners: list[Owner]) -> list[int]:
-        """Plan some, each after those pending on its two blocks; no block twice. Returns their ids."""
+    def plan(
+        self, out: bool, hbm: list[int], dram: list[int], parts: list[Part], table: TierTable | None = None
+    ) -> list[int]:
+        """Plan some, each after those pending on its two blocks; no block twice. They are of these parts, and the rest
+        of a table. Returns their ids."""
+        assert len(hbm) == len(dram), "a copy has a block in either pool"
         ids = [*range(self._last + 1, self._last + 1 + len(hbm))]
         if not ids:
             return ids
@@ -81,8 +96,8 @@ class PendingCopies:
         way, pending, on_hbm, on_dram = self._outbox[out], self.pending, self.on_hbm, self.on_dram
         if pending:
             after = [id if id in pending else 0 for id in map(on_hbm.__getitem__, hbm)]
-            others = [id if id in pending else 0 for id in map(on_dram.__getitem__, dram)]
-            if any(others):
+            if not pending.isdisjoint(map(on_dram.__getitem__, dram)):
+                others = [id if id in pending else 0 for id in map(on_dram.__getitem__, dram)]
                 for id, pair in zip(ids, zip(after, others, strict=True), strict=True):
                     if all(pair) and pair[0] != pair[1]:
                         way.also[id] = (min(pair),)
@@ -98,7 +113,7 @@ class PendingCopies:
         way.hbm.extend(hbm)
         way.dram.extend(dram)
         way.after.extend(after)
-        self._runs.append(_Run(out, ids, hbm, dram, owners))
+        self._runs.append(_Run(out, ids, hbm, dram, parts, table))
         return ids
 
     def take(self) -> Copies:
@@ -109,10 +124,9 @@ class PendingCopies:
         return copies
 
     def read_by(self, table: TierTable, ids: Sequence[int]) -> None:
-        """The table's work reads what these copies in bring: it waits for them, and is lost with any."""
-        if ids:
-            table.awaits += ids
-            self._readers.append((max(ids), table, ids))
+        """The table's work reads what these copies in bring, at least one: it waits for them, and is lost with any."""
+        table.awaits += ids
+        self._readers.append((max(ids), table, ids))
 
     def over(self, ids: Sequence[int]) -> tuple[int, int]:
         """Forget those that have been reported. Returns how many came in and how many went out. RuntimeError where one
@@ -134,16 +148,16 @@ class PendingCopies:
 
     # ------------------------------------------------------------------ when one fails: O(pending)
 
-    def look_up(self, ids: set[int]) -> dict[int, tuple[BlockCopy, Owner, list[TierTable]]]:
-        """By id: the copy, its owner, and who reads what it brings."""
-        found: dict[int, tuple[BlockCopy, Owner, list[TierTable]]] = {}
+    def look_up(self, ids: set[int]) -> dict[int, tuple[BlockCopy, TierNode | TierTable, int, list[TierTable]]]:
+        """By id: the copy, its owner (a node with the block's number from the root), and who reads what it brings."""
+        found: dict[int, tuple[BlockCopy, TierNode | TierTable, int, list[TierTable]]] = {}
         for run in self._runs:
-            for id, hbm, dram, owner in zip(run.ids, run.hbm, run.dram, run.owners, strict=True):
+            for id, hbm, dram, (owner, depth) in zip(run.ids, run.hbm, run.dram, run.owners(), strict=True):
                 if id in ids:
-                    found[id] = BlockCopy(id, run.out, hbm, dram), owner, []
+                    found[id] = BlockCopy(id, run.out, hbm, dram), owner, depth, []
         for _, table, read in self._readers:
             for id in ids.intersection(read):
-                found[id][2].append(table)
+                found[id][3].append(table)
         return found
 
     def is_spoiled(self, id: int) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import islice
 
-from superinfer.runtime.kv.cache import Node
+from superinfer.runtime.kv.cache import NO_PREFIX, Prefix
 from superinfer.runtime.kv.copies import NO_COPIES
 from superinfer.runtime.scheduler import stages
 from superinfer.runtime.scheduler.cohort import Cohort
@@ -299,32 +299,32 @@ class BatchScheduler(Results):
         """Who may be let in, in order: all that wait, unless a policy holds some back though there is room."""
         return self._waiting
 
-    def _cached_path(self, sequence: Sequence) -> list[Node]:
+    def _cached_path(self, sequence: Sequence) -> Prefix:
         """What of a sequence's prefix is cached and worth using. Empty for a rotated-out one: it has its own."""
         if sequence.table is not None:
             assert self._rotation is not None
             if not self._rotation.is_lost(sequence.table):
-                return []
+                return NO_PREFIX
             self._drop_table(sequence)
         limit = len(sequence.tokens) - 1 if sequence.score_start is None else sequence.score_start - 1
         path = self._kv.match(sequence.tokens, sequence.salt, limit)
         return path if self._rotation is None else self._rotation.worth_loading(path)
 
-    def _missing(self, sequence: Sequence, path: list[Node]) -> int:
+    def _missing(self, sequence: Sequence, path: Prefix) -> int:
         """Tokens that are to be computed before the next one is sampled. path: of its prefix, where it has no table."""
         there = sequence.scheduled if sequence.table is not None else len(path) * self._kv.page_size
         return sequence.compute_length - there
 
-    def _leaves_room(self, sequence: Sequence, path: list[Node]) -> bool:
+    def _leaves_room(self, sequence: Sequence, path: Prefix) -> bool:
         """Whether those that run can still grow once a sequence is let in. Who must go for want of room is computed
         again, and that costs more than a place left empty; where it moves to the second tier instead, it does not."""
         if self._rotation is not None and self._rotation.is_quick:
             return True
-        held = path if sequence.table is None else sequence.table.nodes
-        wanted = self._kv.blocks_for(sequence.compute_length) - sum(node.holders > 0 for node in held)
+        held = path if sequence.table is None else sequence.table.prefix
+        wanted = self._kv.blocks_for(sequence.compute_length) - self._kv.num_held(held)
         return self._kv.num_available >= wanted + self.headroom * len(self._running)
 
-    def _reserve(self, sequence: Sequence, path: list[Node]) -> bool:
+    def _reserve(self, sequence: Sequence, path: Prefix) -> bool:
         """Hold the matched prefix and blocks for all known tokens, so that a prefill, once begun, can end."""
         wanted = self._kv.blocks_for(sequence.compute_length)
         if sequence.table is not None:

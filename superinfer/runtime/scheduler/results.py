@@ -79,12 +79,11 @@ class Results(Places):
     def _forget_suspect(self, failed: Sequence, now: float) -> None:
         """The logits of `failed` were no numbers: what is not proven of its prefix leaves the tree. Who shares that
         starts again without it."""
-        suspect = self._kv.unproven(failed.tokens, failed.salt)
-        if suspect is None:
+        node = self._kv.unproven(failed.tokens, failed.salt)
+        if node is None:
             return
-        at, node = suspect
         for other in [*self._running, *self._waiting]:
-            if other.table is not None and len(other.table.nodes) > at and other.table.nodes[at] is node:
+            if other.table is not None and node in other.table.node.path():
                 self._restart(other, now)
         self._kv.forget(node)
 
@@ -147,7 +146,7 @@ class Results(Places):
             if work.tokens and is_proven:
                 self._kv.prove(table)
             if sequence.status is RUNNING:
-                if committed >= (len(table.nodes) + 1) * self._kv.page_size:  # a block is full
+                if committed >= (table.num_cached + 1) * self._kv.page_size:  # a block is full
                     self._kv.commit(table, sequence.tokens, committed, is_proven=is_proven)
                 if sequence.scheduled < sequence.resume_at:
                     self._kv.announce(table, sequence.tokens)

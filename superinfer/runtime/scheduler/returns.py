@@ -35,11 +35,11 @@ class Returns:
         """Before the table of a finished sequence is given up: keep it, if its caller comes back."""
         keep_s = sequence.hints.keep_s if sequence.hints is not None else None
         table = sequence.table
-        if keep_s is None or table is None or not table.nodes:
+        if keep_s is None or table is None or not table.num_cached:
             return
         until = now + KEEP * keep_s
         self._rotation.kv.keep(table, until)
-        load_s = 2.0 * len(table.nodes) * self._rotation.block_s
+        load_s = 2.0 * table.num_cached * self._rotation.block_s
         start = now + max(0.0, (1.0 - EARLY_SHARE) * keep_s - load_s)
         self._expect(start, next(self._numbers), until, sequence.tokens, sequence.salt)
 
@@ -50,7 +50,7 @@ class Returns:
         while most > 0 and self._expected and self._expected[0][0] <= now:
             _, number, until, tokens, salt = self._expected.pop(0)
             path = kv.match(tokens, salt, len(tokens))
-            absent = sum(node.block < 0 for node in path)
+            absent, _ = kv.absent(path)
             if not absent or now >= until:
                 continue
             loaded = kv.prefetch(path, min(most, absent))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from itertools import chain
 
-from superinfer.runtime.kv.cache import KVCache, Node
+from superinfer.runtime.kv.cache import KVCache, Prefix
 from superinfer.runtime.protocol import FinishReason
 from superinfer.runtime.scheduler.base import SchedulerLimits
 from superinfer.runtime.scheduler.batching import BatchScheduler
@@ -419,14 +419,14 @@ class Rota(BatchScheduler):
         headroom = len(self._running) // 2
         return self._kv.num_available >= self._kv.blocks_for(sequence.compute_length) + headroom
 
-    def _displace(self, first: Sequence, path: list[Node], slack: float, now: float) -> bool:
+    def _displace(self, first: Sequence, path: Prefix, slack: float, now: float) -> bool:
         """Make room for `first`, whose work must begin in `slack` seconds: leftovers go, the latest first, then kept
         streams that are further ahead by more than a rotation is worth. False, and nothing done, if that is not enough.
         """
         if not self._may_displace(first, slack):
             return False
         missing = self._kv.blocks_for(first.compute_length) - self._kv.num_available
-        missing -= sum(node.holders > 0 for node in (path if first.table is None else first.table.nodes))
+        missing -= self._kv.num_held(path if first.table is None else first.table.prefix)
         chosen: list[Sequence] = []
         for victim in self._by_dispensability(first, slack, now):
             if missing <= 0 and (chosen or self._free_slots):

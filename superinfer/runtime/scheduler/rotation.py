@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
-from typing import cast
-
-from superinfer.runtime.kv.cache import BlockTable, Node
+from superinfer.runtime.kv.cache import BlockTable, Prefix
 from superinfer.runtime.kv.copies import Copies, LinkUse
 from superinfer.runtime.kv.duplex import DuplexCache
-from superinfer.runtime.kv.tiers import TierNode
 from superinfer.runtime.scheduler.base import TierGauges
 from superinfer.runtime.scheduler.plan import StepResult
 
@@ -147,40 +143,35 @@ class Rotation:
             return False
         return (max(awaits) - self.kv.oldest_pending) * self.block_s <= MAX_WAIT_S
 
-    def worth_loading(self, path: list[Node]) -> list[Node]:
+    def worth_loading(self, path: Prefix) -> Prefix:
         """The part of a matched path to share: all of it, or up to its first block that is quicker to compute, or that
         a link on which copies fail would have to bring."""
-        absent = [at for at, node in enumerate(path) if node.block < 0]
+        absent, before = self.kv.absent(path)
         if not absent:
             return path
-        tokens = (len(path) - absent[0]) * self.kv.page_size
-        loads = not self._failing_s and self.cost.loads(len(absent), tokens, self.kv.num_pending_in)
-        return path if loads else path[: absent[0]]
+        tokens = (len(path) - before) * self.kv.page_size
+        loads = not self._failing_s and self.cost.loads(absent, tokens, self.kv.num_pending_in)
+        return path if loads else Prefix(path.node, before)
 
     def worth_parking(self, table: BlockTable, computed: int) -> bool:
         """Whether a sequence that must give its blocks up is back sooner by loading them than by computing its first
         `computed` tokens anew. True while not known."""
         if self.cost.token_s is None or self.cost.block_s is None:
             return True
-        absent = self.kv.blocks_for(computed) - self._held_by_others(table)
+        absent = self.kv.blocks_for(computed) - self.kv.num_shared(table)
         return (absent + self.kv.num_pending) * self.block_s <= absent * self.kv.page_size * self.cost.token_s
 
     def idle_s(self, table: BlockTable, computed: int) -> float:
         """Seconds for which places compute nothing if a table leaves now and comes back later: whoever gets its blocks
         waits for those that are copied out, then itself for those that come in, and each hears of it LATE steps late.
         """
-        nodes = cast(Seq[TierNode], table.nodes)
-        dirty = self.kv.blocks_for(computed) - sum(node.dram >= 0 for node in nodes)
-        back = self.kv.blocks_for(computed) - self._held_by_others(table)
+        dirty = self.kv.blocks_for(computed) - self.kv.num_mirrored(table)
+        back = self.kv.blocks_for(computed) - self.kv.num_shared(table)
         return (dirty + back + self.kv.num_pending) * self.block_s + LATE * self.cost.step_s
 
-    def _held_by_others(self, table: BlockTable) -> int:
-        return sum(node.holders > 1 for node in table.nodes)
-
-    def blocks_wanted(self, table: BlockTable | None, path: Seq[Node], total: int) -> int:
+    def blocks_wanted(self, table: BlockTable | None, path: Prefix, total: int) -> int:
         """Of `num_available`, what a sequence of `total` blocks takes: all but those that others hold in HBM."""
-        nodes = cast(Seq[TierNode], path if table is None else table.nodes)
-        return total - sum(node.holders > 0 for node in nodes)
+        return total - self.kv.num_held(path if table is None else table.prefix)
 
     def is_lost(self, table: BlockTable) -> bool:
         """Whether a failed copy took something the table needs."""

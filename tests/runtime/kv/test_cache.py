@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from superinfer.runtime.kv.cache import BlockTable, KVCache
+from superinfer.runtime.kv.cache import NO_PREFIX, BlockTable, KVCache, Prefix
 
 PAGE = 4
 
@@ -28,6 +28,10 @@ def compute(kv: KVCache, tokens: array, salt: str = "") -> BlockTable:
     assert kv.allocate(table, kv.blocks_for(len(tokens)) - len(table.blocks)) is not None
     kv.commit(table, tokens, len(tokens))
     return table
+
+
+def blocks_of(prefix: Prefix) -> list[int]:
+    return [block for node, length in prefix.parts() for block in node.blocks[:length]]
 
 
 def test_a_second_sequence_shares_the_blocks_of_an_equal_prefix():
@@ -55,7 +59,7 @@ def test_a_released_prefix_is_found_again():
     blocks = list(first.blocks)
     kv.release(first)
     assert (kv.num_free, kv.num_cached) == (14, 2)
-    assert [n.block for n in kv.match(tokens_of(1, 2, 3), "", 12)] == blocks[:2]
+    assert blocks_of(kv.match(tokens_of(1, 2, 3), "", 12)) == blocks[:2]
 
 
 def test_a_match_leaves_the_last_token_to_compute():
@@ -67,7 +71,7 @@ def test_a_match_leaves_the_last_token_to_compute():
 def test_salts_do_not_share():
     kv = KVCache(16, PAGE)
     compute(kv, tokens_of(1, 2, tail=1), salt="a")
-    assert kv.match(tokens_of(1, 2, tail=1), "b", 9) == []
+    assert len(kv.match(tokens_of(1, 2, tail=1), "b", 9)) == 0
     assert len(kv.match(tokens_of(1, 2, tail=1), "a", 9)) == 2
 
 
@@ -98,15 +102,14 @@ def test_long_prefixes_are_found_to_the_block_wherever_they_part_or_end():
         kv.release(compute(kv, tokens))
         found = kv.match(tokens, "", len(tokens) - 1)
         assert len(found) == parts + 40
-        expected = [tokens[at * PAGE : (at + 1) * PAGE].tobytes() for at in range(parts + 40)]
-        assert [node.key for node in found] == expected
+        assert b"".join(node.key for node in found.node.path()) == tokens[:-1].tobytes()
     kv.clear()
-    assert kv.match(tokens_of(*trunk), "", 400) == []
+    assert len(kv.match(tokens_of(*trunk), "", 400)) == 0
 
 
 @pytest.mark.parametrize("proven", [0, 5, 16, 20])
 def test_what_is_not_proven_of_a_prefix_can_be_forgotten_and_only_that(proven):
-    """Of a path that is looked up in hops of 16 blocks, with branches on either side."""
+    """Of a path with branches on either side."""
     kv = KVCache(200, PAGE)
     tokens = tokens_of(*range(40), tail=1)
     kv.release(compute(kv, tokens[: proven * PAGE + 1]))
@@ -119,8 +122,8 @@ def test_what_is_not_proven_of_a_prefix_can_be_forgotten_and_only_that(proven):
     kv.release(table)
     kv.release(beside)
     assert len(kv.match(tokens, "", len(tokens))) == 40
-    at, node = kv.unproven(tokens, "")
-    assert at == proven
+    node = kv.unproven(tokens, "")
+    assert node.start == proven
     kv.forget(node)
     assert kv.unproven(tokens, "") is None
     assert len(kv.match(tokens, "", len(tokens))) == proven
@@ -141,7 +144,7 @@ def test_blocks_are_proven_by_whoever_attends_to_them():
     kv.commit(table, tokens, 8, is_proven=False)
     compute(kv, tokens_of(1, 7, tail=1))
     kv.commit(table, tokens, 16, is_proven=False)
-    assert kv.unproven(tokens, "")[0] == 1  # the first block is the other's, too
+    assert kv.unproven(tokens, "").start == 1  # the first block is the other's, too
     kv.prove(table)
     assert kv.unproven(tokens, "") is None
 
@@ -160,7 +163,7 @@ def test_the_block_another_sequence_is_computing_is_known():
     table = kv.open("")
     kv.allocate(table, 3)
     kv.announce(table, tokens)
-    assert kv.is_being_computed(tokens, "", [])
+    assert kv.is_being_computed(tokens, "", NO_PREFIX)
     kv.commit(table, tokens, PAGE)
     kv.announce(table, tokens)
     path = kv.match(tokens, "", 8)
@@ -199,8 +202,8 @@ class CacheMachine(RuleBasedStateMachine):
         table = self.kv.open(salt)
         path = self.kv.match(tokens, salt, len(tokens) - 1)
         self.kv.adopt(table, path)
-        for at, node in enumerate(path):
-            assert self.content[node.block] == (salt, *tokens[: (at + 1) * PAGE]), "a match is another prefix"
+        for at, block in enumerate(blocks_of(path)):
+            assert self.content[block] == (salt, *tokens[: (at + 1) * PAGE]), "a match is another prefix"
         if self.kv.allocate(table, self.kv.blocks_for(len(tokens)) - len(path)) is None:
             self.kv.release(table)
             return
@@ -213,7 +216,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def commit(self, data):
         table, tokens = data.draw(st.sampled_from(self.live))
-        self.kv.commit(table, tokens, data.draw(st.integers(len(table.nodes) * PAGE, len(tokens))))
+        self.kv.commit(table, tokens, data.draw(st.integers(table.num_cached * PAGE, len(tokens))))
 
     @precondition(lambda self: self.live)
     @rule(at=st.integers(0, 100))
@@ -229,8 +232,9 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def counts_conserve(self):
         held = {block for table, _ in self.live for block in (*table.blocks, *table.spare)}
-        held |= {node.block for table, _ in self.live for node in table.nodes}
-        idle = {node.block for node in self.kv._idle}
+        held |= {block for table, _ in self.live for node in table.node.path() for block in node.blocks}
+        idle = {block for node in self.kv._idle for block in node.blocks}
+        assert len(idle) == self.kv.num_cached
         free = set(self.kv._free)
         assert len(free) == len(self.kv._free), "a block is free twice"
         assert not (held & idle or held & free or idle & free)
@@ -238,7 +242,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def private_blocks_have_one_owner(self):
-        private = [b for table, _ in self.live for b in table.blocks[len(table.nodes) :]]
+        private = [b for table, _ in self.live for b in table.blocks[table.num_cached :]]
         assert len(private) == len(set(private))
 
     def teardown(self):

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from superinfer.runtime.kv.cache import KVCache
+from superinfer.runtime.kv.cache import KVCache, Prefix
 from superinfer.runtime.kv.copies import BlockCopy
 from superinfer.runtime.kv.duplex import DuplexCache, build_cache
 from superinfer.runtime.kv.tiers import TierNode, TierTable
@@ -30,6 +30,16 @@ def compute(kv: DuplexCache, tokens: array, salt: str = "") -> TierTable:
     assert kv.allocate(table, kv.blocks_for(len(tokens)) - len(table.blocks)) is not None
     kv.commit(table, tokens, len(tokens))
     return table
+
+
+def hbm_of(prefix: Prefix) -> list[int]:
+    """Its blocks' places in HBM, -1 where there is none."""
+    return [block for node, length in prefix.parts() for block in (node.blocks + [-1] * length)[:length]]
+
+
+def dram_of(prefix: Prefix) -> list[int]:
+    """Its blocks' places in DRAM, -1 where there is none."""
+    return [place for node, length in prefix.parts() for place in (node.dram + [-1] * length)[:length]]
 
 
 def land(kv: DuplexCache, failed: tuple[int, ...] = ()) -> bool:
@@ -62,7 +72,7 @@ def test_a_mirrored_prefix_survives_in_dram_and_is_loaded():
     kv.release(fill(kv))
     tokens = tokens_of(1, 2, 3, tail=1)
     path = kv.match(tokens, "", 12)
-    assert [node.block for node in path] == [-1, -1, -1]
+    assert hbm_of(path) == [-1, -1, -1]
     table = kv.open("")
     kv.adopt(table, path)
     assert kv.allocate(table, 1) is not None
@@ -75,7 +85,7 @@ def test_a_dirty_prefix_is_forgotten_when_hbm_is_wanted():
     kv = DuplexCache(6, 10, PAGE)
     kv.release(compute(kv, tokens_of(1, 2, 3, tail=1)))
     kv.release(fill(kv))
-    assert kv.match(tokens_of(1, 2, 3, tail=1), "", 12) == []
+    assert len(kv.match(tokens_of(1, 2, 3, tail=1), "", 12)) == 0
     assert kv.totals.forgotten == 3
 
 
@@ -83,7 +93,7 @@ def test_salts_do_not_share_in_dram():
     kv = DuplexCache(6, 10, PAGE)
     mirrored(kv, 1, 2, salt="a")
     kv.release(fill(kv))
-    assert kv.match(tokens_of(1, 2, tail=1), "b", 8) == []
+    assert len(kv.match(tokens_of(1, 2, tail=1), "b", 8)) == 0
     assert len(kv.match(tokens_of(1, 2, tail=1), "a", 8)) == 2
 
 
@@ -117,11 +127,21 @@ def test_mirroring_keeps_to_its_budget_and_stops_when_dram_is_full_of_parked_blo
 
 def test_a_mirror_that_nobody_holds_may_give_its_place_to_the_next_of_the_same_plan_which_follows_it():
     kv = DuplexCache(6, 1, PAGE)
-    kv.release(compute(kv, tokens_of(1, 2, tail=1)))
+    kv.release(compute(kv, tokens_of(1, tail=1)))
+    kv.release(compute(kv, tokens_of(2, tail=1)))
     kv.mirror(100)
     first, second = kv.take_copies()
     assert (first.dram, second.dram, second.after) == (0, 0, (first.id,))
-    assert not land(kv, failed=(first.id,)) and known(kv, 1, 2) == 2
+    assert not land(kv, failed=(first.id,)) and known(kv, 1) == known(kv, 2) == 1
+
+
+def test_a_prefix_longer_than_what_dram_has_idle_is_mirrored_from_its_root_on_and_does_not_drop_itself():
+    kv = DuplexCache(6, 2, PAGE)
+    kv.release(compute(kv, tokens_of(1, 2, 3, tail=1)))
+    kv.mirror(100)
+    assert len(kv.take_copies()) == 2
+    kv.release(fill(kv))
+    assert known(kv, 1, 2, 3) == 2
 
 
 def test_a_report_of_a_copy_that_is_not_under_way_is_refused():
@@ -142,9 +162,9 @@ def test_a_rotation_moves_only_what_is_not_mirrored():
     table = compute(kv, tokens_of(1, 2, 3, tail=2))
     kv.mirror(2)
     land(kv)
-    tail_block = table.blocks[3]
+    last, tail_block = table.blocks[2:]
     assert kv.park(table, 14)
-    assert [(copy.out, copy.hbm) for copy in kv.take_copies()] == [(True, table.nodes[2].block), (True, tail_block)]
+    assert [(copy.out, copy.hbm) for copy in kv.take_copies()] == [(True, last), (True, tail_block)]
     assert kv.num_available == 8
     assert (kv.totals.rotated, kv.totals.rotated_clean) == (4, 2)
 
@@ -192,7 +212,7 @@ def test_a_prefix_that_another_holds_stays_and_costs_nothing():
     first, second = compute(kv, tokens_of(1, 2, 3, tail=1)), compute(kv, tokens_of(1, 2, 4, tail=1))
     assert kv.park(second, 13)
     assert kv.num_available == 8 - 4
-    assert [node.block for node in second.nodes[:2]] == first.blocks[:2]
+    assert hbm_of(second.prefix)[:2] == first.blocks[:2]
 
 
 def test_without_room_in_dram_a_rotation_changes_nothing():
@@ -211,11 +231,11 @@ def test_a_rotation_takes_the_mirrors_of_running_sequences_when_it_must():
     table = compute(kv, tokens_of(5, 6, 7))
     assert kv.park(table, 12)
     assert (kv.num_dram_pinned, kv.num_dram_free) == (3, 0)
-    assert [node.dram >= 0 for node in running.nodes].count(True) == 1
+    assert [place >= 0 for place in dram_of(running.prefix)] == [True, False, False, False]
     land(kv)
     kv.release(table)
     kv.mirror(10)
-    assert all(node.dram >= 0 for node in running.nodes), "it is mirrored again once there is room"
+    assert all(place >= 0 for place in dram_of(running.prefix)), "it is mirrored again once there is room"
 
 
 def test_what_a_rotated_sequence_needs_stays_in_dram_when_another_that_shared_it_ends():
@@ -238,7 +258,7 @@ def test_what_is_computed_though_it_is_in_dram_is_in_hbm_for_all_without_a_copy(
     table = kv.open("")
     kv.allocate(table, 2)
     kv.commit(table, tokens_of(1, 2), 8)
-    assert [node.block for node in kv.match(tokens_of(1, 2), "", 8)] == table.blocks
+    assert hbm_of(kv.match(tokens_of(1, 2), "", 8)) == table.blocks
     assert not kv.take_copies()
 
 
@@ -264,7 +284,7 @@ def test_a_failed_mirror_leaves_the_block_dirty_and_is_tried_again():
     table = compute(kv, tokens_of(1, 2))
     kv.mirror(10)
     assert not land(kv, failed=(1,))
-    assert [node.dram >= 0 for node in table.nodes] == [False, True]
+    assert [place >= 0 for place in dram_of(table.prefix)] == [False, True]
     kv.mirror(10)
     assert [copy.hbm for copy in kv.take_copies()] == table.blocks[:1]
 
@@ -309,7 +329,7 @@ def test_a_copy_that_reads_what_a_failed_one_should_have_written_counts_as_faile
     kv.release(fill(kv))
     assert kv.resume(table, 0)
     out, *_ = (copy for copy in kv.take_copies() if copy.out)
-    kv._drop_dram(table.nodes[0])  # as when a rotation wants the room
+    kv._drop_dram(table.node, 0)  # as when a rotation wants the room
     assert land(kv, failed=(out.id,))
     assert not kv.is_intact(table)
     assert kv.totals.failed == 2
@@ -327,7 +347,7 @@ def test_a_mirror_made_anew_that_fails_is_known_though_the_one_before_it_was_mad
     first, *_, again = (copy.id for copy in kv.take_copies())
     assert not kv.settle([first], [])
     assert not land(kv, failed=(again,))
-    assert running.nodes[0].dram < 0, "what was never written counts as a mirror"
+    assert dram_of(running.prefix) == [-1], "what was never written counts as a mirror"
 
 
 def test_what_is_written_anew_after_a_failed_copy_out_is_loaded():
@@ -432,7 +452,7 @@ def test_a_parked_sequence_is_brought_near_before_its_turn():
     assert kv.park(table, 9)
     land(kv)
     kv.release(fill(kv))
-    assert kv.prefetch(table.nodes, most=10) == 2
+    assert kv.prefetch(table.prefix, most=10) == 2
     land(kv)
     assert kv.resume(table, 0)
     assert len(kv.take_copies()) == 1, "the tail alone is left to come"
@@ -461,23 +481,29 @@ def check_conserved(kv: DuplexCache, tables: list[TierTable]) -> None:
     stack = [child for root in kv._roots.values() for child in root.children.values()]
     while stack:
         node = stack.pop()
-        assert node.alive and (node.block >= 0 or node.dram >= 0), "a node without a place"
+        assert node.alive and node.length == max(len(node.blocks), len(node.dram)) > 0, "a block without a place"
+        assert (len(node.loading), len(node.mirroring)) == (len(node.blocks), len(node.dram))
+        assert node.start == node.parent.end and len(node.key) == 4 * PAGE * node.length
+        assert node.parent.children[bytes(node.key[: 4 * PAGE])] is node
         nodes.add(node)
         stack += node.children.values()
-    hbm = [n.block for n in nodes if n.block >= 0] + list(kv._free)
-    hbm += [b for t in tables if not t.parked for b in (*t.blocks[len(t.nodes) :], *t.spare)]
+    hbm = [b for n in nodes for b in n.blocks] + list(kv._free)
+    hbm += [b for t in tables if not t.parked for b in (*t.blocks[t.num_cached :], *t.spare)]
     assert sorted(hbm) == list(range(kv.num_blocks))
-    dram = [n.dram for n in nodes if n.dram >= 0] + list(kv._free_dram) + [d for t in tables for d in t.tail]
+    dram = [p for n in nodes for p in n.dram] + list(kv._free_dram) + [d for t in tables for d in t.tail]
     assert sorted(dram) == list(range(kv.num_dram))
-    parked = {n for t in tables if t.parked for n in t.nodes if n.alive}
-    assert kv._pinned == sum(n.dram >= 0 for n in parked) + sum(len(t.tail) for t in tables)
-    assert set(kv._idle) == {n for n in nodes if n.holders == 0 and n.block >= 0}
-    assert set(kv._order.mirrors) == {n for n in nodes if n.holders and not n.parked and n.dram >= 0}
+    parked = {n for t in tables if t.parked for n in t.node.path() if n.alive}
+    assert parked == {n for n in nodes if n.parked}
+    assert kv._pinned == sum(len(n.dram) for n in parked) + sum(len(t.tail) for t in tables)
+    assert set(kv._idle) == {n for n in nodes if n.holders == 0 and n.blocks}
+    assert kv.num_cached == sum(len(n.blocks) for n in kv._idle)
+    assert set(kv._order.mirrors) == {n for n in nodes if n.holders and not n.parked and n.dram}
     droppable = {n for n in nodes if not n.holders and not n.parked}
-    assert {n for n in droppable if n.dram >= 0} <= set(kv._order) <= droppable
+    assert {n for n in droppable if n.dram} <= set(kv._order) <= droppable
     assert {n for n in kv._order if n.keep_until} == set(kv._order._kept)
-    held = {n: sum(n in t.nodes for t in tables if not t.parked) for n in nodes}
+    held = {n: sum(n in t.node.path() for t in tables if not t.parked) for n in nodes}
     assert all(n.holders == held[n] for n in nodes)
+    assert all(len(n.blocks) == n.length for n in nodes if n.holders), "a held block is not in HBM"
 
 
 class DuplexLives:
@@ -501,15 +527,15 @@ class DuplexLives:
     def commit(self, at, amount) -> None:
         table, tokens = self.live[at % len(self.live)]
         if not table.parked:
-            low = len(table.nodes) * PAGE
+            low = table.num_cached * PAGE
             self.kv.commit(table, tokens, low + amount % (len(tokens) - low + 1))
 
     def rotate(self, at) -> None:
         table, tokens = self.live[at % len(self.live)]
         if not table.parked:
-            self.kv.park(table, max(len(table.nodes) * PAGE, len(tokens) - 1))
+            self.kv.park(table, max(table.num_cached * PAGE, len(tokens) - 1))
         elif self.kv.is_intact(table):
-            self.kv.resume(table, self.kv.blocks_for(len(tokens)) - len(table.nodes) - len(table.tail))
+            self.kv.resume(table, self.kv.blocks_for(len(tokens)) - table.num_cached - len(table.tail))
 
     def end(self, at) -> None:
         self.kv.release(self.live.pop(at % len(self.live))[0])
@@ -540,7 +566,7 @@ class DuplexLives:
         self.kv.prefetch(self.kv.match(tokens, salt, len(tokens)), most)
         for table, _ in self.live[:1]:
             if table.parked and self.kv.is_intact(table):
-                self.kv.prefetch(table.nodes, most)
+                self.kv.prefetch(table.prefix, most)
 
     def finish(self) -> None:
         while self.live:

@@ -95,7 +95,7 @@ def test_random_copies_end_as_one_after_another_would(seed, lazy, late, most):
     reported += rig.settle()[0]
     assert np.array_equal(rig.hbm, hbm) and np.array_equal(rig.dram, dram)
     assert sorted(reported) == list(range(1, id)), "every copy is reported once"
-    assert not rig.duplex._arranger._batch_of and len(rig.duplex._spans) <= 2
+    assert not any(rig.duplex._arranger._seqs + rig.duplex._arranger._unnoted) and len(rig.duplex._spans) <= 2
 
 
 def test_a_report_never_comes_before_that_of_what_it_followed():
@@ -259,7 +259,7 @@ def test_who_follows_a_copy_that_is_over_waits_for_nothing_and_what_is_over_is_f
         rig.submitter.finish(duplex._jobs)
         rig.device.synchronize(duplex._streams[True])
         assert duplex.report()[0] == [id]
-        assert len(duplex._arranger._batch_of) <= 1 + 8
+        assert sum(map(len, duplex._arranger._seqs + duplex._arranger._unnoted)) <= 1 + 8
     duplex.start(Copies.of([BlockCopy(40, False, 39, 39, (39,)), BlockCopy(41, True, 50, 50, (1,))]))
     followers = {batch.ids[0]: batch for ways in duplex._under_way for batch in ways}
     assert followers[40].wait == 0 and followers[41].wait == followers[1].end
@@ -271,15 +271,16 @@ def test_of_many_copies_under_way_names_are_gathered_anew_seldom(monkeypatch):
     """Not with each report, each of which would then cost as much as there is under way."""
     monkeypatch.setattr(copy_batches, "MOST_NAMES", 8)
     arranger = Arranger(16 << 20)
-    under_way, gathered = deque(), [arranger._batch_of]
+    under_way, known, gathered = deque(), 0, 0
     for id in range(3000):
         under_way += arranger.arrange(Copies.of([BlockCopy(id, True, id, id)]), wanted=())
+        assert arranger.find(id) is under_way[-1]
         if len(under_way) > 1000:
             arranger.forget([under_way.popleft()])
-        if arranger._batch_of is not gathered[-1]:
-            gathered.append(arranger._batch_of)
-        assert len(arranger._batch_of) <= 2 * 1000 + 2
-    assert len(gathered) < 10
+        names = len(arranger._seqs[True])
+        gathered, known = gathered + (names < known), names
+        assert names <= 2 * 1000 + 2
+    assert 0 < gathered < 10
 
 
 def test_copies_that_fail_are_told_once_and_do_not_hold_up_others():

@@ -190,7 +190,7 @@ def test_who_shares_suspect_blocks_without_logits_of_its_own_starts_again(ahead)
     bench = Bench(KVCache(60, PAGE), batch_tokens=8, ahead=ahead)
     prompt = list(range(16))
     first = bench.add(1, [*prompt, 20, 21, 22])
-    while not first.table or not first.table.nodes:
+    while not first.table or not first.table.num_cached:
         bench.step()
     bench.executor.spoilt_blocks = {first.table.blocks[0]}
     second = bench.add(2, prompt + [30] * 40)

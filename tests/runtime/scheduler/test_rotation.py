@@ -141,7 +141,7 @@ def _a_load_is_not_waited_for_by_who_shares_it(bench, patch):
         table.awaits = []
 
     def deaf_resume(table, extra):
-        shared = {node.loading for node in table.nodes}
+        shared = {id for node in table.node.path() for id in node.loading}
         resumed = resume(table, extra)
         table.awaits = [id for id in table.awaits if id not in shared]
         return resumed
@@ -175,7 +175,7 @@ def _the_tail_is_freed_in_dram_while_parked(bench, patch):
     def early(table, computed):
         parked = park(table, computed)
         if parked:
-            bench.kv._free_dram.extend(table.tail)
+            bench.kv._free_dram.give(table.tail)
         return parked
 
     patch.setattr(bench.kv, "park", early)
@@ -186,7 +186,7 @@ def _parked_blocks_are_not_pinned(bench, patch):
 
     def loose(table, computed):
         parked = park(table, computed)
-        for node in table.nodes if parked else ():
+        for node in table.node.path() if parked else ():
             if not node.holders:
                 bench.kv._order.add(node)
         return parked
@@ -198,9 +198,9 @@ def _parked_blocks_are_not_pinned(bench, patch):
 def _dirty_blocks_count_as_mirrored(bench, patch):
     copy_out = bench.kv._copy_out
 
-    def pretend(nodes):
-        ids = copy_out(nodes)
-        _lose(bench.kv.copies, [node.dram for node in nodes])
+    def pretend(parts, *private):
+        ids = copy_out(parts, *private)
+        _lose(bench.kv.copies, {place for node, *_ in parts for place in node.dram})
         return ids
 
     patch.setattr(bench.kv, "_copy_out", pretend)
