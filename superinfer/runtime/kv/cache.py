@@ -369,7 +369,14 @@ class KVCache:
         upper = node.split(length, self._page_bytes)
         if node in self._idle:
             self._idle[upper] = None
+            self._renew(upper)
         return upper
+
+    def _renew(self, node: Node) -> None:
+        """What is idle of a path that ends with this node is the newest, each child before its parent."""
+        for each in reversed(node.path()):
+            if each in self._idle:
+                self._idle.move_to_end(each)
 
     # ------------------------------------------------------------------ inside
 

@@ -146,9 +146,8 @@ class TieredCache(KVCache):
         `most` blocks; nothing that would be lost makes room for them. Returns how many. Nobody holds them."""
         nodes = [(cast(TierNode, node), length) for node, length in prefix.parts()]
         nodes = [(node, length) for node, length in nodes if node.alive]
-        for node, _ in reversed(nodes):
-            if node in self._idle:  # what is here of the path is not to make room for the rest
-                self._idle.move_to_end(node)
+        if nodes:
+            self._renew(nodes[-1][0])  # what is here of the path is not to make room for the rest
         absent = sum(max(0, length - len(node.blocks)) for node, length in nodes)
         taken = self._take(self._harmless(min(most, absent), {node for node, _ in nodes}))
         parts: list[Part] = []
@@ -201,6 +200,7 @@ class TieredCache(KVCache):
         order = self._order
         if mine in self._idle:
             self._idle[upper] = None
+            self._renew(upper)
             if not mine.blocks:
                 del self._idle[mine]
         if mine in order:

@@ -136,6 +136,23 @@ def test_what_is_not_proven_of_a_prefix_can_be_forgotten_and_only_that(proven):
     assert kv.num_free == 200
 
 
+def test_what_is_left_of_a_branch_is_given_up_before_what_it_hangs_on():
+    kv = KVCache(10, PAGE)
+    kv.release(compute(kv, tokens_of(1, 2, 9)))
+    tokens = tokens_of(1, 2, 3, 4)
+    table = kv.open("")
+    kv.adopt(table, kv.match(tokens, "", len(tokens)))
+    assert len(table.blocks) == 2 and kv.allocate(table, 2) is not None
+    kv.commit(table, tokens, 3 * PAGE)
+    kv.commit(table, tokens, 4 * PAGE, is_proven=False)
+    kv.release(table)
+    kv.forget(kv.unproven(tokens, ""))
+    assert len(kv.match(tokens, "", len(tokens))) == 3
+    assert kv.allocate(kv.open(""), 8) is not None
+    assert len(kv.match(tokens, "", len(tokens))) == 2
+    assert kv.allocate(kv.open(""), 2) is not None
+
+
 def test_blocks_are_proven_by_whoever_attends_to_them():
     kv = KVCache(40, PAGE)
     tokens = tokens_of(1, 2, 3, 4, tail=1)
