@@ -81,7 +81,7 @@ class _Run(NamedTuple):
 
 def _last_with(gpu: str, phase: str) -> _Run:
     runs = []
-    for schedule in ("steady", "whole", "ample", "ample-turns"):
+    for schedule in ("speed", "steady", "whole", "ample", "ample-turns"):
         record = _read(gpu, schedule)
         if record is not None:
             both = tuple(_phase(record, arm, phase) for arm in ("ours", "vllm"))

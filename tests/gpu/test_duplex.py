@@ -341,5 +341,5 @@ def test_ten_thousand_steps_of_rotation_leak_nothing(llama):
     assert kv.num_pending == 0 and kv.totals.rotations_out > 500
     kv.clear()
     assert (kv.num_free, kv.num_dram_free, kv.num_dram_pinned) == (kv.num_blocks, kv.num_dram, 0)
-    assert not executor._duplex._arranger._batch_of and len(executor._duplex._events) < 1000
+    assert not any(executor._duplex._arranger._seqs) and len(executor._duplex._events) < 1000
     executor.close()

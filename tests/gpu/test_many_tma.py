@@ -8,6 +8,15 @@ from hopper_products import CUDA, activated, assert_replays_write, operands, poi
 
 GATED = [(28672, 4096), (55296, 5120), (57344, 8192)]
 
+
+def assert_gates(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Of tens of millions of products some have both gate and up on the other side of a rounding, a bit in the last
+    place each; all together are as exact as their type."""
+    exact = activated(x, weight)
+    assert ((found.double() - exact).norm() / exact.norm()).item() < 4e-3
+    torch.testing.assert_close(found.double(), exact, rtol=2.5e-2, atol=1e-2)
+
+
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="the kernel is for Hopper"
 )
@@ -27,7 +36,7 @@ def test_what_gates_let_through(outputs, depth, rows, dtype):
         assert found is None
         return
     assert found.shape == (rows, outputs // 2) and found.dtype == dtype
-    torch.testing.assert_close(found.double(), activated(x, weight), rtol=1e-2, atol=1e-2)
+    assert_gates(found, x, weight)
 
 
 @pytest.mark.parametrize("rows", [1, 64, 65, 128, 129, 300, 1000])
@@ -41,7 +50,7 @@ def test_any_cut_of_any_rows(rows, cut):
         x, weight = operands(rows, outputs, depth)
         poison(rows, outputs // 2, dtype=x.dtype)
         found = many_tma.run(x, weight, many_tma.Cut(*cut))
-        torch.testing.assert_close(found.double(), activated(x, weight), rtol=1e-2, atol=1e-2)
+        assert_gates(found, x, weight)
 
 
 def test_each_row_of_x_and_of_the_weight_is_where_it_belongs():
