@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hopper_products import CUDA, activated, assert_replays_write, operands, poison
+from hopper_products import CUDA, activated, assert_each_reads_the_one_before, operands, poison
 
 GATED = [(28672, 4096), (55296, 5120), (57344, 8192)]
 
@@ -74,21 +74,8 @@ def test_rows_that_the_kernel_in_front_writes_are_read():
     from superinfer.kernels import many_tma
 
     first, weight = operands(400, 8192, 4096)
-    written: list[torch.Tensor] = []
-
-    def step() -> None:
-        written.clear()
-        x = first
-        for turn in range(8):
-            x = many_tma.run(x, weight, many_tma.CUTS[turn % 2])
-            written.append(x)
-
-    step()
-    x = first
-    for found in written:
-        torch.testing.assert_close(found.double(), activated(x, weight), rtol=2e-2, atol=1e-2)
-        x = found.clone()
-    assert_replays_write(x, written, -1, step)
+    cuts = many_tma.CUTS
+    assert_each_reads_the_one_before(lambda x, turn: many_tma.run(x, weight, cuts[turn % 2]), first, weight)
 
 
 def test_the_same_product_has_the_same_bits():

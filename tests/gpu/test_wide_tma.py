@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hopper_products import CUDA, SHAPES, activated, assert_replays_write, operands, poison
+from hopper_products import CUDA, SHAPES, activated, assert_each_reads_the_one_before, operands, poison
 
 GATED = [(28672, 4096), (16384, 2048), (55296, 5120), (14336, 4096)]
 
@@ -99,21 +99,8 @@ def test_rows_that_the_kernel_in_front_writes_are_read():
     from superinfer.kernels import wide_tma
 
     first, weight = operands(77, 8192, 4096)
-    written: list[torch.Tensor] = []
-
-    def step() -> None:
-        written.clear()
-        x = first
-        for _ in range(8):
-            x = wide_tma.run(x, weight, wide_tma.Cut(1, 64, 6), gated=True)
-            written.append(x)
-
-    step()
-    x = first
-    for found in written:
-        torch.testing.assert_close(found.double(), activated(x, weight), rtol=2e-2, atol=1e-2)
-        x = found.clone()
-    assert_replays_write(x, written, -1, step)
+    cut = wide_tma.Cut(1, 64, 6)
+    assert_each_reads_the_one_before(lambda x, turn: wide_tma.run(x, weight, cut, gated=True), first, weight)
 
 
 def test_the_same_product_has_the_same_bits():

@@ -32,6 +32,27 @@ def poison(*shape: int, dtype: torch.dtype) -> None:
     torch.full(shape, float("nan"), dtype=dtype, device=CUDA)
 
 
+def assert_each_reads_the_one_before(
+    gated: Callable[[torch.Tensor, int], torch.Tensor], first: torch.Tensor, weight: torch.Tensor
+) -> None:
+    """Eight products of gates, each of what the one before wrote, eagerly and in a graph. gated: of x, in a turn."""
+    written: list[torch.Tensor] = []
+
+    def step() -> None:
+        written.clear()
+        x = first
+        for turn in range(8):
+            x = gated(x, turn)
+            written.append(x)
+
+    step()
+    x = first
+    for found in written:
+        torch.testing.assert_close(found.double(), activated(x, weight), rtol=2e-2, atol=1e-2)
+        x = found.clone()
+    assert_replays_write(x, written, -1, step)
+
+
 def assert_replays_write(
     expected: torch.Tensor, written: list[torch.Tensor], at: int, step: Callable[[], None]
 ) -> None:
