@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hopper_products import CUDA, activated, assert_each_reads_the_one_before, operands, poison
+from hopper_products import CUDA, assert_activated, assert_each_reads_the_one_before, operands, poison
 
 GATED = [(28672, 4096), (55296, 5120), (57344, 8192)]
-
-
-def assert_gates(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """Each within a percent, and all together as exact as their type."""
-    exact = activated(x, weight)
-    assert ((found.double() - exact).norm() / exact.norm()).item() < 4e-3
-    torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=1e-2)
 
 
 pytestmark = pytest.mark.skipif(
@@ -35,7 +28,7 @@ def test_what_gates_let_through(outputs, depth, rows, dtype):
         assert found is None
         return
     assert found.shape == (rows, outputs // 2) and found.dtype == dtype
-    assert_gates(found, x, weight)
+    assert_activated(found, x, weight)
 
 
 @pytest.mark.parametrize("rows", [1, 64, 65, 128, 129, 300, 1000])
@@ -49,7 +42,7 @@ def test_any_cut_of_any_rows(rows, cut):
         x, weight = operands(rows, outputs, depth)
         poison(rows, outputs // 2, dtype=x.dtype)
         found = many_tma.run(x, weight, many_tma.Cut(*cut))
-        assert_gates(found, x, weight)
+        assert_activated(found, x, weight)
 
 
 def test_each_row_of_x_and_of_the_weight_is_where_it_belongs():

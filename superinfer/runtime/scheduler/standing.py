@@ -119,7 +119,8 @@ class Standing:
         """See what is lost, what is kept, and how much of the machine that asks for.
 
         In slices: the first takes everybody in as of `now`, the last two tell those who are still there what came of
-        it. Between them anything may happen to anyone.
+        it. Between them anything may happen to anyone; but one look at a time: the next writes its columns where this
+        one has its own.
 
         residents: who runs, by the time of each slice; they are told whether they are kept. block_s: of the link, for a
         block.

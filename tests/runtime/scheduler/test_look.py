@@ -167,6 +167,9 @@ def test_what_is_kept_up_to_date_is_what_would_be_made_from_nothing(acts):
             looking = looking or crowd.standing.look(Residents(crowd.residents), 1e-3, crowd.now)
             looking = looking if next(looking, None) is not None else None
         elif what == "look":
+            if looking is not None:  # one at a time, as in `Looks`: they share the roster's copy of its columns
+                finish(looking)
+                looking = None
             crowd.look()
         else:
             crowd.act(what, who, amount)
