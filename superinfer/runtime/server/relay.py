@@ -106,6 +106,7 @@ class Feed:
         self._wrote = wrote
         self._written: dict[int, tuple[list[int], list[str]]] = {}  # tokens and text of each choice, for `wrote`
         self._error: Exception | None = None
+        self._has_begun = False  # whether anything has been given out
         self._waiter: asyncio.Future[None] | None = None
 
     async def start(self) -> None:
@@ -162,6 +163,7 @@ class Feed:
             return
         try:
             if deltas := self._taken():
+                self._has_begun = True
                 straight.write(deltas)
         except Exception as error:  # of this answer alone
             self.fail(error)
@@ -193,12 +195,14 @@ class Feed:
         self._merge_at = MERGE_AT + 2 * len(self._pending)
 
     async def get(self) -> list[TextDelta]:
-        """What came since the last call, waiting for it; [] once all has finished. Raises what ended the requests."""
+        """What came since the last call, waiting for it; [] once all has finished. Raises what ended the requests: at
+        once where nothing was given out before, else after what came before it."""
         while True:
-            if self._error is not None:
+            if self._error is not None and not self._is_to_be_told_first(self._error):
                 raise self._error
-            if self._pending and self._is_due:
+            if self._pending and (self._is_due or self._error is not None):
                 if out := self._taken():
+                    self._has_begun = True
                     return out
                 continue
             if not any(self._open):
@@ -208,6 +212,12 @@ class Feed:
                 await self._waiter
             finally:
                 self._waiter = None
+
+    def _is_to_be_told_first(self, error: Exception) -> bool:
+        """Whether what is pending still goes to the reader. Not the end of a choice: an error is the end."""
+        if not self._has_begun or not self._pending or isinstance(error, ClientGone):
+            return False
+        return all(delta.finish_reason is None for _, delta in self._pending)
 
     def _taken(self) -> list[TextDelta]:
         """What is pending, as text."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from superinfer.errors import EngineDeadError
 from superinfer.runtime.protocol import Generate, RequestReport, SamplingParams, SequenceDelta
-from superinfer.runtime.server.relay import MERGE_AT, Feed
+from superinfer.runtime.server.relay import MERGE_AT, ClientGone, Feed
 from superinfer.runtime.text import TextClient, TextDelta, TextRequest
 from superinfer.runtime.tokenization import Tokenizer
 
@@ -263,3 +263,41 @@ async def test_the_engines_death_reaches_a_reader_that_waits(tokenizer: Tokenize
         door.requests[0][1](EngineDeadError("it died"))
         with pytest.raises(EngineDeadError, match="it died"):
             await reader
+
+
+@pytest.mark.parametrize("interval", [0.0, 3600.0])
+async def test_who_has_begun_to_read_gets_what_came_before_an_error(tokenizer: Tokenizer, interval: float) -> None:
+    door = Door()
+    asked = TextRequest(prompt=[3], sampling=SamplingParams(n=2))
+    with Feed(TextClient(door, tokenizer), [asked], eager=True, interval=interval) as feed:  # type: ignore[arg-type]
+        await feed.start()
+        if interval:
+            feed._gathered()  # it is over
+        door.say(0, 0, "a")
+        assert [d.text for d in await asyncio.wait_for(feed.get(), 10)] == ["a"]
+        door.say(0, 1, "b")
+        door.say(0, 0, "cd")
+        door.requests[0][1](EngineDeadError("it died"))
+        assert {d.index: d.text for d in await feed.get()} == {0: "cd", 1: "b"}
+        for _ in range(2):
+            with pytest.raises(EngineDeadError, match="it died"):
+                await feed.get()
+
+
+@pytest.mark.parametrize(
+    ("begins", "ends", "error"),
+    [(False, False, EngineDeadError("it died")), (True, True, EngineDeadError("it died")), (True, False, ClientGone())],
+    ids=["nothing was given out", "a choice ended", "the client is gone"],
+)
+async def test_else_the_error_comes_at_once(tokenizer: Tokenizer, begins: bool, ends: bool, error: Exception) -> None:
+    """So that it can be the answer's status, or takes the place of an end."""
+    door = Door()
+    with Feed(TextClient(door, tokenizer), [TextRequest(prompt=[3])], eager=True) as feed:  # type: ignore[arg-type]
+        await feed.start()
+        door.say(0, 0, "a")
+        if begins:
+            await feed.get()
+            door.say(0, 0, "b", last=ends)
+        feed.fail(error)
+        with pytest.raises(type(error)):
+            await feed.get()
