@@ -36,9 +36,9 @@ LONG: dict[str, Any] = {
 MANY = 60  # choices of 1,900 tokens take an engine over ten seconds
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def own_engine(tiny_config: EngineConfig) -> Iterator[EngineProcess]:
-    """An engine that tests may kill: the last test of the module does."""
+    """An engine that a test may kill."""
     with launch_engine(tiny_config) as engine:
         yield engine
 

@@ -334,12 +334,11 @@ def test_a_viewer_too_many_is_refused(served: Any, monkeypatch: pytest.MonkeyPat
         assert refused.headers["retry-after"] == "1"
 
 
-def test_a_dead_engine_is_shown_and_asked_for_again(tab: Any, rotating: EngineProcess, serving: Any) -> None:
-    """The last test of the module, for it kills the engine."""
-    with serving(rotating.address) as server:
+def test_a_dead_engine_is_shown_and_asked_for_again(tab: Any, tiny_config: EngineConfig, serving: Any) -> None:
+    with launch_engine(tiny_config) as doomed, serving(doomed.address) as server:
         look(tab, server.url)
         tab.wait_for_selector("#status[data-state=live]")
-        psutil.Process(rotating.pid).kill()
+        psutil.Process(doomed.pid).kill()
         tab.wait_for_selector("#status[data-state=dead]:has-text('the engine is dead')")
         with tab.expect_request("**/v1/live"):
             pass
