@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -25,34 +26,40 @@ def operands(
 
 def activated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """In float64 of gates that were rounded once, as in the other paths."""
-    gate, up = _gates(x, weight)
-    return F.silu(gate) * up
+    return _let_through(_sums(x, weight), x.dtype)
 
 
 def assert_activated(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """All together as exact as their type; and each as near to `activated` as sums in float32 let it be: where one lies
-    between two numbers of the type, it may round to the other of them, and so may what its gate lets through."""
-    gate, up = _gates(x, weight)
-    exact = F.silu(gate) * up
+    """All together as exact as their type; and each, but for its own rounding, what rounded sums make that are at most
+    SUM_ERROR off: of most but one gate and one `up`, of those between two numbers of the type either of them."""
+    sums = _sums(x, weight)
+    exact = _let_through(sums, x.dtype)
     assert ((found.double() - exact).norm() / exact.norm()).item() < 4e-3
-    open, info = torch.sigmoid(gate), torch.finfo(x.dtype)
-    slope = open * (1.0 + gate * (1.0 - open))
-    room = (slope * up).abs() * (_spacing(gate, info) + SUM_ERROR)
-    room += F.silu(gate).abs() * (_spacing(up, info) + SUM_ERROR)
-    room = 1.05 * room + _spacing(exact, info)  # twice what rounding it costs, as it may be of the next binade
-    beyond = (found.double() - exact).abs() / room
-    worst = int(beyond.argmax())  # a NaN, if there is one
-    assert bool((beyond <= 1.0).all()), (
-        f"{int((~(beyond <= 1.0)).sum())} of {beyond.numel()} elements are further off than rounding explains; the "
-        f"worst, {divmod(worst, beyond.shape[1])}, is {found.flatten()[worst].item()} rather than "
-        f"{exact.flatten()[worst].item()}: {beyond.flatten()[worst].item():.3f} of what there is room for"
+    least, most = exact, exact
+    for off in itertools.product((-SUM_ERROR, SUM_ERROR), repeat=2):
+        may_be = _let_through(sums, x.dtype, *off)
+        least, most = torch.minimum(least, may_be), torch.maximum(most, may_be)
+    room = 0.51 * _spacing(torch.maximum(least.abs(), most.abs()), torch.finfo(x.dtype))  # silu is computed in float32
+    beyond = torch.maximum(least - room - found, found - most - room)
+    wrong = ~(beyond <= 0.0)  # NaNs, too
+    worst = int(beyond.argmax())
+    assert not wrong.any(), (
+        f"{int(wrong.sum())} of {wrong.numel()} elements are further off than rounding explains; the worst, "
+        f"{divmod(worst, found.shape[1])}, is {found.flatten()[worst].item()} rather than "
+        f"{least.flatten()[worst].item()} to {most.flatten()[worst].item()}"
     )
 
 
-def _gates(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gates and what they gate in float64, rounded once to x's type."""
-    gate, up = (x.double() @ weight.double().T).to(x.dtype).double().chunk(2, dim=-1)
-    return gate, up
+def _sums(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.double() @ weight.double().T
+
+
+def _let_through(
+    sums: torch.Tensor, dtype: torch.dtype, gate_error: float = 0.0, up_error: float = 0.0
+) -> torch.Tensor:
+    """silu(gate) · up in float64, of sums in float64 that are so far off and then rounded to a type."""
+    gate, up = sums.chunk(2, dim=-1)
+    return F.silu((gate + gate_error).to(dtype).double()) * (up + up_error).to(dtype).double()
 
 
 def _spacing(x: torch.Tensor, info: torch.finfo) -> torch.Tensor:
